@@ -1,0 +1,43 @@
+"""Watch the state-to-state Jacobians of recurrent Keras models while they train.
+
+The public names are imported when they are first asked for, so that `import keras_jacmon` alone is cheap.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from keras_jacmon.jacobians.views import state_jacobian
+    from keras_jacmon.meter import JacobianMeter, measure
+    from keras_jacmon.monitor import JacobianMonitor
+    from keras_jacmon.report import LayerReport, Report
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "JacobianMeter",
+    "JacobianMonitor",
+    "LayerReport",
+    "Report",
+    "measure",
+    "state_jacobian",
+]
+
+_HOME = {
+    "JacobianMeter": "keras_jacmon.meter",
+    "JacobianMonitor": "keras_jacmon.monitor",
+    "LayerReport": "keras_jacmon.report",
+    "Report": "keras_jacmon.report",
+    "measure": "keras_jacmon.meter",
+    "state_jacobian": "keras_jacmon.jacobians.views",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,127 @@
+"""What does each recurrent layer receive when the model runs on the probe?"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from keras_jacmon.probe.layers import RecurrentLayer, sublayers
+
+
+@dataclass(frozen=True)
+class RecurrentCall:
+    """One call of a recurrent layer.
+
+    `inputs` is `(batch, time, ...)`, `states` the initial states as the layer holds them, `mask` is None or a boolean
+    `(batch, time)`, False at the steps to skip.
+    """
+
+    name: str
+    layer: keras.layers.RNN
+    inputs: tf.Tensor
+    states: Any
+    mask: tf.Tensor | None
+
+
+def record_calls(
+    model: keras.Layer, inputs: Any, layers: Sequence[RecurrentLayer]
+) -> tuple[tuple[RecurrentCall, ...], dict[str, str]]:
+    """Runs the model on the probe, inside the graph that is being traced, and records its recurrent calls.
+
+    A layer's `inner_loop` receives what its cell sees: the sequence as it is unrolled, the initial states as tensors
+    (those of a stateful layer, of the caller, or zeros) and the mask. So that is what is recorded.
+
+    Args:
+        model: A built model.
+        inputs: The probe, in the structure that the model takes.
+        layers: The layers to record.
+
+    Returns:
+        The calls in the order in which they happen, named like their layers, and `layer:1`, `layer:2`, ... from the
+        second call of a layer on; and, by layer name, why a layer has no call that can be measured.
+    """
+    graph = tf.compat.v1.get_default_graph()
+    calls: list[RecurrentCall] = []
+    counts: dict[str, int] = {}
+    reasons = {item.name: "it is not called when the model runs on the probe" for item in layers}
+
+    def record(item: RecurrentLayer, inputs: tf.Tensor, states: Any, mask: Any) -> None:
+        if inputs.graph is not graph:
+            reasons[item.name] = (
+                "it is called inside a graph of its own (a loop, `vectorized_map` or `tf.function`), "
+                "where its states cannot be observed"
+            )
+            return
+        count = counts.get(item.name, 0)
+        counts[item.name] = count + 1
+        name = f"{item.name}:{count}" if count else item.name
+        calls.append(RecurrentCall(name, item.layer, inputs, states, _as_mask(mask)))
+
+    observable = []
+    for item in layers:
+        if not type(item.layer).inner_loop.__module__.startswith("keras."):
+            reasons[item.name] = (
+                f"its class {type(item.layer).__name__} overrides `inner_loop`, so how it steps its cell is not known"
+            )
+        else:
+            observable.append(item)
+    with _recording(model, observable, record):
+        model(inputs, **training_argument(model))
+    return tuple(calls), {name: reason for name, reason in reasons.items() if name not in counts}
+
+
+def training_argument(layer: Any) -> dict[str, bool]:
+    """`{"training": False}` if the layer's `call` takes it, as Keras itself decides."""
+    return {"training": False} if getattr(layer, "_call_has_training_arg", False) else {}
+
+
+def _as_mask(mask: Any) -> tf.Tensor | None:
+    flat = [leaf for leaf in keras.tree.flatten(mask) if leaf is not None]
+    if not flat:
+        return None
+    mask = tf.cast(flat[0], tf.bool)
+    return tf.reshape(mask, tf.shape(mask)[:2])
+
+
+@contextlib.contextmanager
+def _recording(
+    model: keras.Layer,
+    layers: Sequence[RecurrentLayer],
+    record: Callable[[RecurrentLayer, tf.Tensor, Any, Any], None],
+) -> Iterator[None]:
+    """Shadows `inner_loop` on the layers' instances while the model is traced."""
+
+    def shadow(item: RecurrentLayer) -> Callable[..., Any]:
+        original = item.layer.inner_loop
+
+        def inner_loop(sequences: Any, initial_state: Any, mask: Any, **kwargs: Any) -> Any:
+            record(item, sequences, initial_state, mask)
+            return original(sequences, initial_state, mask, **kwargs)
+
+        return inner_loop
+
+    inside = sublayers(model)
+    fused = [layer for layer in inside if hasattr(layer, "use_cudnn")]
+    use_cudnn = [layer.use_cudnn for layer in fused]
+    try:
+        for layer in fused:
+            # On a GPU `Bidirectional` hands both directions to one fused kernel, past its layers.
+            layer.use_cudnn = False
+        for item in layers:
+            # Past Keras' `__setattr__`: a locked layer tracks nothing new.
+            vars(item.layer)["inner_loop"] = shadow(item)
+        yield
+    finally:
+        for item in layers:
+            vars(item.layer).pop("inner_loop", None)
+        for layer, value in zip(fused, use_cudnn, strict=True):
+            layer.use_cudnn = value
+        for layer in inside:
+            # A trace that failed half-way leaves symbolic dropout masks in the cells, and `fit` would then fail too.
+            if hasattr(layer, "reset_dropout_mask"):
+                layer.reset_dropout_mask()
+            if hasattr(layer, "reset_recurrent_dropout_mask"):
+                layer.reset_recurrent_dropout_mask()

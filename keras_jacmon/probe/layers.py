@@ -1,0 +1,95 @@
+"""Which recurrent layers does a model have, and what are they called?"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import keras
+
+
+@dataclass(frozen=True)
+class RecurrentLayer:
+    """A recurrent layer and the name it goes by in reports, logs and TensorBoard tags."""
+
+    name: str
+    layer: keras.layers.RNN
+
+
+def sublayers(layer: Any) -> list[Any]:
+    """Every Keras layer inside `layer`, itself included; empty for an object that is not a Keras layer."""
+    # Keras offers no public walk over the layers that a custom layer holds (in attributes, lists and dicts).
+    return list(layer._flatten_layers()) if isinstance(layer, keras.Layer) else []  # noqa: SLF001
+
+
+def find_recurrent_layers(model: keras.Layer) -> tuple[RecurrentLayer, ...]:
+    """Finds every `keras.layers.RNN`, subclasses included, at any depth of a built model.
+
+    Args:
+        model: A built Keras model or layer.
+
+    Returns:
+        The layers with unique names: Keras paths without the model's own name, e.g. `bidirectional/forward_lstm`.
+
+    Raises:
+        ValueError: If the model has no recurrent layer.
+    """
+    found: dict[str, keras.layers.RNN] = {}
+    for layer in sublayers(model):
+        if isinstance(layer, keras.layers.RNN):
+            found[_unique(_path(layer, model), found)] = layer
+    if not found:
+        raise ValueError(
+            "Invalid value for argument `model`. Expected a model with at least one recurrent layer "
+            f"(`keras.layers.RNN` or a subclass). Received: model={model.name} ({type(model).__name__}) "
+            f"with the layers {sorted({type(layer).__name__ for layer in sublayers(model)[1:]})}"
+        )
+    return tuple(RecurrentLayer(name, layer) for name, layer in found.items())
+
+
+def select_layers(
+    found: Sequence[RecurrentLayer], wanted: Iterable[str | keras.Layer] | str | keras.Layer | None
+) -> tuple[RecurrentLayer, ...]:
+    """Narrows the layers found to those that the user named.
+
+    Args:
+        found: What `find_recurrent_layers` returned.
+        wanted: Names as in reports, names of Keras layers, or the layers themselves; None for all.
+
+    Returns:
+        The wanted layers, in the order in which they were found.
+
+    Raises:
+        ValueError: If a wanted layer is not among those found, or none is wanted.
+    """
+    if wanted is None:
+        return tuple(found)
+    wanted = [wanted] if isinstance(wanted, (str, keras.Layer)) else list(wanted)
+    chosen: set[str] = set()
+    for want in wanted:
+        matches = [item.name for item in found if want is item.layer or want in (item.name, item.layer.name)]
+        if not matches:
+            received = f"'{want}'" if isinstance(want, str) else f"{getattr(want, 'name', want)} (a layer)"
+            raise ValueError(
+                f"Invalid value for argument `layers`. Expected recurrent layers of the model: "
+                f"{[item.name for item in found]}. Received: {received}"
+            )
+        chosen.update(matches)
+    if not chosen:
+        raise ValueError(
+            "Invalid value for argument `layers`. Expected at least one layer, or None for every recurrent layer. "
+            f"Received: layers={wanted}"
+        )
+    return tuple(item for item in found if item.name in chosen)
+
+
+def _path(layer: keras.Layer, model: keras.Layer) -> str:
+    # A layer has a path once it is built; one that is never called has only its name.
+    return (layer.path or layer.name).removeprefix(f"{model.name}/")
+
+
+def _unique(name: str, taken: Iterable[str]) -> str:
+    """Keras allows two layers of one path (e.g. the same name in two custom layers); reports must tell them apart."""
+    candidate, count = name, 1
+    while candidate in taken:
+        candidate, count = f"{name}_{count}", count + 1
+    return candidate
