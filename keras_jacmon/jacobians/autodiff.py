@@ -1,0 +1,133 @@
+"""The Jacobian of any differentiable function of rows, as a linear operator."""
+
+from collections.abc import Callable
+
+import tensorflow as tf
+
+Product = Callable[[tf.Tensor], tf.Tensor]
+
+
+class AutodiffJacobian(tf.linalg.LinearOperator):
+    """`J[b, i, k] = d function(x)[b, i] / d x[b, k]` at one point for each row `b`, by automatic differentiation.
+
+    Nothing of size `(i, k)` is formed unless `to_dense` is called, which takes one derivative pass per row of J and
+    `4 * rows * i * k` bytes.
+
+    Products with `Jᵀ` are one backward pass. Products with `J` are the tape applied twice: the gradient
+    `g(u) = Jᵀ u` is linear in `u`, so the derivative of `g` along `v` is `J v`. `tf.autodiff.ForwardAccumulator` would
+    be the direct way, but it differentiates straight through a `tf.custom_gradient` as if it were not there, so its
+    `J v` is not the derivative that training uses; and it knows no `tf.map_fn`. Where the tape cannot be applied
+    twice (`tf.recompute_grad`), J is formed and multiplied.
+
+    Args:
+        function: Maps a point `(rows, n)` and the context to `(rows, m)`, each row by itself.
+        point: `(rows, n)`, where the function is differentiated.
+        context: Further tensors whose first axis is the rows, held constant.
+        range_dimension: m.
+
+    References:
+        The forward product from two backward ones: J. Townsend, "A new trick for calculating Jacobian vector
+        products", 2017.
+    """
+
+    def __init__(
+        self,
+        function: Callable[[tf.Tensor, list[tf.Tensor]], tf.Tensor],
+        point: tf.Tensor,
+        context: list[tf.Tensor],
+        range_dimension: int,
+    ) -> None:
+        parameters = {
+            "function": function,
+            "point": point,
+            "context": context,
+            "range_dimension": range_dimension,
+        }
+        super().__init__(dtype=point.dtype, parameters=parameters, name="autodiff_jacobian")
+        self._function = function
+        self._point = point
+        self._context = context
+        self._range_dimension = range_dimension
+        self._products = None if tf.executing_eagerly() else self._linearised()
+
+    def _shape(self) -> tf.TensorShape:
+        return tf.TensorShape([self._point.shape[0], self._range_dimension, self._point.shape[1]])
+
+    def _shape_tensor(self) -> tf.Tensor:
+        return tf.stack([tf.shape(self._point)[0], self._range_dimension, self._point.shape[1]])
+
+    def _matmul(self, x: tf.Tensor, adjoint: bool = False, adjoint_arg: bool = False) -> tf.Tensor:  # noqa: FBT001, FBT002 - as in the base class
+        x = tf.linalg.adjoint(x) if adjoint_arg else x
+        if x.shape[-1] == 1:
+            return self._product(adjoint=adjoint)(x[..., 0])[..., None]
+        multiply = tf.function(self._in_graph, autograph=False) if tf.executing_eagerly() else self._columns
+        return tf.transpose(multiply(tf.transpose(x, [2, 0, 1]), adjoint=adjoint), [1, 2, 0])
+
+    def _in_graph(self, vectors: tf.Tensor, *, adjoint: bool) -> tf.Tensor:
+        here = AutodiffJacobian(self._function, self._point, self._context, self._range_dimension)
+        return here._columns(vectors, adjoint=adjoint)
+
+    def _columns(self, vectors: tf.Tensor, *, adjoint: bool) -> tf.Tensor:
+        """The products with several vectors: (columns, rows, k) -> (columns, rows, l)."""
+        if self._products:
+            # The derivative is taken once, with an axis for the columns in front.
+            return tf.vectorized_map(self._product(adjoint=adjoint), vectors)
+        # `vectorized_map` fails on some derivatives of control flow, so the rows are repeated instead.
+        columns, rows = tf.shape(vectors)[0], tf.shape(vectors)[1]
+        point, *context = [tf.tile(t, [columns] + [1] * (t.shape.rank - 1)) for t in (self._point, *self._context)]
+        repeated = AutodiffJacobian(self._function, point, context, self._range_dimension)
+        product = repeated.matvec(tf.reshape(vectors, [columns * rows, vectors.shape[2]]), adjoint=adjoint)
+        return tf.reshape(product, [columns, rows, product.shape[1]])
+
+    def _to_dense(self) -> tf.Tensor:
+        identity = tf.eye(self._range_dimension, batch_shape=[tf.shape(self._point)[0]], dtype=self.dtype)
+        return tf.linalg.matrix_transpose(self._matmul(identity, adjoint=True))
+
+    def _linearised(self) -> tuple[Product, Product] | None:
+        """Both products, with the function evaluated here: what calls them in a loop does not evaluate it again.
+
+        None if the function has control flow, whose derivative must stand in the graph of its evaluation.
+        """
+        graph = tf.compat.v1.get_default_graph()
+        before = len(graph.get_operations())
+        products = self._push(), self._pull()
+        has_control_flow = any(_calls_a_function(operation) for operation in graph.get_operations()[before:])
+        return None if has_control_flow else products
+
+    def _product(self, *, adjoint: bool) -> Product:
+        if self._products:
+            return self._products[adjoint]
+        return self._pull() if adjoint else self._push()
+
+    def _pull(self) -> Product:
+        """The product with Jᵀ: (rows, m) -> (rows, n)."""
+        with tf.GradientTape(persistent=True, watch_accessed_variables=False) as tape:
+            tape.watch(self._point)
+            value = self._function(self._point, self._context)
+        return lambda vectors: _gradient(tape, value, self._point, vectors)
+
+    def _push(self) -> Product:
+        """The product with J: (rows, n) -> (rows, m)."""
+        try:
+            with tf.GradientTape(persistent=True, watch_accessed_variables=False) as outer:
+                with tf.GradientTape(watch_accessed_variables=False) as inner:
+                    inner.watch(self._point)
+                    value = self._function(self._point, self._context)
+                covector = tf.zeros_like(value)
+                outer.watch(covector)
+                pulled = _gradient(inner, value, self._point, covector)
+        except (NotImplementedError, LookupError):
+            dense = self.to_dense()
+            return lambda vectors: tf.linalg.matvec(dense, vectors)
+        return lambda vectors: _gradient(outer, pulled, covector, vectors)
+
+
+def _calls_a_function(operation: tf.Operation) -> bool:
+    """Whether it is a branch, a loop, a map or a call of a `tf.function`."""
+    return any(attribute.type == "func" for attribute in operation.op_def.attr)
+
+
+def _gradient(tape: tf.GradientTape, value: tf.Tensor, source: tf.Tensor, vectors: tf.Tensor) -> tf.Tensor:
+    gradient = tape.gradient(value, source, output_gradients=vectors, unconnected_gradients="zero")
+    # A gather inside the cell gives a sparse gradient.
+    return tf.convert_to_tensor(gradient)

@@ -1,0 +1,140 @@
+"""Which block of a step's Jacobian: hidden state, all states, or the inputs?"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from keras_jacmon.jacobians.autodiff import AutodiffJacobian
+from keras_jacmon.probe.trajectory import CellStep
+
+VIEWS = ("hidden", "joint", "inputs")
+
+
+def state_jacobian(cell: Any, inputs: tf.Tensor, states: Any, view: str = "hidden") -> tf.linalg.LinearOperator:
+    """The Jacobian of one step of a cell, at one state for each row.
+
+    `J[b, i, k] = d new[b, i] / d old[b, k]`: rows are new, columns are old. States of a higher rank are flattened.
+
+    Example:
+
+    ```python
+    cell = keras.layers.LSTMCell(8)
+    x, h, c = tf.ones((5, 3)), tf.zeros((5, 8)), tf.zeros((5, 8))
+    J = state_jacobian(cell, x, [h, c], view="joint")
+    J.to_dense()                        # (5, 16, 16)
+    J.matvec(tf.ones((5, 16)))          # J v for each row, without forming J
+    J.matvec(tf.ones((5, 16)), adjoint=True)
+    ```
+
+    Args:
+        cell: Anything that `keras.layers.RNN` takes as a cell; built here if it is not.
+        inputs: `(rows, ...)`, the input of this step.
+        states: The old states in the structure that the cell takes, each `(rows, ...)`.
+        view: `"hidden"`, the first state alone, the others held (`dh_t/dh_{t-1}`); `"joint"`, all floating-point
+            states, concatenated; `"inputs"`, the first state with respect to the inputs (`dh_t/dx_t`).
+
+    Returns:
+        A `tf.linalg.LinearOperator` with batch shape `(rows,)`, in float32 or better.
+
+    Raises:
+        ValueError: If `view` is unknown, or the states do not fit together.
+    """
+    if view not in VIEWS:
+        raise ValueError(f"Invalid value for argument `view`. Expected one of {list(VIEWS)}. Received: view={view!r}")
+    states = [states] if not keras.tree.is_nested(states) else states
+    flat = [_widen(state) for state in keras.tree.flatten(states)]
+    inputs = _widen(inputs)
+    rows = {int(tensor.shape[0]) for tensor in (inputs, *flat) if tensor.shape[0] is not None}
+    if len(rows) > 1:
+        raise ValueError(
+            "Invalid value for arguments `inputs` and `states`. Expected the same number of rows in each. "
+            f"Received: inputs of shape {tuple(inputs.shape)}, states of shapes {[tuple(s.shape) for s in flat]}"
+        )
+    step = CellStep(cell, states)
+    with keras.StatelessScope():
+        # Weights that a cell makes at its first call must not be made under a tape.
+        step(inputs, flat)
+    return jacobian_operator(step, inputs, flat, view)
+
+
+def jacobian_operator(
+    step: CellStep, inputs: tf.Tensor, states: Sequence[tf.Tensor], view: str
+) -> tf.linalg.LinearOperator:
+    """The operator of a view at the given rows; `inputs` and flat `states` have the rows as their first axis."""
+    floating = floating_states(states)
+    domain = {"hidden": floating[:1], "joint": floating, "inputs": []}[view]
+    image = floating if view == "joint" else floating[:1]
+    # With the inputs as tensor -1 both cases read alike: the point is the chosen tensors, flattened side by side.
+    tensors = [*states, inputs]
+    chosen = domain or [len(states)]
+    sizes = [size(tensors[k]) for k in chosen]
+    context = [tensor for k, tensor in enumerate(tensors) if k not in chosen]
+
+    def function(point: tf.Tensor, context: list[tf.Tensor]) -> tf.Tensor:
+        pieces = dict(zip(chosen, tf.split(point, sizes, axis=-1), strict=True))
+        held = iter(context)
+        *old, x = [_shaped(pieces[k], tensor) if k in pieces else next(held) for k, tensor in enumerate(tensors)]
+        new = step(x, old)
+        return _side_by_side([new[p] for p in image])
+
+    point = _side_by_side([tensors[k] for k in chosen])
+    return AutodiffJacobian(function, point, context, sum(size(states[p]) for p in image))
+
+
+@dataclass(frozen=True)
+class Connections:
+    """Which new state depends on which old one, found in the graph of a cell.
+
+    `depends[p][q]` is True if a gradient flows from new floating-point state p to old one q. `bytes_per_row` is the
+    memory that one evaluation of the cell with its derivative takes for each row.
+    """
+
+    depends: tuple[tuple[bool, ...], ...]
+    bytes_per_row: int
+
+
+def find_connections(step: CellStep, inputs: tf.Tensor, states: Sequence[tf.Tensor]) -> Connections:
+    """Traces one step and its gradients, inside the graph that is being traced; nothing of it is ever run."""
+    graph = tf.compat.v1.get_default_graph()
+    before = len(graph.get_operations())
+    floating = floating_states(states)
+    old = [states[q] for q in floating]
+    with tf.GradientTape(persistent=True, watch_accessed_variables=False) as tape:
+        tape.watch(old)
+        new = step(inputs, states)
+    depends = [tuple(g is not None for g in tape.gradient(new[p], old)) for p in floating]
+    sizes = [
+        size(tensor) * tensor.dtype.size
+        for operation in graph.get_operations()[before:]
+        for tensor in operation.outputs
+        if tensor.shape.rank and tensor.shape[1:].is_fully_defined() and tensor.dtype.size
+    ]
+    floor = 16 * sum(size(state) * state.dtype.size for state in states)
+    return Connections(tuple(depends), max(sum(sizes), floor))
+
+
+def floating_states(states: Sequence[tf.Tensor]) -> list[int]:
+    """The positions of the states that have a derivative; a step counter has none."""
+    return [k for k, state in enumerate(states) if state.dtype.is_floating]
+
+
+def size(tensor: tf.Tensor) -> int:
+    """Values per row."""
+    return int(tensor.shape[1:].num_elements())
+
+
+def _side_by_side(tensors: Sequence[tf.Tensor]) -> tf.Tensor:
+    flat = [tf.reshape(tensor, [-1, size(tensor)]) for tensor in tensors]
+    return flat[0] if len(flat) == 1 else tf.concat(flat, axis=-1)
+
+
+def _shaped(flat: tf.Tensor, like: tf.Tensor) -> tf.Tensor:
+    return tf.reshape(flat, [-1, *like.shape[1:]])
+
+
+def _widen(tensor: Any) -> tf.Tensor:
+    tensor = tf.convert_to_tensor(tensor)
+    return tf.cast(tensor, tf.float32) if tensor.dtype in (tf.float16, tf.bfloat16) else tensor
