@@ -1,0 +1,116 @@
+"""Entry statistics of a Jacobian: variance and RMS singular value."""
+
+import weakref
+from dataclasses import dataclass
+
+import tensorflow as tf
+
+from keras_jacmon.measures.options import Measured, Options
+
+# Random vectors of an estimate. The error of a mean over r rows falls as 1/√(16 r).
+ESTIMATE_VECTORS = 16
+
+
+def variance(operator: tf.linalg.LinearOperator, options: Options) -> Measured:
+    """`n * Var(J)` for each row: population variance over all entries, mean removed, times the units.
+
+    Dimensionless; 1.0 for a linear cell with Glorot weights, 0.5 with ReLU.
+
+    Args:
+        operator: The Jacobians, batch shape `(rows,)`.
+        options: Up to `max_entries` entries the value is exact, above it an estimate.
+
+    Returns:
+        Value and standard error, each `(rows,)`.
+    """
+    moments = _moments(operator, options)
+    m, n = _dimensions(operator)
+    scale = tf.cast(n / (m * n), operator.dtype)
+    error = None if moments.error is None else scale * moments.error
+    return Measured(scale * moments.centred, error)
+
+
+def rms_singular_value(operator: tf.linalg.LinearOperator, options: Options) -> Measured:
+    """`sqrt(‖J‖_F² / n)` for each row: the RMS gain of a random direction.
+
+    Dimensionless; 1 keeps norms. Sees the mean of the entries, to which the variance is blind.
+
+    Args:
+        operator: The Jacobians, batch shape `(rows,)`.
+        options: Up to `max_entries` entries the value is exact, above it an estimate.
+
+    Returns:
+        Value and standard error, each `(rows,)`; the error by the delta method.
+    """
+    moments = _moments(operator, options)
+    m, n = _dimensions(operator)
+    value = tf.sqrt((moments.centred + m * n * moments.mean**2) / n)
+    error = None if moments.error is None else tf.math.divide_no_nan(moments.error, 2 * n * value)
+    return Measured(value, error)
+
+
+@dataclass(frozen=True)
+class _Moments:
+    """`mean` over the entries, `centred` = Σ (J_ik - mean)², and the standard error of `centred` if estimated."""
+
+    mean: tf.Tensor
+    centred: tf.Tensor
+    error: tf.Tensor | None
+
+
+# Both measures above rest on the same sums; a second pass over all columns of J would double the cost.
+_known: weakref.WeakKeyDictionary[tf.linalg.LinearOperator, tuple[Options, _Moments]] = weakref.WeakKeyDictionary()
+
+
+def _moments(operator: tf.linalg.LinearOperator, options: Options) -> _Moments:
+    options_then, moments = _known.get(operator, (None, None))
+    if moments is None or options_then is not options:
+        m, n = _dimensions(operator)
+        ones = tf.ones([operator.batch_shape_tensor()[0], n], operator.dtype)
+        mean = tf.reduce_sum(operator.matvec(ones), axis=-1) / tf.cast(m * n, operator.dtype)
+        exact = options.exact(operator)
+        centred, error = _exact(operator, mean, options) if exact else _estimated(operator, mean, options)
+        moments = _Moments(mean, centred, error)
+        _known[operator] = (options, moments)
+    return moments
+
+
+def _exact(operator: tf.linalg.LinearOperator, mean: tf.Tensor, options: Options) -> tuple[tf.Tensor, None]:
+    """Σ_ik (J_ik - mean)², some rows of J at a time. Centred before squaring: the difference of sums would cancel."""
+    m, _ = _dimensions(operator)
+    rows = operator.batch_shape_tensor()[0]
+    width = tf.clip_by_value(options.vectors // tf.maximum(rows, 1), 1, m)
+
+    def body(start: tf.Tensor, total: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        basis = tf.one_hot(tf.range(start, tf.minimum(start + width, m)), m, axis=0, dtype=operator.dtype)
+        basis = tf.broadcast_to(basis, [rows, m, tf.shape(basis)[1]])
+        pulled = operator.matmul(basis, adjoint=True)
+        return start + width, total + tf.reduce_sum((pulled - mean[:, None, None]) ** 2, axis=[1, 2])
+
+    _, total = tf.while_loop(lambda start, _: start < m, body, [tf.constant(0), tf.zeros_like(mean)])
+    return total, None
+
+
+def _estimated(operator: tf.linalg.LinearOperator, mean: tf.Tensor, options: Options) -> tuple[tf.Tensor, tf.Tensor]:
+    """Hutchinson's estimate: `E ‖A z‖² = ‖A‖_F²` for independent signs z, with A = J - mean, unbiased.
+
+    M. F. Hutchinson, "A stochastic estimator of the trace of the influence matrix", 1989.
+    """
+    _, n = _dimensions(operator)
+    rows = operator.batch_shape_tensor()[0]
+
+    def body(draw: tf.Tensor, draws: tf.TensorArray) -> tuple[tf.Tensor, tf.TensorArray]:
+        bits = tf.random.stateless_uniform([rows, n], options.seeds(1, draw), 0, 2, tf.int32)
+        z = tf.cast(2 * bits - 1, operator.dtype)
+        image = operator.matvec(z) - (mean * tf.reduce_sum(z, axis=-1))[:, None]
+        return draw + 1, draws.write(draw, tf.reduce_sum(image**2, axis=-1))
+
+    draws = tf.TensorArray(operator.dtype, ESTIMATE_VECTORS, element_shape=mean.shape)
+    _, draws = tf.while_loop(lambda draw, _: draw < ESTIMATE_VECTORS, body, [tf.constant(0), draws])
+    samples = draws.stack()
+    spread = tf.math.reduce_variance(samples, axis=0) / (ESTIMATE_VECTORS - 1)
+    return tf.reduce_mean(samples, axis=0), tf.sqrt(spread)
+
+
+def _dimensions(operator: tf.linalg.LinearOperator) -> tuple[int, int]:
+    return int(operator.shape[-2]), int(operator.shape[-1])

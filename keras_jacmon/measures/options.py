@@ -1,0 +1,53 @@
+"""What a measure is given beside the operator, and what it gives back."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import tensorflow as tf
+
+# A graph may not know how many rows it will get; then a large probe is assumed.
+UNKNOWN_ROWS = 2**16
+
+
+class Measured(NamedTuple):
+    """A measure of each row.
+
+    `value` is `(rows,)`; `uncertainty`, in the same unit, is the standard error of an estimate or the bound of an
+    iteration, and None for a value that is exact up to rounding.
+    """
+
+    value: tf.Tensor
+    uncertainty: tf.Tensor | None
+
+
+@dataclass(frozen=True, eq=False)
+class Options:
+    """What the measures may cost, and how exact they must be.
+
+    Attributes:
+        seed: For random vectors.
+        tolerance: Relative, of iterative measures.
+        max_entries: Up to so many entries of J, over all rows, its moments are exact.
+        rows: All the rows there are, if the operator holds some of them.
+        stream: Tells the random numbers of one chunk of rows from those of another.
+        dtype: Of the results.
+        vectors: The most (row, vector) pairs that are multiplied at once.
+    """
+
+    seed: int = 0
+    tolerance: float = 1e-2
+    max_entries: int = 2**26
+    rows: int | None = None
+    stream: tf.Tensor | int = 0
+    dtype: tf.DType = tf.float32
+    vectors: int = 2**14
+
+    def exact(self, operator: tf.linalg.LinearOperator) -> bool:
+        """Whether the entries of all Jacobians together are few enough to be looked at one by one."""
+        rows = self.rows or operator.shape[0] or UNKNOWN_ROWS
+        return int(rows * operator.shape[-2] * operator.shape[-1]) <= self.max_entries
+
+    def seeds(self, purpose: int, draw: tf.Tensor | int = 0) -> tf.Tensor:
+        """The seed of a stateless draw: a stream of its own for each purpose, chunk of rows and draw."""
+        seed = tf.random.experimental.stateless_fold_in([self.seed, purpose], self.stream)
+        return tf.random.experimental.stateless_fold_in(seed, draw)
