@@ -1,0 +1,75 @@
+"""Report -> TensorBoard event file."""
+
+import os
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from keras_jacmon.report import LayerReport, Report
+
+
+class EventWriter:
+    """Writes reports to event files under `<log_dir>/jacobian`.
+
+    For each key of a layer there are the scalars `<layer>/<key>` (mean over samples and unmasked steps),
+    `<layer>/<key>/min` and `<layer>/<key>/max` (over time, of the mean over samples), and the histogram
+    `<layer>/<key>/histogram` (over steps and samples).
+
+    Args:
+        log_dir: The directory that `tensorboard --logdir` is given; made if it is not there.
+
+    Raises:
+        ValueError: If nothing can be written there.
+    """
+
+    def __init__(self, log_dir: str | os.PathLike[str]) -> None:
+        self.directory = tf.io.gfile.join(os.fspath(log_dir), "jacobian")
+        self._writer: Any = None
+        check_writable(log_dir, self.directory)
+
+    def write(self, report: Report, step: int) -> None:
+        """Writes a report and flushes, so that a killed training loses nothing that was measured."""
+        if self._writer is None:
+            self._writer = tf.summary.create_file_writer(self.directory)
+        # `record_if`: another callback's `TensorBoard(update_freq=...)` switches summaries off between its own.
+        with self._writer.as_default(step), tf.summary.record_if(True):  # noqa: FBT003 - positional only
+            for name, layer in report.layers.items():
+                _write_layer(name, layer)
+        self._writer.flush()
+
+    def close(self) -> None:
+        """Closes the event file; a later `write` begins another one in the same directory."""
+        if self._writer is not None:
+            writer, self._writer = self._writer, None
+            writer.close()
+
+
+def check_writable(log_dir: str | os.PathLike[str], directory: str) -> None:
+    """Finds out whether a file can be made, by making one."""
+    trial = tf.io.gfile.join(directory, ".keras_jacmon")
+    try:
+        # TensorFlow's file system also knows buckets.
+        tf.io.gfile.makedirs(directory)
+        with tf.io.gfile.GFile(trial, "w") as file:
+            file.write("")
+        tf.io.gfile.remove(trial)
+    except (tf.errors.OpError, OSError) as error:
+        raise ValueError(
+            "Invalid value for argument `log_dir`. Expected a directory that can be written to, or None to write no "
+            f"event files. Received: log_dir={os.fspath(log_dir)!r} ({error})"
+        ) from error
+
+
+def _write_layer(name: str, layer: LayerReport) -> None:
+    for key in layer.values:
+        tag = f"{name}/{key}"
+        low, high = layer.extremes(key)
+        tf.summary.scalar(tag, layer.mean(key))
+        tf.summary.scalar(f"{tag}/min", low)
+        tf.summary.scalar(f"{tag}/max", high)
+        values = layer.valid(key)
+        # TensorFlow cannot sort NaN into buckets; the scalars say that there is one.
+        finite = values[np.isfinite(values)]
+        if finite.size:
+            tf.summary.histogram(f"{tag}/histogram", finite)

@@ -1,0 +1,214 @@
+"""The Keras callback: when to measure, and what becomes of it."""
+
+import os
+import warnings
+from collections.abc import Callable, Iterable
+from typing import Any, Literal
+
+import keras
+
+from keras_jacmon.events import EventWriter
+from keras_jacmon.meter import JacobianMeter, check_options
+from keras_jacmon.probe.data import read_probe
+from keras_jacmon.report import Report
+
+
+class JacobianMonitor(keras.callbacks.Callback):
+    """Shows while `fit` runs whether the recurrent layers of a model let their gradient vanish, live or explode.
+
+    Measures the state-to-state Jacobians `ds_t/ds_{t-1}` on a probe batch before the first batch of a training, then
+    every `update_freq`, and at its end; writes them to TensorBoard event files and adds their means to the `logs`
+    of each epoch, where `History`, the progress line and the callbacks that stand *after* this one see them. The
+    training itself stays as it is, to the bit.
+
+    Example:
+
+    ```python
+    monitor = keras_jacmon.JacobianMonitor(x[:32], log_dir="logs")
+    model.fit(x, y, epochs=10, callbacks=[monitor])
+    print(monitor.reports[-1][1])       # and: tensorboard --logdir logs
+    ```
+
+    Args:
+        probe: A batch of model inputs: array, tensor, list or dict of them, or a dataset (its first batch).
+        layers: Names of recurrent layers, or layers; None for all.
+        measures: Out of `"variance"`, `"rms_singular_value"`, `"spectral_norm"`; None for all.
+        update_freq: `"epoch"`, `"batch"` or an integer number of batches, as in `keras.callbacks.TensorBoard`.
+        log_dir: Event files go to `<log_dir>/jacobian`; None writes none.
+        on_error: `"warn"`, the first time that a measurement or a file fails, and go on training; or `"raise"`.
+        seed: Integer, for random vectors.
+        verbose: 1 prints each report.
+        tolerance: Relative, of the spectral norm.
+        max_bytes: Bounds the memory of the derivatives.
+        max_entries: As for `JacobianMeter`.
+
+    Attributes:
+        reports: `(step, Report)` for each measurement; step is the optimizer's iteration count.
+
+    Raises:
+        ValueError: If an argument is invalid; what depends on the model when `fit` begins, before the first batch.
+    """
+
+    def __init__(
+        self,
+        probe: Any,
+        *,
+        layers: Iterable[str | keras.Layer] | str | keras.Layer | None = None,
+        measures: Iterable[str] | str | None = None,
+        update_freq: Literal["epoch", "batch"] | int = "epoch",
+        log_dir: str | os.PathLike[str] | None = "logs",
+        on_error: Literal["warn", "raise"] = "warn",
+        seed: int = 0,
+        verbose: int = 0,
+        tolerance: float = 1e-2,
+        max_bytes: int = 2**30,
+        max_entries: int = 2**26,
+    ) -> None:
+        super().__init__()
+        if update_freq not in ("epoch", "batch") and (
+            isinstance(update_freq, bool) or not isinstance(update_freq, int) or update_freq < 1
+        ):
+            raise ValueError(
+                "Invalid value for argument `update_freq`. Expected 'epoch', 'batch' or a positive integer. "
+                f"Received: update_freq={update_freq!r}"
+            )
+        if on_error not in ("warn", "raise"):
+            raise ValueError(
+                f"Invalid value for argument `on_error`. Expected 'warn' or 'raise'. Received: on_error={on_error!r}"
+            )
+        self._options: dict[str, Any] = {
+            "measures": measures,
+            "seed": seed,
+            "tolerance": tolerance,
+            "max_bytes": max_bytes,
+            "max_entries": max_entries,
+        }
+        check_options(**self._options)
+        self._probe = read_probe(probe)
+        self._layers = layers
+        self._every = 1 if update_freq == "batch" else update_freq
+        self._log_dir = log_dir
+        self._on_error = on_error
+        self._verbose = verbose
+        self._writer: EventWriter | None = None
+        self._meter: JacobianMeter | None = None
+        self._traced_for: Any = None
+        self.reports: list[tuple[int, Report]] = []
+
+    def set_model(self, model: keras.Model) -> None:
+        """Checks the probe against the model and traces the measurement, before any callback's `on_train_begin`."""
+        super().set_model(model)
+        # A model that gained or lost a layer since the last `fit` is another model.
+        identity = (model, [id(variable) for variable in model.variables])
+        if self._meter is None or self._traced_for != identity:
+            self._meter = JacobianMeter(model, self._probe, layers=self._layers, **self._options)
+            # Building a model may have made variables.
+            self._traced_for = (model, [id(variable) for variable in model.variables])
+        if self._writer is None and self._log_dir is not None:
+            self._writer = EventWriter(self._log_dir)
+
+    def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
+        """Counts anew; nothing is measured yet, since other callbacks may still restore weights here."""
+        self._start: int | None = None
+        self._done = 0
+        self._batch = -1
+        self._measured_at: int | None = None
+        self._scalars: dict[str, float] = {}
+        self._failures: dict[str, int] = {}
+        self._broken: set[str] = set()
+
+    def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        """Keras numbers the batches from 0 in each epoch."""
+        self._batch = -1
+
+    def on_train_batch_begin(self, batch: int, logs: dict[str, Any] | None = None) -> None:
+        """Measures before the first batch."""
+        if self._start is None:
+            self._start = self._iterations() or 0
+            self._measure()
+
+    def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
+        """Measures after every `update_freq` batches."""
+        # `batch` is the last of the `steps_per_execution` batches that have just been run.
+        before = (self._start or 0) + self._done
+        self._done += batch - self._batch
+        self._batch = batch
+        if self._every != "epoch" and ((self._start or 0) + self._done) // self._every > before // self._every:
+            self._measure()
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        """Measures if that is the rhythm, and adds the newest means to the logs."""
+        if self._every == "epoch" and self._measured_at != self._done:
+            self._measure()
+        if logs is not None:
+            logs.update(self._scalars)
+
+    def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
+        """Measures what the last batch has made of the model, and closes the event file."""
+        if self._start is not None and self._measured_at != self._done:
+            self._measure()
+        if self._writer is not None:
+            self._attempt("Closing the event file", self._writer.close)
+        for what, count in self._failures.items():
+            if count > 1:
+                warnings.warn(f"{what} failed {count} times in this training.", stacklevel=2)
+
+    def _measure(self) -> None:
+        """Measures once; the report goes to the event file, to `reports` and, at the end of the epoch, to the logs."""
+        if self._meter is None:
+            raise RuntimeError("JacobianMonitor has no model yet. Call `set_model(model)` before `on_train_begin()`.")
+        self._measured_at = self._done
+        report = self._attempt("Measuring the Jacobians", self._meter)
+        if report is None:
+            # Old values under a new epoch would be wrong, and callbacks such as CSVLogger want the same keys.
+            self._scalars = dict.fromkeys(self._scalars, float("nan"))
+            return
+        step = self._step()
+        self.reports.append((step, report))
+        self._scalars = report.scalars()
+        if self._writer is not None:
+            self._attempt("Writing the event file", self._writer.write, report, step)
+        if self._verbose:
+            print(f"\nJacobians at step {step}\n{report}")  # noqa: T201 - what `verbose` asks for
+        self._warn_of_nonfinite(report, step)
+
+    def _attempt(self, what: str, function: Callable[..., Any], *args: Any) -> Any:
+        """Calls the function; if it fails, warns the first time and returns None, or raises, as the user chose."""
+        try:
+            return function(*args)
+        except Exception as error:
+            if self._on_error == "raise":
+                raise
+            self._failures[what] = self._failures.get(what, 0) + 1
+            if self._failures[what] == 1:
+                warnings.warn(
+                    f"{what} at step {self._step()} failed, and training goes on; if it fails again, only the number "
+                    f"of failures is told at the end. {type(error).__name__}: {error}",
+                    stacklevel=2,
+                )
+            return None
+
+    def _warn_of_nonfinite(self, report: Report, step: int) -> None:
+        for name, layer in report.layers.items():
+            counts = layer.nonfinite()
+            if counts and name not in self._broken:
+                self._broken.add(name)
+                found = ", ".join(f"{count} of `{key}`" for key, count in counts.items())
+                warnings.warn(
+                    f"Layer `{name}` has NaN or Inf in its Jacobians at step {step}: {found}. They are logged as they "
+                    "are; later ones of this layer are not warned of.",
+                    stacklevel=2,
+                )
+
+    def _step(self) -> int:
+        """The optimizer's iteration count, or the batches seen if a custom `train_step` does not use that optimizer."""
+        start = self._start or 0
+        iterations = self._iterations()
+        accumulated = getattr(getattr(self.model, "optimizer", None), "gradient_accumulation_steps", None) or 1
+        if iterations is None or (iterations == start and self._done >= 2 * accumulated):
+            return start + self._done
+        return iterations
+
+    def _iterations(self) -> int | None:
+        iterations = getattr(getattr(self.model, "optimizer", None), "iterations", None)
+        return None if iterations is None else int(keras.ops.convert_to_numpy(iterations))
