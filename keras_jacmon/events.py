@@ -29,7 +29,12 @@ class EventWriter:
         check_writable(log_dir, self.directory)
 
     def write(self, report: Report, step: int) -> None:
-        """Writes a report and flushes, so that a killed training loses nothing that was measured."""
+        """Writes a report and flushes, so that a killed training loses nothing that was measured.
+
+        Raises:
+            OSError: If the directory is gone; the next report begins a new file.
+            tf.errors.OpError: If TensorFlow cannot write, e.g. to a full disk.
+        """
         if self._writer is None:
             self._writer = tf.summary.create_file_writer(self.directory)
         # `record_if`: another callback's `TensorBoard(update_freq=...)` switches summaries off between its own.
@@ -37,6 +42,10 @@ class EventWriter:
             for name, layer in report.layers.items():
                 _write_layer(name, layer)
         self._writer.flush()
+        # A removed file is still open: TensorFlow would go on writing to nowhere, without an error.
+        if not tf.io.gfile.exists(self.directory):
+            self.close()
+            raise FileNotFoundError(f"{self.directory} was removed, and the events in it are lost")
 
     def close(self) -> None:
         """Closes the event file; a later `write` begins another one in the same directory."""

@@ -58,6 +58,8 @@ def record_calls(
         count = counts.get(item.name, 0)
         counts[item.name] = count + 1
         name = f"{item.name}:{count}" if count else item.name
+        # Read now: the states of a stateful layer are variables, which the model has moved on once it has run.
+        states = keras.tree.map_structure(lambda state: tf.identity(tf.convert_to_tensor(state)), states)
         calls.append(RecurrentCall(name, item.layer, inputs, states, _as_mask(mask)))
 
     observable = []
