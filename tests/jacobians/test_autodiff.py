@@ -1,0 +1,235 @@
+"""Laws of the operator of `state_jacobian`, each held for every cell and every view."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from helpers import (
+    BY_ID,
+    CASES,
+    VIEWS,
+    Case,
+    CounterCell,
+    LinearCell,
+    StraightThroughCell,
+    make_step,
+    normal,
+    step_jacobians,
+)
+
+from keras_jacmon import state_jacobian
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+TOLERANCE: Any = {"rtol": 1e-5, "atol": 1e-6}
+
+every_cell = pytest.mark.parametrize("case", CASES, ids=str)
+every_view = pytest.mark.parametrize("view", VIEWS)
+some_cells = pytest.mark.parametrize(
+    "case",
+    [BY_ID[name] for name in ("lstm", "gru_reset_before", "unequal_states", "while_loop", "conv_lstm_1d", "counter")],
+    ids=str,
+)
+
+
+@cache
+def step_and_reference(case: Case) -> tuple[Any, Any, Any, dict[str, NDArray[np.floating[Any]]]]:
+    cell, inputs, states = make_step(case)
+    return cell, inputs, states, step_jacobians(cell, inputs, states)[0]
+
+
+def operator_and_reference(case: Case, view: str) -> tuple[Any, NDArray[np.floating[Any]]]:
+    cell, inputs, states, expected = step_and_reference(case)
+    return state_jacobian(cell, inputs, states, view=view), expected[view]
+
+
+@every_view
+@every_cell
+def test_dense_is_the_batch_jacobian(case: Case, view: str) -> None:
+    J, expected = operator_and_reference(case, view)
+    assert isinstance(J, tf.linalg.LinearOperator)
+    assert tuple(J.shape) == expected.shape
+    assert J.dtype == tf.float32
+    np.testing.assert_allclose(J.to_dense().numpy(), expected, **TOLERANCE, strict=True)
+
+
+@every_view
+@every_cell
+def test_columns_are_products_with_basis_vectors(case: Case, view: str) -> None:
+    J, expected = operator_and_reference(case, view)
+    rows, _, old = expected.shape
+    for k in range(old):
+        column = J.matvec(tf.one_hot(tf.fill((rows,), k), old))
+        np.testing.assert_allclose(column.numpy(), expected[:, :, k], **TOLERANCE, strict=True)
+
+
+@every_view
+@every_cell
+def test_rows_are_adjoint_products_with_basis_vectors(case: Case, view: str) -> None:
+    J, expected = operator_and_reference(case, view)
+    rows, new, _ = expected.shape
+    for i in range(new):
+        row = J.matvec(tf.one_hot(tf.fill((rows,), i), new), adjoint=True)
+        np.testing.assert_allclose(row.numpy(), expected[:, i], **TOLERANCE, strict=True)
+
+
+@every_view
+@every_cell
+def test_the_adjoint_moves_to_the_other_side_of_a_dot_product(case: Case, view: str) -> None:
+    J, expected = operator_and_reference(case, view)
+    rows, new, old = expected.shape
+    u, v = normal(rows, new, seed=1), normal(rows, old, seed=2)
+    left = np.sum(u * J.matvec(v).numpy(), axis=-1)
+    right = np.sum(J.matvec(u, adjoint=True).numpy() * v, axis=-1)
+    np.testing.assert_allclose(left, right, rtol=1e-4, atol=1e-5, strict=True)
+    np.testing.assert_allclose(left, np.einsum("bi,bik,bk->b", u, expected, v), rtol=1e-4, atol=1e-5, strict=True)
+
+
+@every_view
+@some_cells
+def test_several_vectors_at_once(case: Case, view: str) -> None:
+    J, expected = operator_and_reference(case, view)
+    rows, new, old = expected.shape
+    U, V = normal(rows, new, 5, seed=1), normal(rows, old, 5, seed=2)
+    np.testing.assert_allclose(J.matmul(V).numpy(), expected @ V, **TOLERANCE, strict=True)
+    transposed = np.swapaxes(expected, -2, -1)
+    np.testing.assert_allclose(J.matmul(U, adjoint=True).numpy(), transposed @ U, **TOLERANCE, strict=True)
+
+
+@every_view
+@some_cells
+def test_the_operator_works_inside_a_graph(case: Case, view: str) -> None:
+    cell, inputs, states, references = step_and_reference(case)
+    expected = references[view]
+    rows, new, old = expected.shape
+    u, v = normal(rows, new, seed=1), normal(rows, old, seed=2)
+
+    @tf.function
+    def graph(inputs: Any, states: Any) -> tuple[Any, Any, Any]:
+        J = state_jacobian(cell, inputs, states, view=view)
+        return J.to_dense(), J.matvec(v), J.matvec(u, adjoint=True)
+
+    dense, forward, backward = graph(inputs, states)
+    np.testing.assert_allclose(dense.numpy(), expected, **TOLERANCE, strict=True)
+    np.testing.assert_allclose(forward.numpy(), np.einsum("bik,bk->bi", expected, v), **TOLERANCE, strict=True)
+    np.testing.assert_allclose(backward.numpy(), np.einsum("bik,bi->bk", expected, u), **TOLERANCE, strict=True)
+
+
+def test_a_graph_without_a_known_number_of_rows() -> None:
+    cell, inputs, states = make_step(BY_ID["lstm"], rows=5)
+    expected = step_jacobians(cell, inputs, states)[0]["joint"]
+
+    @tf.function(input_signature=[tf.TensorSpec((None, 2)), [tf.TensorSpec((None, 4)), tf.TensorSpec((None, 4))]])
+    def graph(inputs: Any, states: Any) -> Any:
+        return state_jacobian(cell, inputs, states, view="joint").to_dense()
+
+    np.testing.assert_allclose(graph(inputs, states).numpy(), expected, **TOLERANCE, strict=True)
+
+
+@every_view
+def test_one_row(view: str) -> None:
+    cell, inputs, states = make_step(BY_ID["gru_reset_after"], rows=1)
+    expected = step_jacobians(cell, inputs, states)[0][view]
+    dense = state_jacobian(cell, inputs, states, view=view).to_dense().numpy()
+    np.testing.assert_allclose(dense, expected, **TOLERANCE, strict=True)
+
+
+def test_orientation_of_a_2x2_cell() -> None:
+    # h_t = h_{t-1} @ U, so d h_t[i] / d h_{t-1}[k] = U[k, i]; d h_t[i] / d x_t[k] = W[k, i] (2 new, 3 old).
+    cell = LinearCell([[1.0, 2.0], [3.0, 4.0]], [[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])
+    inputs, states = tf.zeros((1, 3)), [tf.zeros((1, 2))]
+    hidden = state_jacobian(cell, inputs, states)
+    one_zero = np.array([[1.0, 0.0]], np.float32)
+    np.testing.assert_array_equal(hidden.to_dense().numpy(), np.array([[[1, 3], [2, 4]]], np.float32), strict=True)
+    np.testing.assert_array_equal(hidden.matvec(one_zero).numpy(), np.array([[1, 2]], np.float32), strict=True)
+    adjoint = hidden.matvec(one_zero, adjoint=True)
+    np.testing.assert_array_equal(adjoint.numpy(), np.array([[1, 3]], np.float32), strict=True)
+    through_inputs = state_jacobian(cell, inputs, states, view="inputs").to_dense()
+    np.testing.assert_array_equal(through_inputs.numpy(), np.array([[[1, 3, 5], [2, 4, 6]]], np.float32), strict=True)
+
+
+def test_the_default_view_is_hidden() -> None:
+    cell, inputs, states = make_step(BY_ID["lstm"])
+    assert tuple(state_jacobian(cell, inputs, states).shape) == (3, 4, 4)
+
+
+def test_states_of_the_joint_view_stand_in_their_order() -> None:
+    cell, inputs, states = make_step(BY_ID["unequal_states"])
+    hidden = state_jacobian(cell, inputs, states).to_dense().numpy()
+    joint = state_jacobian(cell, inputs, states, view="joint").to_dense().numpy()
+    np.testing.assert_allclose(joint[:, :3, :3], hidden, **TOLERANCE, strict=True)
+    # m_t = m_{t-1} / 2 + ...
+    np.testing.assert_allclose(joint[:, 3:, 3:], np.tile(0.5 * np.eye(5, dtype=np.float32), (3, 1, 1)), atol=1e-6)
+
+
+def test_a_custom_gradient_is_respected() -> None:
+    # A rounded state has derivative zero almost everywhere; the custom gradient says 2 (1 - tanh²) Uᵀ, here 2 at h = 0.
+    cell = StraightThroughCell(2)
+    inputs, states = tf.zeros((1, 1)), [tf.zeros((1, 2))]
+    cell(inputs, states)
+    cell.recurrent_kernel.assign([[1.0, 2.0], [3.0, 4.0]])
+    J = state_jacobian(cell, inputs, states)
+    np.testing.assert_allclose(J.to_dense().numpy(), np.array([[[2, 6], [4, 8]]], np.float32), rtol=1e-6, strict=True)
+    forward = J.matvec(np.array([[1.0, 0.0]], np.float32))
+    np.testing.assert_allclose(forward.numpy(), np.array([[2, 4]], np.float32), rtol=1e-6, strict=True)
+
+
+@pytest.mark.parametrize("counter_first", [False, True], ids=["counter_last", "counter_first"])
+def test_an_integer_state_is_no_part_of_the_jacobian(*, counter_first: bool) -> None:
+    cell = CounterCell(4, counter_first=counter_first)
+    inputs, h, count = normal(3, 2), tf.convert_to_tensor(normal(3, 4)), tf.fill((3, 1), 2)
+    states = [count, h] if counter_first else [h, count]
+    cell(inputs, states)
+    expected = step_jacobians(cell, inputs, states)[0]["hidden"]
+    for view in ("hidden", "joint"):
+        dense = state_jacobian(cell, inputs, states, view=view).to_dense()
+        np.testing.assert_allclose(dense.numpy(), expected, **TOLERANCE, strict=True)
+
+
+@pytest.mark.parametrize("view", ["hidden", "joint"])
+def test_one_tensor_for_both_states(view: str) -> None:
+    # The tape must not add up the derivatives with respect to both.
+    cell, inputs, (h, _) = make_step(BY_ID["lstm"])
+    expected = step_jacobians(cell, inputs, [h, h])[0][view]
+    J = state_jacobian(cell, inputs, [h, h], view=view)
+    np.testing.assert_allclose(J.to_dense().numpy(), expected, **TOLERANCE, strict=True)
+    v = normal(3, expected.shape[2])
+    np.testing.assert_allclose(J.matvec(v).numpy(), np.einsum("bik,bk->bi", expected, v), **TOLERANCE, strict=True)
+
+
+def test_double_precision() -> None:
+    cell = keras.layers.GRUCell(4, dtype="float64")
+    inputs, states = tf.constant(normal(3, 2), tf.float64), [tf.constant(normal(3, 4), tf.float64)]
+    cell(inputs, states)
+    dense = state_jacobian(cell, inputs, states).to_dense()
+    np.testing.assert_allclose(
+        dense.numpy(), step_jacobians(cell, inputs, states)[0]["hidden"], rtol=1e-12, strict=True
+    )
+
+
+def test_a_cell_without_weights_yet_gets_them() -> None:
+    cell = keras.layers.LSTMCell(4)
+    J = state_jacobian(cell, normal(3, 2), [normal(3, 4), normal(3, 4)])
+    expected = step_jacobians(cell, normal(3, 2), [tf.constant(normal(3, 4))] * 2)[0]["hidden"]
+    assert len(cell.weights) == 3
+    np.testing.assert_allclose(J.to_dense().numpy(), expected, **TOLERANCE, strict=True)
+
+
+def test_dropout_is_off_and_its_seed_does_not_move() -> None:
+    cell, inputs, states = make_step(BY_ID["dropout_lstm"])
+    before = cell.seed_generator.state.numpy()
+    J = state_jacobian(cell, inputs, states)
+    np.testing.assert_array_equal(J.to_dense().numpy(), J.to_dense().numpy(), strict=True)
+    np.testing.assert_array_equal(cell.seed_generator.state.numpy(), before, strict=True)
+
+
+def test_an_unknown_view_is_named() -> None:
+    cell, inputs, states = make_step(BY_ID["lstm"])
+    with pytest.raises(ValueError, match=r"^Invalid value for argument `view`\. Expected .*Received: view='hiden'$"):
+        state_jacobian(cell, inputs, states, view="hiden")

@@ -1,0 +1,213 @@
+"""`variance` and `rms_singular_value`, on dense operators, against NumPy and the known values of random matrices."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import helpers
+import numpy as np
+import pytest
+import tensorflow as tf
+from helpers import normal
+
+from keras_jacmon.measures.moments import rms_singular_value, variance
+from keras_jacmon.measures.registry import Options
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from numpy.typing import NDArray
+
+OPTIONS = Options(seed=0, tolerance=1e-2, max_entries=2**26)
+both = pytest.mark.parametrize(
+    ("measure", "reference"),
+    [(variance, helpers.variance), (rms_singular_value, helpers.rms_singular_value)],
+    ids=["variance", "rms_singular_value"],
+)
+
+
+def full(J: Any) -> tf.linalg.LinearOperatorFullMatrix:
+    return tf.linalg.LinearOperatorFullMatrix(tf.convert_to_tensor(J))
+
+
+def exact(measure: Callable[..., Any], J: NDArray[Any]) -> NDArray[Any]:
+    measured = measure(full(J), OPTIONS)
+    assert measured.uncertainty is None
+    value: NDArray[Any] = measured.value.numpy()
+    assert value.shape == J.shape[:1]
+    return value
+
+
+def orthogonal(rows: int, n: int, seed: int = 0) -> NDArray[np.float32]:
+    return np.linalg.qr(normal(rows, n, n, seed=seed))[0].astype(np.float32)
+
+
+@both
+@pytest.mark.parametrize("n", [1, 2, 5, 32, 129])
+@pytest.mark.parametrize("rows", [1, 7])
+def test_equal_to_numpy(measure: Any, reference: Any, rows: int, n: int) -> None:
+    J = normal(rows, n, n)
+    np.testing.assert_allclose(exact(measure, J), reference(J).astype(np.float32), rtol=1e-5, atol=1e-7, strict=True)
+
+
+@both
+def test_equal_to_numpy_in_double_precision(measure: Any, reference: Any) -> None:
+    J = normal(3, 8, 8).astype(np.float64)
+    np.testing.assert_allclose(exact(measure, J), reference(J), rtol=1e-12, strict=True)
+
+
+@both
+def test_equal_to_numpy_inside_a_graph(measure: Any, reference: Any) -> None:
+    J = normal(3, 8, 8)
+    value = tf.function(lambda matrix: measure(full(matrix), OPTIONS).value)(J)
+    np.testing.assert_allclose(value.numpy(), reference(J).astype(np.float32), rtol=1e-5, strict=True)
+
+
+@both
+@pytest.mark.parametrize("scale", [1e-12, 1e12])
+def test_equal_to_numpy_at_every_scale(measure: Any, reference: Any, scale: float) -> None:
+    J = normal(3, 8, 8) * np.float32(scale)
+    np.testing.assert_allclose(exact(measure, J), reference(J).astype(np.float32), rtol=1e-5, strict=True)
+
+
+def test_a_large_mean_does_not_drown_the_variance() -> None:
+    # E[J²] - E[J]² in float32 would lose all digits here.
+    J = 10.0 + 0.01 * normal(4, 32, 32)
+    np.testing.assert_allclose(exact(variance, J), helpers.variance(J).astype(np.float32), rtol=1e-4, strict=True)
+
+
+def test_variance_is_blind_to_the_mean_and_rms_is_not() -> None:
+    J = np.full((2, 4, 4), 0.5, np.float32)
+    np.testing.assert_allclose(exact(variance, J), np.zeros(2, np.float32), atol=1e-7, strict=True)
+    np.testing.assert_allclose(exact(rms_singular_value, J), np.full(2, 1.0, np.float32), rtol=1e-6, strict=True)
+
+
+@pytest.mark.parametrize("n", [1, 2, 33])
+def test_an_orthogonal_matrix_keeps_norms(n: int) -> None:
+    for J in (orthogonal(3, n), np.tile(np.eye(n, dtype=np.float32), (3, 1, 1))):
+        np.testing.assert_allclose(exact(rms_singular_value, J), np.ones(3, np.float32), rtol=1e-6, strict=True)
+        mean = J.astype(np.float64).mean(axis=(1, 2))
+        np.testing.assert_allclose(exact(variance, J), (1 - n * mean**2).astype(np.float32), atol=1e-6, strict=True)
+
+
+@both
+def test_zero_is_zero(measure: Any, reference: Any) -> None:
+    J = np.zeros((2, 5, 5), np.float32)
+    np.testing.assert_array_equal(exact(measure, J), reference(J).astype(np.float32), strict=True)
+
+
+def test_rank_one() -> None:
+    u, v = normal(3, 6, seed=1), normal(3, 6, seed=2)
+    norms = np.linalg.norm(u, axis=1) * np.linalg.norm(v, axis=1) / np.sqrt(6)
+    actual = exact(rms_singular_value, u[:, :, None] * v[:, None, :])
+    np.testing.assert_allclose(actual, norms.astype(np.float32), rtol=1e-5, strict=True)
+
+
+@both
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_bad_row_does_not_disturb_the_others(measure: Any, reference: Any, bad: float) -> None:
+    J = normal(4, 5, 5)
+    J[1, 2, 3] = bad
+    actual = exact(measure, J)
+    assert not np.isfinite(actual[1])
+    good = [0, 2, 3]
+    np.testing.assert_allclose(actual[good], reference(J[good]).astype(np.float32), rtol=1e-5, strict=True)
+
+
+# (variance, its spread from one 64 x 64 matrix to the next): ground_truths.md.
+ENSEMBLES = {
+    "gaussian": (1.0, 0.022),
+    "gaussian_relu": (0.5, 0.063),
+    "he_relu": (1.0, 0.13),
+    "orthogonal_relu": (1.0, 0.12),
+}
+
+
+def ensemble(name: str, rows: int, n: int = 64) -> NDArray[np.float32]:
+    W = normal(rows, n, n, seed=4, scale=1 / np.sqrt(n))
+    mask = (normal(rows, n, 1, seed=5) > 0).astype(np.float32)
+    return {
+        "gaussian": W,
+        "gaussian_relu": mask * W,
+        "he_relu": np.float32(np.sqrt(2)) * mask * W,
+        "orthogonal_relu": np.float32(np.sqrt(2)) * mask * orthogonal(rows, n, seed=6),
+    }[name]
+
+
+@pytest.mark.parametrize("name", ENSEMBLES)
+def test_random_matrices_have_their_known_variance(name: str) -> None:
+    mean, spread = ENSEMBLES[name]
+    values = exact(variance, ensemble(name, rows=100))
+    assert abs(values.mean() - mean) < 4 * spread / np.sqrt(100)
+    assert 0.75 * spread < values.std(ddof=1) < 1.3 * spread
+
+
+# Estimates -------------------------------------------------------------------------------------------
+
+
+def estimate(measure: Any, J: NDArray[Any], seed: int, max_entries: int = 1) -> Any:
+    return measure(full(J), Options(seed=seed, tolerance=1e-2, max_entries=max_entries))
+
+
+@both
+def test_estimates_begin_above_max_entries(measure: Any, reference: Any) -> None:
+    J = normal(3, 6, 6)
+    at_the_limit, above = estimate(measure, J, 0, J.size), estimate(measure, J, 0, J.size - 1)
+    assert at_the_limit.uncertainty is None
+    np.testing.assert_allclose(at_the_limit.value.numpy(), reference(J), rtol=1e-5)
+    assert above.uncertainty.shape == above.value.shape == (3,)
+    assert np.all(above.uncertainty.numpy() > 0)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: normal(4, 24, 24, scale=0.2),
+        lambda: normal(4, 24, 24, scale=0.2) + np.float32(0.3),
+        lambda: np.tile(np.diag(np.linspace(0, 2, 24)).astype(np.float32), (4, 1, 1)),
+    ],
+    ids=["gaussian", "with_mean", "diagonal"],
+)
+def test_an_estimated_variance_is_unbiased(make: Any) -> None:
+    J = make()
+    runs = [estimate(variance, J, seed) for seed in range(60)]
+    # Rows of one run may share their random vectors, runs do not.
+    errors = np.stack([run.value.numpy() - helpers.variance(J) for run in runs])
+    means = errors.mean(axis=1)
+    if np.ptp(errors) > 1e-5:
+        assert abs(means.mean()) < 4 * means.std(ddof=1) / np.sqrt(len(runs))
+        reported = np.sqrt(np.mean([np.square(run.uncertainty.numpy()) for run in runs]))
+        assert 0.6 < errors.std() / reported < 1.6
+    else:
+        np.testing.assert_allclose(errors, np.zeros_like(errors), atol=1e-5)
+
+
+def test_an_estimated_mean_square_gain_is_unbiased() -> None:
+    J = normal(4, 24, 24, scale=0.2)
+    runs = [estimate(rms_singular_value, J, seed) for seed in range(60)]
+    errors = np.stack([np.square(run.value.numpy()) - helpers.rms_singular_value(J) ** 2 for run in runs])
+    means = errors.mean(axis=1)
+    assert abs(means.mean()) < 4 * means.std(ddof=1) / np.sqrt(len(runs))
+    deviations = np.stack([run.value.numpy() - helpers.rms_singular_value(J) for run in runs])
+    reported = np.sqrt(np.mean([np.square(run.uncertainty.numpy()) for run in runs]))
+    assert 0.6 < deviations.std() / reported < 1.6
+
+
+@both
+def test_the_seed_decides_the_estimate(measure: Any, reference: Any) -> None:
+    J = normal(3, 24, 24)
+    first, again, other = (estimate(measure, J, seed).value.numpy() for seed in (1, 1, 2))
+    np.testing.assert_array_equal(first, again, strict=True)
+    assert np.all(first != other)
+    np.testing.assert_allclose(first, reference(J), rtol=0.9)
+
+
+@both
+def test_a_bad_row_does_not_disturb_the_other_estimates(measure: Any, reference: Any) -> None:
+    J = normal(3, 24, 24)
+    clean = estimate(measure, J, 1).value.numpy()
+    J[1, 0, 0] = np.nan
+    actual = estimate(measure, J, 1).value.numpy()
+    assert np.isnan(actual[1])
+    np.testing.assert_allclose(actual[[0, 2]], clean[[0, 2]], rtol=1e-6, strict=True)
+    assert np.isnan(reference(J)[1])

@@ -1,0 +1,180 @@
+"""`spectral_norm`, on dense operators, against LAPACK and the known values of random matrices."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import helpers
+import numpy as np
+import pytest
+import tensorflow as tf
+from helpers import normal
+
+from keras_jacmon.measures.registry import Options
+from keras_jacmon.measures.spectrum import spectral_norm
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+
+def measured(J: NDArray[Any], tolerance: float = 1e-2, seed: int = 0) -> NDArray[Any]:
+    """The value; on the way, the residual is held to be one: some singular value is as near to the value as it says."""
+    operator = tf.linalg.LinearOperatorFullMatrix(tf.convert_to_tensor(J))
+    result = spectral_norm(operator, Options(seed=seed, tolerance=tolerance, max_entries=2**26))
+    value: NDArray[Any] = result.value.numpy()
+    assert value.shape == J.shape[:1]
+    if result.uncertainty is not None:
+        finite = np.isfinite(value)
+        spectrum = np.linalg.svd(J[finite].astype(np.float64), compute_uv=False)
+        residual = result.uncertainty.numpy()[finite]
+        distance = np.min(np.abs(spectrum - value[finite, None]), axis=1)
+        assert np.all(distance <= residual + 2e-5 * spectrum[:, 0])
+        assert np.all(residual <= (tolerance + 2e-5) * value[finite])
+    return value
+
+
+def diagonal(*values: float) -> NDArray[np.float32]:
+    return np.diag(values).astype(np.float32)[None]
+
+
+def orthogonal(rows: int, n: int, seed: int = 0) -> NDArray[np.float32]:
+    return np.linalg.qr(normal(rows, n, n, seed=seed))[0].astype(np.float32)
+
+
+@pytest.mark.parametrize("n", [1, 2, 5, 32, 129])
+@pytest.mark.parametrize("tolerance", [1e-1, 1e-2, 1e-4])
+def test_equal_to_lapack_within_the_tolerance(n: int, tolerance: float) -> None:
+    J = normal(7, n, n, scale=1 / np.sqrt(n))
+    np.testing.assert_allclose(measured(J, tolerance), helpers.spectral_norm(J), rtol=tolerance + 1e-5)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_equal_to_lapack_for_every_seed(seed: int) -> None:
+    J = normal(20, 64, 64)
+    np.testing.assert_allclose(measured(J, seed=seed), helpers.spectral_norm(J), rtol=1e-2)
+
+
+def test_a_row_alone_is_as_exact_as_a_row_among_others() -> None:
+    # Without neighbours that keep the iteration going it must not stop at the second singular value.
+    J = normal(40, 64, 64)
+    alone = np.concatenate([measured(J[row : row + 1]) for row in range(len(J))])
+    np.testing.assert_allclose(alone, helpers.spectral_norm(J), rtol=1e-2)
+
+
+@pytest.mark.parametrize("n", [4, 8, 16])
+def test_small_matrices_are_as_exact_as_large_ones(n: int) -> None:
+    J = normal(300, n, n)
+    graph = tf.function(
+        lambda J, seed: (
+            spectral_norm(
+                tf.linalg.LinearOperatorFullMatrix(J), Options(seed=seed, tolerance=1e-2, max_entries=2**26)
+            ).value
+        )
+    )
+    alone = np.concatenate([graph(J[row : row + 1], tf.constant(row % 7)).numpy() for row in range(len(J))])
+    np.testing.assert_allclose(alone, helpers.spectral_norm(J), rtol=1e-2)
+
+
+def test_the_seed_decides_the_value() -> None:
+    J = normal(3, 64, 64)
+    np.testing.assert_array_equal(measured(J, seed=1), measured(J, seed=1), strict=True)
+
+
+def test_equal_to_lapack_inside_a_graph() -> None:
+    J = normal(4, 16, 16)
+
+    @tf.function(input_signature=[tf.TensorSpec((None, 16, 16))])
+    def graph(matrix: Any) -> Any:
+        operator = tf.linalg.LinearOperatorFullMatrix(matrix)
+        return spectral_norm(operator, Options(seed=0, tolerance=1e-2, max_entries=2**26)).value
+
+    np.testing.assert_allclose(graph(J).numpy(), helpers.spectral_norm(J), rtol=1e-2)
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1e-6, 1e6, 1e12])
+def test_equal_to_lapack_at_every_scale(scale: float) -> None:
+    J = normal(4, 16, 16) * np.float32(scale)
+    np.testing.assert_allclose(measured(J), helpers.spectral_norm(J), rtol=1e-2)
+
+
+@pytest.mark.parametrize("n", [1, 2, 33])
+def test_an_orthogonal_matrix_has_norm_one(n: int) -> None:
+    np.testing.assert_allclose(measured(orthogonal(3, n)), np.ones(3, np.float32), rtol=1e-5, strict=True)
+    identity = np.tile(np.eye(n, dtype=np.float32), (3, 1, 1))
+    np.testing.assert_allclose(measured(identity), np.ones(3, np.float32), rtol=1e-5, strict=True)
+
+
+def test_zero_is_zero() -> None:
+    np.testing.assert_array_equal(measured(np.zeros((2, 5, 5), np.float32)), np.zeros(2, np.float32), strict=True)
+
+
+def test_rank_one() -> None:
+    u, v = normal(3, 6, seed=1), normal(3, 6, seed=2)
+    expected = np.linalg.norm(u, axis=1) * np.linalg.norm(v, axis=1)
+    actual = measured(u[:, :, None] * v[:, None, :])
+    np.testing.assert_allclose(actual, expected.astype(np.float32), rtol=1e-5, strict=True)
+
+
+def test_singular_vectors_that_a_start_with_ones_would_miss() -> None:
+    v = np.array([1.0, -1.0, 1.0, -1.0], np.float32) / 2
+    J = (3 * np.outer(v, v) + 0.5 * np.outer(np.abs(v), np.abs(v)))[None].astype(np.float32)
+    np.testing.assert_allclose(measured(J), np.array([3.0], np.float32), rtol=1e-2, strict=True)
+
+
+@pytest.mark.parametrize(
+    ("J", "expected"),
+    [
+        (diagonal(2, 2, 2, 1), 2.0),
+        (diagonal(2, 1.999, 1.998, 1, 0.5, 0), 2.0),
+        (diagonal(*[1.0] * 30, 1.5, 1.5), 1.5),
+        (diagonal(0, 0, 0, 5), 5.0),
+        (diagonal(-3, 1, 2), 3.0),
+        (diagonal(1e-3, 1e3), 1e3),
+        (np.eye(6, k=1, dtype=np.float32)[None], 1.0),
+        (np.triu(np.ones((1, 2, 2), np.float32)), (1 + np.sqrt(5)) / 2),
+    ],
+    ids=["repeated", "clustered", "two_above_a_bulk", "one_direction", "negative", "wide", "nilpotent", "shear"],
+)
+def test_spectra_that_are_hard_to_iterate(J: NDArray[np.float32], expected: float) -> None:
+    np.testing.assert_allclose(measured(J), np.array([expected], np.float32), rtol=1e-2, strict=True)
+
+
+def test_rows_of_different_kinds_at_once() -> None:
+    J = np.concatenate(
+        [normal(1, 5, 5), np.zeros((1, 5, 5), np.float32), diagonal(1, 1, 1, 1, 1), diagonal(9, 0, 0, 0, 0)]
+    )
+    np.testing.assert_allclose(measured(J), helpers.spectral_norm(J), rtol=1e-2, atol=1e-7)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_bad_row_does_not_disturb_the_others(bad: float) -> None:
+    J = normal(4, 12, 12)
+    J[1, 2, 3] = bad
+    actual = measured(J)
+    assert not np.isfinite(actual[1])
+    good = [0, 2, 3]
+    np.testing.assert_allclose(actual[good], helpers.spectral_norm(J[good]), rtol=1e-2)
+
+
+def test_all_rows_bad() -> None:
+    assert np.isnan(measured(np.full((2, 5, 5), np.nan, np.float32))).all()
+
+
+@pytest.mark.parametrize(("n", "mean", "spread"), [(32, 1.909, 0.083), (64, 1.944, 0.051), (128, 1.964, 0.032)])
+def test_gaussian_matrices_have_their_known_norm(n: int, mean: float, spread: float) -> None:
+    values = measured(normal(60, n, n, scale=1 / np.sqrt(n)), tolerance=1e-3)
+    # 300, 200 and 100 draws made the table.
+    assert abs(values.mean() - mean) < 4 * spread * np.sqrt(1 / 60 + 1 / 100)
+
+
+def test_masked_gaussian_matrices_have_their_known_norm() -> None:
+    mask = (normal(60, 64, 1, seed=5) > 0).astype(np.float32)
+    values = measured(mask * normal(60, 64, 64, scale=1 / 8), tolerance=1e-3)
+    # The table gives no spread for it; that of 60 draws is known from the draws themselves.
+    assert abs(values.mean() - 1.650) < 4 * values.std(ddof=1) * np.sqrt(1 / 60 + 1 / 200)
+
+
+def test_masked_orthogonal_matrices_have_norm_root_two() -> None:
+    mask = (normal(10, 64, 1, seed=5) > 0).astype(np.float32)
+    actual = measured(np.float32(np.sqrt(2)) * mask * orthogonal(10, 64))
+    np.testing.assert_allclose(actual, np.full(10, np.sqrt(2), np.float32), rtol=1e-4, strict=True)
