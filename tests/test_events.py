@@ -1,0 +1,228 @@
+"""What stands in the event files, read back."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from event_files import Summary, names, read_summaries
+from helpers import WeightedCell, normal
+
+from keras_jacmon import JacobianMonitor
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+MEASURES = ("variance", "rms_singular_value", "spectral_norm")
+BATCH, STEPS, FEATURES = 4, 5, 2
+X, Y = normal(16, STEPS, FEATURES, seed=1), normal(16, 1, seed=2)
+PROBE = normal(BATCH, STEPS, FEATURES, seed=3)
+
+
+def make_model(*layers: Any) -> Any:
+    keras.utils.set_random_seed(5)
+    model = keras.Sequential([keras.Input((STEPS, FEATURES)), *layers, keras.layers.Dense(1)])
+    model.compile("sgd", "mse")
+    return model
+
+
+def fit(model: Any, *callbacks: Any, epochs: int = 2) -> Any:
+    return model.fit(X, Y, batch_size=4, epochs=epochs, verbose=0, shuffle=False, callbacks=list(callbacks))
+
+
+def expected_tags(*measured: str) -> set[tuple[str, str]]:
+    """The tags promised for each `<layer>/<measure>`."""
+    return {("jacobian", f"{tag}{suffix}") for tag in measured for suffix in ("", "/min", "/max", "/histogram")}
+
+
+def all_measures(layer: str, *views: str) -> list[str]:
+    return [f"{layer}/{view}{measure}" for view in views for measure in MEASURES]
+
+
+def by_tag(summaries: list[Summary], tag: str) -> list[Summary]:
+    return [summary for summary in summaries if summary.tag == tag]
+
+
+def test_tags_of_a_one_state_cell(tmp_path: Path) -> None:
+    fit(make_model(keras.layers.GRU(3, name="gru")), JacobianMonitor(PROBE, log_dir=tmp_path))
+    assert names(read_summaries(tmp_path)) == expected_tags(*all_measures("gru", ""))
+
+
+def test_tags_of_a_two_state_cell(tmp_path: Path) -> None:
+    fit(make_model(keras.layers.LSTM(3, name="lstm")), JacobianMonitor(PROBE, log_dir=str(tmp_path)))
+    assert names(read_summaries(tmp_path)) == expected_tags(*all_measures("lstm", "", "joint/"))
+
+
+def test_tags_of_nested_layers(tmp_path: Path) -> None:
+    layers = [
+        keras.layers.Bidirectional(keras.layers.SimpleRNN(3, return_sequences=True, name="rnn"), name="both"),
+        keras.layers.LSTM(2, name="lstm"),
+    ]
+    fit(make_model(*layers), JacobianMonitor(PROBE, log_dir=tmp_path))
+    assert names(read_summaries(tmp_path)) == expected_tags(
+        *all_measures("both/forward_rnn", ""),
+        *all_measures("both/backward_rnn", ""),
+        *all_measures("lstm", "", "joint/"),
+    )
+
+
+def test_only_the_named_layers_and_measures(tmp_path: Path) -> None:
+    model = make_model(keras.layers.LSTM(3, return_sequences=True, name="first"), keras.layers.GRU(3, name="second"))
+    fit(model, JacobianMonitor(PROBE, layers=["first"], measures=["variance"], log_dir=tmp_path))
+    assert names(read_summaries(tmp_path)) == expected_tags("first/variance", "first/joint/variance")
+
+
+def test_values_are_those_of_the_reports(tmp_path: Path) -> None:
+    monitor = JacobianMonitor(PROBE, log_dir=tmp_path, update_freq=3)
+    fit(make_model(keras.layers.LSTM(3, name="lstm")), monitor)
+    summaries = read_summaries(tmp_path)
+    for key in (f"{view}{measure}" for view in ("", "joint/") for measure in MEASURES):
+        reduce: dict[str, Any] = {"": np.mean, "/min": np.min, "/max": np.max}
+        for suffix, over_time in reduce.items():
+            written = by_tag(summaries, f"lstm/{key}{suffix}")
+            assert {summary.plugin for summary in written} == {"scalars"}
+            assert [summary.step for summary in written] == [step for step, _ in monitor.reports] == [0, 3, 6, 8]
+            values = [over_time(report["lstm"][key].mean(axis=1)) for _, report in monitor.reports]
+            np.testing.assert_allclose([float(summary.value) for summary in written], values, rtol=1e-6)
+
+
+def test_histogram_is_over_steps_and_samples(tmp_path: Path) -> None:
+    monitor = JacobianMonitor(PROBE, log_dir=tmp_path)
+    fit(make_model(keras.layers.GRU(3, name="gru")), monitor)
+    written = by_tag(read_summaries(tmp_path), "gru/variance/histogram")
+    assert {summary.plugin for summary in written} == {"histograms"}
+    assert [summary.step for summary in written] == [0, 4, 8]
+    for summary, (_, report) in zip(written, monitor.reports, strict=True):
+        left, right, count = summary.value.T
+        values = report["gru"]["variance"]
+        assert count.sum() == BATCH * STEPS
+        np.testing.assert_allclose([left[0], right[-1]], [values.min(), values.max()], rtol=1e-6)
+
+
+def test_masked_steps_are_left_out(tmp_path: Path) -> None:
+    probe = PROBE.copy()
+    probe[:, 3:] = 0.0
+    probe[0, 1:] = 0.0
+    model = make_model(keras.layers.Masking(), keras.layers.GRU(3, name="gru"))
+    monitor = JacobianMonitor(probe, log_dir=tmp_path)
+    fit(model, monitor)
+    summaries = read_summaries(tmp_path)
+    assert [summary.value[:, 2].sum() for summary in by_tag(summaries, "gru/variance/histogram")] == [10.0] * 3
+    values = monitor.reports[0][1]["gru"]["variance"]
+    assert np.isfinite(values).sum() == 10
+    over_time = np.nanmean(values[:3], axis=1)
+    for suffix, expected in (("", np.nanmean(values)), ("/min", over_time.min()), ("/max", over_time.max())):
+        first = by_tag(summaries, f"gru/variance{suffix}")[0]
+        np.testing.assert_allclose(first.value, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("order", ["tensorboard_first", "tensorboard_last"])
+@pytest.mark.parametrize("tensorboard_freq", [5, "batch", "epoch"])
+def test_another_tensorboard_callback_swallows_nothing(tmp_path: Path, order: str, tensorboard_freq: int | str) -> None:
+    fit(make_model(keras.layers.GRU(3)), keras.callbacks.TensorBoard(tmp_path / "alone", update_freq=tensorboard_freq))
+
+    monitor = JacobianMonitor(PROBE, log_dir=tmp_path / "both", update_freq="batch", measures=["variance"])
+    callbacks = [monitor, keras.callbacks.TensorBoard(tmp_path / "both", update_freq=tensorboard_freq)]
+    model = make_model(keras.layers.GRU(3, name="gru"))
+    fit(model, *(callbacks if order == "tensorboard_last" else callbacks[::-1]))
+
+    summaries = read_summaries(tmp_path / "both")
+    ours = [summary for summary in summaries if summary.directory == "jacobian"]
+    assert names(ours) == expected_tags("gru/variance")
+    for _, tag in names(ours):
+        assert [summary.step for summary in by_tag(ours, tag)] == list(range(9))
+    # TensorBoard writes what `logs` hold when its turn comes, unless it swallows the logs of an epoch itself.
+    alone = names(read_summaries(tmp_path / "alone"))
+    ours_too = order == "tensorboard_last" and ("train", "epoch_loss") in alone
+    from_logs = {("train", "epoch_gru_jac_variance")} if ours_too else set()
+    assert {name for name in names(summaries) if name[0] != "jacobian"} == alone | from_logs
+
+
+def test_nothing_else_is_written(tmp_path: Path) -> None:
+    fit(make_model(keras.layers.GRU(3)), JacobianMonitor(PROBE, log_dir=tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ["jacobian"]
+    assert len(list((tmp_path / "jacobian").iterdir())) == 1
+
+
+def test_default_log_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    fit(make_model(keras.layers.GRU(3, name="gru")), JacobianMonitor(PROBE))
+    assert names(read_summaries(tmp_path / "logs")) == expected_tags(*all_measures("gru", ""))
+
+
+def test_no_log_dir_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monitor = JacobianMonitor(PROBE, log_dir=None)
+    fit(make_model(keras.layers.GRU(3)), monitor)
+    assert len(monitor.reports) == 3
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_fit_that_fails_leaves_what_was_measured(tmp_path: Path) -> None:
+    class Stop(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+            del logs
+            if batch == 2:
+                raise RuntimeError("stop")
+
+    monitor = JacobianMonitor(PROBE, log_dir=tmp_path, update_freq="batch")
+    with pytest.raises(RuntimeError, match="stop"):
+        fit(make_model(keras.layers.GRU(3, name="gru")), monitor, Stop())
+    assert [summary.step for summary in by_tag(read_summaries(tmp_path), "gru/variance")] == [0, 1, 2, 3]
+
+
+def test_a_second_fit_goes_on(tmp_path: Path) -> None:
+    monitor = JacobianMonitor(PROBE, log_dir=tmp_path)
+    model = make_model(keras.layers.GRU(3, name="gru"))
+    fit(model, monitor)
+    fit(model, monitor, epochs=1)
+    summaries = read_summaries(tmp_path)
+    assert names(summaries) == expected_tags(*all_measures("gru", ""))
+    assert [step for step, _ in monitor.reports] == [0, 4, 8, 8, 12]
+    assert sorted(summary.step for summary in by_tag(summaries, "gru/variance")) == [0, 4, 8, 8, 12]
+
+
+def test_no_default_writer_is_left_behind(tmp_path: Path) -> None:
+    fit(make_model(keras.layers.GRU(3)), JacobianMonitor(PROBE, log_dir=tmp_path / "logs"))
+    assert not tf.summary.should_record_summaries()
+    assert tf.summary.experimental.get_step() is None
+
+
+class SquaringCell(WeightedCell):
+    """Its state overflows after a few steps: the first Jacobians are finite, the last are not."""
+
+    def call(self, inputs: Any, states: Any) -> tuple[Any, list[Any]]:
+        new_h = tf.square(100.0 + self.preactivation(inputs, states[0]))
+        return tf.zeros_like(new_h), [new_h]
+
+
+def test_partly_infinite_values(tmp_path: Path) -> None:
+    monitor = JacobianMonitor(normal(BATCH, 8, FEATURES, seed=4), log_dir=tmp_path)
+    model = keras.Sequential(
+        [keras.Input((None, FEATURES)), keras.layers.RNN(SquaringCell(3), name="rnn"), keras.layers.Dense(1)]
+    )
+    model.compile("sgd", "mse")
+    with pytest.warns(UserWarning, match="rnn"):
+        fit(model, monitor)
+    finite = np.isfinite(monitor.reports[0][1]["rnn"]["spectral_norm"])
+    assert finite[0].all()
+    assert not finite[-1].any()
+    summaries = read_summaries(tmp_path)
+    assert names(summaries) == expected_tags(*all_measures("rnn", ""))
+    assert not np.isfinite(by_tag(summaries, "rnn/spectral_norm")[0].value)
+    assert by_tag(summaries, "rnn/spectral_norm/histogram")[0].value[:, 2].sum() == finite.sum()
+
+
+def test_nan_everywhere(tmp_path: Path) -> None:
+    model = make_model(keras.layers.GRU(3, name="gru"))
+    model.set_weights([np.full_like(weight, np.nan) for weight in model.get_weights()])
+    with pytest.warns(UserWarning, match="gru"):
+        fit(model, JacobianMonitor(PROBE, log_dir=tmp_path))
+    summaries = read_summaries(tmp_path)
+    for tag in all_measures("gru", ""):
+        for suffix in ("", "/min", "/max"):
+            assert [summary.step for summary in by_tag(summaries, f"{tag}{suffix}")] == [0, 4, 8]
+            assert all(np.isnan(summary.value) for summary in by_tag(summaries, f"{tag}{suffix}"))
