@@ -1,0 +1,75 @@
+"""Watch the Jacobians of an LSTM that learns to read handwritten digits pixel by pixel.
+
+Each 8 x 8 image of scikit-learn's `load_digits` is a sequence of 64 steps of one pixel, so the class can only be told
+if something of the first rows is still in the state at the last step. The monitor shows the state-to-state Jacobians
+before, during and after training. Run it with
+
+    python examples/quickstart.py [log_dir]
+"""
+
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import keras
+import numpy as np
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from keras_jacmon import JacobianMonitor
+
+MEASURES = ("variance", "rms_singular_value", "spectral_norm")
+
+
+def load_sequences() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Returns training sequences `(images, 64, 1)`, held-out ones, and the classes of both."""
+    digits = load_digits()
+    sequences = (digits.data / 16.0).astype("float32")[..., np.newaxis]
+    train, test, train_classes, test_classes = train_test_split(
+        sequences, digits.target, test_size=300, stratify=digits.target, random_state=0
+    )
+    return train, test, train_classes, test_classes
+
+
+def written_tags(log_dir: Path) -> dict[str, set[str]]:
+    """Returns the tags found in the event files below `log_dir`, by kind."""
+    tags = defaultdict(set)
+    for directory in {file.parent for file in log_dir.rglob("*.tfevents.*")}:
+        events = EventAccumulator(str(directory))
+        events.Reload()
+        for tag in events.Tags()["tensors"]:
+            tags[events.SummaryMetadata(tag).plugin_data.plugin_name].add(tag)
+    return tags
+
+
+def main(log_dir: Path) -> None:
+    """Trains, prints what the monitor saw, and checks that it is in the event files."""
+    keras.utils.set_random_seed(0)
+    train, test, train_classes, test_classes = load_sequences()
+    probe, test, test_classes = test[:32], test[32:], test_classes[32:]
+
+    model = keras.Sequential([keras.Input((64, 1)), keras.layers.LSTM(64), keras.layers.Dense(10, "softmax")])
+    model.compile(keras.optimizers.Adam(5e-3, clipnorm=1.0), "sparse_categorical_crossentropy", metrics=["accuracy"])
+
+    monitor = JacobianMonitor(probe, log_dir=log_dir)
+    history = model.fit(train, train_classes, batch_size=32, epochs=25, callbacks=[monitor], verbose=2)
+    _, accuracy = model.evaluate(test, test_classes, verbose=0)
+
+    (first_step, before), (last_step, after) = monitor.reports[0], monitor.reports[-1]
+    print(f"\nBefore training (step {first_step}):\n{before}")
+    print(f"\nAfter training (step {last_step}):\n{after}")
+    print(f"\nAccuracy on {len(test)} images never seen in training: {accuracy:.1%}")
+    print(f"To look at it: tensorboard --logdir {log_dir}")
+
+    assert accuracy > 0.6, "guessing gives 10 %"
+    assert len(history.history["lstm_jac_joint_spectral_norm"]) == 25, "one value an epoch is in History"
+    assert all(np.isfinite(list(report.scalars().values())).all() for _, report in monitor.reports)
+    tags = written_tags(log_dir / "jacobian")
+    measured = {f"lstm/{view}{measure}" for view in ("", "joint/") for measure in MEASURES}
+    assert tags["scalars"] == {f"{tag}{suffix}" for tag in measured for suffix in ("", "/min", "/max")}
+    assert tags["histograms"] == {f"{tag}/histogram" for tag in measured}
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1] if len(sys.argv) > 1 else "logs"))
