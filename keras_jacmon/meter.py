@@ -316,8 +316,10 @@ def _build(model: keras.Layer, arrays: Any) -> None:
     """Lets layers that make their weights at the first call make them, without moving any state."""
     if model.built and all(layer.built for layer in _cells(model)):
         return
+    # Traced and not run: a cell may write to a `tf.Variable`, which the scope does not shield.
+    inputs = fit_probe(model, arrays)
     with keras.StatelessScope():
-        model(fit_probe(model, arrays), **training_argument(model))
+        tf.function(lambda: model(inputs, **training_argument(model)), autograph=False).get_concrete_function()
 
 
 def _cells(model: keras.Layer) -> list[Any]:

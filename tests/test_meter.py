@@ -686,3 +686,32 @@ def test_a_sample_with_nan_does_not_disturb_the_others() -> None:
     report = measure(model, ids)
     assert np.isnan(report["lstm"]["joint/spectral_norm"][2:, 1]).all()
     assert_layer(report["lstm"], layer, embedding(ids))
+
+
+class CountingCell(keras.layers.Layer):
+    """Counts its calls in a variable that Keras knows nothing of, and makes its weights at the first call."""
+
+    state_size = 3
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = tf.Variable(0.0)
+        self.dense = keras.layers.Dense(3)
+
+    def build(self, input_shape: Any) -> None:
+        """Builds nothing, on purpose."""
+
+    def call(self, inputs: Any, states: Any) -> tuple[Any, list[Any]]:
+        self.calls.assign_add(1.0)
+        new = self.dense(states[0]) + 0.0 * self.calls + 0.0 * inputs[:, :1]
+        return new, [new]
+
+
+def test_a_variable_that_a_cell_writes_to_is_put_back() -> None:
+    cell = CountingCell()
+    model = keras.Sequential([keras.Input((4, 2)), keras.layers.RNN(cell)])
+    cell.calls.assign(7.0)
+    meter = JacobianMeter(model, normal(2, 4, 2), measures="variance")
+    assert cell.calls.numpy() == 7.0
+    meter()
+    assert cell.calls.numpy() == 7.0
