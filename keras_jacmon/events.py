@@ -1,5 +1,6 @@
 """Report -> TensorBoard event file."""
 
+import contextlib
 import os
 from typing import Any
 
@@ -32,16 +33,27 @@ class EventWriter:
         """Writes a report and flushes, so that a killed training loses nothing that was measured.
 
         Raises:
-            OSError: If the directory is gone; the next report begins a new file.
-            tf.errors.OpError: If TensorFlow cannot write, e.g. to a full disk.
+            OSError: If TensorFlow cannot write, e.g. to a full disk, or the directory is gone; then the next report
+                begins a new file.
         """
-        if self._writer is None:
-            self._writer = tf.summary.create_file_writer(self.directory)
-        # `record_if`: another callback's `TensorBoard(update_freq=...)` switches summaries off between its own.
-        with self._writer.as_default(step), tf.summary.record_if(True):  # noqa: FBT003 - positional only
-            for name, layer in report.layers.items():
-                _write_layer(name, layer)
-        self._writer.flush()
+        try:
+            if self._writer is None:
+                _try_writing(self.directory)
+                self._writer = tf.summary.create_file_writer(self.directory)
+            # `record_if`: another callback's `TensorBoard(update_freq=...)` switches summaries off between its own.
+            with self._writer.as_default(step), tf.summary.record_if(True):  # noqa: FBT003 - positional only
+                try:
+                    for name, layer in report.layers.items():
+                        _write_layer(name, layer)
+                    self._writer.flush()
+                except tf.errors.OpError:
+                    # A writer that is open would fail again when the context ends, and stay everybody's default.
+                    with contextlib.suppress(OSError):
+                        self.close()
+                    raise
+        except tf.errors.OpError as error:
+            # A file that cannot grow is an `OutOfRangeError`, which Keras would take for the end of the data.
+            raise OSError(error.message) from error
         # A removed file is still open: TensorFlow would go on writing to nowhere, without an error.
         if not tf.io.gfile.exists(self.directory):
             self.close()
@@ -51,23 +63,38 @@ class EventWriter:
         """Closes the event file; a later `write` begins another one in the same directory."""
         if self._writer is not None:
             writer, self._writer = self._writer, None
-            writer.close()
+            try:
+                writer.close()
+            except tf.errors.OpError as error:
+                raise OSError(error.message) from error
 
 
 def check_writable(log_dir: str | os.PathLike[str], directory: str) -> None:
-    """Finds out whether a file can be made, by making one."""
-    trial = tf.io.gfile.join(directory, ".keras_jacmon")
+    """Finds out whether files can be written, by writing one.
+
+    Raises:
+        ValueError: If not.
+    """
     try:
-        # TensorFlow's file system also knows buckets.
-        tf.io.gfile.makedirs(directory)
-        with tf.io.gfile.GFile(trial, "w") as file:
-            file.write("")
-        tf.io.gfile.remove(trial)
+        _try_writing(directory)
     except (tf.errors.OpError, OSError) as error:
         raise ValueError(
             "Invalid value for argument `log_dir`. Expected a directory that can be written to, or None to write no "
             f"event files. Received: log_dir={os.fspath(log_dir)!r} ({error})"
         ) from error
+
+
+def _try_writing(directory: str) -> None:
+    # TensorFlow's file system also knows buckets.
+    tf.io.gfile.makedirs(directory)
+    trial = tf.io.gfile.join(directory, ".keras_jacmon")
+    try:
+        with tf.io.gfile.GFile(trial, "w") as file:
+            # An empty file fits on a full disk.
+            file.write(" " * 4096)
+    finally:
+        if tf.io.gfile.exists(trial):
+            tf.io.gfile.remove(trial)
 
 
 def _write_layer(name: str, layer: LayerReport) -> None:
