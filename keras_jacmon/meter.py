@@ -16,7 +16,7 @@ from keras_jacmon.jacobians.views import Connections, find_connections, floating
 from keras_jacmon.measures.options import Options
 from keras_jacmon.measures.registry import MEASURES, select_measures
 from keras_jacmon.measures.rows import measure_rows
-from keras_jacmon.probe.capture import RecurrentCall, record_calls, training_argument
+from keras_jacmon.probe.capture import RecurrentCall, drop_masks, record_calls, training_argument
 from keras_jacmon.probe.data import fit_probe, read_probe
 from keras_jacmon.probe.layers import find_recurrent_layers, select_layers, sublayers
 from keras_jacmon.probe.trajectory import unroll
@@ -139,14 +139,14 @@ class JacobianMeter:
         try:
             results = self._graph(*self._inputs)
         except tf.errors.OpError as error:
-            raise RuntimeError(f"Measuring {self._culprit(error)} failed: {error.message}") from error
+            raise RuntimeError(f"Measuring {self._culprit(error)} failed: {_essence(error)}") from error
         finally:
             for variable, value in zip(self._foreign, saved, strict=True):
                 variable.assign(value)
         return Report({name: facts.report(results[name]) for name, facts in self._calls.items()})
 
     def _measure(self, *inputs: tf.Tensor) -> dict[str, Any]:
-        with keras.StatelessScope():
+        with keras.StatelessScope(), _without_masks(self._model):
             packed = keras.tree.pack_sequence_as(self._structure, list(inputs))
             try:
                 calls, self._unmeasured = record_calls(self._model, packed, self._layers)
@@ -221,8 +221,11 @@ class JacobianMeter:
         )
 
     def _culprit(self, error: tf.errors.OpError) -> str:
-        where = re.search(r"jacobian_of_call_(\d+)", str(error))
-        return f"layer `{self.layers[int(where[1])]}`" if where else f"the layers {list(self.layers)}"
+        where = re.search(r"(jacobian_of_call|forward_of_layer)_(\d+)", error.message)
+        if where is None:
+            return "the model, outside of its recurrent layers,"
+        names = self.layers if where[1] == "jacobian_of_call" else [item.name for item in self._layers]
+        return f"layer `{names[int(where[2])]}`"
 
 
 @dataclass(frozen=True)
@@ -299,6 +302,20 @@ def check_options(
                 f"Invalid value for argument `{name}`. Expected an integer of at least {least}. Received: "
                 f"{name}={value}"
             )
+
+
+def _essence(error: tf.errors.OpError) -> str:
+    """What went wrong, without the dozens of lines on where the operation was made; those stay in the error itself."""
+    lines = [line for line in error.message.splitlines() if line.strip() and not line.startswith('  File "')]
+    return "\n".join(line for line in lines if not re.match(r"Graph execution error:|Detected at node ", line))
+
+
+@contextlib.contextmanager
+def _without_masks(model: keras.Layer) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        drop_masks(model)
 
 
 @contextlib.contextmanager

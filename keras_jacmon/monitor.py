@@ -44,6 +44,7 @@ class JacobianMonitor(keras.callbacks.Callback):
 
     Attributes:
         reports: `(step, Report)` for each measurement; step is the optimizer's iteration count.
+        failures: A sentence for each measurement or file that failed, with `on_error="warn"`.
 
     Raises:
         ValueError: If an argument is invalid; what depends on the model when `fit` begins, before the first batch.
@@ -94,6 +95,7 @@ class JacobianMonitor(keras.callbacks.Callback):
         self._meter: JacobianMeter | None = None
         self._traced_for: Any = None
         self.reports: list[tuple[int, Report]] = []
+        self.failures: list[str] = []
 
     def set_model(self, model: keras.Model) -> None:
         """Checks the probe against the model and traces the measurement, before any callback's `on_train_begin`."""
@@ -114,7 +116,7 @@ class JacobianMonitor(keras.callbacks.Callback):
         self._batch = -1
         self._measured_at: int | None = None
         self._scalars: dict[str, float] = {}
-        self._failures: dict[str, int] = {}
+        self._failed: set[str] = set()
         self._broken: set[str] = set()
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
@@ -149,9 +151,6 @@ class JacobianMonitor(keras.callbacks.Callback):
             self._measure()
         if self._writer is not None:
             self._attempt("Closing the event file", self._writer.close)
-        for what, count in self._failures.items():
-            if count > 1:
-                warnings.warn(f"{what} failed {count} times in this training.", stacklevel=2)
 
     def _measure(self) -> None:
         """Measures once; the report goes to the event file, to `reports` and, at the end of the epoch, to the logs."""
@@ -179,11 +178,13 @@ class JacobianMonitor(keras.callbacks.Callback):
         except Exception as error:
             if self._on_error == "raise":
                 raise
-            self._failures[what] = self._failures.get(what, 0) + 1
-            if self._failures[what] == 1:
+            sentence = f"{what} at step {self._step()} failed. {type(error).__name__}: {error}"
+            self.failures.append(sentence)
+            if what not in self._failed:
+                self._failed.add(what)
                 warnings.warn(
-                    f"{what} at step {self._step()} failed, and training goes on; if it fails again, only the number "
-                    f"of failures is told at the end. {type(error).__name__}: {error}",
+                    f"{sentence}\nTraining goes on. Further failures are not warned of, but kept in "
+                    "`JacobianMonitor.failures`.",
                     stacklevel=2,
                 )
             return None

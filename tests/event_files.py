@@ -42,3 +42,7 @@ def read_summaries(log_dir: Path) -> list[Summary]:
 def names(summaries: list[Summary]) -> set[tuple[str, str]]:
     """The set of (directory, tag)."""
     return {(summary.directory, summary.tag) for summary in summaries}
+
+
+def by_tag(summaries: list[Summary], tag: str) -> list[Summary]:
+    return [summary for summary in summaries if summary.tag == tag]

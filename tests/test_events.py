@@ -8,7 +8,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from event_files import Summary, names, read_summaries
+from event_files import by_tag, names, read_summaries
 from helpers import WeightedCell, normal
 
 from keras_jacmon import JacobianMonitor
@@ -40,10 +40,6 @@ def expected_tags(*measured: str) -> set[tuple[str, str]]:
 
 def all_measures(layer: str, *views: str) -> list[str]:
     return [f"{layer}/{view}{measure}" for view in views for measure in MEASURES]
-
-
-def by_tag(summaries: list[Summary], tag: str) -> list[Summary]:
-    return [summary for summary in summaries if summary.tag == tag]
 
 
 def test_tags_of_a_one_state_cell(tmp_path: Path) -> None:

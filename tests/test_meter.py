@@ -31,7 +31,7 @@ from helpers import (
     variance,
 )
 
-from keras_jacmon import JacobianMeter, measure
+from keras_jacmon import JacobianMeter, Report, measure
 
 L = keras.layers
 PROBE = normal(BATCH, STEPS, FEATURES, seed=3)
@@ -283,28 +283,27 @@ def test_both_directions_are_layers_of_their_own(make: Any) -> None:
 
 def test_a_layer_called_twice_has_two_entries() -> None:
     layer = L.LSTM(4, return_sequences=True, name="shared")
-    inputs = keras.Input((STEPS, 4))
-    model = keras.Model(inputs, layer(layer(inputs)))
-    probe = normal(BATCH, STEPS, 4)
-    build(model, probe)
-    report = measure(model, probe, measures=QUICK)
-    assert list(report.layers) == ["shared", "shared:1"]
-    assert_layer(report["shared"], layer, probe, measures=QUICK)
-    assert_layer(report["shared:1"], layer, layer(probe), measures=QUICK)
+    report = assert_called_twice(layer, layer, "shared")
     assert {"shared_jac_variance", "shared_1_jac_variance"} <= set(report.scalars())
 
 
 def test_a_model_called_twice_has_its_layers_twice() -> None:
     layer = L.GRU(4, return_sequences=True, name="gru")
     inner = keras.Sequential([keras.Input((STEPS, 4)), layer], name="inner")
+    assert_called_twice(inner, layer, "inner/gru")
+
+
+def assert_called_twice(inner: Any, layer: Any, name: str) -> Report:
+    """Of `inner(inner(x))`, where `layer` is what is recurrent in it, both calls are in the report."""
     inputs = keras.Input((STEPS, 4))
     model = keras.Model(inputs, inner(inner(inputs)))
     probe = normal(BATCH, STEPS, 4)
     build(model, probe)
     report = measure(model, probe, measures=QUICK)
-    assert list(report.layers) == ["inner/gru", "inner/gru:1"]
-    assert_layer(report["inner/gru"], layer, probe, measures=QUICK)
-    assert_layer(report["inner/gru:1"], layer, layer(probe), measures=QUICK)
+    assert list(report.layers) == [name, f"{name}:1"]
+    assert_layer(report[name], layer, probe, measures=QUICK)
+    assert_layer(report[f"{name}:1"], layer, layer(probe), measures=QUICK)
+    return report
 
 
 def test_nested_models() -> None:

@@ -1,7 +1,7 @@
 """What does each recurrent layer receive when the model runs on the probe?"""
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,14 +62,14 @@ def record_calls(
         states = keras.tree.map_structure(lambda state: tf.identity(tf.convert_to_tensor(state)), states)
         calls.append(RecurrentCall(name, item.layer, inputs, states, _as_mask(mask)))
 
-    observable = []
-    for item in layers:
+    observable: dict[int, RecurrentLayer] = {}
+    for position, item in enumerate(layers):
         if not type(item.layer).inner_loop.__module__.startswith("keras."):
             reasons[item.name] = (
                 f"its class {type(item.layer).__name__} overrides `inner_loop`, so how it steps its cell is not known"
             )
         else:
-            observable.append(item)
+            observable[position] = item
     with _recording(model, observable, record):
         model(inputs, **training_argument(model))
     return tuple(calls), {name: reason for name, reason in reasons.items() if name not in counts}
@@ -91,39 +91,45 @@ def _as_mask(mask: Any) -> tf.Tensor | None:
 @contextlib.contextmanager
 def _recording(
     model: keras.Layer,
-    layers: Sequence[RecurrentLayer],
+    layers: Mapping[int, RecurrentLayer],
     record: Callable[[RecurrentLayer, tf.Tensor, Any, Any], None],
 ) -> Iterator[None]:
-    """Shadows `inner_loop` on the layers' instances while the model is traced."""
+    """Shadows `inner_loop` on the layers' instances while the model is traced.
 
-    def shadow(item: RecurrentLayer) -> Callable[..., Any]:
+    The operations of the layer at position 2 get a name with `forward_of_layer_2` in it, which leads from one that
+    fails at run time back to its layer.
+    """
+
+    def shadow(position: int, item: RecurrentLayer) -> Callable[..., Any]:
         original = item.layer.inner_loop
 
         def inner_loop(sequences: Any, initial_state: Any, mask: Any, **kwargs: Any) -> Any:
             record(item, sequences, initial_state, mask)
-            return original(sequences, initial_state, mask, **kwargs)
+            with tf.name_scope(f"forward_of_layer_{position}"):
+                return original(sequences, initial_state, mask, **kwargs)
 
         return inner_loop
 
-    inside = sublayers(model)
-    fused = [layer for layer in inside if hasattr(layer, "use_cudnn")]
+    fused = [layer for layer in sublayers(model) if hasattr(layer, "use_cudnn")]
     use_cudnn = [layer.use_cudnn for layer in fused]
     try:
         for layer in fused:
             # On a GPU `Bidirectional` hands both directions to one fused kernel, past its layers.
             layer.use_cudnn = False
-        for item in layers:
+        for position, item in layers.items():
             # Past Keras' `__setattr__`: a locked layer tracks nothing new.
-            vars(item.layer)["inner_loop"] = shadow(item)
+            vars(item.layer)["inner_loop"] = shadow(position, item)
         yield
     finally:
-        for item in layers:
+        for item in layers.values():
             vars(item.layer).pop("inner_loop", None)
         for layer, value in zip(fused, use_cudnn, strict=True):
             layer.use_cudnn = value
-        for layer in inside:
-            # A trace that failed half-way leaves symbolic dropout masks in the cells, and `fit` would then fail too.
-            if hasattr(layer, "reset_dropout_mask"):
-                layer.reset_dropout_mask()
-            if hasattr(layer, "reset_recurrent_dropout_mask"):
-                layer.reset_recurrent_dropout_mask()
+
+
+def drop_masks(model: keras.Layer) -> None:
+    """Resets the dropout masks that cells keep: one from a trace is symbolic, and would fail in `fit`."""
+    for layer in sublayers(model):
+        for reset in ("reset_dropout_mask", "reset_recurrent_dropout_mask"):
+            if hasattr(layer, reset):
+                getattr(layer, reset)()

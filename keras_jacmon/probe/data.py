@@ -81,6 +81,7 @@ def _first_batch(dataset: tf.data.Dataset) -> Any:
 
 
 def _shuffles(dataset: tf.data.Dataset) -> bool:
+    # A dataset does not say what it was made from in public.
     return "Shuffle" in type(dataset).__name__ or any(_shuffles(source) for source in dataset._inputs())  # noqa: SLF001
 
 
