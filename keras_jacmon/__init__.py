@@ -7,6 +7,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from keras_jacmon.explanation import explain
+    from keras_jacmon.jacobians.resolve import register_jacobian
     from keras_jacmon.jacobians.views import state_jacobian
     from keras_jacmon.meter import JacobianMeter, measure
     from keras_jacmon.monitor import JacobianMonitor
@@ -19,7 +21,9 @@ __all__ = [
     "JacobianMonitor",
     "LayerReport",
     "Report",
+    "explain",
     "measure",
+    "register_jacobian",
     "state_jacobian",
 ]
 
@@ -28,7 +32,9 @@ _HOME = {
     "JacobianMonitor": "keras_jacmon.monitor",
     "LayerReport": "keras_jacmon.report",
     "Report": "keras_jacmon.report",
+    "explain": "keras_jacmon.explanation",
     "measure": "keras_jacmon.meter",
+    "register_jacobian": "keras_jacmon.jacobians.resolve",
     "state_jacobian": "keras_jacmon.jacobians.views",
 }
 

@@ -1,29 +1,23 @@
 """Model and probe in, report out: the whole pipeline on one screen."""
 
 import contextlib
-import dataclasses
 import re
 import warnings
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_jacmon.jacobians.views import Connections, find_connections, floating_states, jacobian_operator, size
+from keras_jacmon.jacobians.resolve import CERTIFICATE_TOLERANCE, Choice
+from keras_jacmon.measurement import CERTIFICATE, DEPENDENCE, CallFacts, measure_call
 from keras_jacmon.measures.options import Options
-from keras_jacmon.measures.registry import MEASURES, select_measures
-from keras_jacmon.measures.rows import measure_rows
+from keras_jacmon.measures.registry import select_measures
 from keras_jacmon.probe.capture import RecurrentCall, drop_masks, record_calls, training_argument
 from keras_jacmon.probe.data import fit_probe, read_probe
 from keras_jacmon.probe.layers import find_recurrent_layers, select_layers, sublayers
-from keras_jacmon.probe.trajectory import unroll
-from keras_jacmon.report import LayerReport, Report
-
-# More (row, vector) pairs at once than this do not fit a cache and are no faster.
-_MOST_ROWS = 2**14
+from keras_jacmon.report import Report
 
 
 def measure(model: keras.Layer, probe: Any, **options: Any) -> Report:
@@ -107,13 +101,13 @@ class JacobianMeter:
         inputs = fit_probe(model, arrays)
         self._inputs = keras.tree.flatten(inputs)
         self._structure = keras.tree.map_structure(lambda _: 0, inputs)
-        self._calls: dict[str, _CallFacts] = {}
-        self._function = tf.function(self._measure, autograph=False)
+        self._calls: dict[str, CallFacts] = {}
+        self._distrusted: set[str] = set()
+        self._dependent: set[str] = set()
+        self._traces = self._measurements = 0
         # Traced here and not at the first call, so that what cannot be measured is said at once.
-        self._graph = self._function.get_concrete_function(*[tf.TensorSpec(t.shape, t.dtype) for t in self._inputs])
+        self._trace()
         self._check_calls(required=layers is not None)
-        own = {id(variable.value) for variable in model.variables}
-        self._foreign = [variable for variable in self._graph.graph.variables if id(variable) not in own]
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -122,11 +116,20 @@ class JacobianMeter:
 
     @property
     def trace_count(self) -> int:
-        """How often the pipeline was traced."""
-        return int(self._function.experimental_get_tracing_count())
+        """How often the pipeline was traced: once, and once more for each time that a certificate failed."""
+        return self._traces
+
+    @property
+    def choices(self) -> dict[str, dict[str, list[Choice]]]:
+        """By key and view, how each block of the Jacobian is taken."""
+        return {name: facts.choices for name, facts in self._calls.items()}
 
     def __call__(self) -> Report:
         """Measures with the weights of this moment.
+
+        Where a Jacobian rests on a structure that was found in the cell, rows are compared with autodiff: as many as
+        fit into memory the first time, some each time after it. Should they differ, the user is warned, and autodiff
+        takes over at once and for good. In the same way it is tested whether the samples of a batch are independent.
 
         Returns:
             The report, in plain NumPy.
@@ -134,66 +137,87 @@ class JacobianMeter:
         Raises:
             RuntimeError: If the computation fails; the layer is named where TensorFlow tells.
         """
+        results = self._run()
+        if self._lost_trust(results):
+            self._trace()
+            results = self._run()
+        self._measurements += 1
+        return Report({name: facts.report(results[name]) for name, facts in self._calls.items()})
+
+    def _lost_trust(self, results: dict[str, dict[str, tf.Tensor]]) -> bool:
+        """Whether a layer is not what it was taken for; says so, and remembers it for the next trace."""
+
+        def refuted(key: str) -> dict[str, float]:
+            residuals = {name: float(found[key]) for name, found in results.items() if key in found}
+            # Not the other way round: NaN refutes too.
+            return {name: residual for name, residual in residuals.items() if not residual <= CERTIFICATE_TOLERANCE}
+
+        dependent, distrusted = refuted(DEPENDENCE), refuted(CERTIFICATE)
+        for name, residual in dependent.items():
+            warnings.warn(
+                f"Layer `{name}`: what its cell makes of a sample depends on the other samples of the batch (relative "
+                f"difference {residual:.2g}, allowed is {CERTIFICATE_TOLERANCE:.0e}). It is measured by autodiff, step "
+                "by step, from now on, this time included; influences between samples are added to their own.",
+                stacklevel=3,
+            )
+        for name, residual in distrusted.items():
+            if name not in dependent:
+                warnings.warn(
+                    f"Layer `{name}`: the structure of its Jacobian differs from autodiff (relative difference "
+                    f"{residual:.2g}, allowed is {CERTIFICATE_TOLERANCE:.0e}). It is measured by autodiff from now on, "
+                    "this time included.",
+                    stacklevel=3,
+                )
+        self._dependent |= dependent.keys()
+        self._distrusted |= distrusted.keys()
+        return bool(dependent or distrusted)
+
+    def _trace(self) -> None:
+        function = tf.function(self._measure, autograph=False)
+        specs = [tf.TensorSpec(t.shape, t.dtype) for t in self._inputs]
+        self._graph = function.get_concrete_function(tf.TensorSpec([], tf.int32), *specs)
+        self._traces += 1
+        own = {id(variable.value) for variable in self._model.variables}
+        self._foreign = [variable for variable in self._graph.graph.variables if id(variable) not in own]
+
+    def _run(self) -> dict[str, dict[str, tf.Tensor]]:
         # Keras' variables are shielded while tracing; a `tf.Variable` that a custom cell writes to is put back here.
         saved = [variable.read_value() for variable in self._foreign]
         try:
-            results = self._graph(*self._inputs)
+            return self._graph(tf.constant(self._measurements), *self._inputs)
         except tf.errors.OpError as error:
             raise RuntimeError(f"Measuring {self._culprit(error)} failed: {_essence(error)}") from error
         finally:
             for variable, value in zip(self._foreign, saved, strict=True):
                 variable.assign(value)
-        return Report({name: facts.report(results[name]) for name, facts in self._calls.items()})
 
-    def _measure(self, *inputs: tf.Tensor) -> dict[str, Any]:
+    def _measure(self, draw: tf.Tensor, *inputs: tf.Tensor) -> dict[str, Any]:
         with keras.StatelessScope(), _without_masks(self._model):
             packed = keras.tree.pack_sequence_as(self._structure, list(inputs))
             try:
-                calls, self._unmeasured = record_calls(self._model, packed, self._layers)
+                self._recording = record_calls(self._model, packed, self._layers)
             except Exception as error:
                 raise self._refusal(error) from error
             results: dict[str, Any] = {}
-            for call in calls:
+            for call in self._recording.calls:
                 # The scope's name leads from a failing operation back to its layer.
                 with _naming(call), tf.name_scope(f"jacobian_of_call_{len(results)}"):
-                    results[call.name] = self._measure_call(call)
-        return results
-
-    def _measure_call(self, call: RecurrentCall) -> dict[str, Any]:
-        trajectory = unroll(call)
-        inputs, *states = (_as_rows(tensor) for tensor in (trajectory.inputs, *trajectory.states))
-        mask = tf.reshape(trajectory.mask, [-1])
-        connections = find_connections(trajectory.step, inputs, states)
-        facts = _CallFacts.of(call, states, connections)
-        dtype = states[floating_states(states)[0]].dtype
-        results: dict[str, Any] = {"mask": trajectory.mask}
-        for view in facts.views:
-            rows = _clip(self._max_bytes // connections.bytes_per_row)
-            options = dataclasses.replace(self._options, rows=inputs.shape[0], dtype=dtype, vectors=rows)
-
-            def operator_at(rows: tf.Tensor, view: str = view) -> tf.linalg.LinearOperator:
-                here = [tf.gather(state, rows) for state in states]
-                return jacobian_operator(trajectory.step, tf.gather(inputs, rows), here, view)
-
-            measured = measure_rows(
-                operator_at,
-                mask,
-                self._measures,
-                options,
-                chunk=rows,
-            )
-            for name, (value, uncertainty) in measured.items():
-                key = name if view == "hidden" else f"{view}/{name}"
-                results[key] = tf.reshape(value, tf.shape(trajectory.mask))
-                if uncertainty is not None:
-                    results[f"{key} uncertainty"] = tf.reshape(uncertainty, tf.shape(trajectory.mask))
-        self._calls[call.name] = facts
+                    self._calls[call.name], results[call.name] = measure_call(
+                        call,
+                        self._measures,
+                        self._options,
+                        max_bytes=self._max_bytes,
+                        trusted=call.name not in self._distrusted,
+                        independent=call.name not in self._dependent,
+                        draw=draw,
+                    )
         return results
 
     def _check_calls(self, *, required: bool) -> None:
         """Says which layers cannot be measured; an error if the user asked for one of them, or none is left."""
-        reasons = "; ".join(f"layer `{name}`: {reason}" for name, reason in self._unmeasured.items())
-        if self._unmeasured and (required or not self._calls):
+        unmeasured = self._recording.unmeasured
+        reasons = "; ".join(f"layer `{name}`: {reason}" for name, reason in unmeasured.items())
+        if unmeasured and (required or not self._calls):
             raise ValueError(
                 "Invalid value for argument `layers`. Expected recurrent layers that the model calls on the probe. "
                 f"Received: {reasons}"
@@ -226,58 +250,6 @@ class JacobianMeter:
             return "the model, outside of its recurrent layers,"
         names = self.layers if where[1] == "jacobian_of_call" else [item.name for item in self._layers]
         return f"layer `{names[int(where[2])]}`"
-
-
-@dataclass(frozen=True)
-class _CallFacts:
-    """What is known of a call before any number is."""
-
-    cell: str
-    units: int
-    views: tuple[str, ...]
-    notes: tuple[str, ...]
-
-    @classmethod
-    def of(cls, call: RecurrentCall, states: list[tf.Tensor], connections: Connections) -> "_CallFacts":
-        floating = floating_states(states)
-        if not floating:
-            raise ValueError(f"None of its {len(states)} states is floating-point, so there is no derivative")
-        depends = connections.depends
-        views, notes = [], []
-        if depends[0][0]:
-            views.append("hidden")
-        else:
-            notes.append(
-                f"new state {floating[0]} does not depend on the old one (no gradient connects them), "
-                "so the hidden view is left out"
-            )
-        if len(floating) > 1 and any(map(any, depends)):
-            views.append("joint")
-            notes += [
-                f"old state {state} has no influence on the new states (no gradient connects them)"
-                for state, influences in zip(floating, zip(*depends, strict=True), strict=True)
-                if not any(influences)
-            ]
-        notes += [
-            f"state {k} is of dtype {state.dtype.name}, which has no derivative, and is left out"
-            for k, state in enumerate(states)
-            if k not in floating
-        ]
-        cell = type(call.layer.cell).__name__
-        return cls(cell, size(states[floating[0]]), tuple(views), tuple(notes))
-
-    def report(self, results: dict[str, tf.Tensor]) -> LayerReport:
-        arrays = {key: tensor.numpy() for key, tensor in results.items()}
-        mask = arrays.pop("mask")
-        values = {key: array for key, array in arrays.items() if not key.endswith(" uncertainty")}
-        uncertainties = {key: arrays[f"{key} uncertainty"] for key in values if f"{key} uncertainty" in arrays}
-        estimated = {key for key in uncertainties if MEASURES[key.split("/")[-1]].uncertainty == "standard error"}
-        layer = LayerReport(self.cell, self.units, values, mask, uncertainties, frozenset(estimated), self.notes)
-        broken = layer.nonfinite()
-        if not broken:
-            return layer
-        counts = ", ".join(f"{count} of `{key}`" for key, count in broken.items())
-        return dataclasses.replace(layer, notes=(*self.notes, f"NaN or Inf among the values: {counts}"))
 
 
 def check_options(
@@ -342,14 +314,3 @@ def _build(model: keras.Layer, arrays: Any) -> None:
 def _cells(model: keras.Layer) -> list[Any]:
     recurrent = [layer for layer in sublayers(model) if isinstance(layer, keras.layers.RNN)]
     return [part for layer in recurrent for part in sublayers(layer.cell)]
-
-
-def _as_rows(tensor: tf.Tensor) -> tf.Tensor:
-    """(time, batch, ...) -> (time * batch, ...)."""
-    time, batch, *rest = tensor.shape
-    rows = time * batch if time is not None and batch is not None else -1
-    return tf.reshape(tensor, [rows, *rest])
-
-
-def _clip(rows: int) -> int:
-    return max(1, min(rows, _MOST_ROWS))

@@ -22,6 +22,8 @@ class LayerReport:
         uncertainties: `(time, batch)` for the keys that have one: the standard error of an estimate, or the residual
             of `spectral_norm`.
         estimated: The keys whose values are unbiased estimates from random vectors.
+        certificate: If the Jacobians rest on a structure that was found in the cell: the largest relative difference
+            between products with them and autodiff, on the rows that were compared this time.
         notes: What a reader of the numbers must know, e.g. a state without influence.
     """
 
@@ -31,6 +33,7 @@ class LayerReport:
     mask: npt.NDArray[np.bool_]
     uncertainties: dict[str, FloatArray] = field(default_factory=dict)
     estimated: frozenset[str] = frozenset()
+    certificate: float | None = None
     notes: tuple[str, ...] = ()
 
     def __getitem__(self, key: str) -> FloatArray:

@@ -174,6 +174,19 @@ class BareStateCell(WeightedCell):
         return new_h, new_h
 
 
+class PartlyMixingCell(WeightedCell):
+    """Its first state is a softmax over the units of both; its second one acts unit by unit."""
+
+    def __init__(self, units: int = 4, **kwargs: Any) -> None:
+        super().__init__(units, **kwargs)
+        self.state_size = [units, units]
+
+    def call(self, inputs: Any, states: Any) -> tuple[Any, list[Any]]:
+        h, m = states
+        new_h = tf.nn.softmax(self.preactivation(inputs, h) + m)
+        return new_h, [new_h, tf.tanh(m) + 0.5 * tf.sin(h)]
+
+
 class TrainingSwitchCell(WeightedCell):
     """Does something else in training, which no measurement may see."""
 
@@ -302,6 +315,7 @@ CUSTOM = [
     Case("counter_first", _rnn(lambda: CounterCell(counter_first=True))),
     Case("matrix_state", _rnn(MatrixStateCell)),
     Case("bare_state", _rnn(BareStateCell)),
+    Case("partly_mixing", _rnn(PartlyMixingCell)),
     Case("training_switch", _rnn(TrainingSwitchCell)),
     Case("plain_object", _rnn(PlainCell)),
     Case("linear_2x2", _rnn(lambda: LinearCell([[1.0, 2.0], [3.0, 4.0]]))),

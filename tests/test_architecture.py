@@ -12,9 +12,19 @@ import keras_jacmon
 PACKAGE = Path(__file__).parent.parent / "keras_jacmon"
 
 # A stage may import from itself and from the stages before it.
-STAGES = ("probe", "jacobians", "measures", "report", "events", "meter", "monitor")
-FORBIDDEN_PAIRS = {("measures", "jacobians"), ("measures", "probe"), ("report", "probe"), ("report", "jacobians"),
-                   ("report", "measures"), ("events", "meter"), ("meter", "events")}  # fmt: skip
+STAGES = ("probe", "jacobians", "measures", "report", "events", "measurement", "meter", "explanation", "monitor")
+FORBIDDEN_PAIRS = {
+    ("measures", "jacobians"),
+    ("measures", "probe"),
+    ("report", "probe"),
+    ("report", "jacobians"),
+    ("report", "measures"),
+    ("events", "meter"),
+    ("measurement", "events"),
+    ("meter", "events"),
+    ("explanation", "events"),
+    ("monitor", "explanation"),
+}
 
 
 def imports(path: Path) -> set[str]:

@@ -24,6 +24,8 @@ class AutodiffJacobian(tf.linalg.LinearOperator):
         point: `(rows, n)`, where the function is differentiated.
         context: Further tensors whose first axis is the rows, held constant.
         range_dimension: m.
+        independent: Whether each row of the function is a function of the same row of the point. Otherwise rows are
+            never repeated, and products hold for all rows changing together.
 
     References:
         The forward product from two backward ones: J. Townsend, "A new trick for calculating Jacobian vector
@@ -36,19 +38,28 @@ class AutodiffJacobian(tf.linalg.LinearOperator):
         point: tf.Tensor,
         context: list[tf.Tensor],
         range_dimension: int,
+        *,
+        independent: bool = True,
     ) -> None:
         parameters = {
             "function": function,
             "point": point,
             "context": context,
             "range_dimension": range_dimension,
+            "independent": independent,
         }
         super().__init__(dtype=point.dtype, parameters=parameters, name="autodiff_jacobian")
         self._function = function
         self._point = point
         self._context = context
         self._range_dimension = range_dimension
+        self._independent = independent
         self._products = None if tf.executing_eagerly() else self._linearised()
+
+    def take_rows(self, rows: tf.Tensor) -> "AutodiffJacobian":
+        """The Jacobians of some of the rows, by their indices."""
+        point, *context = [tf.gather(tensor, rows) for tensor in (self._point, *self._context)]
+        return AutodiffJacobian(self._function, point, context, self._range_dimension)
 
     def _shape(self) -> tf.TensorShape:
         return tf.TensorShape([self._point.shape[0], self._range_dimension, self._point.shape[1]])
@@ -64,7 +75,7 @@ class AutodiffJacobian(tf.linalg.LinearOperator):
         return tf.transpose(multiply(tf.transpose(x, [2, 0, 1]), adjoint=adjoint), [1, 2, 0])
 
     def _in_graph(self, vectors: tf.Tensor, *, adjoint: bool) -> tf.Tensor:
-        here = AutodiffJacobian(self._function, self._point, self._context, self._range_dimension)
+        here = AutodiffJacobian(**self.parameters)
         return here._columns(vectors, adjoint=adjoint)
 
     def _columns(self, vectors: tf.Tensor, *, adjoint: bool) -> tf.Tensor:
@@ -72,6 +83,8 @@ class AutodiffJacobian(tf.linalg.LinearOperator):
         if self._products:
             # The derivative is taken once, with an axis for the columns in front.
             return tf.vectorized_map(self._product(adjoint=adjoint), vectors)
+        if not self._independent:
+            return tf.map_fn(self._product(adjoint=adjoint), vectors)
         # `vectorized_map` fails on some derivatives of control flow, so the rows are repeated instead.
         columns, rows = tf.shape(vectors)[0], tf.shape(vectors)[1]
         point, *context = [tf.tile(t, [columns] + [1] * (t.shape.rank - 1)) for t in (self._point, *self._context)]
@@ -101,10 +114,7 @@ class AutodiffJacobian(tf.linalg.LinearOperator):
 
     def _pull(self) -> Product:
         """The product with Jᵀ: (rows, m) -> (rows, n)."""
-        with tf.GradientTape(persistent=True, watch_accessed_variables=False) as tape:
-            tape.watch(self._point)
-            value = self._function(self._point, self._context)
-        return lambda vectors: _gradient(tape, value, self._point, vectors)
+        return pull_back(self._function, self._point, self._context)
 
     def _push(self) -> Product:
         """The product with J: (rows, n) -> (rows, m)."""
@@ -120,6 +130,16 @@ class AutodiffJacobian(tf.linalg.LinearOperator):
             dense = self.to_dense()
             return lambda vectors: tf.linalg.matvec(dense, vectors)
         return lambda vectors: _gradient(outer, pulled, covector, vectors)
+
+
+def pull_back(
+    function: Callable[[tf.Tensor, list[tf.Tensor]], tf.Tensor], point: tf.Tensor, context: list[tf.Tensor]
+) -> Product:
+    """The product with the transposed Jacobian of a function of rows: (rows, m) -> (rows, n)."""
+    with tf.GradientTape(persistent=True, watch_accessed_variables=False) as tape:
+        tape.watch(point)
+        value = function(point, context)
+    return lambda vectors: _gradient(tape, value, point, vectors)
 
 
 def _calls_a_function(operation: tf.Operation) -> bool:

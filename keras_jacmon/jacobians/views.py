@@ -1,14 +1,14 @@
 """Which block of a step's Jacobian: hidden state, all states, or the inputs?"""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import keras
 import tensorflow as tf
 
-from keras_jacmon.jacobians.autodiff import AutodiffJacobian
-from keras_jacmon.probe.trajectory import CellStep
+from keras_jacmon.jacobians.autodiff import AutodiffJacobian, pull_back
+from keras_jacmon.probe.step import CellStep, widened
 
 VIEWS = ("hidden", "joint", "inputs")
 
@@ -45,8 +45,8 @@ def state_jacobian(cell: Any, inputs: tf.Tensor, states: Any, view: str = "hidde
     if view not in VIEWS:
         raise ValueError(f"Invalid value for argument `view`. Expected one of {list(VIEWS)}. Received: view={view!r}")
     states = [states] if not keras.tree.is_nested(states) else states
-    flat = [_widen(state) for state in keras.tree.flatten(states)]
-    inputs = _widen(inputs)
+    flat = [widened(state) for state in keras.tree.flatten(states)]
+    inputs = widened(inputs)
     rows = {int(tensor.shape[0]) for tensor in (inputs, *flat) if tensor.shape[0] is not None}
     if len(rows) > 1:
         raise ValueError(
@@ -57,19 +57,56 @@ def state_jacobian(cell: Any, inputs: tf.Tensor, states: Any, view: str = "hidde
     with keras.StatelessScope():
         # Weights that a cell makes at its first call must not be made under a tape.
         step(inputs, flat)
-    return jacobian_operator(step, inputs, flat, view)
+    return view_function(step, inputs, flat, View.of(view, flat)).jacobian()
 
 
-def jacobian_operator(
-    step: CellStep, inputs: tf.Tensor, states: Sequence[tf.Tensor], view: str
-) -> tf.linalg.LinearOperator:
-    """The operator of a view at the given rows; `inputs` and flat `states` have the rows as their first axis."""
-    floating = floating_states(states)
-    domain = {"hidden": floating[:1], "joint": floating, "inputs": []}[view]
-    image = floating if view == "joint" else floating[:1]
-    # With the inputs as tensor -1 both cases read alike: the point is the chosen tensors, flattened side by side.
+@dataclass(frozen=True)
+class View:
+    """A part of a step's Jacobian: the derivatives of some new states by some old ones, or by the inputs.
+
+    `news` and `olds` are positions among the flat states; no old state stands for the inputs.
+    """
+
+    news: tuple[int, ...]
+    olds: tuple[int, ...]
+
+    @classmethod
+    def of(cls, name: str, states: Sequence[tf.Tensor]) -> "View":
+        """The view `"hidden"`, `"joint"` or `"inputs"` of a cell with these states."""
+        floating = tuple(floating_states(states))
+        return {
+            "hidden": cls(floating[:1], floating[:1]),
+            "joint": cls(floating, floating),
+            "inputs": cls(floating[:1], ()),
+        }[name]
+
+
+@dataclass(frozen=True)
+class ViewFunction:
+    """New states as a function of what a view derives them by, with all of these flattened side by side.
+
+    `function` maps a point `(rows, n)` and a context, tensors that begin with the rows, to `(rows, m)`.
+    """
+
+    function: Callable[[tf.Tensor, list[tf.Tensor]], tf.Tensor]
+    point: tf.Tensor
+    context: list[tf.Tensor]
+    range_dimension: int
+
+    def jacobian(self, *, independent: bool = True) -> AutodiffJacobian:
+        """Its Jacobian at the point."""
+        return AutodiffJacobian(self.function, self.point, self.context, self.range_dimension, independent=independent)
+
+    def pull_back(self, covector: tf.Tensor) -> tf.Tensor:
+        """One product with the transposed Jacobian, `(rows, n)` from `(rows, m)`."""
+        return pull_back(self.function, self.point, self.context)(covector)
+
+
+def view_function(step: CellStep, inputs: tf.Tensor, states: Sequence[tf.Tensor], view: View) -> ViewFunction:
+    """The function of a view at the given rows; `inputs` and flat `states` have the rows as their first axis."""
+    # With the inputs as the last tensor both kinds of view read alike: the point is the chosen tensors side by side.
     tensors = [*states, inputs]
-    chosen = domain or [len(states)]
+    chosen = view.olds or [len(states)]
     sizes = [size(tensors[k]) for k in chosen]
     context = [tensor for k, tensor in enumerate(tensors) if k not in chosen]
 
@@ -78,10 +115,10 @@ def jacobian_operator(
         held = iter(context)
         *old, x = [_shaped(pieces[k], tensor) if k in pieces else next(held) for k, tensor in enumerate(tensors)]
         new = step(x, old)
-        return _side_by_side([new[p] for p in image])
+        return _side_by_side([new[p] for p in view.news])
 
     point = _side_by_side([tensors[k] for k in chosen])
-    return AutodiffJacobian(function, point, context, sum(size(states[p]) for p in image))
+    return ViewFunction(function, point, context, sum(size(states[p]) for p in view.news))
 
 
 @dataclass(frozen=True)
@@ -133,8 +170,3 @@ def _side_by_side(tensors: Sequence[tf.Tensor]) -> tf.Tensor:
 
 def _shaped(flat: tf.Tensor, like: tf.Tensor) -> tf.Tensor:
     return tf.reshape(flat, [-1, *like.shape[1:]])
-
-
-def _widen(tensor: Any) -> tf.Tensor:
-    tensor = tf.convert_to_tensor(tensor)
-    return tf.cast(tensor, tf.float32) if tensor.dtype in (tf.float16, tf.bfloat16) else tensor

@@ -65,14 +65,52 @@ _known: weakref.WeakKeyDictionary[tf.linalg.LinearOperator, tuple[Options, _Mome
 def _moments(operator: tf.linalg.LinearOperator, options: Options) -> _Moments:
     options_then, moments = _known.get(operator, (None, None))
     if moments is None or options_then is not options:
-        m, n = _dimensions(operator)
-        ones = tf.ones([operator.batch_shape_tensor()[0], n], operator.dtype)
-        mean = tf.reduce_sum(operator.matvec(ones), axis=-1) / tf.cast(m * n, operator.dtype)
-        exact = options.exact(operator)
-        centred, error = _exact(operator, mean, options) if exact else _estimated(operator, mean, options)
-        moments = _Moments(mean, centred, error)
+        moments = _moments_by_blocks(operator, options)
         _known[operator] = (options, moments)
     return moments
+
+
+def _moments_by_blocks(operator: tf.linalg.LinearOperator, options: Options) -> _Moments:
+    m, n = _dimensions(operator)
+    blocks = _blocks(operator)
+    mean = tf.add_n([_entry_sum(block) for block in blocks]) / tf.cast(m * n, operator.dtype)
+    if len(blocks) == 1 and not _is_closed(blocks[0]):
+        # Centred before squaring: the difference of two sums would cancel.
+        return _Moments(mean, *_squares(blocks[0], mean, options))
+    zero = tf.zeros_like(mean)
+    squares, errors = [-m * n * mean**2], []
+    for block in blocks:
+        value, error = (block.square_sum, None) if _is_closed(block) else _squares(block, zero, options)
+        squares.append(value)
+        errors += [] if error is None else [error**2]
+    return _Moments(mean, tf.maximum(tf.add_n(squares), zero), tf.sqrt(tf.add_n(errors)) if errors else None)
+
+
+def _blocks(operator: tf.linalg.LinearOperator) -> list[tf.linalg.LinearOperator]:
+    """The operator, or as many of its blocks as it takes for closed forms."""
+    if _is_closed(operator) or not hasattr(operator, "blocks"):
+        return [operator]
+    blocks = operator.blocks()
+    return blocks if len(blocks) == 1 else [part for block in blocks for part in _blocks(block)]
+
+
+def _is_closed(operator: tf.linalg.LinearOperator) -> bool:
+    """Whether the operator knows the sum of the squares of its entries without forming them."""
+    return hasattr(type(operator), "square_sum") and not operator.is_chain
+
+
+def _entry_sum(operator: tf.linalg.LinearOperator) -> tf.Tensor:
+    if hasattr(type(operator), "entry_sum"):
+        return operator.entry_sum
+    ones = tf.ones([operator.batch_shape_tensor()[0], _dimensions(operator)[1]], operator.dtype)
+    return tf.reduce_sum(operator.matvec(ones), axis=-1)
+
+
+def _squares(
+    operator: tf.linalg.LinearOperator, mean: tf.Tensor, options: Options
+) -> tuple[tf.Tensor, tf.Tensor | None]:
+    """Σ (J_ik - mean)² from products with vectors, and its standard error if it is an estimate."""
+    return _exact(operator, mean, options) if options.exact(operator) else _estimated(operator, mean, options)
 
 
 def _exact(operator: tf.linalg.LinearOperator, mean: tf.Tensor, options: Options) -> tuple[tf.Tensor, None]:

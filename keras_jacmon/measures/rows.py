@@ -1,63 +1,87 @@
 """The measures of many rows, a bounded number of them at a time."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import tensorflow as tf
 
 from keras_jacmon.measures.options import Measured, Options
 from keras_jacmon.measures.registry import Measure
 
+# The operators of some rows by view: of those between two indices, or of those at the indices (k,).
+Operators = Mapping[str, tf.linalg.LinearOperator]
+
+
+@dataclasses.dataclass(frozen=True)
+class RowSource:
+    """Where the operators of rows come from.
+
+    Attributes:
+        count: How many rows there are.
+        between: From two indices to the operators, by view, of the rows from the one up to the other.
+        take: From indices `(k,)` to the operators, by view, of these rows.
+        valid: Indices of the rows to measure; None for all.
+    """
+
+    count: int | tf.Tensor
+    between: Callable[[tf.Tensor | None, tf.Tensor | None], Operators]
+    take: Callable[[tf.Tensor], Operators]
+    valid: tf.Tensor | None
+
 
 def measure_rows(
-    operator_at: Callable[[tf.Tensor], tf.linalg.LinearOperator],
-    mask: tf.Tensor,
-    measures: Sequence[Measure],
-    options: Options,
-    chunk: int,
+    source: RowSource, views: Sequence[str], measures: Sequence[Measure], options: Options, chunk: int | tf.Tensor
 ) -> dict[str, Measured]:
-    """Measures the operator of each unmasked row.
+    """Measures the operators of many rows.
 
     Args:
-        operator_at: From indices `(k,)` into the rows to the operator of those rows.
-        mask: `(rows,)`, False for the rows to leave out.
+        source: Gives the operators.
+        views: Of what.
         measures: What to measure.
         options: Passed on to the measures.
         chunk: The most rows at once.
 
     Returns:
-        By measure name `Measured` with `(rows,)` arrays, NaN where masked.
+        By `view/measure` `Measured` with `(rows,)` arrays, NaN where not measured.
     """
-    indices = tf.reshape(tf.where(mask), [-1])
-    count = tf.size(indices)
+    options = dataclasses.replace(options, vectors=chunk if isinstance(chunk, int) else options.vectors)
+
+    def measured(operators: Operators, options: Options) -> dict[str, Measured]:
+        return {f"{v}/{measure.name}": measure.function(operators[v], options) for v in views for measure in measures}
+
+    if source.valid is None and isinstance(source.count, int) and isinstance(chunk, int) and source.count <= chunk:
+        return measured(source.between(None, None), options)
+    indices = tf.range(source.count) if source.valid is None else source.valid
     # Which measures have an uncertainty is known once they are traced, and a loop needs its variables before.
     has_uncertainty: dict[str, bool] = {}
 
     def body(
         index: tf.Tensor, results: dict[str, tuple[tf.Tensor, tf.Tensor]]
     ) -> tuple[tf.Tensor, dict[str, tuple[tf.Tensor, tf.Tensor]]]:
-        rows = indices[index * chunk : (index + 1) * chunk]
-        operator = operator_at(rows)
-        here = dataclasses.replace(options, stream=index)
+        start, stop = index * chunk, tf.minimum((index + 1) * chunk, tf.size(indices))
+        rows = indices[start:stop]
+        operators = source.between(start, stop) if source.valid is None else source.take(rows)
         updated = {}
-        for measure in measures:
-            measured = measure.function(operator, here)
-            has_uncertainty[measure.name] = measured.uncertainty is not None
-            both = (measured.value, measured.value if measured.uncertainty is None else measured.uncertainty)
-            updated[measure.name] = tuple(
+        for key, (value, uncertainty) in measured(
+            operators, dataclasses.replace(options, stream=options.stream + index)
+        ).items():
+            has_uncertainty[key] = uncertainty is not None
+            updated[key] = tuple(
                 tf.tensor_scatter_nd_update(array, rows[:, None], tf.cast(part, array.dtype))
-                for array, part in zip(results[measure.name], both, strict=True)
+                for array, part in zip(
+                    results[key], (value, value if uncertainty is None else uncertainty), strict=True
+                )
             )
         return index + 1, updated
 
-    empty = tf.fill(tf.shape(mask), tf.constant(float("nan"), options.dtype))
-    chunks = -(-count // chunk)
+    empty = tf.fill([source.count], tf.constant(float("nan"), options.dtype))
+    chunks = -(-tf.size(indices) // chunk)
     _, results = tf.while_loop(
         lambda index, _: index < chunks,
         body,
-        [tf.constant(0), {measure.name: (empty, empty) for measure in measures}],
+        [tf.constant(0), {f"{view}/{measure.name}": (empty, empty) for view in views for measure in measures}],
     )
     return {
-        name: Measured(value, uncertainty if has_uncertainty[name] else None)
-        for name, (value, uncertainty) in results.items()
+        key: Measured(value, uncertainty if has_uncertainty[key] else None)
+        for key, (value, uncertainty) in results.items()
     }

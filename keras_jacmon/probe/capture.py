@@ -8,6 +8,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from keras_jacmon.probe.graph import TracedGraph
 from keras_jacmon.probe.layers import RecurrentLayer, sublayers
 
 
@@ -26,13 +27,30 @@ class RecurrentCall:
     mask: tf.Tensor | None
 
 
-def record_calls(
-    model: keras.Layer, inputs: Any, layers: Sequence[RecurrentLayer]
-) -> tuple[tuple[RecurrentCall, ...], dict[str, str]]:
+@dataclass(frozen=True)
+class Recording:
+    """What happened when the model ran on the probe.
+
+    Attributes:
+        calls: In the order in which they happened, named like their layers, and `layer:1`, `layer:2`, ... from the
+            second call of a layer on.
+        unmeasured: By layer name, why a layer has no call that can be measured.
+        graph: Of the model; must live as long as the calls.
+    """
+
+    calls: tuple[RecurrentCall, ...]
+    unmeasured: dict[str, str]
+    graph: TracedGraph
+
+
+def record_calls(model: keras.Layer, inputs: Any, layers: Sequence[RecurrentLayer]) -> Recording:
     """Runs the model on the probe, inside the graph that is being traced, and records its recurrent calls.
 
     A layer's `inner_loop` receives what its cell sees: the sequence as it is unrolled, the initial states as tensors
     (those of a stateful layer, of the caller, or zeros) and the mask. So that is what is recorded.
+
+    Only what these calls depend on is laid into that graph: not what the last recurrent layer makes of its input, for
+    instance.
 
     Args:
         model: A built model.
@@ -40,16 +58,14 @@ def record_calls(
         layers: The layers to record.
 
     Returns:
-        The calls in the order in which they happen, named like their layers, and `layer:1`, `layer:2`, ... from the
-        second call of a layer on; and, by layer name, why a layer has no call that can be measured.
+        The calls.
     """
-    graph = tf.compat.v1.get_default_graph()
     calls: list[RecurrentCall] = []
     counts: dict[str, int] = {}
     reasons = {item.name: "it is not called when the model runs on the probe" for item in layers}
 
     def record(item: RecurrentLayer, inputs: tf.Tensor, states: Any, mask: Any) -> None:
-        if inputs.graph is not graph:
+        if inputs.graph is not graphs[0]:
             reasons[item.name] = (
                 "it is called inside a graph of its own (a loop, `vectorized_map` or `tf.function`), "
                 "where its states cannot be observed"
@@ -70,9 +86,35 @@ def record_calls(
             )
         else:
             observable[position] = item
-    with _recording(model, observable, record):
-        model(inputs, **training_argument(model))
-    return tuple(calls), {name: reason for name, reason in reasons.items() if name not in counts}
+    graphs: list[tf.Graph] = []
+
+    def run(*flat: tf.Tensor) -> list[list[tf.Tensor]]:
+        graphs.append(tf.compat.v1.get_default_graph())
+        with _recording(model, observable, record):
+            model(keras.tree.pack_sequence_as(inputs, list(flat)), **training_argument(model))
+        return [_tensors(call) for call in calls]
+
+    flat = keras.tree.flatten(inputs)
+    graph = TracedGraph(run, [tf.TensorSpec(tensor.shape, tensor.dtype) for tensor in flat])
+    feeds = {inner.name: tensor for inner, tensor in zip(graph.inputs, flat, strict=True)}
+    laid = iter(graph.lay(graph.outputs, feeds))
+    unmeasured = {name: reason for name, reason in reasons.items() if name not in counts}
+    return Recording(tuple(_with_tensors(call, laid) for call in calls), unmeasured, graph)
+
+
+def _tensors(call: RecurrentCall) -> list[tf.Tensor]:
+    return [call.inputs, *keras.tree.flatten(call.states), *([] if call.mask is None else [call.mask])]
+
+
+def _with_tensors(call: RecurrentCall, tensors: Iterator[tf.Tensor]) -> RecurrentCall:
+    """The call with others in the place of its tensors, in the order of `_tensors`."""
+    return RecurrentCall(
+        call.name,
+        call.layer,
+        next(tensors),
+        keras.tree.map_structure(lambda _: next(tensors), call.states),
+        None if call.mask is None else next(tensors),
+    )
 
 
 def training_argument(layer: Any) -> dict[str, bool]:

@@ -1,123 +1,140 @@
 """Which states does a cell visit?"""
 
-import contextlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import keras
 import tensorflow as tf
 
-from keras_jacmon.probe.capture import RecurrentCall, training_argument
-from keras_jacmon.probe.layers import sublayers
+from keras_jacmon.probe.capture import RecurrentCall
+from keras_jacmon.probe.cellgraph import CellGraph
+from keras_jacmon.probe.step import CellStep, widened
 
-_HALF = (tf.float16, tf.bfloat16)
 
+@dataclass(frozen=True)
+class Walk:
+    """What a cell is led through, in the order in which it happens: that is backwards for `go_backwards`.
 
-class CellStep:
-    """One step of a cell, from inputs and flat states to flat new states, without dropout, in float32 or better.
-
-    Args:
-        cell: Anything that `keras.layers.RNN` takes as a cell.
-        states: The cell's states in their own structure; only the structure is kept.
+    `inputs` is `(time, batch, ...)`; `states` are the flat initial states, `(batch, ...)`, in float32 or better; `mask`
+    is None or `(time, batch)`, False where the step is skipped.
     """
 
-    def __init__(self, cell: Any, states: Any) -> None:
-        self.cell = cell
-        self._structure = keras.tree.map_structure(lambda _: 0, states)
+    inputs: tf.Tensor
+    states: tuple[tf.Tensor, ...]
+    mask: tf.Tensor | None
 
-    def __call__(self, inputs: tf.Tensor, states: Sequence[tf.Tensor]) -> list[tf.Tensor]:
-        """Steps rows `(rows, ...)` of inputs and states, each row by itself."""
-        packed = keras.tree.pack_sequence_as(self._structure, list(states))
-        with full_precision(self.cell):
-            # A tuple, as Keras' own loop passes it.
-            _, new = self.cell(inputs, tuple(packed), **training_argument(self.cell))
-        flat = keras.tree.flatten(new)
-        if len(flat) != len(states):
-            raise ValueError(
-                f"Cell {type(self.cell).__name__} was given {len(states)} state tensors and returned {len(flat)}. "
-                "Expected as many new states as old ones."
-            )
-        return [_like(value, old, self.cell) for value, old in zip(flat, states, strict=True)]
+    @classmethod
+    def of(cls, call: RecurrentCall) -> "Walk":
+        """The walk of a recorded call."""
+        inputs, mask = widened(_swapped(call.inputs)), None if call.mask is None else _swapped(call.mask)
+        if call.layer.go_backwards:
+            inputs, mask = inputs[::-1], None if mask is None else mask[::-1]
+        return cls(inputs, tuple(widened(state) for state in keras.tree.flatten(call.states)), mask)
+
+    def between(self, start: tf.Tensor, stop: tf.Tensor, states: Sequence[tf.Tensor]) -> "Walk":
+        """The part from step `start` up to `stop`, from the states there."""
+        mask = None if self.mask is None else self.mask[start:stop]
+        return Walk(self.inputs[start:stop], tuple(states), mask)
+
+
+@dataclass(frozen=True)
+class Shortcut:
+    """What an unrolling can do besides calling the cell.
+
+    Attributes:
+        graph: The cell's step.
+        fixed: Values of tensors of the graph that are the same at all steps, by name.
+        hoisted: Tensors of the graph that depend on the inputs alone: computed for all steps at once.
+        kept: Tensors of the graph whose values at all steps are wanted.
+    """
+
+    graph: CellGraph
+    fixed: Mapping[str, tf.Tensor]
+    hoisted: Sequence[tf.Tensor]
+    kept: Sequence[tf.Tensor]
 
 
 @dataclass(frozen=True)
 class Trajectory:
-    """The points at which a cell is evaluated on the probe; time is the position in the input.
+    """The points at which a cell is evaluated.
 
-    `inputs` is `(time, batch, ...)`; `states` are the flat states *before* each step, `(time, batch, ...)`; `mask` is
-    `(time, batch)`, False where the step is skipped.
+    `inputs` is `(time, batch, ...)`; `states` are the flat states *before* each step and `values` those of tensors of
+    the cell's graph, by name, all `(time, batch, ...)`; `last` are the states behind the last step, `(batch, ...)`.
     """
 
-    step: CellStep
     inputs: tf.Tensor
     states: tuple[tf.Tensor, ...]
-    mask: tf.Tensor
+    last: tuple[tf.Tensor, ...]
+    values: dict[str, tf.Tensor] = field(default_factory=dict)
 
 
-def unroll(call: RecurrentCall) -> Trajectory:
-    """Unrolls a layer's cell on what the layer received, in one graph loop.
+def unroll(step: CellStep, walk: Walk, shortcut: Shortcut | None = None) -> Trajectory:
+    """Leads a cell along a walk, in one graph loop.
 
     Args:
-        call: A recorded call.
+        step: The cell's step.
+        walk: Where it is led.
+        shortcut: If given, its graph is used and not the cell itself.
 
     Returns:
         The trajectory, in float32 or better.
     """
-    step = CellStep(call.layer.cell, call.states)
-    inputs = _widen(_swap(call.inputs))
-    states = [_widen(state) for state in keras.tree.flatten(call.states)]
-    time = tf.shape(inputs)[0]
-    mask = None if call.mask is None else _swap(call.mask)
-    backwards = call.layer.go_backwards
-    arrays = [tf.TensorArray(s.dtype, time, element_shape=s.shape, clear_after_read=False) for s in states]
+    inputs, mask = walk.inputs, walk.mask
+    time, samples = known_sizes(inputs)[:2]
+    hoisted: dict[str, tf.Tensor] = {}
+    kept: Sequence[tf.Tensor] = shortcut.kept if shortcut else ()
+    if shortcut:
+        feeds = {**shortcut.fixed, shortcut.graph.step_inputs.name: as_rows(inputs)}
+        hoisted = {
+            tensor.name: tf.reshape(value, [time, samples, *value.shape[1:]])
+            for tensor, value in zip(shortcut.hoisted, shortcut.graph.lay(shortcut.hoisted, feeds), strict=True)
+        }
+
+    def advance(t: tf.Tensor, states: Sequence[tf.Tensor]) -> tuple[list[tf.Tensor], list[tf.Tensor]]:
+        """The new states, and the values to keep."""
+        if shortcut is None:
+            return step(inputs[t], states), []
+        graph = shortcut.graph
+        feeds = {**shortcut.fixed, graph.step_inputs.name: inputs[t]}
+        feeds |= {name: value[t] for name, value in hoisted.items()}
+        feeds |= {tensor.name: state for tensor, state in zip(graph.states, states, strict=True)}
+        results = graph.lay([*graph.new_states, *kept], feeds)
+        return results[: len(states)], results[len(states) :]
 
     def body(
         t: tf.Tensor, states: list[tf.Tensor], arrays: list[tf.TensorArray]
     ) -> tuple[tf.Tensor, list[tf.Tensor], list[tf.TensorArray]]:
-        position = time - 1 - t if backwards else t
-        arrays = [array.write(position, state) for array, state in zip(arrays, states, strict=True)]
-        new = step(inputs[position], states)
+        new, values = advance(t, states)
+        arrays = [array.write(t, value) for array, value in zip(arrays, [*states, *values], strict=True)]
         if mask is not None:
-            new = [_keep_where(mask[position], value, old) for value, old in zip(new, states, strict=True)]
+            new = [_keep_where(mask[t], value, old) for value, old in zip(new, states, strict=True)]
+        new = [tf.ensure_shape(value, old.shape) for value, old in zip(new, states, strict=True)]
         return t + 1, new, arrays
 
-    _, _, arrays = tf.while_loop(lambda t, *_: t < time, body, [tf.constant(0), states, arrays])
-    shape = tf.shape(inputs)[:2]
-    return Trajectory(
-        step=step,
-        inputs=inputs,
-        states=tuple(
-            tf.ensure_shape(array.stack(), [inputs.shape[0], *state.shape])
-            for array, state in zip(arrays, states, strict=True)
-        ),
-        mask=tf.ones(shape, tf.bool) if mask is None else mask,
-    )
+    wanted = [*walk.states, *kept]
+    arrays = [tf.TensorArray(t.dtype, time, element_shape=t.shape) for t in wanted]
+    _, last, arrays = tf.while_loop(lambda t, *_: t < time, body, [tf.constant(0), list(walk.states), arrays])
+    stacks = [
+        tf.ensure_shape(array.stack(), [inputs.shape[0], inputs.shape[1], *tensor.shape[1:]])
+        for array, tensor in zip(arrays, wanted, strict=True)
+    ]
+    states, values = stacks[: len(walk.states)], stacks[len(walk.states) :]
+    kept_values = {tensor.name: value for tensor, value in zip(kept, values, strict=True)}
+    return Trajectory(inputs, tuple(states), tuple(last), {**hoisted, **kept_values})
 
 
-@contextlib.contextmanager
-def full_precision(cell: Any) -> Iterator[None]:
-    """Lets the layers of a cell with a half-precision policy compute in float32.
-
-    A float16 Jacobian has three digits, and its variance underflows to zero from 256 units on.
-    """
-    half = [layer for layer in sublayers(cell) if tf.as_dtype(layer.compute_dtype) in _HALF]
-    # The policy object itself is swapped: the public setter would write into a policy map that other layers share.
-    policies = [layer._dtype_policy for layer in half]  # noqa: SLF001
-    try:
-        for layer in half:
-            layer._dtype_policy = keras.dtype_policies.DTypePolicy("float32")  # noqa: SLF001
-        yield
-    finally:
-        for layer, policy in zip(half, policies, strict=True):
-            layer._dtype_policy = policy  # noqa: SLF001
+def as_rows(tensor: tf.Tensor) -> tf.Tensor:
+    """(time, batch, ...) -> (time * batch, ...)."""
+    time, batch, *rest = known_sizes(tensor)
+    return tf.reshape(tensor, [time * batch, *rest])
 
 
-def _widen(tensor: tf.Tensor) -> tf.Tensor:
-    return tf.cast(tensor, tf.float32) if tensor.dtype in _HALF else tensor
+def known_sizes(tensor: tf.Tensor) -> list[int | tf.Tensor]:
+    """The size of each axis: a number where it is known before the graph runs."""
+    return [tf.shape(tensor)[axis] if size is None else size for axis, size in enumerate(tensor.shape)]
 
 
-def _swap(tensor: tf.Tensor) -> tf.Tensor:
+def _swapped(tensor: tf.Tensor) -> tf.Tensor:
     """(batch, time, ...) -> (time, batch, ...)."""
     return tf.transpose(tensor, [1, 0, *range(2, tensor.shape.rank)])
 
@@ -125,14 +142,3 @@ def _swap(tensor: tf.Tensor) -> tf.Tensor:
 def _keep_where(mask: tf.Tensor, new: tf.Tensor, old: tf.Tensor) -> tf.Tensor:
     """The new state where the mask (batch,) is True; a masked step passes the state through."""
     return tf.where(tf.reshape(mask, [-1] + [1] * (new.shape.rank - 1)), new, old)
-
-
-def _like(value: tf.Tensor, old: tf.Tensor, cell: Any) -> tf.Tensor:
-    value = tf.cast(tf.convert_to_tensor(value), old.dtype)
-    if not value.shape.is_compatible_with(old.shape):
-        raise ValueError(
-            f"Cell {type(cell).__name__} was given a state of shape {tuple(old.shape)} and returned one of shape "
-            f"{tuple(value.shape)}. Expected a state to keep its shape."
-        )
-    value.set_shape(old.shape)
-    return value

@@ -1,0 +1,113 @@
+"""The structured Jacobian at given rows: the kernels and the diagonals that a structure speaks of, in numbers."""
+
+from collections.abc import Mapping, Sequence
+
+import tensorflow as tf
+
+from keras_jacmon.jacobians.discovery import Base, Link, Product, Structure
+from keras_jacmon.jacobians.structured import Diagonal, StructuredJacobian
+
+
+def fixed_values(structure: Structure) -> dict[str, tf.Tensor]:
+    """What the cell computes from its weights alone, by the names of the cell's graph; the same for all rows."""
+    values = structure.graph.lay(structure.fixed, {})
+    return {tensor.name: value for tensor, value in zip(structure.fixed, values, strict=True)}
+
+
+def kernel_matrices(structure: Structure, fixed: Mapping[str, tf.Tensor]) -> dict[Base, tf.Tensor]:
+    """The kernels of the products as matrices `(units in, units out)`."""
+    return {("product", k): _matrix(structure, product, fixed) for k, product in enumerate(structure.products)}
+
+
+def structured_jacobian(
+    structure: Structure,
+    values: Mapping[str, tf.Tensor],
+    kernels: Mapping[Base, tf.Tensor],
+    news: Sequence[int],
+    sources: Sequence[Base],
+) -> StructuredJacobian:
+    """The Jacobian of some new states by some sources, at given rows.
+
+    Args:
+        structure: Of the cell; the blocks must have one.
+        values: What tensors of the cell's graph, by their names, are at these rows: inputs and states, and whatever
+            need not be computed again.
+        kernels: From `kernel_matrices`.
+        news: Positions of new states.
+        sources: `("state", q)` or `("inputs", 0)`.
+
+    Returns:
+        The operator, batch shape `(rows,)`.
+    """
+    graph = structure.graph
+    # What leads to a new state, or to what a product multiplies; the latter before the former only in the graph.
+    links: dict[Base, dict[Base, Link]] = {}
+    pending: list[Base] = [("new", new) for new in news]
+    while pending:
+        target = pending.pop()
+        links[target] = {
+            base: link
+            for base, link in structure.links(structure.target(target)).items()
+            if base in sources or (base[0] == "product" and structure.reaches(base[1], sources))
+        }
+        pending += [base for base in links[target] if base[0] == "product" and base not in links]
+    products = sorted(target for target in links if target[0] == "product")
+
+    # A tensor of its own for each base: two states may be one tensor, and the derivatives must tell them apart.
+    bases = [*sources, *products]
+    feeds = dict(values)
+    for source in sources:
+        feeds[structure.tensor(source).name] = tf.identity(values[structure.tensor(source).name])
+    results = graph.lay([structure.tensor(product) for product in products], feeds)
+    feeds |= {structure.tensor(p).name: tf.identity(z) for p, z in zip(products, results, strict=True)}
+    at = {base: feeds[structure.tensor(base).name] for base in bases}
+
+    # All at once, since they have most of their operations in common.
+    bent = [target for target, into in links.items() if not all(link.unchanged for link in into.values())]
+    values_of = dict(zip(bent, graph.lay([structure.target(target) for target in bent], feeds), strict=True))
+    diagonals: dict[tuple[Base, Base], Diagonal] = {}
+    for target, into in links.items():
+        changed = [base for base, link in into.items() if not link.unchanged]
+        derivatives = _derivatives(values_of.get(target), [at[base] for base in changed], list(at.values()))
+        by_base = dict(zip(changed, derivatives, strict=True))
+        for base, link in into.items():
+            if link.unchanged:
+                diagonals[target, base] = Diagonal(link, None)
+            elif by_base[base] is not None:
+                diagonals[target, base] = Diagonal(link, tf.reshape(by_base[base], [-1, link.base_size]))
+    point = at[bases[0]]
+    return StructuredJacobian(
+        rows=point.shape[0] if point.shape[0] is not None else tf.shape(point)[0],
+        news={new: structure.size(graph.new_states[new]) for new in news},
+        sources={source: structure.size(structure.tensor(source)) for source in sources},
+        kernels={product: kernels[product] for product in products},
+        outer={(target[1], base): d for (target, base), d in diagonals.items() if target[0] == "new"},
+        inner={(target, base): d for (target, base), d in diagonals.items() if target[0] == "product"},
+        dtype=point.dtype,
+    )
+
+
+def _derivatives(
+    value: tf.Tensor | None, bases: Sequence[tf.Tensor], all_bases: Sequence[tf.Tensor]
+) -> list[tf.Tensor | None]:
+    """The derivative of each unit of the value by the one unit of each base that reaches it.
+
+    One backward pass from ones: each unit of a base reaches one unit of the value at most, so that no two derivatives
+    add up.
+    """
+    if not bases:
+        return []
+    gradients = tf.gradients(value, bases, tf.ones_like(value), stop_gradients=all_bases)
+    return [None if gradient is None else tf.convert_to_tensor(gradient) for gradient in gradients]
+
+
+def _matrix(structure: Structure, product: Product, fixed: Mapping[str, tf.Tensor]) -> tf.Tensor:
+    operation, graph = product.operation, structure.graph
+    if operation.type == "MatMul":
+        (kernel,) = graph.lay([operation.inputs[1]], fixed)
+        return tf.transpose(kernel) if operation.get_attr("transpose_b") else kernel
+    # Whatever form the product has: what it makes of the unit vectors are the rows of its matrix.
+    size, units = product.shape
+    vectors = tf.reshape(tf.eye(size, dtype=product.y.dtype), [size, *structure.units(product.y)])
+    (images,) = graph.lay([product.z], {**fixed, product.y.name: vectors})
+    return tf.reshape(images, [size, units])

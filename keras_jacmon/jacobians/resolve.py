@@ -1,0 +1,290 @@
+"""Which operator does each part of a cell's Jacobian get, and why?"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from keras_jacmon.jacobians.blocks import BlockJacobian, Part
+from keras_jacmon.jacobians.discovery import Base, Structure
+from keras_jacmon.jacobians.linearise import fixed_values, kernel_matrices, structured_jacobian
+from keras_jacmon.jacobians.views import View, ViewFunction, size, view_function
+from keras_jacmon.probe.cellgraph import CellGraph
+from keras_jacmon.probe.step import CellStep
+from keras_jacmon.probe.trajectory import Shortcut, known_sizes
+
+Form = Callable[[Any, tf.Tensor, Any, str], tf.linalg.LinearOperator | None]
+
+_FORMS: dict[type, Form] = {}
+
+_NEGLIGIBLE = 1e-30
+
+# Relative. Rounding in float32 leaves about 1e-6.
+CERTIFICATE_TOLERANCE = 1e-3
+
+
+def register_jacobian(cell_type: type, form: Form | None) -> None:
+    """Says how the Jacobian of a type of cell is to be taken. Rarely needed: see `explain`.
+
+    Example:
+
+    ```python
+    def form(cell, inputs, states, view):
+        if view != "hidden":
+            return None
+        slope = 1.0 - tf.tanh(inputs @ cell.kernel + states[0] @ cell.recurrent_kernel) ** 2
+        kernel = tf.linalg.matrix_transpose(cell.recurrent_kernel)
+        return tf.linalg.LinearOperatorFullMatrix(slope[:, :, None] * kernel)
+
+    register_jacobian(MyCell, form)
+    ```
+
+    Args:
+        cell_type: The class itself; subclasses are not meant, since they may override `call`.
+        form: From the cell, `inputs` `(rows, ...)`, `states` in the cell's structure and the view (`"hidden"` or
+            `"joint"`) to a `tf.linalg.LinearOperator` of batch shape `(rows,)` with `J[b, i, k] = d new[b, i] / d
+            old[b, k]`, or None to leave the view to discovery. It is certified like a structure that was found. None
+            takes a form back.
+
+    Raises:
+        ValueError: If `cell_type` is no class, or `form` cannot be called.
+    """
+    if not isinstance(cell_type, type):
+        raise ValueError(f"Invalid value for argument `cell_type`. Expected a class. Received: cell_type={cell_type!r}")
+    if form is None:
+        _FORMS.pop(cell_type, None)
+        return
+    if not callable(form):
+        raise ValueError(
+            "Invalid value for argument `form`. Expected a function of a cell, inputs, states and a view, or None. "
+            f"Received: form={form!r}"
+        )
+    _FORMS[cell_type] = form
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How the derivative of a new state by an old one is taken.
+
+    Attributes:
+        new: Position of the new state among the cell's states.
+        old: Position of the old one.
+        how: `"structure"`, `"autodiff"`, `"zero"` or `"registered form"`.
+        why: Of `"autodiff"` the reason why there is no structure, of `"structure"` what it is made of.
+    """
+
+    new: int
+    old: int
+    how: str
+    why: str
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Points at which Jacobians are taken: inputs, flat states, and known values of the cell's graph by name."""
+
+    inputs: tf.Tensor
+    states: tuple[tf.Tensor, ...]
+    values: Mapping[str, tf.Tensor]
+
+    def take(self, rows: tf.Tensor) -> "Rows":
+        """Some of them, by their indices."""
+        return self._each(lambda tensor: tf.gather(tensor, rows))
+
+    def between(self, start: tf.Tensor, stop: tf.Tensor) -> "Rows":
+        """Those from one index up to another one, which takes no copy."""
+        return self._each(lambda tensor: tensor[start:stop])
+
+    def _each(self, function: Callable[[tf.Tensor], tf.Tensor]) -> "Rows":
+        values = {name: function(value) for name, value in self.values.items()}
+        return Rows(function(self.inputs), tuple(function(state) for state in self.states), values)
+
+
+class CellJacobian:
+    """The Jacobians of a cell's step: finds their structure, and gives each view its operator.
+
+    Args:
+        step: The cell's step.
+        inputs: `(rows, ...)`; only shape and type count.
+        states: Flat, each `(rows, ...)`.
+        trusted: Whether a structure or a registered form may be used; once a certificate has failed it may not.
+        independent: Whether each row of the step is a function of the same row of inputs and states.
+    """
+
+    def __init__(
+        self,
+        step: CellStep,
+        inputs: tf.Tensor,
+        states: Sequence[tf.Tensor],
+        *,
+        trusted: bool = True,
+        independent: bool = True,
+    ) -> None:
+        self._step = step
+        self._states = list(states)
+        self._independent = independent
+        self._form = _FORMS.get(type(step.cell)) if trusted and independent else None
+        self._structure: Structure | None = None
+        self._reason = "its certificate failed" if independent else "its samples are not independent of each other"
+        if trusted and independent:
+            try:
+                self._structure = Structure(CellGraph(step, inputs, states))
+            except NotImplementedError as error:
+                self._reason = str(error)
+        if self._structure:
+            self._fixed = fixed_values(self._structure)
+            self._kernels = kernel_matrices(self._structure, self._fixed)
+
+    def shortcut(self) -> Shortcut | None:
+        """How the cell can be unrolled at a lower cost; None if nothing is known of its graph."""
+        if self._structure is None:
+            return None
+        sources = [("state", q) for q in range(len(self._states))]
+        kept = [p.z for k, p in enumerate(self._structure.products) if self._structure.reaches(k, sources)]
+        return Shortcut(self._structure.graph, self._fixed, self._structure.hoisted, kept)
+
+    def operators(self, views: Sequence[str], rows: Rows) -> dict[str, tf.linalg.LinearOperator]:
+        """The operators of views, of `"hidden"` and `"joint"`, at some rows; they share what they have in common."""
+        operators = {name: self._registered(name, rows) for name in views}
+        wide = "joint" if "joint" in views else "hidden"
+        if all(operator is not None for operator in operators.values()):
+            return operators
+        parts = [
+            (part, self._structured(part, rows) if structured else self._by_autodiff(part, rows), structured)
+            for part, structured in self._parts(wide)
+        ]
+        for name in views:
+            if operators[name] is None and name == wide:
+                operators[name] = self._assembled(wide, [(part, operator) for part, operator, _ in parts])
+            elif operators[name] is None:
+                operators[name] = self._hidden_of(parts, rows)
+        return operators
+
+    def certificate(self, views: Sequence[str], rows: Rows, seed: tf.Tensor) -> tf.Tensor | None:
+        """How far a structure that was found, or a registered form, is from the derivative of the cell itself.
+
+        Returns:
+            The largest `‖Jᵀw - (Jᵀw by autodiff)‖ / ‖Jᵀw by autodiff‖` of the rows for random w, a scalar; infinite
+            where one of them is finite and the other is not. None if all rests on autodiff.
+        """
+        pairs = []
+        for name in views:
+            registered = self._registered(name, rows)
+            if registered is not None:
+                pairs.append((View.of(name, self._states), registered))
+            elif name == "joint" or "joint" not in views:
+                # The hidden view of the same structure is one of its blocks.
+                pairs += [(part, self._structured(part, rows)) for part, structured in self._parts(name) if structured]
+        residuals = [
+            _residual(operator, view_function(self._step, rows.inputs, rows.states, part), seed)
+            for part, operator in pairs
+        ]
+        return tf.reduce_max(tf.stack(residuals)) if residuals else None
+
+    def dependence(self, rows: Rows, new_states: Sequence[tf.Tensor]) -> tf.Tensor:
+        """How far the new states of some rows by themselves are from those that the cell gave them among others.
+
+        Rows of all steps and samples are put together for the derivatives. That is right only if each row is a
+        function of itself.
+
+        Args:
+            rows: Some rows.
+            new_states: Their new states in the trajectory.
+
+        Returns:
+            The largest difference of a row, relative to the size of its states, a scalar.
+        """
+        residuals = []
+        for alone, among, state in zip(self._step(rows.inputs, rows.states), new_states, rows.states, strict=True):
+            if state.dtype.is_floating:
+                flat = [tf.reshape(x, [-1, size(state)]) for x in (alone, among)]
+                residuals.append(_relative(tf.norm(flat[0] - flat[1], axis=-1), *(tf.norm(x, axis=-1) for x in flat)))
+        return tf.reduce_max(tf.stack(residuals))
+
+    def choices(self, name: str) -> list[Choice]:
+        """How each block of a view is taken."""
+        view = View.of(name, self._states)
+        return [self._choice(new, old) for new in view.news for old in view.olds]
+
+    def _choice(self, new: int, old: int) -> Choice:
+        if self._form is not None:
+            return Choice(new, old, "registered form", getattr(self._form, "__name__", repr(self._form)))
+        reason = self._reason_against(new, old)
+        if reason is not None or self._structure is None:
+            return Choice(new, old, "autodiff", reason or "")
+        if not self._structure.depends(new, ("state", old)):
+            return Choice(new, old, "zero", "no gradient connects them")
+        return Choice(new, old, "structure", self._structure.describe(new, ("state", old)))
+
+    def _reason_against(self, new: int, old: int) -> str | None:
+        return self._structure.reason(new, ("state", old)) if self._structure else self._reason
+
+    def _parts(self, name: str) -> list[tuple[View, bool]]:
+        """The view as rectangles of blocks, each with whether it has a structure."""
+        view = View.of(name, self._states)
+        rectangles: dict[tuple[tuple[int, ...], bool], list[int]] = {}
+        for new in view.news:
+            for structured in (True, False):
+                olds = tuple(old for old in view.olds if (self._reason_against(new, old) is None) == structured)
+                if olds:
+                    rectangles.setdefault((olds, structured), []).append(new)
+        return [(View(tuple(news), olds), structured) for (olds, structured), news in rectangles.items()]
+
+    def _assembled(self, name: str, parts: Sequence[tuple[View, tf.linalg.LinearOperator]]) -> tf.linalg.LinearOperator:
+        if len(parts) == 1:
+            return parts[0][1]
+        view = View.of(name, self._states)
+        places = [
+            Part(operator, tuple(map(view.news.index, part.news)), tuple(map(view.olds.index, part.olds)))
+            for part, operator in parts
+        ]
+        sizes = [[size(self._states[k]) for k in positions] for positions in (view.news, view.olds)]
+        return BlockJacobian(places, *sizes)
+
+    def _hidden_of(
+        self, parts: Sequence[tuple[View, tf.linalg.LinearOperator, bool]], rows: Rows
+    ) -> tf.linalg.LinearOperator:
+        """The hidden view as a block of the joint one, if that block has a structure."""
+        hidden = View.of("hidden", self._states)
+        for part, operator, structured in parts:
+            if structured and hidden.news[0] in part.news and hidden.olds[0] in part.olds:
+                return operator.block(hidden.news[0], ("state", hidden.olds[0]))
+        return self._by_autodiff(hidden, rows)
+
+    def _registered(self, name: str, rows: Rows) -> tf.linalg.LinearOperator | None:
+        if self._form is None:
+            return None
+        return self._form(self._step.cell, rows.inputs, self._step.packed(rows.states), name)
+
+    def _structured(self, view: View, rows: Rows) -> tf.linalg.LinearOperator:
+        if self._structure is None:
+            raise RuntimeError("A cell without a structure was asked for one.")
+        graph = self._structure.graph
+        values = {**self._fixed, graph.step_inputs.name: rows.inputs, **rows.values}
+        values |= {tensor.name: state for tensor, state in zip(graph.states, rows.states, strict=True)}
+        sources: list[Base] = [("state", old) for old in view.olds]
+        return structured_jacobian(self._structure, values, self._kernels, view.news, sources)
+
+    def _by_autodiff(self, view: View, rows: Rows) -> tf.linalg.LinearOperator:
+        function = view_function(self._step, rows.inputs, rows.states, view)
+        return function.jacobian(independent=self._independent)
+
+
+def _residual(operator: tf.linalg.LinearOperator, function: ViewFunction, seed: tf.Tensor) -> tf.Tensor:
+    rows = known_sizes(function.point)[0]
+    covector = tf.random.stateless_normal([rows, function.range_dimension], seed, dtype=function.point.dtype)
+    expected, found = function.pull_back(covector), operator.matvec(covector, adjoint=True)
+    return _relative(*(tf.norm(x, axis=-1) for x in (found - expected, expected, found)))
+
+
+def _relative(error: tf.Tensor, expected: tf.Tensor, found: tf.Tensor) -> tf.Tensor:
+    """The largest relative error, a scalar, from the norms of errors and of two vectors each, `(rows,)`."""
+    # What is far below the least gradient that training could use is no disagreement, however it was rounded.
+    relative = tf.where(error < _NEGLIGIBLE, tf.zeros_like(error), error / expected)
+    infinite = tf.fill(tf.shape(error), tf.constant(np.inf, error.dtype))
+    one, other = tf.math.is_finite(expected), tf.math.is_finite(found)
+    # Where both are NaN or infinite they agree: that is the network's own.
+    unequal = tf.where(one | other, infinite, tf.zeros_like(error))
+    return tf.reduce_max(tf.where(one & other, relative, unequal))

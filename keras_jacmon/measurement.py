@@ -1,0 +1,293 @@
+"""One call of a recurrent layer, measured: the graph from its inputs to the measures of each step and sample."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import tensorflow as tf
+
+from keras_jacmon.jacobians.resolve import CellJacobian, Choice, Rows
+from keras_jacmon.jacobians.views import Connections, find_connections, floating_states, size
+from keras_jacmon.measures.options import Options
+from keras_jacmon.measures.registry import MEASURES, Measure
+from keras_jacmon.measures.rows import RowSource, measure_rows
+from keras_jacmon.probe.capture import RecurrentCall
+from keras_jacmon.probe.step import CellStep
+from keras_jacmon.probe.trajectory import Trajectory, Walk, as_rows, known_sizes, unroll
+from keras_jacmon.report import LayerReport
+
+# More (row, vector) pairs at once than this do not fit a cache and are no faster.
+_MOST_ROWS = 2**14
+
+# So many rows have their structure compared with autodiff at each measurement, others each time.
+CERTIFIED_ROWS = 16
+
+# The random numbers of one segment are told from those of another by as many streams as it may have chunks.
+_STREAMS = 2**12
+
+# A graph may not know how many samples it will get.
+_UNKNOWN_SAMPLES = 2**10
+
+# Keys of results that are tests, scalars: of the structure, and of the independence of rows.
+CERTIFICATE, DEPENDENCE = "certificate", "dependence"
+
+# What is known of each (step, sample): `hidden/variance`, and `hidden/variance/uncertainty` if there is one.
+Results = dict[str, tf.Tensor]
+
+
+@dataclass(frozen=True)
+class CallFacts:
+    """What is known of a call before any number is.
+
+    Attributes:
+        cell: Class of the cell.
+        units: Size of the hidden state.
+        views: Those that are measured.
+        choices: By view, how each of its blocks is taken.
+        notes: What a reader of the numbers must know.
+        jacobian: Must live as long as what it has given operators to.
+    """
+
+    cell: str
+    units: int
+    views: tuple[str, ...]
+    choices: dict[str, list[Choice]]
+    notes: tuple[str, ...]
+    jacobian: CellJacobian
+
+    @classmethod
+    def of(
+        cls, call: RecurrentCall, states: Sequence[tf.Tensor], jacobian: CellJacobian, connections: Connections
+    ) -> "CallFacts":
+        """The facts of a call.
+
+        Raises:
+            ValueError: If no state has a derivative.
+        """
+        floating = floating_states(states)
+        depends = connections.depends
+        views, notes = [], []
+        if depends[0][0]:
+            views.append("hidden")
+        else:
+            notes.append(
+                f"new state {floating[0]} does not depend on the old one (no gradient connects them), "
+                "so the hidden view is left out"
+            )
+        if len(floating) > 1 and any(map(any, depends)):
+            views.append("joint")
+            notes += [
+                f"old state {state} has no influence on the new states (no gradient connects them)"
+                for state, influences in zip(floating, zip(*depends, strict=True), strict=True)
+                if not any(influences)
+            ]
+        notes += [
+            f"state {k} is of dtype {state.dtype.name}, which has no derivative, and is left out"
+            for k, state in enumerate(states)
+            if k not in floating
+        ]
+        choices = {view: jacobian.choices(view) for view in views}
+        return cls(
+            type(call.layer.cell).__name__, size(states[floating[0]]), tuple(views), choices, tuple(notes), jacobian
+        )
+
+    def report(self, results: Results) -> LayerReport:
+        """The report of the numbers."""
+        arrays = {key: tensor.numpy() for key, tensor in results.items()}
+        mask = arrays.pop("mask")
+        certificate = float(arrays.pop(CERTIFICATE)) if CERTIFICATE in arrays else None
+        arrays.pop(DEPENDENCE, None)
+        named = {key.removeprefix("hidden/"): array for key, array in arrays.items()}
+        values = {key: array for key, array in named.items() if not key.endswith("/uncertainty")}
+        uncertainties = {key: named[f"{key}/uncertainty"] for key in values if f"{key}/uncertainty" in named}
+        estimated = {key for key in uncertainties if MEASURES[key.split("/")[-1]].uncertainty == "standard error"}
+        layer = LayerReport(
+            self.cell, self.units, values, mask, uncertainties, frozenset(estimated), certificate, self.notes
+        )
+        broken = layer.nonfinite()
+        if not broken:
+            return layer
+        counts = ", ".join(f"{count} of `{key}`" for key, count in broken.items())
+        return dataclasses.replace(layer, notes=(*self.notes, f"NaN or Inf among the values: {counts}"))
+
+
+def measure_call(
+    call: RecurrentCall,
+    measures: Sequence[Measure],
+    options: Options,
+    *,
+    max_bytes: int,
+    trusted: bool,
+    independent: bool,
+    draw: tf.Tensor,
+) -> tuple[CallFacts, Results]:
+    """Measures one call, in the graph that is being traced.
+
+    Args:
+        call: What the layer received.
+        measures: What to measure.
+        options: How.
+        max_bytes: Bounds the memory, through segments of the sequence and chunks of rows.
+        trusted: Whether structures that were found, and registered forms, may be used.
+        independent: Whether each row of a step is a function of itself; otherwise steps are taken one by one.
+        draw: Counts the measurements; it decides which rows are certified.
+
+    Returns:
+        What is known before any number is, and the results: `mask` and each measure `(time, batch)`, certificates
+        scalars.
+
+    Raises:
+        ValueError: If no state has a derivative.
+    """
+    walk, step = Walk.of(call), CellStep(call.layer.cell, call.states)
+    if not floating_states(walk.states):
+        raise ValueError(f"None of its {len(walk.states)} states is floating-point, so there is no derivative")
+    jacobian = CellJacobian(step, walk.inputs[0], walk.states, trusted=trusted, independent=independent)
+    connections = find_connections(step, walk.inputs[0], walk.states)
+    facts = CallFacts.of(call, walk.states, jacobian, connections)
+    shortcut = jacobian.shortcut()
+
+    dtype = walk.states[floating_states(walk.states)[0]].dtype
+    rows = walk.inputs.shape[:2].num_elements()
+    points = _Points(
+        jacobian,
+        facts.views,
+        tuple(measures),
+        dataclasses.replace(options, rows=rows, dtype=dtype),
+        chunk=max(1, min(max_bytes // 2 // connections.bytes_per_row, _MOST_ROWS)),
+        draw=draw,
+        independent=independent,
+    )
+
+    def measure_segment(part: Walk, index: tf.Tensor | int) -> tuple[Results, tuple[tf.Tensor, ...]]:
+        trajectory = unroll(step, part, shortcut)
+        return points.measure(trajectory, part.mask, index), trajectory.last
+
+    time, samples = known_sizes(walk.inputs)[:2]
+    wanted = [walk.inputs, *(state[None] for state in walk.states)]
+    in_graph = [*shortcut.kept, *shortcut.hoisted] if shortcut else []
+    # Twice: a list of steps becomes one tensor, and for a moment there are both.
+    values = 2 * (sum(size(t[0]) for t in wanted) + sum(size(t) for t in in_graph))
+    steps = max(1, max_bytes // 2 // (values * dtype.size * int(walk.inputs.shape[1] or _UNKNOWN_SAMPLES)))
+    if walk.inputs.shape[0] is not None and walk.inputs.shape[0] <= steps:
+        results, _ = measure_segment(walk, 0)
+    else:
+        results = _in_segments(walk, steps, points.keys(), dtype, measure_segment)
+    results = {
+        key: value if value.shape.rank == 0 else tf.reshape(value, [time, samples]) for key, value in results.items()
+    }
+    if walk.mask is not None:
+        nan = tf.constant(float("nan"), dtype)
+        results = {
+            key: value if value.shape.rank == 0 else tf.where(walk.mask, value, nan) for key, value in results.items()
+        }
+    results["mask"] = tf.ones([time, samples], tf.bool) if walk.mask is None else walk.mask
+    if call.layer.go_backwards:
+        results = {key: value if value.shape.rank == 0 else value[::-1] for key, value in results.items()}
+    return facts, results
+
+
+@dataclass(frozen=True)
+class _Points:
+    """How the Jacobians at the points of a trajectory are measured."""
+
+    jacobian: CellJacobian
+    views: tuple[str, ...]
+    measures: tuple[Measure, ...]
+    options: Options
+    chunk: int
+    draw: tf.Tensor
+    independent: bool
+
+    def keys(self) -> list[str]:
+        """What `measure` may return."""
+        values = [f"{view}/{measure.name}" for view in self.views for measure in self.measures]
+        return [*values, *(f"{key}/uncertainty" for key in values), CERTIFICATE, DEPENDENCE]
+
+    def measure(self, trajectory: Trajectory, mask: tf.Tensor | None, segment: tf.Tensor | int) -> Results:
+        """The measures, `(time * batch,)`, and the certificates, scalars."""
+        rows = Rows(
+            as_rows(trajectory.inputs),
+            tuple(as_rows(state) for state in trajectory.states),
+            {name: as_rows(value) for name, value in trajectory.values.items()},
+        )
+        count = known_sizes(rows.inputs)[0]
+        kept = None if mask is None else tf.reshape(mask, [-1])
+        # Rows that are no functions of themselves stay together: all samples of a step, masked ones included.
+        valid = None if kept is None or not self.independent else tf.reshape(tf.where(kept), [-1])
+        chunk = self.chunk if self.independent else known_sizes(trajectory.inputs)[1]
+        source = RowSource(
+            count,
+            lambda start, stop: self.jacobian.operators(
+                self.views, rows if start is None else rows.between(start, stop)
+            ),
+            lambda chosen: self.jacobian.operators(self.views, rows.take(chosen)),
+            valid,
+        )
+        options = dataclasses.replace(self.options, stream=segment * _STREAMS)
+        results: Results = {}
+        for key, (value, uncertainty) in measure_rows(source, self.views, self.measures, options, chunk).items():
+            results[key] = value
+            if uncertainty is not None:
+                results[f"{key}/uncertainty"] = uncertainty
+        return {**results, **self._certificates(trajectory, rows, valid)} if self.independent else results
+
+    def _certificates(self, trajectory: Trajectory, rows: Rows, valid: tf.Tensor | None) -> Results:
+        """Tests, on some rows, of what the measures rest on."""
+        count, samples = known_sizes(rows.inputs)[0], known_sizes(trajectory.inputs)[1]
+        total = count if valid is None else tf.size(valid)
+        # The first time as many rows as are measured at once; then a few that are spread over them, others each time:
+        # after enough measurements each row has had its turn.
+        number = tf.minimum(total, tf.where(self.draw == 0, self.chunk, CERTIFIED_ROWS))
+        stride = -(-total // tf.maximum(number, 1))
+        chosen = (tf.range(number) * stride + self.draw % tf.maximum(stride, 1)) % tf.maximum(total, 1)
+        chosen = chosen if valid is None else tf.gather(valid, tf.cast(chosen, valid.dtype))
+        chosen = tf.cast(chosen, tf.int32)
+        # The new states are the old ones of the next step, and of the last step the last ones.
+        following = [
+            tf.where(
+                tf.reshape(chosen + samples < count, [-1] + [1] * (last.shape.rank - 1)),
+                tf.gather(states, tf.minimum(chosen + samples, count - 1)),
+                tf.gather(last, chosen % samples),
+            )
+            for states, last in zip(rows.states, trajectory.last, strict=True)
+        ]
+        some = rows.take(chosen)
+        results = {DEPENDENCE: self.jacobian.dependence(some, following)}
+        seed = tf.random.experimental.stateless_fold_in([self.options.seed, 3], self.draw)
+        certificate = self.jacobian.certificate(self.views, some, seed)
+        return results if certificate is None else {**results, CERTIFICATE: certificate}
+
+
+def _in_segments(
+    walk: Walk,
+    steps: int,
+    keys: Sequence[str],
+    dtype: tf.DType,
+    measure_segment: Callable[[Walk, tf.Tensor], tuple[Results, tuple[tf.Tensor, ...]]],
+) -> Results:
+    """Measures so many steps at a time, so that a long sequence is never held as a whole."""
+    time = tf.shape(walk.inputs)[0]
+    count = -(-time // steps)
+
+    present: set[str] = set()
+
+    def body(index: tf.Tensor, states: Sequence[tf.Tensor], arrays: dict[str, tf.TensorArray]) -> tuple[Any, ...]:
+        start = index * steps
+        part = walk.between(start, tf.minimum(start + steps, time), states)
+        results, last = measure_segment(part, index)
+        # Which keys there are is known once the body is traced, and a loop needs its variables before.
+        present.update(results)
+        arrays = {
+            key: array.write(index, tf.reshape(results[key], [-1])) if key in results else array
+            for key, array in arrays.items()
+        }
+        return index + 1, list(last), arrays
+
+    empty = {key: tf.TensorArray(dtype, count, infer_shape=False, element_shape=[None]) for key in keys}
+    _, _, arrays = tf.while_loop(lambda index, *_: index < count, body, [tf.constant(0), list(walk.states), empty])
+    return {
+        key: tf.reduce_max(arrays[key].concat()) if key in (CERTIFICATE, DEPENDENCE) else arrays[key].concat()
+        for key in sorted(present)
+    }

@@ -1,0 +1,539 @@
+"""The structure that is found in a cell: it gives the Jacobians of autodiff, or says why there is none."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from helpers import (
+    BATCH,
+    BY_ID,
+    CASES,
+    FEATURES,
+    STEPS,
+    Case,
+    WeightedCell,
+    assert_layer,
+    build,
+    make_model,
+    make_probe,
+    make_step,
+    normal,
+    step_jacobians,
+)
+
+from keras_jacmon import JacobianMeter, explain, measure, register_jacobian
+from keras_jacmon.jacobians import discovery
+from keras_jacmon.jacobians.discovery import Base, Structure
+from keras_jacmon.jacobians.elementwise import ELEMENTWISE
+from keras_jacmon.jacobians.linearise import fixed_values, kernel_matrices, structured_jacobian
+from keras_jacmon.probe.cellgraph import CellGraph
+from keras_jacmon.probe.step import CellStep
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from numpy.typing import NDArray
+
+PROBE = normal(BATCH, STEPS, FEATURES, seed=3)
+INPUTS: Base = ("inputs", 0)
+
+
+@pytest.fixture
+def _float64() -> Iterator[None]:
+    before = keras.config.floatx(), keras.config.dtype_policy()
+    keras.config.set_floatx("float64")
+    keras.config.set_dtype_policy("float64")
+    yield
+    keras.config.set_floatx(before[0])
+    keras.config.set_dtype_policy(before[1])
+
+
+# What the structure gives ----------------------------------------------------------------------------------------
+
+
+def structured_blocks(cell: Any, inputs: Any, states: Any) -> tuple[dict[Any, tuple[Any, ...]], dict[Any, str | None]]:
+    """For each (new state, source) J, J from products with Jᵀ, ΣJ and ΣJ² (None for a chain); and the reasons why not.
+
+    Under "joint" the same for all states together, if all their blocks have a structure.
+    """
+    flat = tf.nest.flatten(states)
+    floating = [k for k, state in enumerate(flat) if state.dtype.is_floating]
+    olds: list[Base] = [("state", q) for q in floating]
+    reasons: dict[Any, str | None] = {}
+
+    def numbers(operator: Any) -> tuple[Any, ...]:
+        identity = tf.eye(operator.shape[-2], batch_shape=[operator.shape[0]], dtype=operator.dtype)
+        transposed = tf.linalg.adjoint(operator.matmul(identity, adjoint=True))
+        squares = operator.square_sum if not operator.is_chain else None
+        return operator.to_dense(), transposed, operator.entry_sum, squares
+
+    @tf.function(autograph=False)
+    def run(inputs: Any, *flat: Any) -> dict[str, Any]:
+        graph = CellGraph(CellStep(cell, states), inputs, flat)
+        structure = Structure(graph)
+        fixed = fixed_values(structure)
+        kernels = kernel_matrices(structure, fixed)
+        values = {**fixed, graph.step_inputs.name: inputs}
+        values |= {tensor.name: state for tensor, state in zip(graph.states, flat, strict=True)}
+        results = {}
+        for new in floating:
+            for source in (*olds, INPUTS):
+                reasons[new, source] = structure.reason(new, source)
+                if reasons[new, source] is None:
+                    results[str((new, source))] = numbers(
+                        structured_jacobian(structure, values, kernels, [new], [source])
+                    )
+        if all(reasons[new, source] is None for new in floating for source in olds):
+            results["joint"] = numbers(structured_jacobian(structure, values, kernels, floating, olds))
+        return results
+
+    found = run(inputs, *flat)
+    names: dict[str, Any] = {str(key): key for key in reasons} | {"joint": "joint"}
+    return {names[key]: value for key, value in found.items()}, reasons
+
+
+def assert_structured_as_autodiff(cell: Any, inputs: Any, states: Any, tolerance: float) -> dict[Any, str | None]:
+    """Holds every block with a structure against the tape, in units of its largest entry; returns the reasons."""
+    flat = tf.nest.flatten(states)
+    sizes = [int(np.prod(state.shape[1:])) for state in flat if state.dtype.is_floating]
+    floating = [k for k, state in enumerate(flat) if state.dtype.is_floating]
+    edges = np.cumsum([0, *sizes])
+    blocks, reasons = structured_blocks(cell, inputs, states)
+    dense, _ = step_jacobians(cell, inputs, states, ["joint", "inputs"])
+    for key, (found, transposed, entry_sum, square_sum) in blocks.items():
+        if key == "joint":
+            expected = dense["joint"]
+        elif key[1] == INPUTS:
+            if key[0] != floating[0]:
+                continue
+            expected = dense["inputs"]
+        else:
+            p, q = floating.index(key[0]), floating.index(key[1][1])
+            expected = dense["joint"][:, edges[p] : edges[p + 1], edges[q] : edges[q + 1]]
+        scale = np.abs(expected).max() or 1.0
+        np.testing.assert_allclose(found / scale, expected / scale, atol=tolerance, err_msg=str(key))
+        np.testing.assert_allclose(transposed / scale, expected / scale, atol=tolerance, err_msg=str(key))
+        entries = expected[0].size
+        np.testing.assert_allclose(entry_sum / scale, expected.sum((1, 2)) / scale, atol=entries * tolerance)
+        if square_sum is not None:
+            squares = (expected / scale) ** 2
+            np.testing.assert_allclose(square_sum / scale**2, squares.sum((1, 2)), atol=entries * tolerance)
+    return reasons
+
+
+# A loop with variables in it counts as one that may do something else each time; two cells have float32 constants.
+SEEN_THROUGH = [case for case in CASES if case.id not in ("while_loop", "plain_object", "linear_2x2")]
+
+
+@pytest.mark.usefixtures("_float64")
+@pytest.mark.parametrize("case", SEEN_THROUGH, ids=str)
+def test_structured_is_autodiff_in_float64(case: Case) -> None:
+    cell, inputs, states = make_step(case)
+    inputs = tf.cast(inputs, tf.float64)
+    states = tf.nest.map_structure(lambda s: tf.cast(s, tf.float64) if s.dtype.is_floating else s, states)
+    reasons = assert_structured_as_autodiff(cell, inputs, states, 1e-10)
+    without = {"custom_gradient": 2, "map_fn": 2, "tf_function": 2, "bare_state": 2, "partly_mixing": 3}
+    assert sum(reason is not None for reason in reasons.values()) == without.get(case.id, 0)
+
+
+def test_chains_and_closed_forms() -> None:
+    cell, inputs, states = make_step(BY_ID["gru_reset_before"])
+    blocks, _ = structured_blocks(cell, inputs, states)
+    assert blocks[0, ("state", 0)][3] is None
+    cell, inputs, states = make_step(BY_ID["gru_reset_after"])
+    blocks, _ = structured_blocks(cell, inputs, states)
+    assert blocks[0, ("state", 0)][3] is not None
+
+
+# Cells of all kinds ----------------------------------------------------------------------------------------------
+
+
+class FunctionCell(WeightedCell):
+    """`h = function(cell, x @ W, h)` with a recurrent kernel U, a second one V, and a vector b."""
+
+    def __init__(self, function: Callable[[Any, Any, Any], Any], units: int = 4) -> None:
+        super().__init__(units)
+        self.function = function
+
+    def build(self, input_shape: tuple[int, ...]) -> None:
+        super().build(input_shape)
+        self.second_kernel = self.add_weight(shape=(self.units, self.units), name="second_kernel")
+        self.vector = self.add_weight(shape=(self.units,), name="vector")
+        self.tall = self.add_weight(shape=(2 * self.units, 3 * self.units), name="tall")
+
+    @property
+    def U(self) -> Any:  # noqa: N802 - the letter of the formulas
+        return tf.convert_to_tensor(self.recurrent_kernel)
+
+    @property
+    def V(self) -> Any:  # noqa: N802 - the letter of the formulas
+        return tf.convert_to_tensor(self.second_kernel)
+
+    def call(self, inputs: Any, states: Any) -> tuple[Any, list[Any]]:
+        new_h = self.function(self, inputs @ tf.convert_to_tensor(self.kernel), states[0])
+        return new_h, [new_h]
+
+
+def gates(cell: Any, x: Any, h: Any) -> Any:
+    a, b, c = tf.split(tf.concat([x, h], axis=-1) @ tf.convert_to_tensor(cell.tall), 3, axis=-1)
+    return tf.sigmoid(a) * h + tf.tanh(b) * tf.nn.gelu(c)
+
+
+STRUCTURED: dict[str, Callable[[Any, Any, Any], Any]] = {
+    "concatenated": gates,
+    "strided_gates": lambda c, x, h: tf.tanh((tf.concat([x, h], -1) @ tf.convert_to_tensor(c.tall))[:, ::3]) * h,
+    "reversed_gates": lambda c, x, h: h[:, ::-1] * tf.tanh(x + h @ c.U),
+    "permuted": lambda c, x, h: tf.tanh(x + tf.gather(h, [2, 0, 3, 1], axis=1) @ c.U),
+    "permuted_behind": lambda c, x, h: tf.gather(tf.tanh(x + h @ c.U), [2, 0, 3, 1], axis=-1) + 0.1 * h,
+    "rolled": lambda c, x, h: tf.roll(h, 1, axis=1) + tf.tanh(x + h @ c.U),
+    "einsum": lambda c, x, h: tf.tanh(x + tf.einsum("bi,ij->bj", h, c.U)),
+    "einsum_kernel_first": lambda c, x, h: tf.tanh(x + tf.einsum("ji,bi->bj", c.U, h)),
+    "einsum_heads": lambda c, x, h: tf.tanh(
+        x + tf.reshape(tf.einsum("bhd,hde->bhe", tf.reshape(h, [-1, 2, 2]), tf.reshape(c.U[:2], [2, 2, 2])), [-1, 4])
+    ),
+    "tensordot": lambda c, x, h: tf.tanh(x + tf.tensordot(h, c.U, 1)),
+    "matvec": lambda c, x, h: tf.tanh(x + tf.linalg.matvec(c.U, h)),
+    "transposed_kernel": lambda c, x, h: tf.tanh(x + tf.matmul(h, c.U, transpose_b=True)),
+    "normalised_kernel": lambda c, x, h: tf.tanh(x + h @ (c.U / tf.norm(c.U, axis=0))),
+    "masked_kernel": lambda c, x, h: tf.tanh(x + h @ tf.linalg.band_part(c.U, -1, 0)),
+    "two_kernels": lambda c, x, h: tf.tanh(x + h @ c.U) * tf.sigmoid(h @ c.V),
+    "chain": lambda c, x, h: tf.tanh(x + tf.nn.relu(h @ c.U) @ c.V) + 0.5 * h,
+    "chain_and_direct": lambda c, x, h: tf.tanh(x + (h + tf.sin(h @ c.U)) @ c.V),
+    "seed": lambda c, x, h: x + tf.nn.relu(h) @ c.U,
+    "leaky": lambda c, x, h: 0.9 * h + 0.1 * tf.nn.leaky_relu(x + h @ c.U),
+    "modulated": lambda c, x, h: tf.tanh(x * (h @ c.U)) + tf.cos(h) * tf.convert_to_tensor(c.vector),
+    "selected": lambda c, x, h: tf.where(x + h @ c.U > 0, tf.tanh(h @ c.V), h),
+    "stop_gradient": lambda c, x, h: tf.tanh(x + tf.stop_gradient(h) @ c.U) + tf.sin(h @ c.V),
+    "padded": lambda c, x, h: tf.tanh(x + tf.pad(h[:, 1:], [[0, 0], [0, 1]]) @ c.U) + h,
+    "stacked": lambda c, x, h: tf.reshape(tf.stack([tf.tanh(h[:, :2]), (x + h @ c.U)[:, 2:]], axis=1), [-1, 4]),
+    "function": tf.function(lambda c, x, h: tf.tanh(x + h @ c.U), autograph=False),
+    "twice": lambda c, x, h: tf.tanh(x + h @ c.U + h @ c.U) + h + h,
+    "no_product": lambda _, x, h: tf.tanh(x + h),
+}
+
+
+def reduce_to_one(x: Any, h: Any) -> Any:
+    return tf.tanh(x) * tf.reduce_mean(h, axis=-1, keepdims=True)
+
+
+# Each with a word of the reason that is given.
+DECEIVING: dict[str, tuple[Callable[[Any, Any, Any], Any], str]] = {
+    "softmax": (lambda c, x, h: tf.nn.softmax(x + h @ c.U), "Softmax"),
+    "norm": (lambda c, x, h: tf.math.l2_normalize(x + h @ c.U, axis=-1), "Sum"),
+    "layer_norm": (lambda c, x, h: keras.ops.layer_normalization(x + h @ c.U), "mixes"),
+    "mean_over_units": (lambda c, x, h: reduce_to_one(x, h) + 0 * (h @ c.U), "Mean"),
+    "cumulative_sum": (lambda c, x, h: tf.cumsum(tf.tanh(x + h @ c.U), axis=-1), "Cumsum"),
+    "sorted": (lambda c, x, h: tf.sort(tf.tanh(x + h @ c.U), axis=-1), "mixes"),
+    "maximum_unit": (lambda c, x, h: tf.tanh(x + h @ c.U) * tf.reduce_max(h, -1, keepdims=True), "Max"),
+    "idle_branch": (
+        lambda c, x, h: tf.cond(tf.reduce_sum(x * x) >= 0.0, lambda: tf.tanh(x + h @ c.U), lambda: h),
+        "If",
+    ),
+    "kernel_of_inputs": (
+        lambda c, x, h: tf.tanh(tf.linalg.matvec(tf.reshape(x, [-1, 4, 1]) * c.U, h)),
+        "both sides",
+    ),
+    "fast_weights": (
+        lambda c, x, h: x + tf.tanh(tf.linalg.matvec(h[:, :, None] * h[:, None], h @ c.U)),
+        "several units",
+    ),
+    "one_gate_for_all": (lambda c, x, h: tf.sigmoid((h @ c.U)[:, :1]) * tf.tanh(x + h), "several units"),
+    "pairs": (lambda c, x, h: tf.tanh(x + (h * h[:, ::-1]) @ c.U), "several units"),
+    "outer_product": (
+        lambda c, x, h: tf.tanh(x + tf.reshape(h[:, :2, None] * h[:, None, :2], [-1, 4]) @ c.U),
+        "several units",
+    ),
+    "gather_by_value": (
+        lambda c, x, h: tf.tanh(x + tf.gather(h @ c.U, tf.argsort(h, axis=-1), batch_dims=1, axis=1)),
+        "Gather",
+    ),
+}
+# The products there have two operands with rows: it is the general reason that is given.
+DECEIVING["kernel_of_inputs"] = (DECEIVING["kernel_of_inputs"][0], "")
+
+
+def layer_of(function: Callable[[Any, Any, Any], Any]) -> tuple[Any, Any]:
+    layer = keras.layers.RNN(FunctionCell(function), name="rnn")
+    return build(keras.Sequential([keras.Input((STEPS, FEATURES)), layer]), PROBE), layer
+
+
+@pytest.mark.parametrize("name", STRUCTURED)
+def test_cells_with_a_structure(name: str) -> None:
+    model, layer = layer_of(STRUCTURED[name])
+    (choice,) = explain(model, PROBE).choices["rnn"]["hidden"]
+    assert choice.how == "structure", choice.why
+    report = measure(model, PROBE)["rnn"]
+    assert report.certificate is not None
+    assert report.certificate < 1e-5
+    assert_layer(report, layer, PROBE)
+
+
+@pytest.mark.parametrize("name", DECEIVING)
+def test_cells_made_to_deceive(name: str) -> None:
+    function, reason = DECEIVING[name]
+    model, layer = layer_of(function)
+    (choice,) = explain(model, PROBE).choices["rnn"]["hidden"]
+    assert choice.how == "autodiff"
+    assert reason in choice.why
+    report = measure(model, PROBE)["rnn"]
+    assert report.certificate is None
+    assert_layer(report, layer, PROBE)
+
+
+# The branch is the same for all samples of a step, and another one at other steps.
+BRANCHING: dict[str, Callable[[Any, Any, Any], Any]] = {
+    "conditional_product": lambda c, x, h: tf.cond(
+        tf.reduce_sum(x) > 0.0, lambda: tf.tanh(x + h @ c.U), lambda: tf.tanh(x + h @ c.V)
+    ),
+    "data_dependent_branch": lambda c, x, h: tf.cond(
+        tf.reduce_sum(h * h) > 0.0, lambda: tf.tanh(x + h @ c.U), lambda: 0.5 * h + x
+    ),
+    "mean_of_the_batch": lambda c, x, h: tf.tanh(x - tf.reduce_mean(x, axis=0) + h @ c.U),
+}
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("name", BRANCHING)
+def test_samples_that_are_not_independent(name: str, masked: bool) -> None:  # noqa: FBT001 - pytest passes it by name
+    layer = keras.layers.RNN(FunctionCell(BRANCHING[name]), name="rnn")
+    inputs = keras.Input((STEPS, FEATURES))
+    model = build(keras.Model(inputs, layer(keras.layers.Masking()(inputs))), PROBE)
+    mask = np.ones((BATCH, STEPS), bool)
+    mask[0, 1:] = not masked
+    probe = PROBE * mask[..., None]
+    meter = JacobianMeter(model, probe)
+    with pytest.warns(UserWarning, match="^Layer `rnn`: what its cell makes of a sample depends on the other samples"):
+        report = meter()
+    assert_layer(report["rnn"], layer, probe, mask=mask)
+    assert_layer(meter()["rnn"], layer, probe, mask=mask)
+    assert {choice.why for choice in meter.choices["rnn"]["hidden"]} == {
+        "its samples are not independent of each other"
+    }
+
+
+def test_a_subclass_that_overrides_call() -> None:
+    class Squashed(keras.layers.LSTMCell):
+        def call(self, inputs: Any, states: Any, training: bool = False) -> Any:  # noqa: FBT001, FBT002 - Keras' signature
+            _, (h, c) = super().call(inputs, states, training=training)
+            return tf.sin(2.0 * h), [tf.sin(2.0 * h), tf.cos(c)]
+
+    layer = keras.layers.RNN(Squashed(4), name="rnn")
+    model = build(keras.Sequential([keras.Input((STEPS, FEATURES)), layer]), PROBE)
+    assert {choice.how for choice in explain(model, PROBE).choices["rnn"]["joint"]} == {"structure"}
+    assert_layer(measure(model, PROBE)["rnn"], layer, PROBE)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_drawn_layers(seed: int) -> None:
+    """Sizes, activations, masks and lengths drawn at random, single steps among them."""
+    draw = np.random.default_rng(seed)
+    kind = [keras.layers.LSTM, keras.layers.GRU, keras.layers.SimpleRNN][seed % 3]
+    batch, steps, features, units = (int(n) for n in (*draw.integers(1, 6, 3), draw.integers(2, 12)))
+    activation = draw.choice(["tanh", "relu", "linear", "softplus", "gelu", "silu", "selu"])
+    layer = kind(units, activation=str(activation), go_backwards=bool(draw.integers(2)), name="rnn")
+    keras.utils.set_random_seed(seed)
+    inputs = keras.Input((steps, features))
+    model = keras.Model(inputs, layer(keras.layers.Masking()(inputs)))
+    probe = normal(batch, steps, features, seed=seed)
+    mask = draw.random((batch, steps)) < 0.7
+    mask[0, 0] = True
+    probe *= mask[..., None]
+    build(model, probe)
+    report = measure(model, probe)["rnn"]
+    assert report.certificate is not None
+    assert_layer(report, layer, probe, mask=mask)
+
+
+# The certificate -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def _softmax_passes_for_elementwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(discovery, "ELEMENTWISE", ELEMENTWISE | {"Softmax"})
+
+
+@pytest.mark.usefixtures("_softmax_passes_for_elementwise")
+def test_a_wrong_structure_is_refuted_and_never_reported() -> None:
+    model, layer = make_model(BY_ID["bare_state"], PROBE)
+    meter = JacobianMeter(model, PROBE)
+    with pytest.warns(UserWarning, match=f"^Layer `{layer.name}`: the structure of its Jacobian differs from autodiff"):
+        report = meter()
+    assert_layer(report[layer.name], layer, PROBE)
+    assert report[layer.name].certificate is None
+    assert meter.trace_count == 2
+    assert {choice.why for choice in meter.choices[layer.name]["hidden"]} == {"its certificate failed"}
+    # From now on by autodiff, without another word.
+    assert_layer(meter()[layer.name], layer, PROBE)
+    assert meter.trace_count == 2
+
+
+def test_every_row_has_its_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    from keras_jacmon import measurement  # noqa: PLC0415 - only this test looks behind the scenes
+    from keras_jacmon.jacobians.resolve import CellJacobian  # noqa: PLC0415
+
+    seen: set[float] = set()
+    original = CellJacobian.certificate
+
+    def spy(self: Any, views: Sequence[str], rows: Any, seed: Any) -> Any:
+        tf.py_function(lambda x: seen.update(np.ravel(x.numpy()[:, 0]).tolist()), [rows.inputs], [])
+        return original(self, views, rows, seed)
+
+    monkeypatch.setattr(CellJacobian, "certificate", spy)
+    monkeypatch.setattr(measurement, "CERTIFIED_ROWS", 4)
+    probe = np.arange(21, dtype=np.float32).reshape(3, 7, 1) / 21
+    model = build(keras.Sequential([keras.Input((7, 1)), keras.layers.GRU(3)]), probe)
+    meter = JacobianMeter(model, probe, measures=["variance"])
+    everything = set(probe.ravel().tolist())
+    meter()
+    assert seen == everything
+    seen.clear()
+    meter()
+    assert len(seen) == 4
+    for _ in range(5):
+        meter()
+    assert seen == everything
+
+
+def test_a_disagreement_about_nan_counts() -> None:
+    model, layer = layer_of(STRUCTURED["two_kernels"])
+    layer.cell.recurrent_kernel.assign(np.full((4, 4), np.nan))
+    # The network's own NaN is no disagreement.
+    assert JacobianMeter(model, PROBE, measures=["variance"])()["rnn"].certificate == 0.0
+
+
+# What a user says ------------------------------------------------------------------------------------------------
+
+
+class RegisteredCell(WeightedCell):
+    def call(self, inputs: Any, states: Any) -> tuple[Any, list[Any]]:
+        new_h = tf.tanh(self.preactivation(inputs, states[0]))
+        return new_h, [new_h]
+
+
+def right_form(cell: Any, inputs: Any, states: Any, view: str) -> tf.linalg.LinearOperator:
+    assert view == "hidden"
+    slope = 1.0 - tf.tanh(cell.preactivation(inputs, states[0])) ** 2
+    transposed = tf.linalg.matrix_transpose(tf.convert_to_tensor(cell.recurrent_kernel))
+    return tf.linalg.LinearOperatorFullMatrix(slope[:, :, None] * transposed)
+
+
+def wrong_form(cell: Any, inputs: Any, states: Any, view: str) -> tf.linalg.LinearOperator:
+    return tf.linalg.LinearOperatorFullMatrix(2.0 * right_form(cell, inputs, states, view).to_dense())
+
+
+@pytest.fixture
+def _unregistered_afterwards() -> Iterator[None]:
+    yield
+    register_jacobian(RegisteredCell, None)
+
+
+def registered_model(cell: Any) -> tuple[Any, Any]:
+    layer = keras.layers.RNN(cell, name="rnn")
+    return build(keras.Sequential([keras.Input((STEPS, FEATURES)), layer]), PROBE), layer
+
+
+@pytest.mark.usefixtures("_unregistered_afterwards")
+def test_a_registered_form_is_used_for_its_exact_type() -> None:
+    class Subclass(RegisteredCell):
+        def call(self, inputs: Any, states: Any) -> tuple[Any, list[Any]]:
+            new_h = tf.sin(self.preactivation(inputs, states[0]))
+            return new_h, [new_h]
+
+    register_jacobian(RegisteredCell, right_form)
+    model, layer = registered_model(RegisteredCell())
+    assert str(explain(model, PROBE)) == "rnn:\n  hidden  d state 0 / d state 0  registered form: right_form"
+    report = measure(model, PROBE)["rnn"]
+    assert report.certificate is not None
+    assert_layer(report, layer, PROBE)
+    model, layer = registered_model(Subclass())
+    assert explain(model, PROBE).choices["rnn"]["hidden"][0].how == "structure"
+    assert_layer(measure(model, PROBE)["rnn"], layer, PROBE)
+
+
+@pytest.mark.usefixtures("_unregistered_afterwards")
+def test_a_wrong_registered_form_is_refuted() -> None:
+    register_jacobian(RegisteredCell, wrong_form)
+    model, layer = registered_model(RegisteredCell())
+    with pytest.warns(UserWarning, match="differs from autodiff"):
+        report = measure(model, PROBE)["rnn"]
+    assert_layer(report, layer, PROBE)
+
+
+@pytest.mark.usefixtures("_unregistered_afterwards")
+def test_a_form_may_leave_a_view_to_discovery() -> None:
+    register_jacobian(RegisteredCell, lambda *_: None)
+    model, layer = registered_model(RegisteredCell())
+    assert_layer(measure(model, PROBE)["rnn"], layer, PROBE)
+
+
+@pytest.mark.parametrize(
+    ("cell_type", "form", "name"), [("LSTMCell", right_form, "cell_type"), (RegisteredCell, 3, "form")]
+)
+def test_nonsense_is_not_registered(cell_type: Any, form: Any, name: str) -> None:
+    with pytest.raises(ValueError, match=f"^Invalid value for argument `{name}`"):
+        register_jacobian(cell_type, form)
+
+
+def test_the_explanation_is_a_table() -> None:
+    model, layer = make_model(BY_ID["partly_mixing"], PROBE)
+    mixes = f"autodiff: `Softmax` mixes units or rows (operation `{layer.cell.name}_1/Softmax`)"
+    lines = str(explain(model, PROBE)).splitlines()
+    assert lines == [
+        f"{layer.name}:",
+        f"  hidden  d state 0 / d state 0  {mixes}",
+        f"  joint   d state 0 / d state 0  {mixes}",
+        f"  joint   d state 0 / d state 1  {mixes}",
+        "  joint   d state 1 / d state 0  structure: a diagonal",
+        "  joint   d state 1 / d state 1  structure: a diagonal",
+    ]
+    model, layer = make_model(BY_ID["gru_reset_before"], PROBE)
+    (choice,) = explain(model, PROBE).choices[layer.name]["hidden"]
+    part = "the product with a part of `recurrent_kernel`"
+    assert choice.why == f"a diagonal + {part} + {part}, of another product"
+    model, layer = make_model(BY_ID["stacked_seed_cell_simple_rnn"], PROBE)
+    hows = {(choice.new, choice.old): choice.how for choice in explain(model, PROBE).choices[layer.name]["joint"]}
+    assert hows[0, 2] == "zero"
+
+
+# What it costs ---------------------------------------------------------------------------------------------------
+
+
+def tensors_of(graph: Any) -> Iterator[Any]:
+    """Every tensor of a graph and of the functions that it calls."""
+    for operation in graph.get_operations():
+        yield from operation.outputs
+        for attribute in operation.op_def.attr:
+            if attribute.type == "func":
+                name = operation.get_attr(attribute.name).name
+                yield from tensors_of(graph._get_function(name).graph)
+
+
+@pytest.mark.parametrize("case_id", ["simple_rnn", "lstm", "gru_reset_after", "seed_cell", "dropout_lstm"])
+def test_no_matrix_for_each_row_on_the_way_to_the_variance(case_id: str) -> None:
+    probe = make_probe(BY_ID[case_id], batch=5, steps=7)
+    model, layer = make_model(BY_ID[case_id], probe)
+    meter = JacobianMeter(model, probe, measures=["variance"])
+    units = meter()[layer.name].units
+    shapes: list[list[int | None]] = [
+        tensor.shape.as_list() for tensor in tensors_of(meter._graph.graph) if tensor.shape.rank is not None
+    ]
+    assert len(shapes) > 100
+    # A product of a kernel with itself is one matrix for all rows.
+    assert not [shape for shape in shapes if shape.count(units) >= 2 and len(shape) > 2]
+
+
+@pytest.mark.parametrize("go_backwards", [False, True])
+@pytest.mark.parametrize("case_id", ["lstm", "bare_state"])
+def test_a_long_sequence_is_measured_in_segments(case_id: str, go_backwards: bool) -> None:  # noqa: FBT001 - pytest passes it by name
+    probe = normal(BATCH, 11, FEATURES)
+    layer = BY_ID[case_id].make(go_backwards=go_backwards)
+    inputs = keras.Input((11, FEATURES))
+    model = build(keras.Model(inputs, layer(keras.layers.Masking()(inputs))), probe)
+    mask: NDArray[np.bool_] = np.arange(11)[None] < np.array([[11], [7], [2]])
+    report = measure(model, probe * mask[..., None], max_bytes=2000)[layer.name]
+    assert_layer(report, layer, probe * mask[..., None], mask=mask)
+    assert (report.certificate is None) == (case_id == "bare_state")
