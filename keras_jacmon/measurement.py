@@ -82,11 +82,6 @@ class CallFacts:
                 for state, influences in zip(floating, zip(*depends, strict=True), strict=True)
                 if not any(influences)
             ]
-        notes += [
-            f"state {k} is of dtype {state.dtype.name}, which has no derivative, and is left out"
-            for k, state in enumerate(states)
-            if k not in floating
-        ]
         choices = {view: jacobian.choices(view) for view in views}
         return cls(
             type(call.layer.cell).__name__, size(states[floating[0]]), tuple(views), choices, tuple(notes), jacobian

@@ -14,7 +14,7 @@ from keras_jacmon.jacobians.resolve import CERTIFICATE_TOLERANCE, Choice
 from keras_jacmon.measurement import CERTIFICATE, DEPENDENCE, CallFacts, measure_call
 from keras_jacmon.measures.options import Options
 from keras_jacmon.measures.registry import select_measures
-from keras_jacmon.probe.capture import RecurrentCall, drop_masks, record_calls, training_argument
+from keras_jacmon.probe.capture import RecurrentCall, record_calls, training_argument, without_masks
 from keras_jacmon.probe.data import fit_probe, read_probe
 from keras_jacmon.probe.layers import find_recurrent_layers, select_layers, sublayers
 from keras_jacmon.report import Report
@@ -192,7 +192,7 @@ class JacobianMeter:
                 variable.assign(value)
 
     def _measure(self, draw: tf.Tensor, *inputs: tf.Tensor) -> dict[str, Any]:
-        with keras.StatelessScope(), _without_masks(self._model):
+        with keras.StatelessScope(), without_masks(self._model):
             packed = keras.tree.pack_sequence_as(self._structure, list(inputs))
             try:
                 self._recording = record_calls(self._model, packed, self._layers)
@@ -279,15 +279,9 @@ def check_options(
 def _essence(error: tf.errors.OpError) -> str:
     """What went wrong, without the dozens of lines on where the operation was made; those stay in the error itself."""
     lines = [line for line in error.message.splitlines() if line.strip() and not line.startswith('  File "')]
-    return "\n".join(line for line in lines if not re.match(r"Graph execution error:|Detected at node ", line))
-
-
-@contextlib.contextmanager
-def _without_masks(model: keras.Layer) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        drop_masks(model)
+    return "\n".join(
+        line for line in lines if not re.match(r"Graph execution error:|Detected at node |<stack traces", line)
+    )
 
 
 @contextlib.contextmanager
@@ -307,8 +301,16 @@ def _build(model: keras.Layer, arrays: Any) -> None:
         return
     # Traced and not run: a cell may write to a `tf.Variable`, which the scope does not shield.
     inputs = fit_probe(model, arrays)
-    with keras.StatelessScope():
-        tf.function(lambda: model(inputs, **training_argument(model)), autograph=False).get_concrete_function()
+    with keras.StatelessScope(), without_masks(model):
+        build = tf.function(lambda: model(inputs, **training_argument(model)), autograph=False)
+        try:
+            build.get_concrete_function()
+        except Exception as error:
+            shapes = keras.tree.map_structure(lambda array: array.shape, arrays)
+            raise ValueError(
+                "Invalid value for argument `probe`. Expected a batch that the model can be built with. Received: "
+                f"shapes {shapes}, for which the model raised {type(error).__name__}: {error}"
+            ) from error
 
 
 def _cells(model: keras.Layer) -> list[Any]:

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from event_files import by_tag, read_summaries
-from helpers import WeightedCell, normal
+from helpers import BareStateCell, WeightedCell, normal
 
 from keras_jacmon import JacobianMeter, JacobianMonitor, measure
 
@@ -93,6 +93,8 @@ WORLDS: Mapping[str, tuple[Callable[[], list[Any]], dict[str, Any], dict[str, An
     "validation": (lambda: [keras.layers.SimpleRNN(3)], {}, {"validation_split": 0.25}),
     "dropout": (dropout_layers, {}, {}),
     "dropout_stack": (dropout_stack, {}, {}),
+    # Of the layers of Keras, the one that keeps its mask until the next call.
+    "dropout_simple_rnn": (lambda: [keras.layers.SimpleRNN(3, dropout=0.3, recurrent_dropout=0.3)], {}, {}),
     "stateful": (lambda: [keras.layers.LSTM(3, stateful=True)], {}, {"shuffle": False}),
     "stateful_dropout": (lambda: [keras.layers.GRU(3, stateful=True, recurrent_dropout=0.3)], {}, {"shuffle": False}),
     "batch_normalization": (
@@ -433,6 +435,29 @@ def test_a_resumed_training_goes_on_where_it_stopped(order: str, tmp_path: Path)
     assert at_8[0] == pytest.approx(at_8[1], rel=1e-6)
 
 
+def test_a_resumed_rhythm_goes_on_where_it_stopped() -> None:
+    model, monitor = gru_model(), silent(update_freq=3)
+    fit(model, monitor, epochs=1)
+    assert steps_of(monitor) == [0, 3, 6, 8]
+    fit(model, monitor, epochs=1)
+    assert steps_of(monitor)[4:] == [8, 9, 12, 15, 16]
+
+
+def test_the_options_reach_the_measurement() -> None:
+    model = compiled(keras.layers.RNN(BareStateCell(3), name="rnn"))
+    options: dict[str, Any] = {"seed": 3, "tolerance": 0.5, "max_entries": 1, "max_bytes": 10_000}
+    monitor = silent(measures=None, **options)
+    fit(model, Calls(100, list), monitor, epochs=1)
+    expected = measure(model, PROBE, **options)["rnn"]
+    last = monitor.reports[-1][1]["rnn"]
+    assert last.estimated == expected.estimated != frozenset()
+    for key, values in expected.values.items():
+        np.testing.assert_array_equal(last[key], values, strict=True)
+    for option, other in (("seed", 4), ("max_entries", 10_000)):
+        different = measure(model, PROBE, **(options | {option: other}))["rnn"]
+        assert np.any(different["variance"] != expected["variance"]), option
+
+
 # Probes ------------------------------------------------------------------------------------------------------------
 
 
@@ -766,16 +791,6 @@ def test_a_failure_outside_of_the_recurrent_layers_says_so() -> None:
         RuntimeError, match=r"^Measuring the model, outside of its recurrent layers, failed: .*out of order"
     ):
         meter()
-
-
-@pytest.mark.parametrize("layer", [keras.layers.LSTM, keras.layers.GRU])
-def test_no_dropout_mask_of_the_measurement_stays(layer: Any) -> None:
-    model = compiled(layer(3, dropout=0.5, recurrent_dropout=0.5, name="rnn"))
-    cell = model.get_layer("rnn").cell
-    # As a call in inference mode leaves them with some versions of Keras.
-    cell.get_dropout_mask(tf.ones((2, FEATURES)))
-    JacobianMeter(model, PROBE, measures=["variance"])()
-    assert (cell._dropout_mask, cell._recurrent_dropout_mask) == (None, None)
 
 
 def test_a_training_after_a_failure_warns_again() -> None:

@@ -54,9 +54,8 @@ def state_jacobian(cell: Any, inputs: tf.Tensor, states: Any, view: str = "hidde
             f"Received: inputs of shape {tuple(inputs.shape)}, states of shapes {[tuple(s.shape) for s in flat]}"
         )
     step = CellStep(cell, states)
-    with keras.StatelessScope():
-        # Weights that a cell makes at its first call must not be made under a tape.
-        step(inputs, flat)
+    # Weights that a cell makes at its first call must not be made under a tape.
+    step(inputs, flat)
     return view_function(step, inputs, flat, View.of(view, flat)).jacobian()
 
 

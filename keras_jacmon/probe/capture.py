@@ -169,9 +169,13 @@ def _recording(
             layer.use_cudnn = value
 
 
-def drop_masks(model: keras.Layer) -> None:
+@contextlib.contextmanager
+def without_masks(layer: Any) -> Iterator[None]:
     """Resets the dropout masks that cells keep: one from a trace is symbolic, and would fail in `fit`."""
-    for layer in sublayers(model):
-        for reset in ("reset_dropout_mask", "reset_recurrent_dropout_mask"):
-            if hasattr(layer, reset):
-                getattr(layer, reset)()
+    try:
+        yield
+    finally:
+        for part in sublayers(layer):
+            for reset in ("reset_dropout_mask", "reset_recurrent_dropout_mask"):
+                if hasattr(part, reset):
+                    getattr(part, reset)()

@@ -7,7 +7,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_jacmon.probe.capture import training_argument
+from keras_jacmon.probe.capture import training_argument, without_masks
 from keras_jacmon.probe.layers import sublayers
 
 _HALF = (tf.float16, tf.bfloat16)
@@ -27,7 +27,8 @@ class CellStep:
 
     def __call__(self, inputs: tf.Tensor, states: Sequence[tf.Tensor]) -> list[tf.Tensor]:
         """Steps rows `(rows, ...)` of inputs and states, each row by itself."""
-        with full_precision(self.cell):
+        # A cell may draw a dropout mask that it does not use: neither its seed nor the mask may stay behind.
+        with full_precision(self.cell), keras.StatelessScope(), without_masks(self.cell):
             _, new = self.cell(inputs, self.packed(states), **training_argument(self.cell))
         flat = keras.tree.flatten(new)
         if len(flat) != len(states):

@@ -224,12 +224,27 @@ def test_a_cell_without_weights_yet_gets_them() -> None:
     np.testing.assert_allclose(J.to_dense().numpy(), expected, **TOLERANCE, strict=True)
 
 
-def test_dropout_is_off_and_its_seed_does_not_move() -> None:
-    cell, inputs, states = make_step(BY_ID["dropout_lstm"])
+@pytest.mark.parametrize("in_graph", [False, True])
+@pytest.mark.parametrize("make", [keras.layers.LSTMCell, keras.layers.SimpleRNNCell])
+def test_dropout_is_off_and_leaves_nothing_behind(make: Any, in_graph: bool) -> None:  # noqa: FBT001 - pytest passes it by name
+    cell = make(4, dropout=0.5, recurrent_dropout=0.5, seed=3)
+    inputs, states = normal(3, 2), [normal(3, 4, seed=k) for k in range(len(keras.tree.flatten(cell.state_size)))]
+    cell.build((None, 2))
     before = cell.seed_generator.state.numpy()
-    J = state_jacobian(cell, inputs, states)
-    np.testing.assert_array_equal(J.to_dense().numpy(), J.to_dense().numpy(), strict=True)
+
+    def twice() -> list[Any]:
+        J = state_jacobian(cell, inputs, states)
+        return [J.to_dense(), J.to_dense()]
+
+    first, second = tf.function(twice, autograph=False)() if in_graph else twice()
     np.testing.assert_array_equal(cell.seed_generator.state.numpy(), before, strict=True)
+    assert {getattr(cell, name, None) for name in ("_dropout_mask", "_recurrent_dropout_mask")} == {None}
+    without = make(4)
+    without.build((None, 2))
+    without.set_weights([weight.numpy() for weight in cell.trainable_weights])
+    expected = step_jacobians(without, inputs, states, ["hidden"])[0]["hidden"]
+    for found in (first, second):
+        np.testing.assert_allclose(found.numpy(), expected, **TOLERANCE, strict=True)
 
 
 def test_an_unknown_view_is_named() -> None:

@@ -1,0 +1,85 @@
+"""The report: what it says of arrays that are given, in NumPy alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from keras_jacmon import LayerReport, Report
+
+
+def layer(**changes: Any) -> LayerReport:
+    given: dict[str, Any] = {
+        "cell": "LSTMCell",
+        "units": 4,
+        "values": {
+            "variance": np.array([[0.1, 0.3], [0.5, np.nan], [0.6, 0.8]]),
+            "joint/spectral_norm": np.array([[1.0, 2.0], [3.0, np.nan], [5.0, 6.0]]),
+        },
+        "mask": np.array([[True, True], [True, False], [True, True]]),
+        "uncertainties": {
+            "variance": np.array([[0.03, 0.04], [0.12, np.nan], [0.0, 0.0]]),
+            "joint/spectral_norm": np.full((3, 2), 0.01),
+        },
+        "estimated": frozenset({"variance"}),
+        "notes": ("old state 1 has no influence on the new states (no gradient connects them)",),
+    }
+    return LayerReport(**(given | changes))
+
+
+def test_the_table_word_for_word() -> None:
+    lines = [
+        "lstm: LSTMCell, 4 units, 3 steps x 2 samples (1 masked)",
+        "                       mean  least step  greatest step",
+        "  variance             0.46         0.2            0.7  estimate, ± 0.026",
+        "  joint/spectral_norm   3.4         1.5            5.5",
+        "  note: old state 1 has no influence on the new states (no gradient connects them)",
+    ]
+    assert [line.rstrip() for line in str(Report({"lstm": layer()})).splitlines()] == [line.rstrip() for line in lines]
+
+
+def test_two_tables_have_a_line_between_them() -> None:
+    text = str(Report({"a": layer(), "b": layer(mask=np.ones((3, 2), bool))}))
+    assert text.count("\n\n") == 1
+    assert "\n\nb: LSTMCell, 4 units, 3 steps x 2 samples\n" in text
+
+
+def test_means_and_extremes() -> None:
+    report = layer()
+    assert report.mean("variance") == pytest.approx(0.46)
+    np.testing.assert_allclose(report.over_time("variance"), [0.2, 0.5, 0.7])
+    assert report.extremes("variance") == pytest.approx((0.2, 0.7))
+    assert report.nonfinite() == {}
+    assert layer(mask=np.ones((3, 2), bool)).nonfinite() == {"variance": 1, "joint/spectral_norm": 1}
+
+
+def test_the_standard_error_of_the_mean_is_that_of_independent_rows() -> None:
+    # sqrt(0.03² + 0.04² + 0.12²) / 5
+    assert layer().standard_error("variance") == pytest.approx(0.026)
+    # A residual bounds a value and is no standard error.
+    assert layer().standard_error("joint/spectral_norm") == 0.0
+
+
+def test_scalars_have_names_that_logs_can_have() -> None:
+    report = Report({"a/b": layer(), "a_b": layer(), "a:1": layer()})
+    assert list(report.scalars()) == [
+        f"{name}_jac_{key}" for name in ("a_b", "a_b_1", "a_1") for key in ("variance", "joint_spectral_norm")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("read", "sentence"),
+    [
+        (lambda report: report["gru"], "No layer 'gru' in this report. Measured: ['lstm']"),
+        (
+            lambda report: report["lstm"]["norm"],
+            "No measure 'norm' in this report. Measured: ['variance', 'joint/spectral_norm']",
+        ),
+    ],
+)
+def test_what_is_not_there(read: Any, sentence: str) -> None:
+    with pytest.raises(KeyError) as caught:
+        read(Report({"lstm": layer()}))
+    assert caught.value.args == (sentence,)
