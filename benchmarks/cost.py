@@ -1,26 +1,57 @@
-"""What one measurement costs, in forward passes of the layer and against a Jacobian at every step.
+"""What one measurement costs, as a multiple of what a user would otherwise run.
 
-Prints ratios of medians taken in one process: `meter()` over a forward pass of the layer, the loop over
-`GradientTape.batch_jacobian` over the same forward pass, and the loop over the meter. All three are compiled with
-`tf.function` and warm. Run it with
+Prints markdown tables of ratios of medians taken in one process, both sides compiled with `tf.function` and warm: the
+whole `meter()` over a forward pass of the layer, and a loop over `GradientTape.batch_jacobian` over `meter()`. Run it:
 
-    python benchmarks/cost.py
+    python benchmarks/cost.py                 # every table, some minutes
+    python benchmarks/cost.py units fit       # some of them
 """
 
+import argparse
 import statistics
+import subprocess
+import sys
 import time
+import warnings
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_jacmon import JacobianMeter
+from keras_jacmon import JacobianMeter, JacobianMonitor
 
 BATCH, STEPS, FEATURES = 32, 50, 64
-LAYERS = {"SimpleRNN": keras.layers.SimpleRNN, "GRU": keras.layers.GRU, "LSTM": keras.layers.LSTM}
-MEASURES = {"all": None, "variance": ["variance"]}
+UNITS = (64, 256, 512, 1024)
+# From so many units on, the loop takes minutes.
+MOST_UNITS_OF_THE_LOOP = 512
+
+
+class SeedCell(keras.layers.Layer):
+    """Two states, of which the first is `relu(h) @ W + b`, from layers made in `__init__`."""
+
+    def __init__(self, units: int) -> None:
+        super().__init__()
+        self.state_size = [units, units]
+        self.hidden = keras.layers.Dense(units)
+        self.out = keras.layers.Dense(units, use_bias=False)
+
+    def call(self, inputs: Any, states: Any) -> tuple[Any, list[Any]]:
+        """One step."""
+        h, c = states
+        new_h = self.hidden(keras.ops.relu(h))
+        new_c = c - h + new_h
+        return keras.ops.sigmoid(self.out(inputs) + new_c), [new_h, new_c]
+
+
+LAYERS: dict[str, Callable[[int], keras.layers.RNN]] = {
+    "LSTM": keras.layers.LSTM,
+    "GRU": keras.layers.GRU,
+    "SimpleRNN": keras.layers.SimpleRNN,
+    "a cell of one's own": lambda units: keras.layers.RNN(SeedCell(units)),
+}
 
 
 def median_seconds(function: Callable[[], object], repeats: int) -> float:
@@ -34,9 +65,29 @@ def median_seconds(function: Callable[[], object], repeats: int) -> float:
     return statistics.median(times)
 
 
+def noise(*shape: int) -> tf.Tensor:
+    """Returns Gaussian numbers."""
+    return tf.constant(np.random.default_rng(0).normal(size=shape), tf.float32)
+
+
+def make_model(kind: str, units: int, steps: int | None = STEPS) -> tuple[keras.Model, keras.layers.RNN]:
+    """Returns a model of one layer, and the layer."""
+    layer = LAYERS[kind](units)
+    model = keras.Sequential([keras.Input((steps, FEATURES)), layer])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Keras on cells without `build()`
+        model(noise(1, 2, FEATURES))
+    return model, layer
+
+
+def forward_seconds(layer: keras.layers.RNN, probe: tf.Tensor, repeats: int = 15) -> float:
+    """Returns the median time of a forward pass of the layer in a `tf.function`."""
+    function = tf.function(partial(layer, training=False))
+    return median_seconds(lambda: function(probe).numpy(), repeats)
+
+
 def jacobian_loop(layer: keras.layers.RNN) -> Callable[[tf.Tensor], tf.Tensor]:
     """Returns a function of the inputs: the hidden variance at each step, by the tape alone."""
-    units = layer.units
 
     @tf.function
     def variances(inputs: tf.Tensor) -> tf.Tensor:
@@ -48,32 +99,113 @@ def jacobian_loop(layer: keras.layers.RNN) -> Callable[[tf.Tensor], tf.Tensor]:
                 tape.watch(h)
                 _, new = layer.cell(inputs[:, step], [h, *states[1:]], training=False)
             J = tape.batch_jacobian(new[0], h)
-            values = values.write(step, tf.math.reduce_variance(J, axis=(1, 2)) * units)
+            values = values.write(step, tf.math.reduce_variance(J, axis=(1, 2)) * layer.units)
             states = new
         return values.stack()
 
     return variances
 
 
+def row(*cells: object) -> None:
+    """Prints a line of a table."""
+    print("| " + " | ".join(map(str, cells)) + " |", flush=True)
+
+
+def head(title: str, *cells: str) -> None:
+    """Prints the head of a table."""
+    print(f"\n{title}\n")
+    row(*cells)
+    print("|" + "---|" * len(cells))
+
+
+def by_units() -> None:
+    """Exact `variance` and `spectral_norm` of every step and sample, all views, by layer and units."""
+    head(
+        f"{BATCH} samples x {STEPS} steps, {FEATURES} features, every step and sample, all views",
+        "layer", "units", "forward pass", "`variance` / forward", "`spectral_norm` / forward",
+        "`batch_jacobian` loop / `variance`",
+    )  # fmt: skip
+    probe = noise(BATCH, STEPS, FEATURES)
+    for kind in LAYERS:
+        for units in UNITS:
+            model, layer = make_model(kind, units)
+            forward = forward_seconds(layer, probe)
+            variance = median_seconds(JacobianMeter(model, probe, measures=["variance"]), 9)
+            norm = median_seconds(JacobianMeter(model, probe, measures=["spectral_norm"]), 2)
+            loop = "-"
+            if kind == "LSTM" and units <= MOST_UNITS_OF_THE_LOOP:
+                loop = f"{median_seconds(partial(jacobian_loop(layer), probe), 2) / variance:.0f}"
+            row(kind, units, f"{forward * 1e3:.1f} ms", f"{variance / forward:.1f}", f"{norm / forward:.0f}", loop)
+
+
+def by_size() -> None:
+    """Exact `variance` of an LSTM with 64 units, by steps and samples."""
+    head("LSTM, 64 units", "samples", "steps", "forward pass", "`variance` / forward")
+    for samples, steps in ((32, 50), (32, 500), (4, 10_000), (8, 50), (128, 50)):
+        probe = noise(samples, steps, FEATURES)
+        model, layer = make_model("LSTM", 64, steps)
+        forward = forward_seconds(layer, probe, 5)
+        variance = median_seconds(JacobianMeter(model, probe, measures=["variance"]), 5)
+        row(samples, steps, f"{forward * 1e3:.1f} ms", f"{variance / forward:.1f}")
+
+
+def during_fit() -> None:
+    """A training with the monitor over the same without it, and the first report."""
+    head("`fit` of an LSTM with 256 units, 400 batches of 32 x 50 steps in 2 epochs", "monitor", "time / time without")
+    x, y = noise(200 * BATCH, STEPS, FEATURES), noise(200 * BATCH, 1)
+    layers = [keras.Input((STEPS, FEATURES)), keras.layers.LSTM(256), keras.layers.Dense(1)]
+    model = keras.Sequential(layers)
+    model.compile("adam", "mse")
+
+    def seconds(**options: Any) -> float:
+        callbacks = [JacobianMonitor(x[:BATCH], log_dir=None, measures=["variance"], **options)] if options else []
+        start = time.perf_counter()
+        model.fit(x, y, batch_size=BATCH, epochs=2, verbose=0, callbacks=callbacks)
+        return time.perf_counter() - start
+
+    seconds()
+    without = [seconds() for _ in range(3)]
+    for name, update_freq in (("every epoch", "epoch"), ("every 100 batches", 100)):
+        found = [seconds(update_freq=update_freq) for _ in range(3)]
+        row(name, f"{statistics.median(found) / statistics.median(without):.3f}")
+
+
+def once() -> None:
+    """What is paid once."""
+    head("Paid once", "what", "seconds")
+    script = (
+        "import time, tensorflow, keras; start = time.perf_counter(); import keras_jacmon; {}; "
+        "print(time.perf_counter() - start)"
+    )
+    for name, names in (
+        ("import keras_jacmon", "keras_jacmon"),
+        ("and JacobianMonitor", "keras_jacmon.JacobianMonitor"),
+    ):
+        command = [sys.executable, "-c", script.format(names)]
+        out = subprocess.run(command, capture_output=True, text=True, check=True)  # noqa: S603 - our own words
+        row(name, f"{float(out.stdout):.3f}")
+    probe = noise(BATCH, STEPS, FEATURES)
+    for measures in (["variance"], None):
+        model, _ = make_model("LSTM", 256)
+        start = time.perf_counter()
+        JacobianMeter(model, probe, measures=measures)()
+        label = "all measures" if measures is None else f"`{measures[0]}`"
+        row(f"first report, LSTM, 256 units, {label}", f"{time.perf_counter() - start:.2f}")
+
+
+TABLES = {"units": by_units, "size": by_size, "fit": during_fit, "once": once}
+
+
 def main() -> None:
-    """Prints a markdown table."""
+    """Prints the tables that were asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tables", nargs="*", help=f"out of {', '.join(TABLES)}; all of them if none is named")
+    names = parser.parse_args().tables or list(TABLES)
+    if unknown := set(names) - set(TABLES):
+        parser.error(f"no table is called {', '.join(sorted(unknown))}; there are {', '.join(TABLES)}")
     keras.utils.set_random_seed(0)
-    probe = tf.constant(np.random.default_rng(0).normal(size=(BATCH, STEPS, FEATURES)), tf.float32)
-    print(f"{BATCH} samples, {STEPS} steps, {FEATURES} features; medians\n")
-    print("| layer | units | measures | forward pass | meter / forward | loop / forward | loop / meter |")
-    print("|---|---|---|---|---|---|---|")
-    for name, make in LAYERS.items():
-        for units in (64, 128):
-            layer = make(units)
-            model = keras.Sequential([keras.Input((STEPS, FEATURES)), layer])
-            forward = median_seconds(partial(tf.function(partial(layer, training=False)), probe), 15)
-            loop = median_seconds(partial(jacobian_loop(layer), probe), 3)
-            for label, measures in MEASURES.items():
-                meter = median_seconds(JacobianMeter(model, probe, measures=measures), 5)
-                print(
-                    f"| {name} | {units} | {label} | {forward * 1e3:.1f} ms "
-                    f"| {meter / forward:.1f} | {loop / forward:.1f} | {loop / meter:.1f} |"
-                )
+    for name in names:
+        TABLES[name]()
 
 
 if __name__ == "__main__":

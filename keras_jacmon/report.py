@@ -23,7 +23,7 @@ class LayerReport:
             of `spectral_norm`.
         estimated: The keys whose values are unbiased estimates from random vectors.
         certificate: If the Jacobians rest on a structure that was found in the cell: the largest relative difference
-            between products with them and autodiff, on the rows that were compared this time.
+            between products with them and autodiff, on the rows that were compared this time, but for one in twenty.
         notes: What a reader of the numbers must know, e.g. a state without influence.
     """
 

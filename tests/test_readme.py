@@ -11,7 +11,7 @@ import keras
 import pytest
 from helpers import normal
 
-from keras_jacmon import JacobianMonitor, measure
+from keras_jacmon import JacobianMonitor, explain, measure
 from keras_jacmon.measures.registry import MEASURES
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
@@ -114,3 +114,9 @@ def test_early_stopping_after_and_before_the_monitor(names: dict[str, Any]) -> N
     stopping = keras.callbacks.EarlyStopping(monitor="gru_jac_variance", mode="min")
     assert train(monitor, stopping) == []
     assert len(train(stopping, monitor)) == 1
+
+
+def test_the_explanation_that_is_shown() -> None:
+    x = keras.Input((STEPS, 3))
+    shown = re.findall(r"```\n(lstm:\n.*?)```", README, flags=re.DOTALL)
+    assert shown == [f"{explain(keras.Model(x, keras.layers.LSTM(4, name='lstm')(x)), normal(2, STEPS, 3))}\n"]

@@ -56,11 +56,6 @@ class AutodiffJacobian(tf.linalg.LinearOperator):
         self._independent = independent
         self._products = None if tf.executing_eagerly() else self._linearised()
 
-    def take_rows(self, rows: tf.Tensor) -> "AutodiffJacobian":
-        """The Jacobians of some of the rows, by their indices."""
-        point, *context = [tf.gather(tensor, rows) for tensor in (self._point, *self._context)]
-        return AutodiffJacobian(self._function, point, context, self._range_dimension)
-
     def _shape(self) -> tf.TensorShape:
         return tf.TensorShape([self._point.shape[0], self._range_dimension, self._point.shape[1]])
 

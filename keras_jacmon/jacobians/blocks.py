@@ -63,11 +63,6 @@ class BlockJacobian(tf.linalg.LinearOperator):
             axis=-2,
         )
 
-    def take_rows(self, rows: tf.Tensor) -> "BlockJacobian":
-        """The Jacobians of some of the rows, by their indices."""
-        parts = [Part(part.operator.take_rows(rows), part.news, part.sources) for part in self._parts]
-        return BlockJacobian(parts, self._new_sizes, self._source_sizes)
-
     def blocks(self) -> list[tf.linalg.LinearOperator]:
         """Operators without a block in common that make up the whole."""
         return [part.operator for part in self._parts]

@@ -38,10 +38,6 @@ class Diagonal:
         pulled = take(cotangent, self.link.targets)
         return pulled if self.values is None else _beside(self.values, cotangent) * pulled
 
-    def take_rows(self, rows: tf.Tensor) -> "Diagonal":
-        """Those of some rows."""
-        return self if self.values is None else Diagonal(self.link, tf.gather(self.values, rows))
-
 
 class StructuredJacobian(tf.linalg.LinearOperator):
     """`J = D + Σ A_m W_mᵀ B_m` for each row: D, A, B index-mapped diagonals, the kernels W shared by all rows.
@@ -135,17 +131,6 @@ class StructuredJacobian(tf.linalg.LinearOperator):
                     ways[base].append(diagonal.backward(pulled))
         parts = [_sum(ways[s]) if ways[s] else _zeros_beside(w, size) for s, size in self._sources.items()]
         return tf.concat(parts, axis=-1)
-
-    def take_rows(self, rows: tf.Tensor) -> "StructuredJacobian":
-        """The Jacobians of some of the rows, by their indices."""
-        return StructuredJacobian(
-            **{
-                **self._given,
-                "rows": rows.shape[0] or tf.size(rows),
-                "outer": {key: diagonal.take_rows(rows) for key, diagonal in self._outer.items()},
-                "inner": {key: diagonal.take_rows(rows) for key, diagonal in self._inner.items()},
-            }
-        )
 
     def block(self, new: int, source: Base) -> "StructuredJacobian":
         """The derivative of one new state by one source; the same operator each time."""
