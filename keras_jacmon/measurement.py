@@ -20,6 +20,10 @@ from keras_jacmon.report import LayerReport
 # More (row, vector) pairs at once than this do not fit a cache and are no faster.
 _MOST_ROWS = 2**14
 
+# The share of the memory allowed that a trajectory may take, and that the derivatives on it may take. What else is
+# alive at that time, and what the allocator holds back, was measured to be about twice as much as both.
+_SHARES = 6
+
 # So many rows have their structure compared with autodiff at each measurement, others each time.
 CERTIFIED_ROWS = 16
 
@@ -150,7 +154,7 @@ def measure_call(
         facts.views,
         tuple(measures),
         dataclasses.replace(options, rows=rows, dtype=dtype),
-        chunk=max(1, min(max_bytes // 2 // connections.bytes_per_row, _MOST_ROWS)),
+        chunk=max(1, min(max_bytes // _SHARES // connections.bytes_per_row, _MOST_ROWS)),
         draw=draw,
         independent=independent,
     )
@@ -164,7 +168,7 @@ def measure_call(
     in_graph = [*shortcut.kept, *shortcut.hoisted] if shortcut else []
     # Twice: a list of steps becomes one tensor, and for a moment there are both.
     values = 2 * (sum(size(t[0]) for t in wanted) + sum(size(t) for t in in_graph))
-    steps = max(1, max_bytes // 2 // (values * dtype.size * int(walk.inputs.shape[1] or _UNKNOWN_SAMPLES)))
+    steps = max(1, max_bytes // _SHARES // (values * dtype.size * int(walk.inputs.shape[1] or _UNKNOWN_SAMPLES)))
     if walk.inputs.shape[0] is not None and walk.inputs.shape[0] <= steps:
         results, _ = measure_segment(walk, 0)
     else:
