@@ -57,18 +57,17 @@ def spectral_norm(operator: tf.linalg.LinearOperator, options: Options) -> Measu
         return residual > options.tolerance / 2 * value
 
     def some_steps(value: tf.Tensor, residual: tf.Tensor, *state: tf.Tensor) -> tuple[tf.Tensor, ...]:
+        first = tf.equal(tf.shape(state[-1])[1], 0)
         state = tf.while_loop(
             lambda *_: True,
             step,
             state,
             shape_invariants=(tf.TensorShape([None, m]), vector, scalar, growing, growing),
-            maximum_iterations=STEPS_BETWEEN_CHECKS,
+            maximum_iterations=tf.where(first, LEAST_STEPS, STEPS_BETWEEN_CHECKS),
         )
         _, _, beta, alphas, betas = state
         # The first of the betas belongs to no pair of vectors.
         new_value, new_residual = _leading_singular_value(alphas, betas[:, 1:], beta, squarings)
-        early = tf.shape(alphas)[1] < LEAST_STEPS
-        new_residual = tf.cond(early, lambda: tf.fill([rows], tf.constant(np.inf, dtype)), lambda: new_residual)
         # A row that is done goes on as long as others do, and may still get better; copies of its singular value may
         # also blur the residual. NaN compares as better: it stays.
         worse = new_residual > residual
@@ -82,7 +81,7 @@ def spectral_norm(operator: tf.linalg.LinearOperator, options: Options) -> Measu
         some_steps,
         (zeros, infinite, tf.zeros([rows, m], dtype), start, zeros, none, none),
         shape_invariants=(scalar, scalar, tf.TensorShape([None, m]), vector, scalar, growing, growing),
-        maximum_iterations=MAX_STEPS // STEPS_BETWEEN_CHECKS,
+        maximum_iterations=1 + (MAX_STEPS - LEAST_STEPS) // STEPS_BETWEEN_CHECKS,
     )
     return Measured(value, residual)
 
