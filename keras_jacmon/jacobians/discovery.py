@@ -13,6 +13,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_jacmon.jacobians.elementwise import BLOCKING, ELEMENTWISE, MOVING, Labels, move, passes_unchanged
+from keras_jacmon.jacobians.products import PRODUCTS, is_row_by_row
 from keras_jacmon.probe.cellgraph import ROWS, CellGraph
 
 # A tensor whose derivative is asked for, or the result of a product: ("state", 0), ("inputs", 0), ("product", 2).
@@ -238,7 +239,7 @@ class Structure:
                 k: np.pad(x, [(0, slots - len(x))] + [(0, 0)] * (x.ndim - 1), constant_values=-1)
                 for k, x in here.items()
             }
-            for labels, result in zip(move(operation, padded, outputs, slots), moved, strict=True):
+            for labels, result in zip(move(operation, padded, self.units, outputs, slots), moved, strict=True):
                 if (labels >= 0).any():
                     result[base] = _tidied(labels)
         unchanged = frozenset(
@@ -273,14 +274,14 @@ class Structure:
         return f"state {base[1]}" if base[0] == "state" else "the inputs"
 
     def _product(self, operation: tf.Operation, known: dict[int, _Origin]) -> _Origin:
-        if operation.type not in _PRODUCTS:
+        if operation.type not in PRODUCTS:
             raise NotImplementedError
         operands = [t for t in operation.inputs if t.name in self._origins]
         if len(operands) != 1:
             raise NotImplementedError(f"both sides of `{operation.name}` depend on the states or the inputs")
         (y,), (z,) = operands, operation.outputs
         size, units = int(np.prod(self.units(y))), self.units(z)
-        if not _is_row_by_row(operation, operation.inputs[0] is y, len(self.units(y)) + 1, len(units) + 1):
+        if not is_row_by_row(operation, operation.inputs[0] is y, len(self.units(y)) + 1, len(units) + 1):
             raise NotImplementedError
         if operation.type != "MatMul" and size * int(np.prod(units)) > _MOST_ENTRIES:
             raise NotImplementedError(f"the kernel of `{operation.name}` is too large to be written as a matrix")
@@ -317,27 +318,6 @@ class Structure:
                 of_constants = operation.type != "Placeholder" and all(constant[t.name] for t in operation.inputs)
                 constant.update({tensor.name: of_constants for tensor in operation.outputs})
         return [tensor for tensor in fixed.values() if tensor.dtype != tf.resource]
-
-
-_PRODUCTS = frozenset({"MatMul", "BatchMatMulV2", "BatchMatMulV3", "Einsum", "Conv2D", "Conv3D"})
-
-
-def _is_row_by_row(operation: tf.Operation, first: bool, rank: int, output_rank: int) -> bool:  # noqa: FBT001
-    """Whether row r of the product is made from row r of the operand, which is the first or the second one."""
-    if operation.type == "MatMul":
-        return first and not operation.get_attr("transpose_a")
-    if operation.type.startswith("BatchMatMul"):
-        # From rank 3 on, the first axis only counts the products.
-        plain = len(operation.outputs[0].shape) == len("ij")
-        return first and not operation.get_attr("adj_x") if plain else output_rank == rank
-    if operation.type == "Einsum":
-        left, result = operation.get_attr("equation").decode().replace(" ", "").split("->")
-        parts = left.split(",")
-        own, other = parts if first else parts[::-1]
-        if "..." in own or "..." in other:
-            return own.startswith("...") and result.startswith("...") and "..." not in other
-        return own[:1] == result[:1] and own[:1] not in other and own.count(own[0]) == 1
-    return first
 
 
 def _is_flat(tensor: tf.Tensor) -> bool:

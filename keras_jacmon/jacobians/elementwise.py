@@ -93,7 +93,7 @@ ELEMENTWISE = frozenset(
 
 # Of those, the ones whose derivative with respect to their first operand is one; with respect to every operand if they
 # add.
-_PASSING = frozenset({"Cast", "CheckNumerics", "Identity", "Snapshot", "Sub"})
+_PASSING = frozenset({"Cast", "Identity", "Snapshot", "Sub"})
 _ADDING = frozenset({"Add", "AddN", "AddV2", "BiasAdd"})
 
 # No derivative passes them.
@@ -108,6 +108,7 @@ def passes_unchanged(operation: tf.Operation, operand: int) -> bool:
 def move(
     operation: tf.Operation,
     labels: Mapping[int, Labels],
+    units: Callable[[tf.Tensor], tuple[int, ...]],
     shapes: Sequence[tuple[int, ...]],
     slots: int,
 ) -> list[Labels]:
@@ -116,6 +117,7 @@ def move(
     Args:
         operation: The operation, of a type in `MOVING`.
         labels: For some operands their labels `(slots, ...)`; the others have none.
+        units: From an operand to its shape without its rows.
         shapes: The shapes of the outputs without their rows.
         slots: How many there are.
 
@@ -129,7 +131,7 @@ def move(
     def operand(k: int) -> Labels:
         if k in labels:
             return labels[k]
-        return np.full((slots, *operation.inputs[k].shape[1:]), -1)
+        return np.full((slots, *units(operation.inputs[k])), -1)
 
     moved = MOVING[operation.type](operation, operand)
     if len(moved) != len(shapes):

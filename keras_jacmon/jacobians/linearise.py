@@ -4,8 +4,9 @@ from collections.abc import Mapping, Sequence
 
 import tensorflow as tf
 
+from keras_jacmon.jacobians.diagonal import Diagonal
 from keras_jacmon.jacobians.discovery import Base, Link, Product, Structure
-from keras_jacmon.jacobians.structured import Diagonal, StructuredJacobian
+from keras_jacmon.jacobians.structured import StructuredJacobian
 
 
 def fixed_values(structure: Structure) -> dict[str, tf.Tensor]:

@@ -214,6 +214,14 @@ STRUCTURED: dict[str, Callable[[Any, Any, Any], Any]] = {
     "stacked": lambda c, x, h: tf.reshape(tf.stack([tf.tanh(h[:, :2]), (x + h @ c.U)[:, 2:]], axis=1), [-1, 4]),
     "function": tf.function(lambda c, x, h: tf.tanh(x + h @ c.U), autograph=False),
     "twice": lambda c, x, h: tf.tanh(x + h @ c.U + h @ c.U) + h + h,
+    "padded_with_zeros": lambda c, x, h: tf.tanh(
+        x + (tf.concat([tf.zeros([tf.shape(h)[0], 4]), h], -1) @ tf.convert_to_tensor(c.tall))[:, :4]
+    ),
+    "unknown_shapes": lambda c, x, h: tf.tanh(
+        (tf.concat([tf.reshape(x, tf.shape(h)), tf.tensordot(h, c.U, 1)], -1) @ tf.convert_to_tensor(c.tall))[:, :4]
+    ),
+    "unstacked": lambda c, x, h: tf.stack(tf.unstack(tf.tanh(x + h @ c.U), axis=1)[::-1], axis=1),
+    "convolution": lambda c, x, h: tf.nn.conv1d(h[..., None], tf.reshape(c.U[:3, 0], [3, 1, 1]), 1, "SAME")[..., 0] + x,
     "no_product": lambda _, x, h: tf.tanh(x + h),
 }
 

@@ -1,0 +1,70 @@
+"""Elementwise ways between states and products: diagonal matrices, up to an order of the units."""
+
+import functools
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import tensorflow as tf
+
+from keras_jacmon.jacobians.discovery import Link
+
+# More runs of neighbouring units than this are gathered one by one.
+_MOST_RUNS = 16
+
+
+@dataclass(frozen=True)
+class Diagonal:
+    """An elementwise way from a base (a source or a product) to a target (a new state or what a product multiplies).
+
+    Attributes:
+        link: Which unit leads to which.
+        values: The derivatives, `(rows, units of the base)`; None if all are one.
+    """
+
+    link: Link
+    values: tf.Tensor | None
+
+    def forward(self, tangent: tf.Tensor) -> tf.Tensor:
+        """From a change of the base to that of the target, `(rows, ..., units)`."""
+        scaled = tangent if self.values is None else _beside(self.values, tangent) * tangent
+        return total([take(scaled, slot) for slot in self.link.slots])
+
+    def backward(self, cotangent: tf.Tensor) -> tf.Tensor:
+        """The transpose of `forward`."""
+        pulled = take(cotangent, self.link.targets)
+        return pulled if self.values is None else _beside(self.values, cotangent) * pulled
+
+
+def take(tensor: tf.Tensor, index: npt.NDArray[np.int64], axis: int = -1) -> tf.Tensor:
+    """Picks units along an axis, zero where the index is -1; as few slices as possible, since a gather is slow."""
+    axis %= tensor.shape.rank
+    size = tensor.shape[axis]
+    if np.array_equal(index, np.arange(size)):
+        return tensor
+    none = index < 0
+    breaks = (np.diff(index) != np.where(none[1:], 0, 1)) | (none[1:] != none[:-1])
+    runs = np.split(index, np.flatnonzero(breaks) + 1)
+    if len(runs) > _MOST_RUNS:
+        # The zero stands behind the last unit.
+        padded = tf.pad(tensor, [[0, int(k == axis)] for k in range(tensor.shape.rank)])
+        return tf.gather(padded, np.where(index < 0, size, index), axis=axis)
+    before = [slice(None)] * axis
+    pieces = []
+    for run in runs:
+        if run[0] < 0:
+            shape = tf.concat([tf.shape(tensor)[:axis], [run.size], tf.shape(tensor)[axis + 1 :]], axis=0)
+            pieces.append(tf.zeros(shape, tensor.dtype))
+        else:
+            pieces.append(tensor[(*before, slice(int(run[0]), int(run[-1]) + 1))])
+    return pieces[0] if len(pieces) == 1 else tf.concat(pieces, axis=axis)
+
+
+def total(tensors: list[tf.Tensor]) -> tf.Tensor:
+    """Like `tf.add_n`, but broadcasting."""
+    return functools.reduce(tf.add, tensors)
+
+
+def _beside(values: tf.Tensor, vectors: tf.Tensor) -> tf.Tensor:
+    """Values `(rows, units)` shaped to go with vectors `(rows, ..., units)`."""
+    return values if vectors.shape.rank == values.shape.rank else values[:, None]
