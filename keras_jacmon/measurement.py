@@ -10,8 +10,8 @@ import tensorflow as tf
 from keras_jacmon.jacobians.resolve import CellJacobian, Choice, Rows
 from keras_jacmon.jacobians.views import Connections, find_connections, floating_states, size
 from keras_jacmon.measures.options import Options
-from keras_jacmon.measures.registry import MEASURES, Measure
-from keras_jacmon.measures.rows import RowSource, measure_rows
+from keras_jacmon.measures.registry import MEASURES, Selection
+from keras_jacmon.measures.rows import RowSource, measure_rows, spread_evenly
 from keras_jacmon.probe.capture import RecurrentCall
 from keras_jacmon.probe.step import CellStep
 from keras_jacmon.probe.trajectory import Trajectory, Walk, as_rows, known_sizes, unroll
@@ -36,6 +36,9 @@ _UNKNOWN_SAMPLES = 2**10
 # Keys of results that are tests, scalars: of the structure, and of the independence of rows.
 CERTIFICATE, DEPENDENCE = "certificate", "dependence"
 
+# Key of the mask of the rows at which expensive measures are taken, if not at all.
+SAMPLED = "sampled"
+
 # What is known of each (step, sample): `hidden/variance`, and `hidden/variance/uncertainty` if there is one.
 Results = dict[str, tf.Tensor]
 
@@ -47,7 +50,7 @@ class CallFacts:
     Attributes:
         cell: Class of the cell.
         units: Size of the hidden state.
-        views: Those that are measured.
+        views: Those that there are.
         choices: By view, how each of its blocks is taken.
         notes: What a reader of the numbers must know.
         jacobian: Must live as long as what it has given operators to.
@@ -94,15 +97,24 @@ class CallFacts:
     def report(self, results: Results) -> LayerReport:
         """The report of the numbers."""
         arrays = {key: tensor.numpy() for key, tensor in results.items()}
-        mask = arrays.pop("mask")
+        mask, sampled = arrays.pop("mask"), arrays.pop(SAMPLED, None)
         certificate = float(arrays.pop(CERTIFICATE)) if CERTIFICATE in arrays else None
         arrays.pop(DEPENDENCE, None)
         named = {key.removeprefix("hidden/"): array for key, array in arrays.items()}
         values = {key: array for key, array in named.items() if not key.endswith("/uncertainty")}
         uncertainties = {key: named[f"{key}/uncertainty"] for key in values if f"{key}/uncertainty" in named}
         estimated = {key for key in uncertainties if MEASURES[key.split("/")[-1]].uncertainty == "standard error"}
+        expensive = [key for key in values if MEASURES[key.split("/")[-1]].expensive]
         layer = LayerReport(
-            self.cell, self.units, values, mask, uncertainties, frozenset(estimated), certificate, self.notes
+            self.cell,
+            self.units,
+            values,
+            mask,
+            uncertainties,
+            frozenset(estimated),
+            {} if sampled is None else dict.fromkeys(expensive, sampled),
+            certificate,
+            self.notes,
         )
         broken = layer.nonfinite()
         if not broken:
@@ -113,7 +125,7 @@ class CallFacts:
 
 def measure_call(
     call: RecurrentCall,
-    measures: Sequence[Measure],
+    measures: Selection,
     options: Options,
     *,
     max_bytes: int,
@@ -125,7 +137,7 @@ def measure_call(
 
     Args:
         call: What the layer received.
-        measures: What to measure.
+        measures: What to measure, by view.
         options: How.
         max_bytes: Bounds the memory, through segments of the sequence and chunks of rows.
         trusted: Whether structures that were found, and registered forms, may be used.
@@ -149,28 +161,33 @@ def measure_call(
 
     dtype = walk.states[floating_states(walk.states)[0]].dtype
     rows = walk.inputs.shape[:2].num_elements()
+    time, samples = known_sizes(walk.inputs)[:2]
+    wanted = None
+    if options.max_rows is not None:
+        wanted = _sample(walk.mask, time, samples, options.max_rows, independent=independent)
     points = _Points(
         jacobian,
-        facts.views,
-        tuple(measures),
+        _of_views(measures, facts.views, several=len(floating_states(walk.states)) > 1),
         dataclasses.replace(options, rows=rows, dtype=dtype),
         chunk=max(1, min(max_bytes // _SHARES // connections.bytes_per_row, _MOST_ROWS)),
         draw=draw,
         independent=independent,
     )
 
-    def measure_segment(part: Walk, index: tf.Tensor | int) -> tuple[Results, tuple[tf.Tensor, ...]]:
+    def measure_segment(
+        part: Walk, index: tf.Tensor | int, start: tf.Tensor | int
+    ) -> tuple[Results, tuple[tf.Tensor, ...]]:
         trajectory = unroll(step, part, shortcut)
-        return points.measure(trajectory, part.mask, index), trajectory.last
+        here = None if wanted is None else wanted[start : start + known_sizes(part.inputs)[0]]
+        return points.measure(trajectory, part.mask, here, index), trajectory.last
 
-    time, samples = known_sizes(walk.inputs)[:2]
-    wanted = [walk.inputs, *(state[None] for state in walk.states)]
+    in_walk = [walk.inputs, *(state[None] for state in walk.states)]
     in_graph = [*shortcut.kept, *shortcut.hoisted] if shortcut else []
     # Twice: a list of steps becomes one tensor, and for a moment there are both.
-    values = 2 * (sum(size(t[0]) for t in wanted) + sum(size(t) for t in in_graph))
+    values = 2 * (sum(size(t[0]) for t in in_walk) + sum(size(t) for t in in_graph))
     steps = max(1, max_bytes // _SHARES // (values * dtype.size * int(walk.inputs.shape[1] or _UNKNOWN_SAMPLES)))
     if walk.inputs.shape[0] is not None and walk.inputs.shape[0] <= steps:
-        results, _ = measure_segment(walk, 0)
+        results, _ = measure_segment(walk, 0, 0)
     else:
         results = _in_segments(walk, steps, points.keys(), dtype, measure_segment)
     results = {
@@ -182,9 +199,38 @@ def measure_call(
             key: value if value.shape.rank == 0 else tf.where(walk.mask, value, nan) for key, value in results.items()
         }
     results["mask"] = tf.ones([time, samples], tf.bool) if walk.mask is None else walk.mask
+    if wanted is not None:
+        results[SAMPLED] = wanted & results["mask"]
     if call.layer.go_backwards:
         results = {key: value if value.shape.rank == 0 else value[::-1] for key, value in results.items()}
     return facts, results
+
+
+def _of_views(measures: Selection, views: Sequence[str], *, several: bool) -> Selection:
+    """The measures of the views that a cell has; with one state its hidden view is the joint one."""
+    if several:
+        return {view: chosen for view, chosen in measures.items() if view in views}
+    chosen = {measure for of_view in measures.values() for measure in of_view}
+    return {view: tuple(measure for measure in MEASURES.values() if measure in chosen) for view in views}
+
+
+def _sample(
+    mask: tf.Tensor | None, time: int | tf.Tensor, samples: int | tf.Tensor, count: int, *, independent: bool
+) -> tf.Tensor:
+    """At most `count` unmasked rows, evenly in time: `(time, batch)`. Dependent rows: one whole step at least."""
+    if not independent:
+        steps = spread_evenly(time, max(1, count // int(tf.get_static_value(samples) or _UNKNOWN_SAMPLES)))
+        chosen = tf.scatter_nd(steps[:, None], tf.ones_like(steps), tf.cast([time], tf.int64))
+        return tf.broadcast_to(chosen[:, None] > 0, [time, samples])
+    places = tf.range(tf.cast(time * samples, tf.int64)) if mask is None else tf.where(tf.reshape(mask, [-1]))[:, 0]
+    places = tf.gather(places, spread_evenly(tf.size(places), count))
+    chosen = tf.scatter_nd(places[:, None], tf.ones_like(places), tf.cast([time * samples], tf.int64))
+    return tf.reshape(chosen > 0, [time, samples])
+
+
+def _places(mask: tf.Tensor) -> tf.Tensor:
+    """The indices of the rows that a mask `(time, batch)` chooses."""
+    return tf.cast(tf.where(tf.reshape(mask, [-1]))[:, 0], tf.int32)
 
 
 @dataclass(frozen=True)
@@ -192,8 +238,7 @@ class _Points:
     """How the Jacobians at the points of a trajectory are measured."""
 
     jacobian: CellJacobian
-    views: tuple[str, ...]
-    measures: tuple[Measure, ...]
+    measures: Selection
     options: Options
     chunk: int
     draw: tf.Tensor
@@ -201,36 +246,48 @@ class _Points:
 
     def keys(self) -> list[str]:
         """What `measure` may return."""
-        values = [f"{view}/{measure.name}" for view in self.views for measure in self.measures]
+        values = [f"{view}/{measure.name}" for view, chosen in self.measures.items() for measure in chosen]
         return [*values, *(f"{key}/uncertainty" for key in values), CERTIFICATE, DEPENDENCE]
 
-    def measure(self, trajectory: Trajectory, mask: tf.Tensor | None, segment: tf.Tensor | int) -> Results:
+    def measure(
+        self, trajectory: Trajectory, mask: tf.Tensor | None, wanted: tf.Tensor | None, segment: tf.Tensor | int
+    ) -> Results:
         """The measures, `(time * batch,)`, and the certificates, scalars."""
         rows = Rows(
             as_rows(trajectory.inputs),
             tuple(as_rows(state) for state in trajectory.states),
             {name: as_rows(value) for name, value in trajectory.values.items()},
         )
-        count = known_sizes(rows.inputs)[0]
-        kept = None if mask is None else tf.reshape(mask, [-1])
         # Rows that are no functions of themselves stay together: all samples of a step, masked ones included.
-        valid = None if kept is None or not self.independent else tf.reshape(tf.where(kept), [-1])
+        valid = None if mask is None or not self.independent else _places(mask)
+        options = dataclasses.replace(self.options, stream=segment * _STREAMS)
         chunk = self.chunk if self.independent else known_sizes(trajectory.inputs)[1]
-        source = RowSource(
-            count,
-            lambda start, stop: self.jacobian.operators(
-                self.views, rows if start is None else rows.between(start, stop)
-            ),
-            lambda chosen: self.jacobian.operators(self.views, rows.take(chosen)),
+        results: Results = {}
+        for measures, chosen in self._at(valid, None if wanted is None else _places(wanted)):
+            source = self._source(rows, list(measures), chosen)
+            for key, (value, uncertainty) in measure_rows(source, measures, options, chunk).items():
+                results[key] = value
+                if uncertainty is not None:
+                    results[f"{key}/uncertainty"] = uncertainty
+        return {**results, **self._certificates(trajectory, rows, valid)} if self.independent else results
+
+    def _at(self, valid: tf.Tensor | None, wanted: tf.Tensor | None) -> list[tuple[Selection, tf.Tensor | None]]:
+        """Which measures are taken at which rows."""
+        if wanted is None:
+            return [(self.measures, valid)]
+        split = [
+            ({v: tuple(m for m in chosen if m.expensive == expensive) for v, chosen in self.measures.items()}, rows)
+            for expensive, rows in ((False, valid), (True, wanted))
+        ]
+        return [({v: chosen for v, chosen in measures.items() if chosen}, rows) for measures, rows in split]
+
+    def _source(self, rows: Rows, views: Sequence[str], valid: tf.Tensor | None) -> RowSource:
+        return RowSource(
+            known_sizes(rows.inputs)[0],
+            lambda start, stop: self.jacobian.operators(views, rows if start is None else rows.between(start, stop)),
+            lambda chosen: self.jacobian.operators(views, rows.take(chosen)),
             valid,
         )
-        options = dataclasses.replace(self.options, stream=segment * _STREAMS)
-        results: Results = {}
-        for key, (value, uncertainty) in measure_rows(source, self.views, self.measures, options, chunk).items():
-            results[key] = value
-            if uncertainty is not None:
-                results[f"{key}/uncertainty"] = uncertainty
-        return {**results, **self._certificates(trajectory, rows, valid)} if self.independent else results
 
     def _certificates(self, trajectory: Trajectory, rows: Rows, valid: tf.Tensor | None) -> Results:
         """Tests, on some rows, of what the measures rest on."""
@@ -255,7 +312,7 @@ class _Points:
         some = rows.take(chosen)
         results = {DEPENDENCE: self.jacobian.dependence(some, following)}
         seed = tf.random.experimental.stateless_fold_in([self.options.seed, 3], self.draw)
-        certificate = self.jacobian.certificate(self.views, some, seed)
+        certificate = self.jacobian.certificate(list(self.measures), some, seed)
         return results if certificate is None else {**results, CERTIFICATE: certificate}
 
 
@@ -264,7 +321,7 @@ def _in_segments(
     steps: int,
     keys: Sequence[str],
     dtype: tf.DType,
-    measure_segment: Callable[[Walk, tf.Tensor], tuple[Results, tuple[tf.Tensor, ...]]],
+    measure_segment: Callable[[Walk, tf.Tensor, tf.Tensor], tuple[Results, tuple[tf.Tensor, ...]]],
 ) -> Results:
     """Measures so many steps at a time, so that a long sequence is never held as a whole."""
     time = tf.shape(walk.inputs)[0]
@@ -275,7 +332,7 @@ def _in_segments(
     def body(index: tf.Tensor, states: Sequence[tf.Tensor], arrays: dict[str, tf.TensorArray]) -> tuple[Any, ...]:
         start = index * steps
         part = walk.between(start, tf.minimum(start + steps, time), states)
-        results, last = measure_segment(part, index)
+        results, last = measure_segment(part, index, start)
         # Which keys there are is known once the body is traced, and a loop needs its variables before.
         present.update(results)
         arrays = {

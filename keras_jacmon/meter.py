@@ -65,9 +65,12 @@ class JacobianMeter:
         model: A Keras model, compiled or not. One that is not built is built by calling it on the probe.
         probe: A batch of model inputs: array, tensor, list or dict of them, or a dataset (its first batch).
         layers: Names of recurrent layers, or layers; None for all.
-        measures: Out of `"variance"`, `"rms_singular_value"`, `"spectral_norm"`; None for all.
+        measures: Out of `"variance"`, `"rms_singular_value"`, `"spectral_norm"` of the hidden view and, with `joint/`
+            in front, of all states together; None for all. A cell with one state has one view.
         seed: Integer, for random vectors.
         tolerance: Relative, of the spectral norm.
+        max_rows: The spectral norm is measured at so many (step, sample) at most, spread evenly in time; the report
+            says where. None for all.
         max_bytes: Bounds the memory of the derivatives, through chunks over (step, sample).
         max_entries: Variance and RMS singular value are exact as long as steps * samples * n² is at most this, and
             above it unbiased estimates with a standard error. They take one derivative of the cell per step, sample
@@ -87,13 +90,21 @@ class JacobianMeter:
         measures: Iterable[str] | str | None = None,
         seed: int = 0,
         tolerance: float = 1e-2,
+        max_rows: int | None = None,
         max_bytes: int = 2**30,
         max_entries: int = 2**26,
     ) -> None:
-        check_options(measures=measures, seed=seed, tolerance=tolerance, max_bytes=max_bytes, max_entries=max_entries)
+        check_options(
+            measures=measures,
+            seed=seed,
+            tolerance=tolerance,
+            max_rows=max_rows,
+            max_bytes=max_bytes,
+            max_entries=max_entries,
+        )
         self._model = model
         self._measures = select_measures(measures)
-        self._options = Options(seed=seed, tolerance=tolerance, max_entries=max_entries)
+        self._options = Options(seed=seed, tolerance=tolerance, max_entries=max_entries, max_rows=max_rows)
         self._max_bytes = max_bytes
         arrays = read_probe(probe)
         _build(model, arrays)
@@ -253,7 +264,13 @@ class JacobianMeter:
 
 
 def check_options(
-    *, measures: Iterable[str] | str | None, seed: int, tolerance: float, max_bytes: int, max_entries: int
+    *,
+    measures: Iterable[str] | str | None,
+    seed: int,
+    tolerance: float,
+    max_rows: int | None,
+    max_bytes: int,
+    max_entries: int,
 ) -> None:
     """Checks what can be checked without a model.
 
@@ -267,6 +284,11 @@ def check_options(
         raise ValueError(
             "Invalid value for argument `tolerance`. Expected a relative tolerance from 0 up to, not including, 1. "
             f"Received: tolerance={tolerance}"
+        )
+    if max_rows is not None and max_rows < 1:
+        raise ValueError(
+            "Invalid value for argument `max_rows`. Expected a positive integer, or None for all. Received: "
+            f"max_rows={max_rows}"
         )
     for name, value, least in (("max_bytes", max_bytes, 1), ("max_entries", max_entries, 0)):
         if value < least:

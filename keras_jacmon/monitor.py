@@ -32,13 +32,15 @@ class JacobianMonitor(keras.callbacks.Callback):
     Args:
         probe: A batch of model inputs: array, tensor, list or dict of them, or a dataset (its first batch).
         layers: Names of recurrent layers, or layers; None for all.
-        measures: Out of `"variance"`, `"rms_singular_value"`, `"spectral_norm"`; None for all.
+        measures: Out of `"variance"`, `"rms_singular_value"`, `"spectral_norm"` of the hidden view and, with `joint/`
+            in front, of all states together; None for all. A cell with one state has one view.
         update_freq: `"epoch"`, `"batch"` or an integer number of batches, as in `keras.callbacks.TensorBoard`.
         log_dir: Event files go to `<log_dir>/jacobian`; None writes none.
         on_error: `"warn"`, the first time that a measurement or a file fails, and go on training; or `"raise"`.
         seed: Integer, for random vectors.
         verbose: 1 prints each report.
         tolerance: Relative, of the spectral norm.
+        max_rows: The spectral norm is measured at so many (step, sample) at most; None for all.
         max_bytes: Bounds the memory of the derivatives.
         max_entries: As for `JacobianMeter`.
 
@@ -62,6 +64,7 @@ class JacobianMonitor(keras.callbacks.Callback):
         seed: int = 0,
         verbose: int = 0,
         tolerance: float = 1e-2,
+        max_rows: int | None = None,
         max_bytes: int = 2**30,
         max_entries: int = 2**26,
     ) -> None:
@@ -81,6 +84,7 @@ class JacobianMonitor(keras.callbacks.Callback):
             "measures": measures,
             "seed": seed,
             "tolerance": tolerance,
+            "max_rows": max_rows,
             "max_bytes": max_bytes,
             "max_entries": max_entries,
         }

@@ -22,6 +22,7 @@ class LayerReport:
         uncertainties: `(time, batch)` for the keys that have one: the standard error of an estimate, or the residual
             of `spectral_norm`.
         estimated: The keys whose values are unbiased estimates from random vectors.
+        sampled: By key, for those that were measured at some rows only (`max_rows`), where: `(time, batch)`.
         certificate: If the Jacobians rest on a structure that was found in the cell: the largest relative difference
             between products with them and autodiff, on the rows that were compared this time, but for one in twenty.
         notes: What a reader of the numbers must know, e.g. a state without influence.
@@ -33,6 +34,7 @@ class LayerReport:
     mask: npt.NDArray[np.bool_]
     uncertainties: dict[str, FloatArray] = field(default_factory=dict)
     estimated: frozenset[str] = frozenset()
+    sampled: dict[str, npt.NDArray[np.bool_]] = field(default_factory=dict)
     certificate: float | None = None
     notes: tuple[str, ...] = ()
 
@@ -41,34 +43,38 @@ class LayerReport:
             raise KeyError(f"No measure '{key}' in this report. Measured: {list(self.values)}")
         return self.values[key]
 
+    def measured(self, key: str) -> npt.NDArray[np.bool_]:
+        """Where the key was measured, `(time, batch)`: at the unmasked steps, or some of them."""
+        return self.sampled.get(key, self.mask)
+
     def valid(self, key: str) -> FloatArray:
-        """The values at unmasked steps, flat; NaN among them comes from the network."""
-        return self[key][self.mask]
+        """The values where it was measured, flat; NaN among them comes from the network."""
+        return self[key][self.measured(key)]
 
     def mean(self, key: str) -> float:
-        """The mean over samples and unmasked steps; NaN if a value is NaN, or if there is no unmasked step."""
+        """The mean over samples and steps where it was measured; NaN if a value is NaN, or if there is none."""
         return _mean(self.valid(key))
 
     def standard_error(self, key: str) -> float:
         """The standard error of `mean(key)` if it is an estimate, and 0 if it is exact."""
         if key not in self.estimated:
             return 0.0
-        errors = self.uncertainties[key][self.mask]
+        errors = self.uncertainties[key][self.measured(key)]
         # The rows are estimated with independent random vectors.
         return float(np.sqrt(np.sum(errors.astype(np.float64) ** 2)) / max(errors.size, 1))
 
     def over_time(self, key: str) -> FloatArray:
-        """The mean over the unmasked samples of each step, `(time,)`; NaN where all are masked."""
-        rows = zip(self[key], self.mask, strict=True)
+        """The mean over the measured samples of each step, `(time,)`; NaN where there is none."""
+        rows = zip(self[key], self.measured(key), strict=True)
         return np.array([_mean(values[valid]) for values, valid in rows], dtype=np.float64)
 
     def extremes(self, key: str) -> tuple[float, float]:
-        """The least and the greatest of `over_time(key)`, over the steps that have an unmasked sample."""
-        steps = self.over_time(key)[self.mask.any(axis=1)]
+        """The least and the greatest of `over_time(key)`, over the steps that have a measured sample."""
+        steps = self.over_time(key)[self.measured(key).any(axis=1)]
         return (float(np.min(steps)), float(np.max(steps))) if steps.size else (np.nan, np.nan)
 
     def nonfinite(self) -> dict[str, int]:
-        """How many values at unmasked steps are NaN or Inf, for the keys that have any."""
+        """How many of the measured values are NaN or Inf, for the keys that have any."""
         counts = {key: int((~np.isfinite(self.valid(key))).sum()) for key in self.values}
         return {key: count for key, count in counts.items() if count}
 
@@ -134,8 +140,10 @@ def _table(name: str, layer: LayerReport) -> str:
     rows = [("", "mean", "least step", "greatest step", "")]
     for key in layer.values:
         low, high = layer.extremes(key)
-        error = f"estimate, ± {layer.standard_error(key):.2g}" if key in layer.estimated else ""
-        rows.append((key, f"{layer.mean(key):.4g}", f"{low:.4g}", f"{high:.4g}", error))
+        remarks = [f"estimate, ± {layer.standard_error(key):.2g}"] if key in layer.estimated else []
+        count = layer.measured(key).sum()
+        remarks += [f"at {count} of {measured}"] if count < measured else []
+        rows.append((key, f"{layer.mean(key):.4g}", f"{low:.4g}", f"{high:.4g}", ", ".join(remarks)))
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
     lines = [
         f"  {row[0]:<{widths[0]}}  " + "  ".join(f"{row[c]:>{widths[c]}}" for c in (1, 2, 3)) + f"  {row[4]}".rstrip()

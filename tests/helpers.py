@@ -495,18 +495,21 @@ MEASURES: Mapping[str, Callable[[NDArray[Any]], NDArray[np.float64]]] = {
     "rms_singular_value": rms_singular_value,
     "spectral_norm": spectral_norm,
 }
+# The keys of a report; a cell with one state has no joint ones.
+KEYS = tuple(f"{view}{measure}" for view in ("", "joint/") for measure in MEASURES)
+MOMENTS = tuple(key for key in KEYS if "spectral" not in key)
 # What the issue promises, relative, in float32.
 RTOL: Mapping[str, float] = {"variance": 1e-5, "rms_singular_value": 1e-5, "spectral_norm": 1e-2}
 
 
 def reference_values(
-    jacobians: Mapping[str, NDArray[Any]], measures: Iterable[str] = tuple(MEASURES)
+    jacobians: Mapping[str, NDArray[Any]], keys: Iterable[str] = KEYS
 ) -> dict[str, NDArray[np.float64]]:
     """The values that a report has, by key: `variance`, and `joint/variance` if there are several states."""
     return {
-        name if view == "hidden" else f"{view}/{name}": MEASURES[name](J)
-        for view, J in jacobians.items()
-        for name in measures
+        key: MEASURES[key.removeprefix("joint/")](jacobians["joint" if key.startswith("joint/") else "hidden"])
+        for key in keys
+        if "joint" in jacobians or not key.startswith("joint/")
     }
 
 
@@ -517,7 +520,7 @@ def assert_layer(
     *,
     states: Any = None,
     mask: Any = None,
-    measures: Iterable[str] = tuple(MEASURES),
+    measures: Iterable[str] = KEYS,
     rtol: Mapping[str, float] = RTOL,
 ) -> None:
     """Holds a LayerReport against the reference: keys, shapes, masks, values."""

@@ -290,12 +290,12 @@ def test_the_hidden_view_is_blind_to_the_forget_bias() -> None:
     layer = L.LSTM(64, name="lstm")
     model = keras.Sequential([keras.Input((40, 2)), layer])
     probe = normal(1, 40, 2)
-    before = measure(model, probe, measures=["variance", "rms_singular_value"])["lstm"]
+    before = measure(model, probe, measures=["variance", "joint/rms_singular_value"])["lstm"]
     bias = layer.cell.bias.numpy()
     np.testing.assert_array_equal(bias[64:128], np.ones(64, np.float32), strict=True)
     bias[64:128] = 4.0
     layer.cell.bias.assign(bias)
-    after = measure(model, probe, measures=["variance", "rms_singular_value"])["lstm"]
+    after = measure(model, probe, measures=["variance", "joint/rms_singular_value"])["lstm"]
     np.testing.assert_allclose(before.mean("variance"), 0.0143, rtol=0.15)
     np.testing.assert_allclose(after.mean("variance"), 0.0128, rtol=0.15)
     # dc'/dc = Diag(f) makes up most of the joint view: σ(1) = 0.73 -> σ(4) = 0.98.

@@ -14,7 +14,9 @@ from helpers import (
     BY_ID,
     CASES,
     FEATURES,
+    KEYS,
     MEASURES,
+    MOMENTS,
     STEPS,
     BareStateCell,
     Case,
@@ -43,7 +45,7 @@ PROBE = normal(BATCH, STEPS, FEATURES, seed=3)
 IDS = np.array([[1, 2, 3, 0, 0], [0, 0, 4, 5, 1], [2, 0, 6, 0, 3], [0, 0, 0, 0, 0]], np.int32)
 MASK = IDS != 0
 # Where a test is about what is measured and not about the measures, one of them will do.
-QUICK = ("variance",)
+QUICK = ("variance", "joint/variance")
 HALF = {"variance": 5e-4, "rms_singular_value": 5e-4, "spectral_norm": 1e-2}
 
 
@@ -71,7 +73,7 @@ WITH_SPECTRAL_NORM = {
 def test_every_cell_equals_the_loop(case: Case) -> None:
     probe = make_probe(case)
     model, layer = make_model(case, probe)
-    measures = list(MEASURES) if case.id in WITH_SPECTRAL_NORM else ["variance", "rms_singular_value"]
+    measures = KEYS if case.id in WITH_SPECTRAL_NORM else MOMENTS
     report = measure(model, probe, measures=measures)
     assert list(report.layers) == [layer.name]
     assert_layer(report[layer.name], layer, probe, measures=measures)
@@ -420,14 +422,47 @@ def test_layers_can_be_chosen_by_name_and_by_layer() -> None:
         np.testing.assert_allclose(report["second"]["variance"], full["second"]["variance"], rtol=1e-6, strict=True)
 
 
-def test_measures_can_be_chosen() -> None:
+@pytest.mark.parametrize("keys", [["rms_singular_value"], ["joint/variance"], ["joint/spectral_norm", "variance"]])
+def test_measures_and_views_can_be_chosen(keys: list[str]) -> None:
     model, layer = make_model(BY_ID["lstm"], PROBE)
-    report = measure(model, PROBE, measures=["rms_singular_value"])
-    assert set(report[layer.name].values) == {"rms_singular_value", "joint/rms_singular_value"}
-    assert set(report.scalars()) == {
-        f"{layer.name}_jac_rms_singular_value",
-        f"{layer.name}_jac_joint_rms_singular_value",
-    }
+    report = measure(model, PROBE, measures=keys)
+    assert_layer(report[layer.name], layer, PROBE, measures=keys)
+    assert set(report.scalars()) == {f"{layer.name}_jac_{key.replace('/', '_')}" for key in keys}
+
+
+def test_the_joint_view_of_one_state_is_the_hidden_one() -> None:
+    model, layer = make_model(BY_ID["simple_rnn"], PROBE)
+    report = measure(model, PROBE, measures=["joint/variance"])
+    assert_layer(report[layer.name], layer, PROBE, measures=["variance"])
+
+
+@pytest.mark.parametrize(
+    ("max_rows", "max_bytes", "go_backwards"), [(7, 2**30, True), (40, 20_000, False), (1000, 2**30, False)]
+)
+def test_expensive_measures_at_some_rows(max_rows: int, max_bytes: int, go_backwards: bool) -> None:  # noqa: FBT001 - pytest passes it by name
+    steps = 30
+    probe = normal(BATCH, steps, FEATURES)
+    mask = np.arange(steps)[None] < np.array([[30], [20], [3]], np.int64)
+    layer = L.LSTM(5, name="lstm", go_backwards=go_backwards)
+    inputs = keras.Input((steps, FEATURES))
+    model = build(keras.Model(inputs, layer(L.Masking()(inputs))), probe)
+    keys = ["variance", "spectral_norm"]
+    masked = probe * mask[..., None]
+    report = measure(model, masked, measures=keys, max_rows=max_rows, max_bytes=max_bytes)["lstm"]
+    expected = reference_values(reference_jacobians(layer, masked, mask=mask), keys)
+    np.testing.assert_allclose(report["variance"], expected["variance"], rtol=1e-5)
+    measured = np.isfinite(report["spectral_norm"])
+    np.testing.assert_array_equal(measured, report.measured("spectral_norm"))
+    np.testing.assert_array_equal(report.measured("variance"), mask.T)
+    assert measured.sum() == min(max_rows, mask.sum())
+    assert not np.any(measured & ~mask.T)
+    np.testing.assert_allclose(report["spectral_norm"][measured], expected["spectral_norm"][measured], rtol=1e-2)
+    # Evenly: in the order of time, each part of the rows has its share.
+    shares = [part.sum() for part in np.array_split(measured[mask.T], 4)]
+    assert max(shares) - min(shares) <= 2
+    np.testing.assert_allclose(report.mean("spectral_norm"), np.mean(expected["spectral_norm"][measured]), rtol=1e-2)
+    assert report.nonfinite() == {}
+    assert (f"at {max_rows} of {mask.sum()}" in str(Report({"lstm": report}))) == (max_rows < mask.sum())
 
 
 def test_the_scalars_are_the_means() -> None:
@@ -706,7 +741,7 @@ def test_a_state_without_influence_is_reported() -> None:
     model = functional([L.RNN(Forgetful(), name="rnn")])
     note = "old state 1 has no influence on the new states (no gradient connects them)"
     with pytest.warns(UserWarning, match=f"^Layer `rnn`: {re.escape(note)}$"):
-        report = measure(model, PROBE, measures=["variance"])
+        report = measure(model, PROBE, measures=QUICK)
     assert report["rnn"].notes == (note,)
     assert set(report["rnn"].values) == {"variance", "joint/variance"}
 
@@ -742,9 +777,9 @@ def test_max_bytes_bounds_the_rows_at_once(monkeypatch: pytest.MonkeyPatch) -> N
     seen: list[int] = []
     original = rows_module.measure_rows
 
-    def spy(source: Any, views: Any, measures: Any, options: Any, chunk: int) -> Any:
+    def spy(source: Any, measures: Any, options: Any, chunk: int) -> Any:
         seen.append(chunk)
-        return original(source, views, measures, options, chunk)
+        return original(source, measures, options, chunk)
 
     monkeypatch.setattr(measurement, "measure_rows", spy)
     model, _ = make_model(BY_ID["bare_state"], PROBE)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import tensorflow as tf
 
@@ -11,12 +12,12 @@ class Part:
     """Some blocks of a Jacobian.
 
     Attributes:
-        operator: Their Jacobian, with its rows and columns in the order of `news` and `sources`.
+        operator: Their Jacobian, with its rows and columns in the order of `news` and `sources`; one with `take`.
         news: Which new states, by their place in the whole.
         sources: Which sources, by their place in the whole.
     """
 
-    operator: tf.linalg.LinearOperator
+    operator: Any
     news: tuple[int, ...]
     sources: tuple[int, ...]
 
@@ -63,6 +64,16 @@ class BlockJacobian(tf.linalg.LinearOperator):
             axis=-2,
         )
 
-    def blocks(self) -> list[tf.linalg.LinearOperator]:
+    def take(self, rows: tf.Tensor) -> "BlockJacobian | None":
+        """The operator of the rows with these indices `(k,)`; None if those of a part depend on each other."""
+        parts = []
+        for part in self._parts:
+            operator = part.operator.take(rows)
+            if operator is None:
+                return None
+            parts.append(Part(operator, part.news, part.sources))
+        return BlockJacobian(parts, self._new_sizes, self._source_sizes)
+
+    def blocks(self) -> list[Any]:
         """Operators without a block in common that make up the whole."""
         return [part.operator for part in self._parts]

@@ -25,6 +25,10 @@ class Diagonal:
     link: Link
     values: tf.Tensor | None
 
+    def take(self, rows: tf.Tensor) -> "Diagonal":
+        """That of the rows with these indices `(k,)`."""
+        return Diagonal(self.link, None if self.values is None else tf.gather(self.values, rows))
+
     def forward(self, tangent: tf.Tensor) -> tf.Tensor:
         """From a change of the base to that of the target, `(rows, ..., units)`."""
         scaled = tangent if self.values is None else _beside(self.values, tangent) * tangent

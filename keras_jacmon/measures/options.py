@@ -28,6 +28,7 @@ class Options:
         seed: For random vectors.
         tolerance: Relative, of iterative measures.
         max_entries: Up to so many entries of J, over all rows, its moments are exact.
+        max_rows: Expensive measures are taken at so many rows at most; None for all.
         rows: All the rows there are, if the operator holds some of them.
         stream: Tells the random numbers of one chunk of rows from those of another.
         dtype: Of the results.
@@ -37,6 +38,7 @@ class Options:
     seed: int = 0
     tolerance: float = 1e-2
     max_entries: int = 2**26
+    max_rows: int | None = None
     rows: int | None = None
     stream: tf.Tensor | int = 0
     dtype: tf.DType = tf.float32

@@ -1,6 +1,6 @@
 """Which measures are there?"""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import tensorflow as tf
@@ -9,7 +9,10 @@ from keras_jacmon.measures.moments import rms_singular_value, variance
 from keras_jacmon.measures.options import Measured, Options
 from keras_jacmon.measures.spectrum import spectral_norm
 
-__all__ = ["MEASURES", "Measure", "Measured", "Options", "select_measures"]
+__all__ = ["MEASURES", "VIEWS", "Measure", "Measured", "Options", "Selection", "key_of", "select_measures"]
+
+# Of a step's Jacobian: which states, see `state_jacobian`.
+VIEWS = ("hidden", "joint")
 
 
 @dataclass(frozen=True)
@@ -21,12 +24,14 @@ class Measure:
         function: From an operator and options to a value for each row.
         uncertainty: What the second array of the result is: `"standard error"` or `"residual"`.
         reading: What a value means, in a sentence.
+        expensive: Whether `max_rows` bounds the rows that it is measured at.
     """
 
     name: str
     function: Callable[[tf.linalg.LinearOperator, Options], Measured]
     uncertainty: str
     reading: str
+    expensive: bool = False
 
 
 MEASURES = {
@@ -34,26 +39,34 @@ MEASURES = {
     for measure in (
         Measure("variance", variance, "standard error", "1.0 keeps the gradient's size if the mean is zero"),
         Measure("rms_singular_value", rms_singular_value, "standard error", "1 keeps the norm of a random direction"),
-        Measure("spectral_norm", spectral_norm, "residual", "the worst-case gain of one step"),
+        Measure("spectral_norm", spectral_norm, "residual", "the worst-case gain of one step", expensive=True),
     )
 }
 
 
-def select_measures(names: Iterable[str] | str | None) -> tuple[Measure, ...]:
-    """The measures of these names, in the order of the registry.
+# What is measured, by view.
+Selection = Mapping[str, tuple[Measure, ...]]
+
+
+def select_measures(names: Iterable[str] | str | None) -> Selection:
+    """The measures of these names for each view, in the order of the registry.
 
     Args:
-        names: Names of measures; None for all.
+        names: Names of measures, `"variance"` of the hidden view, `"joint/variance"` of the joint one; None for all.
 
     Raises:
         ValueError: If a name is unknown, or there is none.
     """
-    if names is None:
-        return tuple(MEASURES.values())
-    names = [names] if isinstance(names, str) else list(names)
-    unknown = [name for name in names if name not in MEASURES]
-    if unknown or not names:
+    keys = {key_of(view, measure.name): (view, measure) for view in VIEWS for measure in MEASURES.values()}
+    names = list(keys) if names is None else [names] if isinstance(names, str) else list(names)
+    if not names or not all(name in keys for name in names):
         raise ValueError(
-            f"Invalid value for argument `measures`. Expected names out of {list(MEASURES)}. Received: {names}"
+            f"Invalid value for argument `measures`. Expected names out of {list(keys)}. Received: {names}"
         )
-    return tuple(measure for name, measure in MEASURES.items() if name in names)
+    chosen = [keys[key] for key in keys if key in names]
+    return {view: tuple(m for of, m in chosen if of == view) for view in VIEWS if any(of == view for of, _ in chosen)}
+
+
+def key_of(view: str, measure: str) -> str:
+    """The key of a measure in reports: with the view in front, unless that is the hidden one."""
+    return measure if view == "hidden" else f"{view}/{measure}"

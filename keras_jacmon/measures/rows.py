@@ -1,12 +1,14 @@
 """The measures of many rows, a bounded number of them at a time."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
 import tensorflow as tf
 
 from keras_jacmon.measures.options import Measured, Options
-from keras_jacmon.measures.registry import Measure
+from keras_jacmon.measures.registry import Selection
+
+_GOLDEN = 0.6180339887498949
 
 # The operators of some rows by view: of those between two indices, or of those at the indices (k,).
 Operators = Mapping[str, tf.linalg.LinearOperator]
@@ -30,14 +32,13 @@ class RowSource:
 
 
 def measure_rows(
-    source: RowSource, views: Sequence[str], measures: Sequence[Measure], options: Options, chunk: int | tf.Tensor
+    source: RowSource, measures: Selection, options: Options, chunk: int | tf.Tensor
 ) -> dict[str, Measured]:
     """Measures the operators of many rows.
 
     Args:
         source: Gives the operators.
-        views: Of what.
-        measures: What to measure.
+        measures: What to measure, by view.
         options: Passed on to the measures.
         chunk: The most rows at once.
 
@@ -47,7 +48,11 @@ def measure_rows(
     options = dataclasses.replace(options, vectors=chunk if isinstance(chunk, int) else options.vectors)
 
     def measured(operators: Operators, options: Options) -> dict[str, Measured]:
-        return {f"{v}/{measure.name}": measure.function(operators[v], options) for v in views for measure in measures}
+        return {
+            f"{view}/{measure.name}": measure.function(operators[view], options)
+            for view, chosen in measures.items()
+            for measure in chosen
+        }
 
     if source.valid is None and isinstance(source.count, int) and isinstance(chunk, int) and source.count <= chunk:
         return measured(source.between(None, None), options)
@@ -79,9 +84,23 @@ def measure_rows(
     _, results = tf.while_loop(
         lambda index, _: index < chunks,
         body,
-        [tf.constant(0), {f"{view}/{measure.name}": (empty, empty) for view in views for measure in measures}],
+        [tf.constant(0), {f"{view}/{m.name}": (empty, empty) for view, chosen in measures.items() for m in chosen}],
     )
     return {
         key: Measured(value, uncertainty if has_uncertainty[key] else None)
         for key, (value, uncertainty) in results.items()
     }
+
+
+def spread_evenly(total: tf.Tensor | int, count: int) -> tf.Tensor:
+    """At most `count` of the numbers from 0 up to `total`, `(min(total, count),)`: one in each of as many equal parts.
+
+    Where in its part a number lies follows the golden ratio and not a stride, which could meet the same sample of a
+    batch each time.
+    """
+    total = tf.cast(total, tf.int64)
+    count = tf.minimum(tf.constant(count, tf.int64), total)
+    index = tf.range(count)
+    start, stop = index * total // count, (index + 1) * total // count
+    share = tf.cast(index, tf.float64) * _GOLDEN % 1.0
+    return start + tf.cast(share * tf.cast(stop - start, tf.float64), tf.int64)

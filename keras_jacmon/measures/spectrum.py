@@ -1,6 +1,7 @@
 """Singular values of a Jacobian from products with vectors."""
 
 import math
+from typing import NamedTuple
 
 import numpy as np
 import tensorflow as tf
@@ -11,20 +12,21 @@ from keras_jacmon.measures.options import Measured, Options
 # so many says so by its residual.
 MAX_STEPS = 96
 
-# A small residual says that some singular value is near. With fewer steps that is not the largest one in some rows of a
-# thousand, where the random start vector happens to be almost orthogonal to its singular vector.
-LEAST_STEPS = 16
+# A small residual says that some singular value is near. With fewer steps that is not the largest one in more than one
+# row of a hundred, where the random start vector happens to be almost orthogonal to its singular vector.
+LEAST_STEPS = 12
 
 # The small problem that tells whether a row has converged costs as much as some products with J.
-STEPS_BETWEEN_CHECKS = 3
+STEPS_BETWEEN_CHECKS = 2
 
 
 def spectral_norm(operator: tf.linalg.LinearOperator, options: Options) -> Measured:
     """The largest singular value of each row, the worst-case gain of one step. Dimensionless.
 
-    Golub-Kahan-Lanczos bidiagonalisation of at least 16 steps, until the residual of the leading singular triplet is
-    at most half of `tolerance` times its value in every row. Without reorthogonalisation: that would keep copies of a
-    converged singular value from appearing, but the largest stays the largest with copies. So no basis is kept.
+    Golub-Kahan-Lanczos bidiagonalisation of at least 12 steps, until the residual of the leading singular triplet is
+    at most half of `tolerance` times its value; rows that are there are left out of the further steps. Without
+    reorthogonalisation: that would keep copies of a converged singular value from appearing, but the largest stays the
+    largest with copies. So no basis is kept.
 
     Args:
         operator: The Jacobians, batch shape `(rows,)`.
@@ -32,17 +34,90 @@ def spectral_norm(operator: tf.linalg.LinearOperator, options: Options) -> Measu
 
     Returns:
         Value and residual norm, each `(rows,)`: some singular value is at most the residual away from the value.
-        That it is the largest one is as good as certain, but no theorem.
+        That it is the largest one is very likely, but no theorem: of 5,000 random matrices and LSTM steps with 64 and
+        256 units, in one of two hundred it was another one, at most 5 % below the largest.
 
     References:
         G. H. Golub, W. Kahan, "Calculating the singular values and pseudo-inverse of a matrix", 1965.
         C. C. Paige, "Accuracy and effectiveness of the Lanczos algorithm for the symmetric eigenproblem", 1980.
     """
-    m, n = int(operator.shape[-2]), int(operator.shape[-1])
-    rows = operator.batch_shape_tensor()[0]
+    rows, n = operator.batch_shape_tensor()[0], int(operator.shape[-1])
     dtype = operator.dtype
     squarings = math.ceil(math.log2(1 / max(options.tolerance, 1e-6))) + 4
-    vector, scalar, growing = tf.TensorShape([None, n]), tf.TensorShape([None]), tf.TensorShape([None, None])
+    start, _ = _normalised(tf.random.stateless_normal([rows, n], options.seeds(2), dtype=dtype))
+    value, residual, progress = _advance(operator, _Progress.start(operator, start), LEAST_STEPS, squarings)
+
+    def unfinished(value: tf.Tensor, residual: tf.Tensor) -> tf.Tensor:
+        # Half: what still changes after the whole tolerance is often the second singular value giving way to the first.
+        # A NaN compares as finished: such a row never gets better.
+        going = residual > options.tolerance / 2 * value
+        return going if separable else tf.fill(tf.shape(going), tf.reduce_any(going))
+
+    separable = _take(operator, tf.zeros([0], tf.int32)) is not None
+
+    def some_steps(
+        active: tf.Tensor, value: tf.Tensor, residual: tf.Tensor, progress: _Progress
+    ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor, _Progress]:
+        here = _take(operator, active) if separable else operator
+        new_value, new_residual, progress = _advance(here, progress, STEPS_BETWEEN_CHECKS, squarings)
+        # Copies of a converged singular value may blur the residual. NaN compares as better: it stays.
+        worse = new_residual > tf.gather(residual, active)
+        new_value = tf.where(worse, tf.gather(value, active), new_value)
+        new_residual = tf.where(worse, tf.gather(residual, active), new_residual)
+        value = tf.tensor_scatter_nd_update(value, active[:, None], new_value)
+        residual = tf.tensor_scatter_nd_update(residual, active[:, None], new_residual)
+        going = tf.where(unfinished(new_value, new_residual))[:, 0]
+        return tf.gather(active, going), value, residual, progress.take(going)
+
+    active = tf.where(unfinished(value, residual))[:, 0]
+    _, value, residual, _ = tf.while_loop(
+        lambda active, *_: tf.size(active) > 0,
+        some_steps,
+        (active, value, residual, progress.take(active)),
+        shape_invariants=(tf.TensorShape([None]), value.shape, residual.shape, _Progress.shapes(operator)),
+        maximum_iterations=(MAX_STEPS - LEAST_STEPS) // STEPS_BETWEEN_CHECKS,
+    )
+    return Measured(value, residual)
+
+
+class _Progress(NamedTuple):
+    """How far the bidiagonalisation `J V = U B` of some rows has come.
+
+    `u` `(rows, m)` and `v` `(rows, n)` are the last vectors, `beta` `(rows,)` the entry of B that belongs to the next
+    one; `alphas` and `betas`, `(rows, steps)`, are the diagonal of B and what stands above it, from a zero on.
+    """
+
+    u: tf.Tensor
+    v: tf.Tensor
+    beta: tf.Tensor
+    alphas: tf.Tensor
+    betas: tf.Tensor
+
+    @classmethod
+    def start(cls, operator: tf.linalg.LinearOperator, v: tf.Tensor) -> "_Progress":
+        rows, none = tf.shape(v)[0], v[:, :0]
+        return cls(tf.zeros([rows, int(operator.shape[-2])], v.dtype), v, tf.zeros([rows], v.dtype), none, none)
+
+    @staticmethod
+    def shapes(operator: tf.linalg.LinearOperator) -> "_Progress":
+        m, n = operator.shape[-2:]
+        return _Progress(*map(tf.TensorShape, ([None, m], [None, n], [None], [None, None], [None, None])))
+
+    def take(self, rows: tf.Tensor) -> "_Progress":
+        return _Progress(*(tf.gather(part, rows) for part in self))
+
+
+def _take(operator: tf.linalg.LinearOperator, rows: tf.Tensor) -> tf.linalg.LinearOperator | None:
+    """The operator of some rows; None if it only works as a whole, because its rows depend on each other, say."""
+    if isinstance(operator, tf.linalg.LinearOperatorFullMatrix):
+        return tf.linalg.LinearOperatorFullMatrix(tf.gather(operator.to_dense(), rows))
+    return operator.take(rows) if hasattr(type(operator), "take") else None
+
+
+def _advance(
+    operator: tf.linalg.LinearOperator, progress: _Progress, steps: int, squarings: int
+) -> tuple[tf.Tensor, tf.Tensor, _Progress]:
+    """Some steps further: the leading singular value, its residual, and how far it has come."""
 
     def step(u: tf.Tensor, v: tf.Tensor, beta: tf.Tensor, alphas: tf.Tensor, betas: tf.Tensor) -> tuple[tf.Tensor, ...]:
         betas = tf.concat([betas, beta[:, None]], axis=1)
@@ -51,39 +126,18 @@ def spectral_norm(operator: tf.linalg.LinearOperator, options: Options) -> Measu
         v, beta = _normalised(operator.matvec(u, adjoint=True) - alpha[:, None] * v, _noise(alphas))
         return u, v, beta, alphas, betas
 
-    def unfinished(value: tf.Tensor, residual: tf.Tensor) -> tf.Tensor:
-        # Half: what still changes after the whole tolerance is often the second singular value giving way to the first.
-        # A NaN compares as finished: such a row never gets better.
-        return residual > options.tolerance / 2 * value
-
-    def some_steps(value: tf.Tensor, residual: tf.Tensor, *state: tf.Tensor) -> tuple[tf.Tensor, ...]:
-        first = tf.equal(tf.shape(state[-1])[1], 0)
-        state = tf.while_loop(
+    progress = _Progress(
+        *tf.while_loop(
             lambda *_: True,
             step,
-            state,
-            shape_invariants=(tf.TensorShape([None, m]), vector, scalar, growing, growing),
-            maximum_iterations=tf.where(first, LEAST_STEPS, STEPS_BETWEEN_CHECKS),
+            tuple(progress),
+            shape_invariants=tuple(_Progress.shapes(operator)),
+            maximum_iterations=steps,
         )
-        _, _, beta, alphas, betas = state
-        # The first of the betas belongs to no pair of vectors.
-        new_value, new_residual = _leading_singular_value(alphas, betas[:, 1:], beta, squarings)
-        # A row that is done goes on as long as others do, and may still get better; copies of its singular value may
-        # also blur the residual. NaN compares as better: it stays.
-        worse = new_residual > residual
-        return tf.where(worse, value, new_value), tf.where(worse, residual, new_residual), *state
-
-    zeros = tf.zeros([rows], dtype)
-    infinite, none = tf.fill([rows], tf.constant(np.inf, dtype)), tf.zeros([rows, 0], dtype)
-    start, _ = _normalised(tf.random.stateless_normal([rows, n], options.seeds(2), dtype=dtype))
-    value, residual, *_ = tf.while_loop(
-        lambda value, residual, *_: tf.reduce_any(unfinished(value, residual)),
-        some_steps,
-        (zeros, infinite, tf.zeros([rows, m], dtype), start, zeros, none, none),
-        shape_invariants=(scalar, scalar, tf.TensorShape([None, m]), vector, scalar, growing, growing),
-        maximum_iterations=1 + (MAX_STEPS - LEAST_STEPS) // STEPS_BETWEEN_CHECKS,
     )
-    return Measured(value, residual)
+    # The first of the betas belongs to no pair of vectors.
+    value, residual = _leading_singular_value(progress.alphas, progress.betas[:, 1:], progress.beta, squarings)
+    return value, residual, progress
 
 
 def _noise(alphas: tf.Tensor) -> tf.Tensor:

@@ -13,6 +13,7 @@ from helpers import (
     BY_ID,
     CASES,
     FEATURES,
+    MOMENTS,
     STEPS,
     Case,
     WeightedCell,
@@ -41,7 +42,6 @@ if TYPE_CHECKING:
 PROBE = normal(BATCH, STEPS, FEATURES, seed=3)
 INPUTS: Base = ("inputs", 0)
 # What rests on closed forms; products with vectors are held against autodiff by themselves.
-MOMENTS = ["variance", "rms_singular_value"]
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from helpers import normal
 
 from keras_jacmon.measures.options import Options
 from keras_jacmon.measures.registry import MEASURES
-from keras_jacmon.measures.rows import RowSource, measure_rows
+from keras_jacmon.measures.rows import RowSource, measure_rows, spread_evenly
 
 ROWS = 6
 OPTIONS = Options(max_entries=0, rows=ROWS)
@@ -27,15 +27,30 @@ def source_of(matrices: tf.Tensor, valid: tf.Tensor | None = None) -> RowSource:
 @pytest.mark.parametrize("chunk", [1, 2, 4, 6, 100])
 def test_each_row_has_random_vectors_of_its_own(chunk: int) -> None:
     matrices = tf.repeat(tf.constant(normal(1, 8, 8)), ROWS, axis=0)
-    (measured,) = measure_rows(source_of(matrices), ["hidden"], [MEASURES["variance"]], OPTIONS, chunk).values()
+    (measured,) = measure_rows(source_of(matrices), {"hidden": (MEASURES["variance"],)}, OPTIONS, chunk).values()
     assert len(np.unique(measured.value)) == ROWS
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 4, 6, 100])
 def test_rows_to_leave_out_are_nan(chunk: int) -> None:
     matrices = tf.constant(normal(ROWS, 8, 8))
-    norm = [MEASURES["spectral_norm"]]
-    measured = measure_rows(source_of(matrices, tf.constant([0, 3, 4])), ["hidden"], norm, OPTIONS, chunk)
+    norm = {"hidden": (MEASURES["spectral_norm"],)}
+    measured = measure_rows(source_of(matrices, tf.constant([0, 3, 4])), norm, OPTIONS, chunk)
     expected = np.linalg.norm(matrices, ord=2, axis=(1, 2))
     expected[[1, 2, 5]] = np.nan
     np.testing.assert_allclose(measured["hidden/spectral_norm"].value, expected, rtol=1e-2)
+
+
+@pytest.mark.parametrize(("total", "count"), [(0, 5), (1, 5), (5, 5), (53, 40), (64, 16), (1000, 7)])
+def test_numbers_spread_evenly_are_different_and_one_in_each_part(total: int, count: int) -> None:
+    places = spread_evenly(total, count).numpy()
+    expected = min(total, count)
+    assert places.shape == (expected,)
+    assert all(
+        index * total // expected <= place < (index + 1) * total // expected for index, place in enumerate(places)
+    )
+
+
+def test_numbers_spread_evenly_do_not_meet_the_same_sample_each_time() -> None:
+    samples = spread_evenly(4096, 64).numpy() % 64
+    assert len(np.unique(samples)) > 32
