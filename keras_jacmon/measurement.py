@@ -309,11 +309,9 @@ class _Points:
             )
             for states, last in zip(rows.states, trajectory.last, strict=True)
         ]
-        some = rows.take(chosen)
-        results = {DEPENDENCE: self.jacobian.dependence(some, following)}
         seed = tf.random.experimental.stateless_fold_in([self.options.seed, 3], self.draw)
-        certificate = self.jacobian.certificate(list(self.measures), some, seed)
-        return results if certificate is None else {**results, CERTIFICATE: certificate}
+        dependence, certificate = self.jacobian.tests(list(self.measures), rows.take(chosen), following, seed)
+        return {DEPENDENCE: dependence} | ({} if certificate is None else {CERTIFICATE: certificate})
 
 
 def _in_segments(

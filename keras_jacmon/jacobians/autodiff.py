@@ -116,7 +116,10 @@ class AutodiffJacobian(tf.linalg.LinearOperator):
 
     def _pull(self) -> Product:
         """The product with Jᵀ: (rows, m) -> (rows, n)."""
-        return pull_back(self._function, self._point, self._context)
+        with tf.GradientTape(persistent=True, watch_accessed_variables=False) as tape:
+            tape.watch(self._point)
+            value = self._function(self._point, self._context)
+        return lambda vectors: _gradient(tape, value, self._point, vectors)
 
     def _push(self) -> Product:
         """The product with J: (rows, n) -> (rows, m)."""
@@ -132,16 +135,6 @@ class AutodiffJacobian(tf.linalg.LinearOperator):
             dense = self.to_dense()
             return lambda vectors: tf.linalg.matvec(dense, vectors)
         return lambda vectors: _gradient(outer, pulled, covector, vectors)
-
-
-def pull_back(
-    function: Callable[[tf.Tensor, list[tf.Tensor]], tf.Tensor], point: tf.Tensor, context: list[tf.Tensor]
-) -> Product:
-    """The product with the transposed Jacobian of a function of rows: (rows, m) -> (rows, n)."""
-    with tf.GradientTape(persistent=True, watch_accessed_variables=False) as tape:
-        tape.watch(point)
-        value = function(point, context)
-    return lambda vectors: _gradient(tape, value, point, vectors)
 
 
 def _calls_a_function(operation: tf.Operation) -> bool:

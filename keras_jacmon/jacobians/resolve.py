@@ -10,7 +10,7 @@ import tensorflow as tf
 from keras_jacmon.jacobians.blocks import BlockJacobian, Part
 from keras_jacmon.jacobians.discovery import Base, Structure
 from keras_jacmon.jacobians.linearise import fixed_values, kernel_matrices, structured_jacobian
-from keras_jacmon.jacobians.views import View, ViewFunction, size, view_function
+from keras_jacmon.jacobians.views import View, floating_states, size, view_function
 from keras_jacmon.probe.cellgraph import CellGraph
 from keras_jacmon.probe.step import CellStep
 from keras_jacmon.probe.trajectory import Shortcut, known_sizes
@@ -162,13 +162,55 @@ class CellJacobian:
                 operators[name] = self._hidden_of(parts, rows)
         return operators
 
-    def certificate(self, views: Sequence[str], rows: Rows, seed: tf.Tensor) -> tf.Tensor | None:
-        """How far a structure that was found, or a registered form, is from the derivative of the cell itself.
+    def tests(
+        self, views: Sequence[str], rows: Rows, new_states: Sequence[tf.Tensor], seed: tf.Tensor
+    ) -> tuple[tf.Tensor, tf.Tensor | None]:
+        """What the Jacobians rest on, tested by stepping the cell itself at some rows, and by its gradient there.
+
+        Args:
+            views: Those that are measured.
+            rows: Some rows.
+            new_states: Their new states in the trajectory.
+            seed: For random vectors w.
 
         Returns:
-            The largest `‖Jᵀw - (Jᵀw by autodiff)‖ / ‖Jᵀw by autodiff‖` of the rows for random w, but for one row in
-            twenty (see `_largest`), a scalar. None if all rests on autodiff.
+            How far the new states of these rows by themselves are from those that the cell gave them among others,
+            relative to their size: rows of all steps and samples are put together for the derivatives, which is right
+            only if each row is a function of itself. And how far a structure that was found, or a registered form, is
+            from the derivative of the cell: `‖Jᵀw - (Jᵀw by autodiff)‖ / ‖Jᵀw by autodiff‖`; None if all rests on
+            autodiff. Each is the largest of the rows but for one in twenty (see `_largest`), a scalar.
         """
+        floating = floating_states(rows.states)
+        # Tensors of their own: two states may be one tensor, and the derivatives must tell them apart.
+        states = [tf.identity(state) for state in rows.states]
+        with tf.GradientTape(persistent=True, watch_accessed_variables=False) as tape:
+            tape.watch([states[q] for q in floating])
+            alone = self._step(rows.inputs, states)
+        dependence = [
+            _difference(*(tf.reshape(x[p], [-1, size(states[p])]) for x in (alone, new_states))) for p in floating
+        ]
+        certificate = []
+        for view, operator in self._certified(views, rows):
+            sizes = [size(states[p]) for p in view.news]
+            shape = [known_sizes(states[0])[0], sum(sizes)]
+            w = tf.random.stateless_normal(shape, seed, dtype=states[floating[0]].dtype)
+            pieces = zip(tf.split(w, sizes, axis=-1), view.news, strict=True)
+            pulled = tape.gradient(
+                [alone[p] for p in view.news],
+                [states[q] for q in view.olds],
+                [tf.reshape(piece, tf.shape(alone[p])) for piece, p in pieces],
+                unconnected_gradients="zero",
+            )
+            # A gather inside the cell gives a sparse gradient.
+            flat = [
+                tf.reshape(tf.convert_to_tensor(g), [-1, size(states[q])])
+                for g, q in zip(pulled, view.olds, strict=True)
+            ]
+            certificate.append(_difference(operator.matvec(w, adjoint=True), tf.concat(flat, axis=-1)))
+        return _largest(dependence), _largest(certificate) if certificate else None
+
+    def _certified(self, views: Sequence[str], rows: Rows) -> list[tuple[View, tf.linalg.LinearOperator]]:
+        """What does not rest on autodiff."""
         pairs = []
         for name in views:
             registered = self._registered(name, rows)
@@ -177,31 +219,7 @@ class CellJacobian:
             elif name == "joint" or "joint" not in views:
                 # The hidden view of the same structure is one of its blocks.
                 pairs += [(part, self._structured(part, rows)) for part, structured in self._parts(name) if structured]
-        residuals = [
-            _residual(operator, view_function(self._step, rows.inputs, rows.states, part), seed)
-            for part, operator in pairs
-        ]
-        return _largest(tf.reduce_max(tf.stack(residuals), axis=0)) if residuals else None
-
-    def dependence(self, rows: Rows, new_states: Sequence[tf.Tensor]) -> tf.Tensor:
-        """How far the new states of some rows by themselves are from those that the cell gave them among others.
-
-        Rows of all steps and samples are put together for the derivatives. That is right only if each row is a
-        function of itself.
-
-        Args:
-            rows: Some rows.
-            new_states: Their new states in the trajectory.
-
-        Returns:
-            The largest difference of a row, relative to the size of its states, but for one row in twenty, a scalar.
-        """
-        residuals = []
-        for alone, among, state in zip(self._step(rows.inputs, rows.states), new_states, rows.states, strict=True):
-            if state.dtype.is_floating:
-                flat = [tf.reshape(x, [-1, size(state)]) for x in (alone, among)]
-                residuals.append(_relative(tf.norm(flat[0] - flat[1], axis=-1), *(tf.norm(x, axis=-1) for x in flat)))
-        return _largest(tf.reduce_max(tf.stack(residuals), axis=0))
+        return pairs
 
     def choices(self, name: str) -> list[Choice]:
         """How each block of a view is taken."""
@@ -272,10 +290,8 @@ class CellJacobian:
         return function.jacobian(independent=self._independent)
 
 
-def _residual(operator: tf.linalg.LinearOperator, function: ViewFunction, seed: tf.Tensor) -> tf.Tensor:
-    rows = known_sizes(function.point)[0]
-    covector = tf.random.stateless_normal([rows, function.range_dimension], seed, dtype=function.point.dtype)
-    expected, found = function.pull_back(covector), operator.matvec(covector, adjoint=True)
+def _difference(found: tf.Tensor, expected: tf.Tensor) -> tf.Tensor:
+    """How far vectors `(rows, n)` are apart, relative to the expected ones, `(rows,)`."""
     return _relative(*(tf.norm(x, axis=-1) for x in (found - expected, expected, found)))
 
 
@@ -293,14 +309,15 @@ def _relative(error: tf.Tensor, expected: tf.Tensor, found: tf.Tensor) -> tf.Ten
     return tf.where(one & other, relative, unequal)
 
 
-def _largest(errors: tf.Tensor) -> tf.Tensor:
-    """The largest of errors `(rows,)`, a scalar, but for one in twenty, or a single one of fewer.
+def _largest(errors: Sequence[tf.Tensor]) -> tf.Tensor:
+    """The largest of some errors `(rows,)`, a scalar, but for one row in twenty, or a single one of fewer.
 
     Where a unit stands at the kink of a ReLU or the step of a rounding, the side that it is on is up to rounding
     errors, so that in rare rows a right structure differs. A wrong one differs in all of them.
     """
-    rows = tf.size(errors)
+    largest = tf.reduce_max(tf.stack(errors), axis=0)
+    rows = tf.size(largest)
     outliers = tf.maximum(tf.minimum(tf.maximum(rows // 20, 1), rows - 1), 0)
     # The zero is for no rows at all.
-    ordered = tf.sort(tf.concat([errors, tf.zeros([1], errors.dtype)], axis=0), direction="DESCENDING")
+    ordered = tf.sort(tf.concat([largest, tf.zeros([1], largest.dtype)], axis=0), direction="DESCENDING")
     return ordered[outliers]

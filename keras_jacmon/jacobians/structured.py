@@ -26,7 +26,6 @@ class StructuredJacobian(tf.linalg.LinearOperator):
         outer: What leads to a new state, by that and the base.
         inner: What leads to what a product multiplies, by that product and the base.
         dtype: Of the entries.
-        transposed: The kernels transposed, if that has been done.
 
     References:
         The closed forms follow from `J[i, k] = δ_ik d_k + Σ_m a_mi W_m[k, i] b_mk` by summation.
@@ -42,11 +41,8 @@ class StructuredJacobian(tf.linalg.LinearOperator):
         outer: Mapping[tuple[int, Base], Diagonal],
         inner: Mapping[tuple[Base, Base], Diagonal],
         dtype: tf.DType,
-        transposed: Mapping[Base, tf.Tensor] | None = None,
     ) -> None:
         kernels, outer, inner = _needed(sources, kernels, outer, inner)
-        # Here and not in the products: a loop over these does not transpose again. What is not used is not run.
-        transposed = transposed or {product: tf.transpose(kernel) for product, kernel in kernels.items()}
         self._given: dict[str, Any] = {
             "rows": rows,
             "news": dict(news),
@@ -55,12 +51,10 @@ class StructuredJacobian(tf.linalg.LinearOperator):
             "outer": outer,
             "inner": inner,
             "dtype": dtype,
-            "transposed": transposed,
         }
         super().__init__(dtype=dtype, parameters=self._given, name="structured_jacobian")
         self._rows = rows
         self._news, self._sources, self._kernels = self._given["news"], self._given["sources"], self._given["kernels"]
-        self._transposed = self._given["transposed"]
         self._outer, self._inner = self._given["outer"], self._given["inner"]
         self._blocks: dict[tuple[int, Base], StructuredJacobian] = {}
 
@@ -102,8 +96,8 @@ class StructuredJacobian(tf.linalg.LinearOperator):
         ways: dict[Base, list[tf.Tensor]] = {base: [] for base in (*self._sources, *self._kernels)}
         for (new, base), diagonal in self._outer.items():
             ways[base].append(diagonal.backward(cotangents[new]))
-        for product in reversed(list(self._kernels)):
-            pulled = _times(total(ways[product]), self._transposed[product])
+        for product, kernel in reversed(list(self._kernels.items())):
+            pulled = _times(total(ways[product]), kernel, transposed=True)
             for (into, base), diagonal in self._inner.items():
                 if into == product:
                     ways[base].append(diagonal.backward(pulled))
@@ -189,10 +183,10 @@ def _needed(
     return kernels, outer, inner
 
 
-def _times(vectors: tf.Tensor, kernel: tf.Tensor) -> tf.Tensor:
+def _times(vectors: tf.Tensor, kernel: tf.Tensor, *, transposed: bool = False) -> tf.Tensor:
     """Products of vectors `(rows, ..., units)` with a kernel, as one product of two matrices."""
     *leading, units = vectors.shape
-    flat = tf.reshape(vectors, [-1, units]) @ kernel
+    flat = tf.matmul(tf.reshape(vectors, [-1, units]), kernel, transpose_b=transposed)
     if len(leading) == 1:
         return flat
     return tf.reshape(flat, tf.concat([tf.shape(vectors)[:-1], [flat.shape[-1]]], axis=0))

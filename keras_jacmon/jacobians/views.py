@@ -7,7 +7,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_jacmon.jacobians.autodiff import AutodiffJacobian, pull_back
+from keras_jacmon.jacobians.autodiff import AutodiffJacobian
 from keras_jacmon.probe.step import CellStep, widened
 
 VIEWS = ("hidden", "joint", "inputs")
@@ -95,10 +95,6 @@ class ViewFunction:
     def jacobian(self, *, independent: bool = True) -> AutodiffJacobian:
         """Its Jacobian at the point."""
         return AutodiffJacobian(self.function, self.point, self.context, self.range_dimension, independent=independent)
-
-    def pull_back(self, covector: tf.Tensor) -> tf.Tensor:
-        """One product with the transposed Jacobian, `(rows, n)` from `(rows, m)`."""
-        return pull_back(self.function, self.point, self.context)(covector)
 
 
 def view_function(step: CellStep, inputs: tf.Tensor, states: Sequence[tf.Tensor], view: View) -> ViewFunction:

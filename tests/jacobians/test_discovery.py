@@ -388,13 +388,13 @@ def test_every_row_has_its_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     from keras_jacmon.jacobians.resolve import CellJacobian  # noqa: PLC0415
 
     seen: set[float] = set()
-    original = CellJacobian.certificate
+    original = CellJacobian.tests
 
-    def spy(self: Any, views: Sequence[str], rows: Any, seed: Any) -> Any:
+    def spy(self: Any, views: Sequence[str], rows: Any, *args: Any) -> Any:
         tf.py_function(lambda x: seen.update(np.ravel(x.numpy()[:, 0]).tolist()), [rows.inputs], [])
-        return original(self, views, rows, seed)
+        return original(self, views, rows, *args)
 
-    monkeypatch.setattr(CellJacobian, "certificate", spy)
+    monkeypatch.setattr(CellJacobian, "tests", spy)
     monkeypatch.setattr(measurement, "CERTIFIED_ROWS", 4)
     probe = np.arange(21, dtype=np.float32).reshape(3, 7, 1) / 21
     model = build(keras.Sequential([keras.Input((7, 1)), keras.layers.GRU(3)]), probe)
@@ -424,7 +424,7 @@ def test_every_row_has_its_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_one_row_in_twenty_may_stand_at_a_kink(errors: list[float], largest: float) -> None:
-    assert float(_largest(tf.constant(errors, tf.float32))) == largest
+    assert float(_largest([tf.constant(errors, tf.float32)])) == largest
 
 
 def test_a_disagreement_about_nan_counts() -> None:
