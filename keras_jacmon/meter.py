@@ -90,7 +90,7 @@ class JacobianMeter:
         measures: Iterable[str] | str | None = None,
         seed: int = 0,
         tolerance: float = 1e-2,
-        max_rows: int | None = None,
+        max_rows: int | None = 512,
         max_bytes: int = 2**30,
         max_entries: int = 2**26,
     ) -> None:

@@ -407,6 +407,9 @@ def floating(states: Any) -> list[Any]:
 
 
 def _block(tape: tf.GradientTape, new: Any, old: Any) -> NDArray[np.floating[Any]]:
+    if new.shape[0] == 0:
+        # Where `batch_jacobian` divides by the rows.
+        return np.zeros([0, *(int(np.prod(state.shape[1:])) for state in (new, old))], new.dtype.as_numpy_dtype)
     block = tape.batch_jacobian(new, old, experimental_use_pfor=False)
     rows = new.shape[0]
     return tf.reshape(block, (rows, int(np.prod(new.shape[1:])), int(np.prod(old.shape[1:])))).numpy()

@@ -22,17 +22,13 @@ from helpers import (
     make_model,
     make_step,
     normal,
-    step_jacobians,
 )
+from structure_laws import assert_structured_as_autodiff, double_precision, structured_blocks
 
 from keras_jacmon import JacobianMeter, explain, measure, register_jacobian
 from keras_jacmon.jacobians import discovery
-from keras_jacmon.jacobians.discovery import Base, Structure
 from keras_jacmon.jacobians.elementwise import ELEMENTWISE
-from keras_jacmon.jacobians.linearise import fixed_values, kernel_matrices, structured_jacobian
 from keras_jacmon.jacobians.resolve import _largest, _relative
-from keras_jacmon.probe.cellgraph import CellGraph
-from keras_jacmon.probe.step import CellStep
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -40,95 +36,20 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 PROBE = normal(BATCH, STEPS, FEATURES, seed=3)
-INPUTS: Base = ("inputs", 0)
 # What rests on closed forms; products with vectors are held against autodiff by themselves.
-
-
-@pytest.fixture
-def _float64() -> Iterator[None]:
-    before = keras.config.floatx(), keras.config.dtype_policy()
-    keras.config.set_floatx("float64")
-    keras.config.set_dtype_policy("float64")
-    yield
-    keras.config.set_floatx(before[0])
-    keras.config.set_dtype_policy(before[1])
 
 
 # What the structure gives ----------------------------------------------------------------------------------------
 
 
-def structured_blocks(cell: Any, inputs: Any, states: Any) -> tuple[dict[Any, tuple[Any, ...]], dict[Any, str | None]]:
-    """For each (new state, source) J, J from products with Jᵀ, ΣJ and ΣJ² (None for a chain); and the reasons why not.
-
-    Under "joint" the same for all states together, if all their blocks have a structure.
-    """
-    flat = tf.nest.flatten(states)
-    floating = [k for k, state in enumerate(flat) if state.dtype.is_floating]
-    olds: list[Base] = [("state", q) for q in floating]
-    reasons: dict[Any, str | None] = {}
-
-    def numbers(operator: Any) -> tuple[Any, ...]:
-        identity = tf.eye(operator.shape[-2], batch_shape=[operator.shape[0]], dtype=operator.dtype)
-        transposed = tf.linalg.adjoint(operator.matmul(identity, adjoint=True))
-        squares = operator.square_sum if not operator.is_chain else None
-        return operator.to_dense(), transposed, operator.entry_sum, squares
-
-    @tf.function(autograph=False)
-    def run(inputs: Any, *flat: Any) -> dict[str, Any]:
-        graph = CellGraph(CellStep(cell, states), inputs, flat)
-        structure = Structure(graph)
-        fixed = fixed_values(structure)
-        kernels = kernel_matrices(structure, fixed)
-        values = {**fixed, graph.step_inputs.name: inputs}
-        values |= {tensor.name: state for tensor, state in zip(graph.states, flat, strict=True)}
-        results = {}
-        for new in floating:
-            for source in (*olds, INPUTS):
-                reasons[new, source] = structure.reason(new, source)
-                if reasons[new, source] is None:
-                    results[str((new, source))] = numbers(
-                        structured_jacobian(structure, values, kernels, [new], [source])
-                    )
-        if all(reasons[new, source] is None for new in floating for source in olds):
-            results["joint"] = numbers(structured_jacobian(structure, values, kernels, floating, olds))
-        return results
-
-    found = run(inputs, *flat)
-    names: dict[str, Any] = {str(key): key for key in reasons} | {"joint": "joint"}
-    return {names[key]: value for key, value in found.items()}, reasons
-
-
-def assert_structured_as_autodiff(cell: Any, inputs: Any, states: Any, tolerance: float) -> dict[Any, str | None]:
-    """Holds every block with a structure against the tape, in units of its largest entry; returns the reasons."""
-    flat = tf.nest.flatten(states)
-    sizes = [int(np.prod(state.shape[1:])) for state in flat if state.dtype.is_floating]
-    floating = [k for k, state in enumerate(flat) if state.dtype.is_floating]
-    edges = np.cumsum([0, *sizes])
-    blocks, reasons = structured_blocks(cell, inputs, states)
-    dense, _ = step_jacobians(cell, inputs, states, ["joint", "inputs"])
-    for key, (found, transposed, entry_sum, square_sum) in blocks.items():
-        if key == "joint":
-            expected = dense["joint"]
-        elif key[1] == INPUTS:
-            if key[0] != floating[0]:
-                continue
-            expected = dense["inputs"]
-        else:
-            p, q = floating.index(key[0]), floating.index(key[1][1])
-            expected = dense["joint"][:, edges[p] : edges[p + 1], edges[q] : edges[q + 1]]
-        scale = np.abs(expected).max() or 1.0
-        np.testing.assert_allclose(found / scale, expected / scale, atol=tolerance, err_msg=str(key))
-        np.testing.assert_allclose(transposed / scale, expected / scale, atol=tolerance, err_msg=str(key))
-        entries = expected[0].size
-        np.testing.assert_allclose(entry_sum / scale, expected.sum((1, 2)) / scale, atol=entries * tolerance)
-        if square_sum is not None:
-            squares = (expected / scale) ** 2
-            np.testing.assert_allclose(square_sum / scale**2, squares.sum((1, 2)), atol=entries * tolerance)
-    return reasons
-
-
 # A loop with variables in it counts as one that may do something else each time; two cells have float32 constants.
 SEEN_THROUGH = [case for case in CASES if case.id not in ("while_loop", "plain_object", "linear_2x2")]
+
+
+@pytest.fixture
+def _float64() -> Iterator[None]:
+    with double_precision():
+        yield
 
 
 @pytest.mark.usefixtures("_float64")
@@ -337,27 +258,6 @@ def test_a_subclass_that_overrides_call() -> None:
     model = build(keras.Sequential([keras.Input((STEPS, FEATURES)), layer]), PROBE)
     assert {choice.how for choice in explain(model, PROBE).choices["rnn"]["joint"]} == {"structure"}
     assert_layer(measure(model, PROBE)["rnn"], layer, PROBE)
-
-
-@pytest.mark.parametrize("seed", range(6))
-def test_drawn_layers(seed: int) -> None:
-    """Sizes, activations, masks and lengths drawn at random, single steps among them."""
-    draw = np.random.default_rng(seed)
-    kind = [keras.layers.LSTM, keras.layers.GRU, keras.layers.SimpleRNN][seed % 3]
-    batch, steps, features, units = (int(n) for n in (*draw.integers(1, 6, 3), draw.integers(2, 12)))
-    activation = draw.choice(["tanh", "relu", "linear", "softplus", "gelu", "silu", "selu"])
-    layer = kind(units, activation=str(activation), go_backwards=bool(draw.integers(2)), name="rnn")
-    keras.utils.set_random_seed(seed)
-    inputs = keras.Input((steps, features))
-    model = keras.Model(inputs, layer(keras.layers.Masking()(inputs)))
-    probe = normal(batch, steps, features, seed=seed)
-    mask = draw.random((batch, steps)) < 0.7
-    mask[0, 0] = True
-    probe *= mask[..., None]
-    build(model, probe)
-    report = measure(model, probe)["rnn"]
-    assert report.certificate is not None
-    assert_layer(report, layer, probe, mask=mask)
 
 
 # The certificate -------------------------------------------------------------------------------------------------

@@ -1,0 +1,161 @@
+"""Cells and layers drawn at random: structured and autodiff agree, or the structure is refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import hypothesis
+import keras
+import numpy as np
+import tensorflow as tf
+from helpers import assert_layer, build, normal, randomize
+from hypothesis import strategies as st
+from structure_laws import assert_structured_as_autodiff, double_precision
+
+from keras_jacmon import measure
+
+# The same draws each time: what fails must fail for all. Tracing takes a second, so nothing is shrunk.
+DRAWS = hypothesis.settings(
+    max_examples=20,
+    deadline=None,
+    derandomize=True,
+    phases=[hypothesis.Phase.generate],
+    suppress_health_check=list(hypothesis.HealthCheck),
+)
+
+ACTIVATIONS = {
+    "linear": tf.identity,
+    "tanh": tf.tanh,
+    "sigmoid": tf.sigmoid,
+    "softplus": tf.math.softplus,
+    "gelu": tf.nn.gelu,
+    "square": tf.square,
+    "sine": tf.sin,
+}
+STRUCTURED = ("product", "fused", "concatenated", "chain", "diagonal", "moved", "kernel of kernels")
+UNSTRUCTURED = ("softmax", "norm", "two states multiplied")
+
+# (kind, source state, inner activation, outer activation)
+Term = tuple[str, int, str, str]
+
+
+class DrawnCell(keras.layers.Layer):
+    """Each new state is a sum of drawn terms, gated by the state that follows if it is of the same size."""
+
+    def __init__(self, sizes: list[int], recipes: list[list[Term]]) -> None:
+        super().__init__()
+        self.state_size = sizes
+        self.recipes = recipes
+
+    def build(self, input_shape: tuple[int, ...]) -> None:
+        everything = input_shape[-1] + sum(self.state_size)
+        self.kernels: dict[str, Any] = {}
+        for new, recipe in enumerate(self.recipes):
+            for k, (kind, source, *_) in enumerate(recipe):
+                rows, columns = self.state_size[source], self.state_size[new]
+                rows = everything if kind == "concatenated" else rows
+                for name, shape in (
+                    ("W", (rows, 2 * columns if kind == "fused" else columns)),
+                    ("V", (columns, columns)),
+                ):
+                    key = f"{name}_{new}_{k}"
+                    self.kernels[key] = self.add_weight(shape=shape, name=key)
+
+    def term(self, new: int, k: int, x: Any, states: Any) -> Any:
+        kind, source, inner, outer = self.recipes[new][k]
+        W, V = (tf.convert_to_tensor(self.kernels[f"{name}_{new}_{k}"]) for name in ("W", "V"))
+        state = ACTIVATIONS[inner](states[source])
+        same_size = self.state_size[source] == self.state_size[new]
+        if kind == "fused":
+            gate, value = tf.split(state @ W, 2, axis=-1)
+            return tf.sigmoid(gate) * ACTIVATIONS[outer](value)
+        if kind == "diagonal" and same_size:
+            return ACTIVATIONS[outer](0.5 * state)
+        product = tf.concat([x, *states], axis=-1) @ W if kind == "concatenated" else state @ W
+        if kind == "chain":
+            product = tf.tanh(product) @ V
+        elif kind == "moved":
+            product = tf.roll(tf.reverse(product, [-1]), 1, axis=-1)
+        elif kind == "kernel of kernels":
+            product = state @ (tf.nn.l2_normalize(W, axis=0) @ tf.exp(V))
+        elif kind == "softmax":
+            product = tf.nn.softmax(product)
+        elif kind == "norm":
+            product = product / (1.0 + tf.norm(state, axis=-1, keepdims=True))
+        elif kind == "two states multiplied":
+            product = product * tf.reduce_sum(states[0], axis=-1, keepdims=True)
+        return ACTIVATIONS[outer](product)
+
+    def call(self, inputs: Any, states: Any) -> tuple[Any, list[Any]]:
+        new_states = []
+        for new, recipe in enumerate(self.recipes):
+            total = tf.add_n([self.term(new, k, inputs, states) for k in range(len(recipe))])
+            following = (new + 1) % len(states)
+            if self.state_size[following] == self.state_size[new]:
+                total = total * tf.tanh(states[following] + 1.0)
+            new_states.append(total)
+        return new_states[0], new_states
+
+
+@st.composite
+def cells(draw: st.DrawFn, kinds: tuple[str, ...]) -> DrawnCell:
+    sizes = draw(st.lists(st.integers(1, 5), min_size=1, max_size=3))
+    names = st.sampled_from(sorted(ACTIVATIONS))
+    term = st.tuples(st.sampled_from(kinds), st.integers(0, len(sizes) - 1), names, names)
+    recipes = [draw(st.lists(term, min_size=1, max_size=3)) for _ in sizes]
+    return DrawnCell(sizes, recipes)
+
+
+def evaluated(cell: Any, rows: int, features: int) -> dict[Any, str | None]:
+    """Builds the cell, compares it at random rows, and returns the reasons against a structure by block."""
+    states = [tf.constant(normal(rows, size, seed=k).astype(np.float64)) for k, size in enumerate(cell.state_size)]
+    inputs = tf.constant(normal(rows, features, seed=9).astype(np.float64))
+    cell.build((None, features))
+    randomize(cell)
+    return assert_structured_as_autodiff(cell, inputs, states, 1e-10)
+
+
+@DRAWS
+@hypothesis.given(cells(STRUCTURED), st.integers(0, 4), st.integers(1, 3))
+def test_cells_with_a_structure(cell: Any, rows: int, features: int) -> None:
+    with double_precision():
+        cell = DrawnCell(cell.state_size, cell.recipes)
+        reasons = evaluated(cell, rows, features)
+    assert set(reasons.values()) == {None}
+
+
+@DRAWS
+@hypothesis.given(cells((*STRUCTURED, *UNSTRUCTURED)), st.integers(1, 4), st.integers(1, 3))
+def test_cells_that_may_have_none(cell: Any, rows: int, features: int) -> None:
+    with double_precision():
+        cell = DrawnCell(cell.state_size, cell.recipes)
+        reasons = evaluated(cell, rows, features)
+    for new, recipe in enumerate(cell.recipes):
+        for kind, source, *_ in recipe:
+            mixing = kind in {"norm", "softmax"} and cell.state_size[source if kind == "norm" else new] > 1
+            assert not mixing or reasons[new, ("state", source)] is not None
+
+
+@hypothesis.settings(DRAWS, max_examples=8)
+@hypothesis.given(
+    kind=st.sampled_from(["LSTM", "GRU", "SimpleRNN"]),
+    units=st.integers(1, 12),
+    features=st.integers(1, 5),
+    activation=st.sampled_from(["tanh", "relu", "linear", "softplus", "gelu", "elu", "selu"]),
+    go_backwards=st.booleans(),
+    lengths=st.lists(st.integers(0, 6), min_size=1, max_size=5),
+    steps=st.integers(1, 6),
+)
+def test_layers_on_sequences_of_any_length(
+    *, kind: str, units: int, features: int, activation: str, go_backwards: bool, lengths: list[int], steps: int
+) -> None:
+    layer = getattr(keras.layers, kind)(units, activation=activation, go_backwards=go_backwards, name="rnn")
+    inputs = keras.Input((steps, features))
+    model = keras.Model(inputs, layer(keras.layers.Masking()(inputs)))
+    mask = np.arange(steps)[None] < np.array(lengths, np.int64)[:, None]
+    probe = normal(len(lengths), steps, features) * mask[..., None]
+    build(model, probe)
+    keys = ["variance", "joint/variance"]
+    report = measure(model, probe, measures=keys)["rnn"]
+    assert report.certificate is not None
+    assert_layer(report, layer, probe, mask=mask, measures=keys)

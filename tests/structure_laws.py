@@ -1,0 +1,104 @@
+"""What the structure that was found in a cell must give: the Jacobian that the tape gives."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING, Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+from helpers import step_jacobians
+
+from keras_jacmon.jacobians.discovery import Base, Structure
+from keras_jacmon.jacobians.linearise import fixed_values, kernel_matrices, structured_jacobian
+from keras_jacmon.probe.cellgraph import CellGraph
+from keras_jacmon.probe.step import CellStep
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+INPUTS: Base = ("inputs", 0)
+
+
+@contextlib.contextmanager
+def double_precision() -> Iterator[None]:
+    """Makes Keras layers compute in float64."""
+    before = keras.config.floatx(), keras.config.dtype_policy()
+    keras.config.set_floatx("float64")
+    keras.config.set_dtype_policy("float64")
+    try:
+        yield
+    finally:
+        keras.config.set_floatx(before[0])
+        keras.config.set_dtype_policy(before[1])
+
+
+def structured_blocks(cell: Any, inputs: Any, states: Any) -> tuple[dict[Any, tuple[Any, ...]], dict[Any, str | None]]:
+    """For each (new state, source) J, J from products with Jᵀ, ΣJ and ΣJ² (None for a chain); and the reasons why not.
+
+    Under "joint" the same for all states together, if all their blocks have a structure.
+    """
+    flat = tf.nest.flatten(states)
+    floating = [k for k, state in enumerate(flat) if state.dtype.is_floating]
+    olds: list[Base] = [("state", q) for q in floating]
+    reasons: dict[Any, str | None] = {}
+
+    def numbers(operator: Any) -> tuple[Any, ...]:
+        identity = tf.eye(operator.shape[-2], batch_shape=[operator.shape[0]], dtype=operator.dtype)
+        transposed = tf.linalg.adjoint(operator.matmul(identity, adjoint=True))
+        squares = operator.square_sum if not operator.is_chain else None
+        return operator.to_dense(), transposed, operator.entry_sum, squares
+
+    @tf.function(autograph=False)
+    def run(inputs: Any, *flat: Any) -> dict[str, Any]:
+        graph = CellGraph(CellStep(cell, states), inputs, flat)
+        structure = Structure(graph)
+        fixed = fixed_values(structure)
+        kernels = kernel_matrices(structure, fixed)
+        values = {**fixed, graph.step_inputs.name: inputs}
+        values |= {tensor.name: state for tensor, state in zip(graph.states, flat, strict=True)}
+        results = {}
+        for new in floating:
+            for source in (*olds, INPUTS):
+                reasons[new, source] = structure.reason(new, source)
+                if reasons[new, source] is None:
+                    results[str((new, source))] = numbers(
+                        structured_jacobian(structure, values, kernels, [new], [source])
+                    )
+        if all(reasons[new, source] is None for new in floating for source in olds):
+            results["joint"] = numbers(structured_jacobian(structure, values, kernels, floating, olds))
+        return results
+
+    found = run(inputs, *flat)
+    names: dict[str, Any] = {str(key): key for key in reasons} | {"joint": "joint"}
+    return {names[key]: value for key, value in found.items()}, reasons
+
+
+def assert_structured_as_autodiff(cell: Any, inputs: Any, states: Any, tolerance: float) -> dict[Any, str | None]:
+    """Holds every block with a structure against the tape, in units of its largest entry; returns the reasons."""
+    flat = tf.nest.flatten(states)
+    sizes = [int(np.prod(state.shape[1:])) for state in flat if state.dtype.is_floating]
+    floating = [k for k, state in enumerate(flat) if state.dtype.is_floating]
+    edges = np.cumsum([0, *sizes])
+    blocks, reasons = structured_blocks(cell, inputs, states)
+    dense, _ = step_jacobians(cell, inputs, states, ["joint", "inputs"])
+    for key, (found, transposed, entry_sum, square_sum) in blocks.items():
+        if key == "joint":
+            expected = dense["joint"]
+        elif key[1] == INPUTS:
+            if key[0] != floating[0]:
+                continue
+            expected = dense["inputs"]
+        else:
+            p, q = floating.index(key[0]), floating.index(key[1][1])
+            expected = dense["joint"][:, edges[p] : edges[p + 1], edges[q] : edges[q + 1]]
+        scale = np.abs(expected).max(initial=0.0) or 1.0
+        np.testing.assert_allclose(found / scale, expected / scale, atol=tolerance, err_msg=str(key))
+        np.testing.assert_allclose(transposed / scale, expected / scale, atol=tolerance, err_msg=str(key))
+        entries = int(np.prod(expected.shape[1:]))
+        np.testing.assert_allclose(entry_sum / scale, expected.sum((1, 2)) / scale, atol=entries * tolerance)
+        if square_sum is not None:
+            squares = (expected / scale) ** 2
+            np.testing.assert_allclose(square_sum / scale**2, squares.sum((1, 2)), atol=entries * tolerance)
+    return reasons
