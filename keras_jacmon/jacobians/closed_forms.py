@@ -1,4 +1,4 @@
-"""The sum of the squares of a block of diagonals and kernels, without forming the block."""
+"""The sums of the entries, and of their squares, of a block of diagonals and kernels, without forming the block."""
 
 import itertools
 from collections.abc import Iterable, Sequence
@@ -30,22 +30,46 @@ class _Product:
         a = None if out.values is None else tf.reshape(take(out.values, out.link.slots.ravel()), [-1, slots, m])
         return cls(a, tf.reshape(V, [-1, slots, m]), into.values)
 
+    def entry_sum(self) -> tf.Tensor:
+        """The sum of all entries, `(rows,)`, or `()` without any derivative."""
+        m = int(self.V.shape[2])
+        if self.b is not None and self.a is not None:
+            return tf.reduce_sum(self.a * tf.reshape(self.b @ self._flat(), [-1, self.slots, m]), axis=[1, 2])
+        if self.a is not None:
+            return tf.linalg.matvec(tf.reshape(self.a, [-1, self.slots * m]), tf.reduce_sum(self._flat(), axis=0))
+        per_source = tf.reduce_sum(self._flat(), axis=1)
+        return tf.reduce_sum(per_source) if self.b is None else tf.linalg.matvec(self.b, per_source)
+
+    def _flat(self) -> tf.Tensor:
+        return tf.reshape(self.V, [-1, self.slots * int(self.V.shape[2])])
+
     @property
     def slots(self) -> int:
         """How many units of the product each unit of the new state is made from."""
         return int(self.V.shape[1])
 
 
-def square_sums(
-    direct: Diagonal | None, ways: Iterable[tuple[Diagonal, tf.Tensor, Diagonal]], dtype: tf.DType
-) -> list[tf.Tensor]:
-    """What adds up to the sum of the squares of a block: tensors `(rows,)`, `(1,)` or `()`.
+Ways = Iterable[tuple[Diagonal, tf.Tensor, Diagonal]]
+
+
+def entry_sums(direct: Diagonal | None, ways: Ways, dtype: tf.DType) -> list[tf.Tensor]:
+    """What adds up to the sum of the entries of a block: tensors `(rows,)`, `(1,)` or `()`.
 
     Args:
         direct: From the source to the new state.
         ways: For each product between them what leads to it, its kernel, and what leads from it.
         dtype: Of the entries.
     """
+    sums = [_Product.of(*way).entry_sum() for way in ways]
+    if direct is not None:
+        used = np.concatenate([slot[slot >= 0] for slot in direct.link.slots])
+        count = tf.constant(float(used.size), dtype)
+        sums.append(count if direct.values is None else tf.reduce_sum(take(direct.values, np.sort(used)), axis=-1))
+    return sums
+
+
+def square_sums(direct: Diagonal | None, ways: Ways, dtype: tf.DType) -> list[tf.Tensor]:
+    """What adds up to the sum of the squares of a block; as `entry_sums`."""
     products = [_Product.of(*way) for way in ways]
     sums = [
         _inner_product(left, slot, right, slot if left is right else 0)

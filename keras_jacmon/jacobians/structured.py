@@ -6,7 +6,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from keras_jacmon.jacobians.closed_forms import square_sums
+from keras_jacmon.jacobians.closed_forms import entry_sums, square_sums
 from keras_jacmon.jacobians.diagonal import Diagonal, total
 from keras_jacmon.jacobians.discovery import Base
 
@@ -136,17 +136,22 @@ class StructuredJacobian(tf.linalg.LinearOperator):
     @functools.cached_property
     def entry_sum(self) -> tf.Tensor:
         """The sum of all entries of each row's Jacobian, `(rows,)`."""
+        if self.is_chain:
+            parts = self._forward_parts(tf.ones([1, sum(self._sources.values())], self.dtype)).values()
+            return self._for_each_row([tf.reduce_sum(part, axis=-1) for part in parts if part is not None])
         if len(self.blocks()) > 1:
             return tf.add_n([block.entry_sum for block in self.blocks()])
-        # One row of ones broadcasts against the diagonals: products that come before any diagonal are taken once.
-        parts = self._forward_parts(tf.ones([1, sum(self._sources.values())], self.dtype)).values()
-        return self._for_each_row([tf.reduce_sum(part, axis=-1) for part in parts if part is not None])
+        return self._for_each_row(entry_sums(*self._ways(), self.dtype))
 
     @functools.cached_property
     def square_sum(self) -> tf.Tensor:
         """The sum of the squares of all entries of each row's Jacobian, `(rows,)`, unless that is a chain."""
         if len(self.blocks()) > 1:
             return tf.add_n([block.square_sum for block in self.blocks()])
+        return self._for_each_row(square_sums(*self._ways(), self.dtype))
+
+    def _ways(self) -> tuple[Diagonal | None, list[tuple[Diagonal, tf.Tensor, Diagonal]]]:
+        """Of a single block: the direct way, and what leads to each product, its kernel, and what leads from it."""
         ((new, _),) = self._news.items()
         ((source, _),) = self._sources.items()
         ways = [
@@ -154,7 +159,7 @@ class StructuredJacobian(tf.linalg.LinearOperator):
             for product, kernel in self._kernels.items()
             if (product, source) in self._inner and (new, product) in self._outer
         ]
-        return self._for_each_row(square_sums(self._outer.get((new, source)), ways, self.dtype))
+        return self._outer.get((new, source)), ways
 
     def _for_each_row(self, sums: list[tf.Tensor]) -> tf.Tensor:
         """The total of tensors `(rows,)`, `(1,)` or `()`."""
