@@ -1,8 +1,10 @@
 """The sums of the entries, and of their squares, of a block of diagonals and kernels, without forming the block."""
 
+import contextlib
 import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -26,22 +28,15 @@ class _Product:
     def of(cls, into: Diagonal, kernel: tf.Tensor, out: Diagonal) -> "_Product":
         """What a kernel gives, with what leads to it and from it."""
         slots, m = out.link.slots.shape
-        V = take(take(kernel, into.link.targets, axis=0), out.link.slots.ravel())
+        with _where(kernel):
+            V = take(take(kernel, into.link.targets, axis=0), out.link.slots.ravel())
+            V = tf.reshape(V, [-1, slots, m])
         a = None if out.values is None else tf.reshape(take(out.values, out.link.slots.ravel()), [-1, slots, m])
-        return cls(a, tf.reshape(V, [-1, slots, m]), into.values)
+        return cls(a, V, into.values)
 
     def entry_sum(self) -> tf.Tensor:
         """The sum of all entries, `(rows,)`, or `()` without any derivative."""
-        m = int(self.V.shape[2])
-        if self.b is not None and self.a is not None:
-            return tf.reduce_sum(self.a * tf.reshape(self.b @ self._flat(), [-1, self.slots, m]), axis=[1, 2])
-        if self.a is not None:
-            return tf.linalg.matvec(tf.reshape(self.a, [-1, self.slots * m]), tf.reduce_sum(self._flat(), axis=0))
-        per_source = tf.reduce_sum(self._flat(), axis=1)
-        return tf.reduce_sum(per_source) if self.b is None else tf.linalg.matvec(self.b, per_source)
-
-    def _flat(self) -> tf.Tensor:
-        return tf.reshape(self.V, [-1, self.slots * int(self.V.shape[2])])
+        return _weighted_sum(self.a, self.V, self.b)
 
     @property
     def slots(self) -> int:
@@ -92,8 +87,10 @@ def _direct_sums(
     sums = [tf.reduce_sum(d**2, axis=-1)]
     for product in products:
         # (slots, units): the entries of V where the direct way is.
-        V = tf.gather_nd(tf.transpose(product.V, [0, 2, 1]), np.stack([places, units], axis=1))
-        V = tf.transpose(V)
+        with _where(product.V):
+            V = tf.stack(
+                [tf.gather_nd(slot_V, np.stack([places, units], axis=1)) for slot_V in tf.unstack(product.V, axis=1)]
+            )
         scale = d if product.b is None else d * take(product.b, places)
         scaled = V if product.a is None else take(product.a, units) * V
         sums.append(2 * tf.reduce_sum(scale * tf.reduce_sum(scaled, axis=-2), axis=-1))
@@ -109,23 +106,33 @@ def _inner_product(left: _Product, slot: int, right: _Product, first: int) -> tf
     weights = np.full([count, 1], 2.0)
     if left is right:
         weights[0] = 1.0
-    V = left.V[:, slot : slot + 1] * right.V[:, first:] * tf.constant(weights, left.V.dtype)
-    units = count * int(V.shape[2])
-    V = tf.reshape(V, [-1, units])
+    with _where(left.V):
+        V = left.V[:, slot : slot + 1] * right.V[:, first:] * tf.constant(weights, left.V.dtype)
     a = _product_or_one(
         None if left.a is None else left.a[:, slot : slot + 1], None if right.a is None else right.a[:, first:]
     )
-    b = _product_or_one(left.b, right.b)
-    if a is not None:
+    if a is not None and a.shape[1] != count:
         # Where the right product has no derivatives of its own, the left one's hold for all its slots.
-        a = tf.repeat(a, count, axis=1) if a.shape[1] != count else a
-        a = tf.reshape(a, [-1, units])
+        a = tf.repeat(a, count, axis=1)
+    return _weighted_sum(a, V, _product_or_one(left.b, right.b))
+
+
+def _weighted_sum(a: tf.Tensor | None, V: tf.Tensor, b: tf.Tensor | None) -> tf.Tensor:
+    """`Σ_si a_si (b @ V)_si` of each row: a is `(rows, slots, m)`, V `(n, slots, m)`, b `(rows, n)`; None for ones."""
+    units = int(np.prod(V.shape[1:]))
+    with _where(V):
+        flat = tf.reshape(V, [-1, units])
+        per_source, per_unit = tf.reduce_sum(flat, axis=1), tf.reduce_sum(flat, axis=0)
+        everything = tf.reduce_sum(per_source)
     if a is None:
-        per_source = tf.reduce_sum(V, axis=1)
-        return tf.reduce_sum(per_source) if b is None else tf.linalg.matvec(b, per_source)
-    if b is None:
-        return tf.linalg.matvec(a, tf.reduce_sum(V, axis=0))
-    return tf.reduce_sum(a * (b @ V), axis=-1)
+        return everything if b is None else tf.linalg.matvec(b, per_source)
+    a = tf.reshape(a, [-1, units])
+    return tf.linalg.matvec(a, per_unit) if b is None else tf.reduce_sum(a * (b @ flat), axis=-1)
+
+
+def _where(kernel: tf.Tensor) -> contextlib.AbstractContextManager[Any]:
+    """The graph that a kernel stands in: what is made of kernels alone is made once, and not for each chunk of rows."""
+    return contextlib.nullcontext() if tf.executing_eagerly() else kernel.graph.as_default()
 
 
 def _product_or_one(left: tf.Tensor | None, right: tf.Tensor | None) -> tf.Tensor | None:

@@ -191,7 +191,9 @@ def _needed(
 def _times(vectors: tf.Tensor, kernel: tf.Tensor, *, transposed: bool = False) -> tf.Tensor:
     """Products of vectors `(rows, ..., units)` with a kernel, as one product of two matrices."""
     *leading, units = vectors.shape
-    flat = tf.matmul(tf.reshape(vectors, [-1, units]), kernel, transpose_b=transposed)
+    flat = tf.reshape(vectors, [-1, units])
+    # `matmul(..., transpose_b=True)` transposes the kernel first, which takes longer than the product of few rows.
+    flat = tf.einsum("ru,vu->rv", flat, kernel) if transposed else flat @ kernel
     if len(leading) == 1:
         return flat
     return tf.reshape(flat, tf.concat([tf.shape(vectors)[:-1], [flat.shape[-1]]], axis=0))
