@@ -14,34 +14,43 @@ from keras_jacmon.jacobians.diagonal import Diagonal, take
 
 
 @dataclass(frozen=True)
-class _Product:
-    """What one product gives to a block: `Σ_s Diag(a_s) V_sᵀ Diag(b)`.
+class _Factor:
+    """What one slot of a product gives to a block: `Diag(a) Vᵀ Diag(b)`.
 
-    a is `(rows, slots, m)` and b `(rows, n)`, or None for ones; V is `(n, slots, m)`, shared by all rows.
+    a is `(rows, m)` and b `(rows, n)`, or None for ones; V is `(n, m)`, shared by all rows.
     """
 
     a: tf.Tensor | None
     V: tf.Tensor
     b: tf.Tensor | None
 
-    @classmethod
-    def of(cls, into: Diagonal, kernel: tf.Tensor, out: Diagonal) -> "_Product":
-        """What a kernel gives, with what leads to it and from it."""
-        slots, m = out.link.slots.shape
-        with _where(kernel):
-            V = take(take(kernel, into.link.targets, axis=0), out.link.slots.ravel())
-            V = tf.reshape(V, [-1, slots, m])
-        a = None if out.values is None else tf.reshape(take(out.values, out.link.slots.ravel()), [-1, slots, m])
-        return cls(a, V, into.values)
-
+    @property
     def entry_sum(self) -> tf.Tensor:
         """The sum of all entries, `(rows,)`, or `()` without any derivative."""
-        return _weighted_sum(self.a, self.V, self.b)
+        if self.a is None:
+            with _where(self.V):
+                per_source = tf.reduce_sum(self.V, axis=1)
+                everything = tf.reduce_sum(per_source)
+            return everything if self.b is None else tf.linalg.matvec(self.b, per_source)
+        if self.b is not None:
+            return tf.reduce_sum(self.a * (self.b @ self.V), axis=-1)
+        with _where(self.V):
+            per_unit = tf.reduce_sum(self.V, axis=0)
+        return tf.linalg.matvec(self.a, per_unit)
 
-    @property
-    def slots(self) -> int:
-        """How many units of the product each unit of the new state is made from."""
-        return int(self.V.shape[1])
+    def times(self, other: "_Factor", weight: float) -> "_Factor":
+        """The product entry by entry, times a number."""
+        with _where(self.V):
+            V = weight * self.V * other.V
+        return _Factor(_product_or_one(self.a, other.a), V, _product_or_one(self.b, other.b))
+
+
+def _factors(into: Diagonal, kernel: tf.Tensor, out: Diagonal) -> list[_Factor]:
+    """What a kernel gives, with what leads to it and from it."""
+    with _where(kernel):
+        rows = take(kernel, into.link.targets, axis=0)
+        parts = [take(rows, slot) for slot in out.link.slots]
+    return [_Factor(out.at(slot), V, into.values) for slot, V in zip(out.link.slots, parts, strict=True)]
 
 
 Ways = Iterable[tuple[Diagonal, tf.Tensor, Diagonal]]
@@ -55,79 +64,47 @@ def entry_sums(direct: Diagonal | None, ways: Ways, dtype: tf.DType) -> list[tf.
         ways: For each product between them what leads to it, its kernel, and what leads from it.
         dtype: Of the entries.
     """
-    sums = [_Product.of(*way).entry_sum() for way in ways]
+    sums = [factor.entry_sum for way in ways for factor in _factors(*way)]
     if direct is not None:
-        used = np.concatenate([slot[slot >= 0] for slot in direct.link.slots])
-        count = tf.constant(float(used.size), dtype)
-        sums.append(count if direct.values is None else tf.reduce_sum(take(direct.values, np.sort(used)), axis=-1))
+        used = np.sort(np.concatenate([slot[slot >= 0] for slot in direct.link.slots]))
+        derivatives = direct.at(used)
+        sums.append(tf.constant(float(used.size), dtype) if derivatives is None else tf.reduce_sum(derivatives, -1))
     return sums
 
 
 def square_sums(direct: Diagonal | None, ways: Ways, dtype: tf.DType) -> list[tf.Tensor]:
-    """What adds up to the sum of the squares of a block; as `entry_sums`."""
-    products = [_Product.of(*way) for way in ways]
+    """What adds up to the sum of the squares of a block; as `entry_sums`.
+
+    Without forming the factors F of the block: `Σ_ik F_ik F'_ik = Σ_i a_i a'_i ((b∘b') @ (V∘V'))_i`.
+    """
+    factors = [factor for way in ways for factor in _factors(*way)]
+    # Each pair of different factors stands twice in the square of their sum.
     sums = [
-        _inner_product(left, slot, right, slot if left is right else 0)
-        for left, right in itertools.combinations_with_replacement(products, 2)
-        for slot in range(left.slots)
+        left.times(right, 1.0 if left is right else 2.0).entry_sum
+        for left, right in itertools.combinations_with_replacement(factors, 2)
     ]
     if direct is not None:
         for slot in direct.link.slots:
-            sums += _direct_sums(direct.values, slot, products, dtype)
+            sums += _direct_sums(direct, slot, factors, dtype)
     return sums
 
 
 def _direct_sums(
-    values: tf.Tensor | None, slot: npt.NDArray[np.int64], products: Sequence[_Product], dtype: tf.DType
+    direct: Diagonal, slot: npt.NDArray[np.int64], factors: Sequence[_Factor], dtype: tf.DType
 ) -> list[tf.Tensor]:
-    """The squares of the entries of a direct way, and twice their products with the products' entries there."""
+    """The squares of the entries of a direct way, and twice their products with the factors' entries there."""
     units = np.flatnonzero(slot >= 0)
     places = slot[units]
-    d = tf.ones([1, units.size], dtype) if values is None else take(values, places)
+    derivatives = direct.at(places)
+    d = tf.ones([1, units.size], dtype) if derivatives is None else derivatives
     sums = [tf.reduce_sum(d**2, axis=-1)]
-    for product in products:
-        # (slots, units): the entries of V where the direct way is.
-        with _where(product.V):
-            V = tf.stack(
-                [tf.gather_nd(slot_V, np.stack([places, units], axis=1)) for slot_V in tf.unstack(product.V, axis=1)]
-            )
-        scale = d if product.b is None else d * take(product.b, places)
-        scaled = V if product.a is None else take(product.a, units) * V
-        sums.append(2 * tf.reduce_sum(scale * tf.reduce_sum(scaled, axis=-2), axis=-1))
+    for factor in factors:
+        with _where(factor.V):
+            V = 2 * tf.gather_nd(factor.V, np.stack([places, units], axis=1))
+        a = None if factor.a is None else take(factor.a, units)
+        weights = _product_or_one(a, None if factor.b is None else take(factor.b, places))
+        sums.append(tf.linalg.matvec(d if weights is None else d * weights, V))
     return sums
-
-
-def _inner_product(left: _Product, slot: int, right: _Product, first: int) -> tf.Tensor:
-    """`Σ_ik L_ik R_ik` for each row, L slot `slot` of one product and R the slots from `first` on of another one.
-
-    Without forming either: `Σ_i a_i a'_i ((b∘b') @ (V∘V'))_i`. Every pair of different slots counts twice.
-    """
-    count = right.slots - first
-    weights = np.full([count, 1], 2.0)
-    if left is right:
-        weights[0] = 1.0
-    with _where(left.V):
-        V = left.V[:, slot : slot + 1] * right.V[:, first:] * tf.constant(weights, left.V.dtype)
-    a = _product_or_one(
-        None if left.a is None else left.a[:, slot : slot + 1], None if right.a is None else right.a[:, first:]
-    )
-    if a is not None and a.shape[1] != count:
-        # Where the right product has no derivatives of its own, the left one's hold for all its slots.
-        a = tf.repeat(a, count, axis=1)
-    return _weighted_sum(a, V, _product_or_one(left.b, right.b))
-
-
-def _weighted_sum(a: tf.Tensor | None, V: tf.Tensor, b: tf.Tensor | None) -> tf.Tensor:
-    """`Σ_si a_si (b @ V)_si` of each row: a is `(rows, slots, m)`, V `(n, slots, m)`, b `(rows, n)`; None for ones."""
-    units = int(np.prod(V.shape[1:]))
-    with _where(V):
-        flat = tf.reshape(V, [-1, units])
-        per_source, per_unit = tf.reduce_sum(flat, axis=1), tf.reduce_sum(flat, axis=0)
-        everything = tf.reduce_sum(per_source)
-    if a is None:
-        return everything if b is None else tf.linalg.matvec(b, per_source)
-    a = tf.reshape(a, [-1, units])
-    return tf.linalg.matvec(a, per_unit) if b is None else tf.reduce_sum(a * (b @ flat), axis=-1)
 
 
 def _where(kernel: tf.Tensor) -> contextlib.AbstractContextManager[Any]:

@@ -20,10 +20,21 @@ class Diagonal:
     Attributes:
         link: Which unit leads to which.
         values: The derivatives, `(rows, units of the base)`; None if all are one.
+        pieces: Some of them, as they were found: units of the base, and the derivatives of these.
     """
 
     link: Link
     values: tf.Tensor | None
+    pieces: tuple[tuple[npt.NDArray[np.int64], tf.Tensor], ...] = ()
+
+    def at(self, units: npt.NDArray[np.int64]) -> tf.Tensor | None:
+        """The derivatives of some units of the base, zero where the index is -1; None if all are one."""
+        if self.values is None:
+            return None
+        for known, derivatives in self.pieces:
+            if np.array_equal(known, units):
+                return derivatives
+        return take(self.values, units)
 
     def take(self, rows: tf.Tensor) -> "Diagonal":
         """That of the rows with these indices `(k,)`."""

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
+import numpy.typing as npt
 import tensorflow as tf
 
 from keras_jacmon.jacobians.elementwise import BLOCKING, ELEMENTWISE, MOVING, Labels, move, passes_unchanged
@@ -67,6 +68,14 @@ class Product:
     z: tf.Tensor
     kernel: str
     shape: tuple[int, int]
+
+
+@dataclass(frozen=True, eq=False)
+class Piece:
+    """A tensor of the graph that holds some units of a product's result, plus what has been added to them."""
+
+    tensor: tf.Tensor
+    units: npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -152,6 +161,51 @@ class Structure:
     def reaches(self, product: int, sources: Iterable[Base]) -> bool:
         """Whether one of the sources has an influence on the result of a product."""
         return not self._origins[self.products[product].z.name].sources.isdisjoint(sources)
+
+    def pieces(self, product: int, sources: Iterable[Base]) -> "list[Piece]":
+        """The tensors nearest to what follows that together hold the result of a product, apart from what is added.
+
+        Biases and inputs that are added, and the split into gates, need not be gone through again to know the
+        derivatives by the product.
+
+        Args:
+            product: Which one.
+            sources: What derivatives are taken by; what depends on them is not passed.
+        """
+        sources = frozenset(sources)
+        z = self.products[product].z
+        pieces = [Piece(z, np.arange(self.size(z)))]
+        place = 0
+        while place < len(pieces):
+            beyond = self._beyond(pieces[place], product, sources)
+            pieces[place : place + 1] = beyond or pieces[place : place + 1]
+            place += not beyond
+        return pieces
+
+    def _beyond(self, piece: "Piece", product: int, sources: frozenset[Base]) -> "list[Piece]":
+        """The pieces that one operation later hold the same units; none if there are none."""
+        base = ("product", product)
+        name = piece.tensor.name
+        if any(name == target.name for target in (*self.graph.new_states, *(p.y for p in self.products))):
+            return []
+        beyond = []
+        for operation in piece.tensor.consumers():
+            operands = [tensor.name for tensor in operation.inputs]
+            others = [self._origins.get(operand, _Origin()).sources for operand in operands if operand != name]
+            known = operation.type in MOVING or (
+                operation.type in ELEMENTWISE and passes_unchanged(operation, operands.index(name))
+            )
+            if not known or any(not found.isdisjoint(sources) for found in others):
+                return []
+            for tensor in operation.outputs:
+                origin = self._origins[tensor.name]
+                labels = origin.labels.get(base)
+                if labels is None or len(labels) != 1 or base not in origin.unchanged or (labels < 0).any():
+                    return []
+                beyond.append(Piece(tensor, labels.ravel()))
+        units = np.concatenate([part.units for part in beyond]) if beyond else np.empty(0, np.int64)
+        # As many of each as before, so that nothing is left out and nothing counts twice.
+        return beyond if np.array_equal(np.sort(units), np.sort(piece.units)) else []
 
     def tensor(self, base: Base) -> tf.Tensor:
         """The tensor of the graph that a base is."""

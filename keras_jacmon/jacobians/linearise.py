@@ -2,10 +2,11 @@
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import tensorflow as tf
 
-from keras_jacmon.jacobians.diagonal import Diagonal
-from keras_jacmon.jacobians.discovery import Base, Link, Product, Structure
+from keras_jacmon.jacobians.diagonal import Diagonal, take
+from keras_jacmon.jacobians.discovery import Base, Link, Piece, Product, Structure
 from keras_jacmon.jacobians.structured import StructuredJacobian
 
 
@@ -55,28 +56,30 @@ def structured_jacobian(
     products = sorted(target for target in links if target[0] == "product")
 
     # A tensor of its own for each base: two states may be one tensor, and the derivatives must tell them apart.
-    bases = [*sources, *products]
+    pieces = {source: [Piece(t := structure.tensor(source), np.arange(structure.size(t)))] for source in sources}
+    pieces |= {product: structure.pieces(product[1], sources) for product in products}
+    everything = [piece.tensor for parts in pieces.values() for piece in parts]
     feeds = dict(values)
-    for source in sources:
-        feeds[structure.tensor(source).name] = tf.identity(values[structure.tensor(source).name])
-    results = graph.lay([structure.tensor(product) for product in products], feeds)
-    feeds |= {structure.tensor(p).name: tf.identity(z) for p, z in zip(products, results, strict=True)}
-    at = {base: feeds[structure.tensor(base).name] for base in bases}
+    results = graph.lay(everything, feeds)
+    feeds |= {tensor.name: tf.identity(value) for tensor, value in zip(everything, results, strict=True)}
 
     # All at once, since they have most of their operations in common.
     bent = [target for target, into in links.items() if not all(link.unchanged for link in into.values())]
     values_of = dict(zip(bent, graph.lay([structure.target(target) for target in bent], feeds), strict=True))
+    stops = [feeds[tensor.name] for tensor in everything]
     diagonals: dict[tuple[Base, Base], Diagonal] = {}
     for target, into in links.items():
-        changed = [base for base, link in into.items() if not link.unchanged]
-        derivatives = _derivatives(values_of.get(target), [at[base] for base in changed], list(at.values()))
-        by_base = dict(zip(changed, derivatives, strict=True))
+        changed = [(base, piece) for base, link in into.items() if not link.unchanged for piece in pieces[base]]
+        derivatives = _derivatives(values_of.get(target), [feeds[piece.tensor.name] for _, piece in changed], stops)
+        by_base: dict[Base, list[tuple[Piece, tf.Tensor | None]]] = {base: [] for base, _ in changed}
+        for (base, piece), derivative in zip(changed, derivatives, strict=True):
+            by_base[base].append((piece, derivative))
         for base, link in into.items():
             if link.unchanged:
                 diagonals[target, base] = Diagonal(link, None)
-            elif by_base[base] is not None:
-                diagonals[target, base] = Diagonal(link, tf.reshape(by_base[base], [-1, link.base_size]))
-    point = at[bases[0]]
+            elif any(derivative is not None for _, derivative in by_base[base]):
+                diagonals[target, base] = _diagonal(link, by_base[base], [feeds[p.tensor.name] for p in pieces[base]])
+    point = values[structure.tensor(sources[0]).name]
     return StructuredJacobian(
         rows=point.shape[0] if point.shape[0] is not None else tf.shape(point)[0],
         news={new: structure.size(graph.new_states[new]) for new in news},
@@ -86,6 +89,18 @@ def structured_jacobian(
         inner={(target, base): d for (target, base), d in diagonals.items() if target[0] == "product"},
         dtype=point.dtype,
     )
+
+
+def _diagonal(link: Link, found: Sequence[tuple[Piece, tf.Tensor | None]], like: Sequence[tf.Tensor]) -> Diagonal:
+    """The diagonal with the derivatives that were found for each piece of its base, None for zeros."""
+    parts = [
+        tf.reshape(tf.zeros_like(value) if derivative is None else derivative, [-1, piece.units.size])
+        for (piece, derivative), value in zip(found, like, strict=True)
+    ]
+    units = np.concatenate([piece.units for piece, _ in found])
+    side_by_side = parts[0] if len(parts) == 1 else tf.concat(parts, axis=-1)
+    pieces = tuple((piece.units, part) for (piece, _), part in zip(found, parts, strict=True))
+    return Diagonal(link, take(side_by_side, np.argsort(units)), pieces)
 
 
 def _derivatives(

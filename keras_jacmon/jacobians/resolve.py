@@ -142,7 +142,8 @@ class CellJacobian:
         if self._structure is None:
             return None
         sources = [("state", q) for q in range(len(self._states))]
-        kept = [p.z for k, p in enumerate(self._structure.products) if self._structure.reaches(k, sources)]
+        products = [k for k in range(len(self._structure.products)) if self._structure.reaches(k, sources)]
+        kept = [piece.tensor for k in products for piece in self._structure.pieces(k, sources)]
         return Shortcut(self._structure.graph, self._fixed, self._structure.hoisted, kept)
 
     def operators(self, views: Sequence[str], rows: Rows) -> dict[str, tf.linalg.LinearOperator]:
