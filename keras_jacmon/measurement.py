@@ -1,15 +1,15 @@
 """One call of a recurrent layer, measured: the graph from its inputs to the measures of each step and sample."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import tensorflow as tf
 
 from keras_jacmon.jacobians.resolve import CellJacobian, Choice, Rows
-from keras_jacmon.jacobians.views import Connections, find_connections, floating_states, size
-from keras_jacmon.measures.options import Options
+from keras_jacmon.jacobians.views import Connections, View, find_connections, floating_states, size
+from keras_jacmon.measures.options import Memory, Options
 from keras_jacmon.measures.registry import MEASURES, Selection
 from keras_jacmon.measures.rows import RowSource, measure_rows, spread_evenly
 from keras_jacmon.probe.capture import RecurrentCall
@@ -41,6 +41,9 @@ SAMPLED = "sampled"
 
 # What is known of each (step, sample): `hidden/variance`, and `hidden/variance/uncertainty` if there is one.
 Results = dict[str, tf.Tensor]
+
+# From a key, a shape and a type to a variable.
+Remember = Callable[[str, Sequence[int], tf.DType], tf.Variable]
 
 
 @dataclass(frozen=True)
@@ -132,6 +135,7 @@ def measure_call(
     trusted: bool,
     independent: bool,
     draw: tf.Tensor,
+    remember: Remember | None = None,
 ) -> tuple[CallFacts, Results]:
     """Measures one call, in the graph that is being traced.
 
@@ -143,6 +147,8 @@ def measure_call(
         trusted: Whether structures that were found, and registered forms, may be used.
         independent: Whether each row of a step is a function of itself; otherwise steps are taken one by one.
         draw: Counts the measurements; it decides which rows are certified.
+        remember: Gives a variable that lives from one measurement to the next one, and is zero at first; None to
+            start each time anew.
 
     Returns:
         What is known before any number is, and the results: `mask` and each measure `(time, batch)`, certificates
@@ -162,14 +168,17 @@ def measure_call(
     dtype = walk.states[floating_states(walk.states)[0]].dtype
     rows = walk.inputs.shape[:2].num_elements()
     time, samples = known_sizes(walk.inputs)[:2]
+    selection = _of_views(measures, facts.views, several=len(floating_states(walk.states)) > 1)
     wanted = None
-    if options.max_rows is not None:
+    if options.max_rows is not None and any(m.expensive for chosen in selection.values() for m in chosen):
         wanted = _sample(walk.mask, time, samples, options.max_rows, independent=independent)
+    memory = {} if remember is None else _memory(walk, selection, wanted, options.max_rows, remember)
     points = _Points(
         jacobian,
-        _of_views(measures, facts.views, several=len(floating_states(walk.states)) > 1),
+        selection,
         dataclasses.replace(options, rows=rows, dtype=dtype),
-        chunk=max(1, min(max_bytes // _SHARES // connections.bytes_per_row, _MOST_ROWS)),
+        bytes_allowed=max_bytes // _SHARES,
+        bytes_per_row=connections.bytes_per_row,
         draw=draw,
         independent=independent,
     )
@@ -178,8 +187,10 @@ def measure_call(
         part: Walk, index: tf.Tensor | int, start: tf.Tensor | int
     ) -> tuple[Results, tuple[tf.Tensor, ...]]:
         trajectory = unroll(step, part, shortcut)
-        here = None if wanted is None else wanted[start : start + known_sizes(part.inputs)[0]]
-        return points.measure(trajectory, part.mask, here, index), trajectory.last
+        stop = start + known_sizes(part.inputs)[0]
+        known = {key: Memory(m.vectors, tf.reshape(m.places[start:stop], [-1])) for key, m in memory.items()}
+        results = points.measure(trajectory, part.mask, None if wanted is None else wanted[start:stop], known, index)
+        return results, trajectory.last
 
     in_walk = [walk.inputs, *(state[None] for state in walk.states)]
     in_graph = [*shortcut.kept, *shortcut.hoisted] if shortcut else []
@@ -228,6 +239,34 @@ def _sample(
     return tf.reshape(chosen > 0, [time, samples])
 
 
+def _memory(
+    walk: Walk,
+    measures: Selection,
+    wanted: tf.Tensor | None,
+    max_rows: int | None,
+    remember: Remember,
+) -> dict[str, Memory]:
+    """For each measure that can use it, vectors of all rows that it is measured at, and their places `(time, batch)`.
+
+    Nothing if it is not known beforehand how many rows there are.
+    """
+    rows = walk.inputs.shape[:2].num_elements()
+    if rows is None:
+        return {}
+    chosen = tf.ones(walk.inputs.shape[:2], tf.bool) if wanted is None else wanted
+    places = tf.reshape(tf.cumsum(tf.cast(tf.reshape(chosen, [-1]), tf.int32), exclusive=True), walk.inputs.shape[:2])
+    count = min(rows, rows if wanted is None or max_rows is None else max_rows)
+    memory = {}
+    for name, chosen_measures in measures.items():
+        view = View.of(name, walk.states)
+        shape = [count, sum(size(walk.states[q]) for q in view.olds)]
+        for measure in chosen_measures:
+            if measure.warm_start:
+                key = f"{name}/{measure.name}"
+                memory[key] = Memory(remember(key, shape, walk.states[view.olds[0]].dtype), places)
+    return memory
+
+
 def _places(mask: tf.Tensor) -> tf.Tensor:
     """The indices of the rows that a mask `(time, batch)` chooses."""
     return tf.cast(tf.where(tf.reshape(mask, [-1]))[:, 0], tf.int32)
@@ -240,7 +279,8 @@ class _Points:
     jacobian: CellJacobian
     measures: Selection
     options: Options
-    chunk: int
+    bytes_allowed: int
+    bytes_per_row: int
     draw: tf.Tensor
     independent: bool
 
@@ -250,7 +290,12 @@ class _Points:
         return [*values, *(f"{key}/uncertainty" for key in values), CERTIFICATE, DEPENDENCE]
 
     def measure(
-        self, trajectory: Trajectory, mask: tf.Tensor | None, wanted: tf.Tensor | None, segment: tf.Tensor | int
+        self,
+        trajectory: Trajectory,
+        mask: tf.Tensor | None,
+        wanted: tf.Tensor | None,
+        memory: Mapping[str, Memory],
+        segment: tf.Tensor | int,
     ) -> Results:
         """The measures, `(time * batch,)`, and the certificates, scalars."""
         rows = Rows(
@@ -261,10 +306,10 @@ class _Points:
         # Rows that are no functions of themselves stay together: all samples of a step, masked ones included.
         valid = None if mask is None or not self.independent else _places(mask)
         options = dataclasses.replace(self.options, stream=segment * _STREAMS)
-        chunk = self.chunk if self.independent else known_sizes(trajectory.inputs)[1]
         results: Results = {}
         for measures, chosen in self._at(valid, None if wanted is None else _places(wanted)):
-            source = self._source(rows, list(measures), chosen)
+            source = self._source(rows, list(measures), chosen, memory)
+            chunk = self._chunk(rows, measures) if self.independent else known_sizes(trajectory.inputs)[1]
             for key, (value, uncertainty) in measure_rows(source, measures, options, chunk).items():
                 results[key] = value
                 if uncertainty is not None:
@@ -279,14 +324,28 @@ class _Points:
             ({v: tuple(m for m in chosen if m.expensive == expensive) for v, chosen in self.measures.items()}, rows)
             for expensive, rows in ((False, valid), (True, wanted))
         ]
-        return [({v: chosen for v, chosen in measures.items() if chosen}, rows) for measures, rows in split]
+        split = [({v: chosen for v, chosen in measures.items() if chosen}, rows) for measures, rows in split]
+        return [(measures, rows) for measures, rows in split if measures]
 
-    def _source(self, rows: Rows, views: Sequence[str], valid: tf.Tensor | None) -> RowSource:
+    def _chunk(self, rows: Rows, measures: Selection) -> int:
+        """The most rows at once."""
+        kept = [
+            measure.vectors * sum(size(rows.states[q]) for q in View.of(view, rows.states).olds)
+            for view, chosen in measures.items()
+            for measure in chosen
+        ]
+        bytes_per_row = self.bytes_per_row + max(kept, default=0) * self.options.dtype.size
+        return max(1, min(self.bytes_allowed // bytes_per_row, _MOST_ROWS))
+
+    def _source(
+        self, rows: Rows, views: Sequence[str], valid: tf.Tensor | None, memory: Mapping[str, Memory]
+    ) -> RowSource:
         return RowSource(
             known_sizes(rows.inputs)[0],
             lambda start, stop: self.jacobian.operators(views, rows if start is None else rows.between(start, stop)),
             lambda chosen: self.jacobian.operators(views, rows.take(chosen)),
             valid,
+            memory,
         )
 
     def _certificates(self, trajectory: Trajectory, rows: Rows, valid: tf.Tensor | None) -> Results:
@@ -295,7 +354,7 @@ class _Points:
         total = count if valid is None else tf.size(valid)
         # The first time as many rows as are measured at once; then a few that are spread over them, others each time:
         # after enough measurements each row has had its turn.
-        number = tf.minimum(total, tf.where(self.draw == 0, self.chunk, CERTIFIED_ROWS))
+        number = tf.minimum(total, tf.where(self.draw == 0, self._chunk(rows, {}), CERTIFIED_ROWS))
         stride = -(-total // tf.maximum(number, 1))
         chosen = (tf.range(number) * stride + self.draw % tf.maximum(stride, 1)) % tf.maximum(total, 1)
         chosen = chosen if valid is None else tf.gather(valid, tf.cast(chosen, valid.dtype))

@@ -3,7 +3,8 @@
 import contextlib
 import re
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import keras
@@ -71,6 +72,9 @@ class JacobianMeter:
         tolerance: Relative, of the spectral norm.
         max_rows: The spectral norm is measured at so many (step, sample) at most, spread evenly in time; the report
             says where. None for all.
+        warm_start: Whether the spectral norm starts from the singular vectors of the last measurement, which takes
+            fewer products as long as the weights change little from one to the next. If another singular value takes
+            the lead between two of them it may be found late. The values then depend on the measurements before.
         max_bytes: Bounds the memory of the derivatives, through chunks over (step, sample).
         max_entries: Variance and RMS singular value are exact as long as steps * samples * n² is at most this, and
             above it unbiased estimates with a standard error. They take one derivative of the cell per step, sample
@@ -90,7 +94,8 @@ class JacobianMeter:
         measures: Iterable[str] | str | None = None,
         seed: int = 0,
         tolerance: float = 1e-2,
-        max_rows: int | None = 512,
+        max_rows: int | None = 256,
+        warm_start: bool = False,
         max_bytes: int = 2**30,
         max_entries: int = 2**26,
     ) -> None:
@@ -99,12 +104,14 @@ class JacobianMeter:
             seed=seed,
             tolerance=tolerance,
             max_rows=max_rows,
+            warm_start=warm_start,
             max_bytes=max_bytes,
             max_entries=max_entries,
         )
         self._model = model
         self._measures = select_measures(measures)
         self._options = Options(seed=seed, tolerance=tolerance, max_entries=max_entries, max_rows=max_rows)
+        self._warm_start = warm_start
         self._max_bytes = max_bytes
         arrays = read_probe(probe)
         _build(model, arrays)
@@ -184,11 +191,14 @@ class JacobianMeter:
         return bool(dependent or distrusted)
 
     def _trace(self) -> None:
+        self._memory: dict[str, tf.Variable] = {}
         function = tf.function(self._measure, autograph=False)
         specs = [tf.TensorSpec(t.shape, t.dtype) for t in self._inputs]
         self._graph = function.get_concrete_function(tf.TensorSpec([], tf.int32), *specs)
         self._traces += 1
-        own = {id(variable.value) for variable in self._model.variables}
+        own = {id(variable.value) for variable in self._model.variables} | {
+            id(variable) for variable in self._memory.values()
+        }
         self._foreign = [variable for variable in self._graph.graph.variables if id(variable) not in own]
 
     def _run(self) -> dict[str, dict[str, tf.Tensor]]:
@@ -201,6 +211,14 @@ class JacobianMeter:
         finally:
             for variable, value in zip(self._foreign, saved, strict=True):
                 variable.assign(value)
+
+    def _remember(self, call: str, key: str, shape: Sequence[int], dtype: tf.DType) -> tf.Variable:
+        """A variable of the meter's own that lives from one measurement to the next one."""
+        # TensorFlow traces a function that makes variables a second time.
+        name = f"{call}/{key}"
+        if name not in self._memory:
+            self._memory[name] = tf.Variable(tf.zeros(shape, dtype), trainable=False)
+        return self._memory[name]
 
     def _measure(self, draw: tf.Tensor, *inputs: tf.Tensor) -> dict[str, Any]:
         with keras.StatelessScope(), without_masks(self._model):
@@ -221,6 +239,7 @@ class JacobianMeter:
                         trusted=call.name not in self._distrusted,
                         independent=call.name not in self._dependent,
                         draw=draw,
+                        remember=partial(self._remember, call.name) if self._warm_start else None,
                     )
         return results
 
@@ -269,6 +288,7 @@ def check_options(
     seed: int,
     tolerance: float,
     max_rows: int | None,
+    warm_start: bool,
     max_bytes: int,
     max_entries: int,
 ) -> None:
@@ -289,6 +309,10 @@ def check_options(
         raise ValueError(
             "Invalid value for argument `max_rows`. Expected a positive integer, or None for all. Received: "
             f"max_rows={max_rows}"
+        )
+    if not isinstance(warm_start, bool):
+        raise ValueError(
+            f"Invalid value for argument `warm_start`. Expected True or False. Received: warm_start={warm_start!r}"
         )
     for name, value, least in (("max_bytes", max_bytes, 1), ("max_entries", max_entries, 0)):
         if value < least:

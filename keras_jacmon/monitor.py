@@ -41,6 +41,7 @@ class JacobianMonitor(keras.callbacks.Callback):
         verbose: 1 prints each report.
         tolerance: Relative, of the spectral norm.
         max_rows: The spectral norm is measured at so many (step, sample) at most; None for all.
+        warm_start: As for `JacobianMeter`.
         max_bytes: Bounds the memory of the derivatives.
         max_entries: As for `JacobianMeter`.
 
@@ -64,7 +65,8 @@ class JacobianMonitor(keras.callbacks.Callback):
         seed: int = 0,
         verbose: int = 0,
         tolerance: float = 1e-2,
-        max_rows: int | None = 512,
+        max_rows: int | None = 256,
+        warm_start: bool = False,
         max_bytes: int = 2**30,
         max_entries: int = 2**26,
     ) -> None:
@@ -85,6 +87,7 @@ class JacobianMonitor(keras.callbacks.Callback):
             "seed": seed,
             "tolerance": tolerance,
             "max_rows": max_rows,
+            "warm_start": warm_start,
             "max_bytes": max_bytes,
             "max_entries": max_entries,
         }

@@ -465,6 +465,37 @@ def test_expensive_measures_at_some_rows(max_rows: int, max_bytes: int, go_backw
     assert (f"at {max_rows} of {mask.sum()}" in str(Report({"lstm": report}))) == (max_rows < mask.sum())
 
 
+@pytest.mark.parametrize("max_bytes", [2**30, 20_000], ids=["at once", "in segments"])
+def test_a_warm_start_gives_the_same_values_within_the_tolerance(max_bytes: int) -> None:
+    steps, mask = 30, np.arange(30)[None] < np.array([[30], [20], [3]], np.int64)
+    probe = normal(BATCH, steps, FEATURES) * mask[..., None]
+    layer = L.LSTM(5, name="lstm")
+    inputs = keras.Input((steps, FEATURES))
+    model = build(keras.Model(inputs, layer(L.Masking()(inputs))), probe)
+    meter = JacobianMeter(
+        model,
+        probe,
+        measures=["spectral_norm", "joint/spectral_norm"],
+        max_rows=20,
+        max_bytes=max_bytes,
+        warm_start=True,
+    )
+    reports = []
+    for scale in (1.0, 1.0, 1.1):
+        layer.cell.recurrent_kernel.assign(scale * layer.cell.recurrent_kernel)
+        before = [variable.numpy() for variable in model.variables]
+        reports.append(meter()["lstm"])
+        for variable, value in zip(model.variables, before, strict=True):
+            np.testing.assert_array_equal(variable.numpy(), value)
+        expected = reference_values(reference_jacobians(layer, probe, mask=mask), list(reports[-1].values))
+        for key, value in expected.items():
+            measured = reports[-1].measured(key)
+            np.testing.assert_allclose(reports[-1][key][measured], value[measured], rtol=1e-2)
+    # The second starts where the first ended, and not where that started.
+    assert not np.array_equal(reports[0]["spectral_norm"], reports[1]["spectral_norm"], equal_nan=True)
+    assert meter.trace_count == 1
+
+
 def test_the_scalars_are_the_means() -> None:
     model, layer = make_model(BY_ID["lstm"], PROBE)
     report = measure(model, PROBE)

@@ -505,7 +505,8 @@ def invalid(argument: str, sentence: str) -> str:
 
 
 UPDATE_FREQ = "Expected 'epoch', 'batch' or a positive integer. Received: update_freq="
-MEASURES = "Expected names out of ['variance', 'rms_singular_value', 'spectral_norm']. Received: "
+NAMES = ["variance", "rms_singular_value", "spectral_norm"]
+MEASURES = f"Expected names out of {[*NAMES, *(f'joint/{name}' for name in NAMES)]}. Received: "
 TOLERANCE = "Expected a relative tolerance from 0 up to, not including, 1. Received: tolerance="
 
 
@@ -527,6 +528,8 @@ TOLERANCE = "Expected a relative tolerance from 0 up to, not including, 1. Recei
         ("tolerance", float("nan"), f"{TOLERANCE}nan"),
         ("seed", 0.5, "Expected an integer. Received: seed=0.5"),
         ("max_bytes", 0, "Expected an integer of at least 1. Received: max_bytes=0"),
+        ("max_rows", 0, "Expected a positive integer, or None for all. Received: max_rows=0"),
+        ("warm_start", 1, "Expected True or False. Received: warm_start=1"),
         ("max_entries", -1, "Expected an integer of at least 0. Received: max_entries=-1"),
     ],
 )

@@ -21,6 +21,33 @@ class Measured(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
+class Memory:
+    """What an iterative measure may start from: the vectors of the last time, zero the first time.
+
+    Attributes:
+        vectors: Those of all rows, `(places, n)`.
+        places: Where those of the rows at hand are, `(rows,)`.
+    """
+
+    vectors: tf.Variable
+    places: tf.Tensor
+
+    def recall(self) -> tf.Tensor:
+        """The vectors of the rows at hand, `(rows, n)`."""
+        return tf.gather(self.vectors, self.places)
+
+    def keep(self, vectors: tf.Tensor) -> None:
+        """Puts others in their place; zero for one that is not finite, so that the next time starts anew."""
+        finite = tf.reduce_all(tf.math.is_finite(vectors), axis=-1, keepdims=True)
+        vectors = tf.where(finite, vectors, tf.zeros_like(vectors))
+        self.vectors.scatter_nd_update(self.places[:, None], vectors)
+
+    def take(self, rows: tf.Tensor) -> "Memory":
+        """The memory of some of the rows at hand."""
+        return Memory(self.vectors, tf.gather(self.places, rows))
+
+
+@dataclass(frozen=True, eq=False)
 class Options:
     """What the measures may cost, and how exact they must be.
 
@@ -33,6 +60,7 @@ class Options:
         stream: Tells the random numbers of one chunk of rows from those of another.
         dtype: Of the results.
         vectors: The most (row, vector) pairs that are multiplied at once.
+        memory: What the measure may start from, if anything.
     """
 
     seed: int = 0
@@ -43,6 +71,7 @@ class Options:
     stream: tf.Tensor | int = 0
     dtype: tf.DType = tf.float32
     vectors: int = 2**14
+    memory: Memory | None = None
 
     def exact(self, operator: tf.linalg.LinearOperator) -> bool:
         """Whether the entries of all Jacobians together are few enough to be looked at one by one."""

@@ -7,7 +7,7 @@ import tensorflow as tf
 
 from keras_jacmon.measures.moments import rms_singular_value, variance
 from keras_jacmon.measures.options import Measured, Options
-from keras_jacmon.measures.spectrum import spectral_norm
+from keras_jacmon.measures.spectrum import MAX_STEPS, spectral_norm
 
 __all__ = ["MEASURES", "VIEWS", "Measure", "Measured", "Options", "Selection", "key_of", "select_measures"]
 
@@ -25,6 +25,8 @@ class Measure:
         uncertainty: What the second array of the result is: `"standard error"` or `"residual"`.
         reading: What a value means, in a sentence.
         expensive: Whether `max_rows` bounds the rows that it is measured at.
+        vectors: How many vectors it keeps for each row while it is computed.
+        warm_start: Whether it can start from vectors of the last time.
     """
 
     name: str
@@ -32,6 +34,8 @@ class Measure:
     uncertainty: str
     reading: str
     expensive: bool = False
+    vectors: int = 0
+    warm_start: bool = False
 
 
 MEASURES = {
@@ -39,7 +43,15 @@ MEASURES = {
     for measure in (
         Measure("variance", variance, "standard error", "1.0 keeps the gradient's size if the mean is zero"),
         Measure("rms_singular_value", rms_singular_value, "standard error", "1 keeps the norm of a random direction"),
-        Measure("spectral_norm", spectral_norm, "residual", "the worst-case gain of one step", expensive=True),
+        Measure(
+            "spectral_norm",
+            spectral_norm,
+            "residual",
+            "the worst-case gain of one step",
+            expensive=True,
+            vectors=MAX_STEPS,
+            warm_start=True,
+        ),
     )
 }
 

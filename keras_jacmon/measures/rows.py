@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 
 import tensorflow as tf
 
-from keras_jacmon.measures.options import Measured, Options
+from keras_jacmon.measures.options import Measured, Memory, Options
 from keras_jacmon.measures.registry import Selection
 
 _GOLDEN = 0.6180339887498949
@@ -23,12 +23,14 @@ class RowSource:
         between: From two indices to the operators, by view, of the rows from the one up to the other.
         take: From indices `(k,)` to the operators, by view, of these rows.
         valid: Indices of the rows to measure; None for all.
+        memory: By `view/measure`, what the measures of these rows may start from.
     """
 
     count: int | tf.Tensor
     between: Callable[[tf.Tensor | None, tf.Tensor | None], Operators]
     take: Callable[[tf.Tensor], Operators]
     valid: tf.Tensor | None
+    memory: Mapping[str, Memory] = dataclasses.field(default_factory=dict)
 
 
 def measure_rows(
@@ -47,15 +49,17 @@ def measure_rows(
     """
     options = dataclasses.replace(options, vectors=chunk if isinstance(chunk, int) else options.vectors)
 
-    def measured(operators: Operators, options: Options) -> dict[str, Measured]:
-        return {
-            f"{view}/{measure.name}": measure.function(operators[view], options)
-            for view, chosen in measures.items()
-            for measure in chosen
-        }
+    def measured(operators: Operators, options: Options, memory: Mapping[str, Memory]) -> dict[str, Measured]:
+        results = {}
+        for view, chosen in measures.items():
+            for measure in chosen:
+                key = f"{view}/{measure.name}"
+                own = dataclasses.replace(options, memory=memory[key]) if key in memory else options
+                results[key] = measure.function(operators[view], own)
+        return results
 
     if source.valid is None and isinstance(source.count, int) and isinstance(chunk, int) and source.count <= chunk:
-        return measured(source.between(None, None), options)
+        return measured(source.between(None, None), options, source.memory)
     indices = tf.range(source.count) if source.valid is None else source.valid
     # Which measures have an uncertainty is known once they are traced, and a loop needs its variables before.
     has_uncertainty: dict[str, bool] = {}
@@ -66,9 +70,10 @@ def measure_rows(
         start, stop = index * chunk, tf.minimum((index + 1) * chunk, tf.size(indices))
         rows = indices[start:stop]
         operators = source.between(start, stop) if source.valid is None else source.take(rows)
+        memory = {key: known.take(rows) for key, known in source.memory.items()}
         updated = {}
         for key, (value, uncertainty) in measured(
-            operators, dataclasses.replace(options, stream=options.stream + index)
+            operators, dataclasses.replace(options, stream=options.stream + index), memory
         ).items():
             has_uncertainty[key] = uncertainty is not None
             updated[key] = tuple(

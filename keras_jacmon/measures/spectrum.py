@@ -16,6 +16,9 @@ MAX_STEPS = 96
 # row of a hundred, where the random start vector happens to be almost orthogonal to its singular vector.
 LEAST_STEPS = 12
 
+# From the singular vectors of the last time.
+LEAST_STEPS_FROM_MEMORY = 4
+
 # The small problem that tells whether a row has converged costs as much as some products with J.
 STEPS_BETWEEN_CHECKS = 2
 
@@ -23,14 +26,14 @@ STEPS_BETWEEN_CHECKS = 2
 def spectral_norm(operator: tf.linalg.LinearOperator, options: Options) -> Measured:
     """The largest singular value of each row, the worst-case gain of one step. Dimensionless.
 
-    Golub-Kahan-Lanczos bidiagonalisation of at least 12 steps, until the residual of the leading singular triplet is
-    at most half of `tolerance` times its value; rows that are there are left out of the further steps. Without
-    reorthogonalisation: that would keep copies of a converged singular value from appearing, but the largest stays the
-    largest with copies. So no basis is kept.
+    Golub-Kahan-Lanczos bidiagonalisation with one-sided reorthogonalisation, of at least 12 steps, until the residual
+    of the leading singular triplet is at most half of `tolerance` times its value; rows that are there are left out of
+    the further steps.
 
     Args:
         operator: The Jacobians, batch shape `(rows,)`.
-        options: `tolerance` is relative; the start vector comes from `seed`.
+        options: `tolerance` is relative; the start vector comes from `seed`, or from `memory`, where the leading right
+            singular vectors of the last time are. From there 4 steps may be enough.
 
     Returns:
         Value and residual norm, each `(rows,)`: some singular value is at most the residual away from the value.
@@ -39,13 +42,22 @@ def spectral_norm(operator: tf.linalg.LinearOperator, options: Options) -> Measu
 
     References:
         G. H. Golub, W. Kahan, "Calculating the singular values and pseudo-inverse of a matrix", 1965.
-        C. C. Paige, "Accuracy and effectiveness of the Lanczos algorithm for the symmetric eigenproblem", 1980.
+        H. D. Simon, H. Zha, "Low-rank matrix approximation using the Lanczos bidiagonalization process with
+        applications", 2000: that to reorthogonalise one side is enough.
     """
     rows, n = operator.batch_shape_tensor()[0], int(operator.shape[-1])
-    dtype = operator.dtype
     squarings = math.ceil(math.log2(1 / max(options.tolerance, 1e-6))) + 4
-    start, _ = _normalised(tf.random.stateless_normal([rows, n], options.seeds(2), dtype=dtype))
-    value, residual, progress = _advance(operator, _Progress.start(operator, start), LEAST_STEPS, squarings)
+    start, _ = _normalised(tf.random.stateless_normal([rows, n], options.seeds(2), dtype=operator.dtype))
+    least: tf.Tensor | int = LEAST_STEPS
+    if options.memory is not None:
+        last = options.memory.recall()
+        # A tenth of something else: the singular value that leads now may not be the one that led then.
+        start, _ = _normalised(last + 0.1 * start)
+        warm = tf.reduce_all(tf.norm(last, axis=-1) > 0)
+        least = tf.where(warm, LEAST_STEPS_FROM_MEMORY, LEAST_STEPS)
+    progress = _Progress.start(operator, start)
+    value, residual, vector, progress = _advance(operator, progress, least, squarings)
+    separable = _take(operator, tf.zeros([0], tf.int32)) is not None
 
     def unfinished(value: tf.Tensor, residual: tf.Tensor) -> tf.Tensor:
         # Half: what still changes after the whole tolerance is often the second singular value giving way to the first.
@@ -53,38 +65,42 @@ def spectral_norm(operator: tf.linalg.LinearOperator, options: Options) -> Measu
         going = residual > options.tolerance / 2 * value
         return going if separable else tf.fill(tf.shape(going), tf.reduce_any(going))
 
-    separable = _take(operator, tf.zeros([0], tf.int32)) is not None
-
     def some_steps(
-        active: tf.Tensor, value: tf.Tensor, residual: tf.Tensor, progress: _Progress
-    ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor, _Progress]:
+        active: tf.Tensor, found: tuple[tf.Tensor, ...], progress: _Progress
+    ) -> tuple[tf.Tensor, tuple[tf.Tensor, ...], _Progress]:
         here = _take(operator, active) if separable else operator
-        new_value, new_residual, progress = _advance(here, progress, STEPS_BETWEEN_CHECKS, squarings)
-        # Copies of a converged singular value may blur the residual. NaN compares as better: it stays.
-        worse = new_residual > tf.gather(residual, active)
-        new_value = tf.where(worse, tf.gather(value, active), new_value)
-        new_residual = tf.where(worse, tf.gather(residual, active), new_residual)
-        value = tf.tensor_scatter_nd_update(value, active[:, None], new_value)
-        residual = tf.tensor_scatter_nd_update(residual, active[:, None], new_residual)
-        going = tf.where(unfinished(new_value, new_residual))[:, 0]
-        return tf.gather(active, going), value, residual, progress.take(going)
+        *new, progress = _advance(here, progress, STEPS_BETWEEN_CHECKS, squarings)
+        new = new[: len(found)]
+        old = [tf.gather(array, active) for array in found]
+        # Where an invariant subspace has been found, rounding may blur the residual. NaN compares as better: it stays.
+        worse = new[1] > old[1]
+        new = [tf.where(worse[:, None] if x.shape.rank > 1 else worse, x, y) for x, y in zip(old, new, strict=True)]
+        found = tuple(
+            tf.tensor_scatter_nd_update(array, active[:, None], part) for array, part in zip(found, new, strict=True)
+        )
+        going = tf.where(unfinished(new[0], new[1]))[:, 0]
+        return tf.gather(active, going), found, progress.take(going)
 
     active = tf.where(unfinished(value, residual))[:, 0]
-    _, value, residual, _ = tf.while_loop(
+    found = (value, residual) if options.memory is None else (value, residual, vector)
+    _, found, _ = tf.while_loop(
         lambda active, *_: tf.size(active) > 0,
         some_steps,
-        (active, value, residual, progress.take(active)),
-        shape_invariants=(tf.TensorShape([None]), value.shape, residual.shape, _Progress.shapes(operator)),
+        (active, found, progress.take(active)),
+        shape_invariants=(tf.TensorShape([None]), tuple(x.shape for x in found), _Progress.shapes(operator)),
         maximum_iterations=(MAX_STEPS - LEAST_STEPS) // STEPS_BETWEEN_CHECKS,
     )
-    return Measured(value, residual)
+    if options.memory is not None:
+        options.memory.keep(found[2])
+    return Measured(found[0], found[1])
 
 
 class _Progress(NamedTuple):
     """How far the bidiagonalisation `J V = U B` of some rows has come.
 
     `u` `(rows, m)` and `v` `(rows, n)` are the last vectors, `beta` `(rows,)` the entry of B that belongs to the next
-    one; `alphas` and `betas`, `(rows, steps)`, are the diagonal of B and what stands above it, from a zero on.
+    one; `alphas` and `betas`, `(rows, steps)`, are the diagonal of B and what stands above it, from a zero on. `basis`
+    `(rows, steps, n)` are the vectors before v.
     """
 
     u: tf.Tensor
@@ -92,16 +108,18 @@ class _Progress(NamedTuple):
     beta: tf.Tensor
     alphas: tf.Tensor
     betas: tf.Tensor
+    basis: tf.Tensor
 
     @classmethod
     def start(cls, operator: tf.linalg.LinearOperator, v: tf.Tensor) -> "_Progress":
-        rows, none = tf.shape(v)[0], v[:, :0]
-        return cls(tf.zeros([rows, int(operator.shape[-2])], v.dtype), v, tf.zeros([rows], v.dtype), none, none)
+        u, none = tf.zeros([tf.shape(v)[0], int(operator.shape[-2])], v.dtype), v[:, :0]
+        return cls(u, v, tf.zeros_like(u[:, 0]), none, none, v[:, None][:, :0])
 
     @staticmethod
     def shapes(operator: tf.linalg.LinearOperator) -> "_Progress":
         m, n = operator.shape[-2:]
-        return _Progress(*map(tf.TensorShape, ([None, m], [None, n], [None], [None, None], [None, None])))
+        shapes = ([None, m], [None, n], [None], [None, None], [None, None], [None, None, n])
+        return _Progress(*map(tf.TensorShape, shapes))
 
     def take(self, rows: tf.Tensor) -> "_Progress":
         return _Progress(*(tf.gather(part, rows) for part in self))
@@ -109,22 +127,27 @@ class _Progress(NamedTuple):
 
 def _take(operator: tf.linalg.LinearOperator, rows: tf.Tensor) -> tf.linalg.LinearOperator | None:
     """The operator of some rows; None if it only works as a whole, because its rows depend on each other, say."""
+    if hasattr(type(operator), "take"):
+        return operator.take(rows)
     if isinstance(operator, tf.linalg.LinearOperatorFullMatrix):
         return tf.linalg.LinearOperatorFullMatrix(tf.gather(operator.to_dense(), rows))
-    return operator.take(rows) if hasattr(type(operator), "take") else None
+    return None
 
 
 def _advance(
-    operator: tf.linalg.LinearOperator, progress: _Progress, steps: int, squarings: int
-) -> tuple[tf.Tensor, tf.Tensor, _Progress]:
-    """Some steps further: the leading singular value, its residual, and how far it has come."""
+    operator: tf.linalg.LinearOperator, progress: _Progress, steps: int | tf.Tensor, squarings: int
+) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor, _Progress]:
+    """Some steps further: leading singular value, its residual, its right vector, and how far it has come."""
 
-    def step(u: tf.Tensor, v: tf.Tensor, beta: tf.Tensor, alphas: tf.Tensor, betas: tf.Tensor) -> tuple[tf.Tensor, ...]:
+    def step(*state: tf.Tensor) -> tuple[tf.Tensor, ...]:
+        u, v, beta, alphas, betas, basis = state
+        basis = tf.concat([basis, v[:, None]], axis=1)
         betas = tf.concat([betas, beta[:, None]], axis=1)
         u, alpha = _normalised(operator.matvec(v) - beta[:, None] * u, _noise(alphas))
         alphas = tf.concat([alphas, alpha[:, None]], axis=1)
-        v, beta = _normalised(operator.matvec(u, adjoint=True) - alpha[:, None] * v, _noise(alphas))
-        return u, v, beta, alphas, betas
+        following = _orthogonal(operator.matvec(u, adjoint=True) - alpha[:, None] * v, basis)
+        v, beta = _normalised(following, _noise(alphas))
+        return u, v, beta, alphas, betas, basis
 
     progress = _Progress(
         *tf.while_loop(
@@ -136,8 +159,22 @@ def _advance(
         )
     )
     # The first of the betas belongs to no pair of vectors.
-    value, residual = _leading_singular_value(progress.alphas, progress.betas[:, 1:], progress.beta, squarings)
-    return value, residual, progress
+    value, residual, q = _leading_singular_value(progress.alphas, progress.betas[:, 1:], progress.beta, squarings)
+    return value, residual, tf.linalg.matvec(progress.basis, q, transpose_a=True), progress
+
+
+def _orthogonal(vectors: tf.Tensor, basis: tf.Tensor) -> tf.Tensor:
+    """Vectors `(rows, n)` without what they have in common with the vectors of a basis `(rows, steps, n)`."""
+
+    def cleaned(vectors: tf.Tensor) -> tf.Tensor:
+        # Written with the vectors on the left, which is twice as fast as `tf.linalg.matvec`.
+        common = tf.matmul(vectors[:, None], basis, transpose_b=True)
+        return vectors - tf.matmul(common, basis)[:, 0]
+
+    once = cleaned(vectors)
+    # Of a vector that has become much shorter, what is left may be rounding: twice is enough (Kahan, Parlett).
+    shorter = tf.reduce_any(tf.norm(once, axis=-1) < 0.7 * tf.norm(vectors, axis=-1))
+    return tf.cond(shorter, lambda: cleaned(once), lambda: once)
 
 
 def _noise(alphas: tf.Tensor) -> tf.Tensor:
@@ -154,14 +191,15 @@ def _normalised(vector: tf.Tensor, noise: tf.Tensor | float = 0.0) -> tuple[tf.T
 
 def _leading_singular_value(
     alphas: tf.Tensor, betas: tf.Tensor, beta: tf.Tensor, squarings: int
-) -> tuple[tf.Tensor, tf.Tensor]:
-    """The largest singular value of the upper bidiagonal B and the residual of its triplet in the whole matrix.
+) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+    """The largest singular value of the upper bidiagonal B, the residual of its triplet in the whole matrix, and q.
 
     With `A V = U B` and `Aᵀ U = V Bᵀ + β v eᵀ`, a unit vector p and `q = Bᵀ p / θ`, `θ = ‖Bᵀ p‖`, the triplet
     (θ, U p, V q) has the residuals `B q - θ p` and `β p_k`. p is the leading eigenvector of the small `B Bᵀ`, found by
     squaring that matrix: batched eigensolvers refuse NaN and take longer than the products with J.
     """
-    gram = _gram(alphas, betas)
+    bidiagonal = _bidiagonal(alphas, betas)
+    gram = tf.matmul(bidiagonal, bidiagonal, transpose_b=True)
     power = gram
     for _ in range(squarings):
         # The trace of a positive semidefinite matrix bounds its norm.
@@ -173,11 +211,11 @@ def _leading_singular_value(
     square = tf.reduce_sum(p * image, axis=-1)
     value = tf.sqrt(square)
     inner = tf.math.divide_no_nan(tf.norm(image - square[:, None] * p, axis=-1), value)
-    return value, tf.sqrt(inner**2 + (beta * p[:, -1]) ** 2)
+    q = tf.math.divide_no_nan(tf.linalg.matvec(bidiagonal, p, transpose_a=True), value[:, None])
+    return value, tf.sqrt(inner**2 + (beta * p[:, -1]) ** 2), q
 
 
-def _gram(alphas: tf.Tensor, betas: tf.Tensor) -> tf.Tensor:
-    """`B Bᵀ` of the upper bidiagonal B with diagonal alphas (rows, k) and superdiagonal betas (rows, k - 1)."""
+def _bidiagonal(alphas: tf.Tensor, betas: tf.Tensor) -> tf.Tensor:
+    """The upper bidiagonal B with diagonal alphas (rows, k) and superdiagonal betas (rows, k - 1)."""
     above = tf.roll(tf.linalg.diag(tf.pad(betas, [[0, 0], [0, 1]])), 1, axis=-1)
-    bidiagonal = tf.linalg.diag(alphas) + above
-    return tf.matmul(bidiagonal, bidiagonal, transpose_b=True)
+    return tf.linalg.diag(alphas) + above

@@ -10,8 +10,8 @@ import pytest
 import tensorflow as tf
 from helpers import normal
 
-from keras_jacmon.measures.registry import Options
-from keras_jacmon.measures.spectrum import spectral_norm
+from keras_jacmon.measures.options import Memory, Options
+from keras_jacmon.measures.spectrum import _orthogonal, spectral_norm
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -161,6 +161,63 @@ def test_a_bad_row_does_not_disturb_the_others(bad: float) -> None:
 
 def test_all_rows_bad() -> None:
     assert np.isnan(measured(np.full((2, 5, 5), np.nan, np.float32))).all()
+
+
+class Counted(tf.linalg.LinearOperatorFullMatrix):
+    """Counts the vectors that its rows are multiplied with."""
+
+    def __init__(self, matrix: Any, counts: list[int]) -> None:
+        super().__init__(matrix)
+        self.counts = counts
+
+    def take(self, rows: Any) -> Counted:
+        return Counted(tf.gather(self.to_dense(), rows), self.counts)
+
+    def _matvec(self, x: Any, adjoint: bool = False) -> Any:  # noqa: FBT001, FBT002 - TensorFlow's own signature
+        self.counts.append(int(x.shape[0]))
+        return super()._matvec(x, adjoint=adjoint)
+
+
+def products_of(J: NDArray[Any], memory: Memory) -> int:
+    """How many products it takes, and on the way that the values are right."""
+    operator = Counted(tf.constant(J), [])
+    value = spectral_norm(operator, Options(memory=memory)).value.numpy()
+    np.testing.assert_allclose(value, helpers.spectral_norm(J), rtol=1e-2)
+    return sum(operator.counts)
+
+
+def test_a_warm_start_needs_fewer_products_as_long_as_little_changes() -> None:
+    memory = Memory(tf.Variable(tf.zeros([9, 64])), tf.constant([8, 6, 4, 2, 0]))
+    J = normal(5, 64, 64)
+    cold = products_of(J, memory)
+    again, later = (products_of(J + scale * normal(5, 64, 64, seed=3), memory) for scale in (0.0, 0.02))
+    assert again <= cold / 2
+    assert later <= cold / 2
+    elsewhere = products_of(normal(5, 64, 64, seed=4), memory)
+    assert elsewhere > cold / 2
+    # The rows are remembered by their places.
+    np.testing.assert_allclose(np.linalg.norm(memory.vectors.numpy(), axis=1), np.tile([1, 0], 5)[:9], atol=1e-5)
+
+
+def test_what_was_not_finite_is_started_anew() -> None:
+    memory = Memory(tf.Variable(tf.zeros([3, 12])), tf.range(3))
+    J = normal(3, 12, 12)
+    bad = J.copy()
+    bad[1, 2, 3] = np.nan
+    spectral_norm(tf.linalg.LinearOperatorFullMatrix(bad), Options(memory=memory))
+    assert np.isfinite(memory.vectors.numpy()).all()
+    products_of(J, memory)
+
+
+def test_reorthogonalised_to_rounding_also_where_little_is_left() -> None:
+    basis = orthogonal(4, 32)[:, :20]
+    vectors = np.einsum("rkn,rk->rn", basis, normal(4, 20)) + 1e-5 * normal(4, 32, seed=2)
+    cleaned = _orthogonal(tf.constant(vectors), tf.constant(basis)).numpy()
+    common = np.einsum("rkn,rn->rk", basis, cleaned)
+    assert np.abs(common).max() < 1e-6 * np.linalg.norm(cleaned, axis=1).min()
+    expected = 1e-5 * normal(4, 32, seed=2)
+    expected = expected - np.einsum("rkn,rk->rn", basis, np.einsum("rkn,rn->rk", basis, expected))
+    np.testing.assert_allclose(cleaned, expected, atol=1e-6)
 
 
 @pytest.mark.parametrize(("n", "mean", "spread"), [(32, 1.909, 0.083), (64, 1.944, 0.051), (128, 1.964, 0.032)])
