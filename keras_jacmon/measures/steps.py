@@ -1,0 +1,43 @@
+"""The Jacobians of a sequence, one step of all samples at a time."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import tensorflow as tf
+
+
+@dataclass(frozen=True)
+class Steps:
+    """What the measures of products over time are given.
+
+    Attributes:
+        time: How many steps there are, a scalar.
+        at: From the index of a step, a scalar, in the order in which the cell runs, to the operator of all samples at
+            that step, batch shape `(samples,)`.
+        mask: `(time, samples)`, False where a step is skipped, so that its Jacobian is the identity; None for no mask.
+        samples: How many there are, a scalar.
+        size: Units n of the square Jacobians.
+        dtype: Of the operators.
+    """
+
+    time: int | tf.Tensor
+    at: Callable[[tf.Tensor], tf.linalg.LinearOperator]
+    mask: tf.Tensor | None
+    samples: int | tf.Tensor
+    size: int
+    dtype: tf.DType
+
+    def multiply(self, t: tf.Tensor, vectors: tf.Tensor, *, adjoint: bool = False) -> tf.Tensor:
+        """Products of the Jacobians of a step with vectors `(samples, n, vectors)`; a skipped step changes nothing.
+
+        Args:
+            t: Index of the step.
+            vectors: The columns to be multiplied.
+            adjoint: Whether to multiply with Jᵀ.
+        """
+        images = tf.ensure_shape(self.at(t).matmul(vectors, adjoint=adjoint), vectors.shape)
+        return images if self.mask is None else tf.where(self.mask[t][:, None, None], images, vectors)
+
+    def valid(self, t: tf.Tensor) -> tf.Tensor:
+        """Which samples take a step and do not skip it, `(samples,)`."""
+        return tf.ones([self.samples], tf.bool) if self.mask is None else self.mask[t]

@@ -1,0 +1,354 @@
+"""The gain of products of Jacobians, against dense products and known values."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from helpers import normal, reference_jacobians
+from sequences import built, in_graph, of_cell, of_matrices, pieces, rotations
+
+from keras_jacmon.measures.flow import (
+    Flow,
+    exact_flow_segment,
+    flow_by_span,
+    flow_segment,
+    growth,
+    horizon,
+    start_exact_flow,
+    start_flow,
+)
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from keras_jacmon.measures.steps import Steps
+
+NAN, INF = math.nan, math.inf
+
+
+def estimated(steps: Steps, vectors: int = 4, seed: int = 0) -> Flow:
+    carry = start_flow(steps.samples, steps.size, vectors, (seed, 1), steps.dtype)
+    logs, _ = flow_segment(steps, carry)
+    return flow_by_span(logs, steps.mask)
+
+
+def exact(steps: Steps) -> tf.Tensor:
+    """The logarithms of the spectral norms, (spans, samples)."""
+    logs, _ = exact_flow_segment(steps, start_exact_flow(steps.samples, steps.size, steps.dtype))
+    return flow_by_span(logs, steps.mask).log_gain
+
+
+def run(J: Any, mask: NDArray[np.bool_] | None = None, **kwargs: Any) -> Any:
+    return in_graph(lambda: estimated(of_matrices(J, mask), **kwargs))
+
+
+def run_exact(J: Any, mask: NDArray[np.bool_] | None = None) -> NDArray[np.float64]:
+    found: NDArray[np.float64] = in_graph(lambda: exact(of_matrices(J, mask)))
+    return found
+
+
+def products(J: NDArray[Any]) -> NDArray[np.float64]:
+    """`d s_T / d s_{T-k}` for k = 1..T: (spans, samples, n, n)."""
+    P, found = np.eye(J.shape[-1]), []
+    for step in J[::-1].astype(np.float64):
+        P = P @ step
+        found.append(P)
+    return np.stack(found)
+
+
+def log_rms(J: NDArray[Any]) -> NDArray[np.float64]:
+    P = products(J)
+    return np.asarray(np.log(np.linalg.norm(P, axis=(-2, -1)) / np.sqrt(J.shape[-1])))
+
+
+def log_norm(J: NDArray[Any]) -> NDArray[np.float64]:
+    return np.asarray(np.log(np.linalg.norm(products(J), ord=2, axis=(-2, -1))))
+
+
+# Equal to dense products -----------------------------------------------------------------------------------------
+
+
+def test_many_vectors_give_the_frobenius_norm() -> None:
+    J = normal(6, 5, 7, 7, scale=0.5)
+    flow = run(J, vectors=4000)
+    assert flow.log_gain.shape == flow.standard_error.shape == (6, 5)
+    assert np.all(np.abs(flow.log_gain - log_rms(J)) < 4.5 * flow.standard_error)
+    assert np.all(flow.standard_error < 0.03)
+
+
+def test_the_square_of_the_gain_is_unbiased_and_the_error_is_what_it_says() -> None:
+    # All samples are alike, so each is a run of its own.
+    J = np.repeat(normal(5, 1, 8, 8, scale=0.4), 3000, axis=1)
+    flow = run(J, vectors=4)
+    expected = log_rms(J[:, :1])
+    ratio = np.exp(2 * (flow.log_gain - expected))
+    assert np.all(np.abs(ratio.mean(axis=1) - 1) < 4 * ratio.std(axis=1) / np.sqrt(3000))
+    reported = np.sqrt(np.mean(np.exp(4 * (flow.log_gain - expected)) * flow.standard_error**2, axis=1))
+    np.testing.assert_allclose(reported, ratio.std(axis=1) / 2, rtol=0.1)
+
+
+def test_one_unit_leaves_no_doubt() -> None:
+    J = normal(6, 5, 1, 1)
+    flow = run(J)
+    np.testing.assert_allclose(flow.log_gain, log_rms(J), rtol=1e-5, atol=1e-6, strict=True)
+    np.testing.assert_allclose(flow.standard_error, np.zeros((6, 5)), atol=1e-6, strict=True)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_the_exact_norm_is_that_of_the_product(dtype: Any) -> None:
+    J = normal(9, 3, 6, 6).astype(dtype)
+    tolerance = 1e-5 if dtype == np.float32 else 1e-12
+    np.testing.assert_allclose(run_exact(J), log_norm(J), rtol=tolerance, atol=tolerance, strict=True)
+
+
+@pytest.mark.parametrize("structured", [True, False], ids=["structure", "autodiff"])
+@pytest.mark.parametrize("make", [keras.layers.LSTM, keras.layers.GRU])
+def test_of_a_cell_it_is_that_of_its_jacobians(make: Any, structured: bool) -> None:  # noqa: FBT001 - a parameter of the test
+    layer = make(3)
+    probe = normal(2, 5, 2)
+    layer(probe)
+    for weight in layer.trainable_weights:
+        weight.assign(normal(*weight.shape, seed=3))
+    J = reference_jacobians(layer, probe)
+    dense = J.get("joint", J["hidden"])
+    inputs = probe.transpose(1, 0, 2)
+
+    def graph() -> Any:
+        steps = of_cell(layer.cell, inputs, structured=structured)
+        return exact(steps), estimated(steps, vectors=400)
+
+    norm, flow = in_graph(graph)
+    np.testing.assert_allclose(norm, log_norm(dense), rtol=1e-4, atol=1e-4, strict=True)
+    assert np.all(np.abs(flow.log_gain - log_rms(dense)) < 4.5 * flow.standard_error + 1e-4)
+
+
+# Known values ----------------------------------------------------------------------------------------------------
+
+
+def test_orthogonal_steps_keep_norms() -> None:
+    J = rotations(20, 6).reshape(10, 2, 6, 6)
+    flow = run(J)
+    np.testing.assert_allclose(flow.log_gain, np.zeros((10, 2)), atol=1e-12, strict=True)
+    np.testing.assert_allclose(run_exact(J), np.zeros((10, 2)), atol=1e-12, strict=True)
+    assert np.all(horizon(flow.log_gain) == INF)
+
+
+@pytest.mark.parametrize("gain", [5.0, 0.2])
+def test_ten_thousand_steps_neither_overflow_nor_underflow(gain: float) -> None:
+    J = tf.constant(gain * rotations(2, 3), tf.float32)
+
+    @tf.function(autograph=False)
+    def graph() -> Any:
+        steps = of_matrices(J[None])
+        long = type(steps)(10_000, lambda _: steps.at(0), None, 2, 3, tf.float32)
+        log_gain = estimated(long, vectors=2).log_gain
+        return log_gain, growth(log_gain), horizon(log_gain)
+
+    log_gain, slope, steps = graph()
+    expected = np.arange(1, 10_001)[:, None] * np.full((1, 2), math.log(gain))
+    np.testing.assert_allclose(log_gain, expected, rtol=1e-6, strict=True)
+    np.testing.assert_allclose(slope, np.full(2, math.log(gain)), rtol=1e-6, strict=True)
+    np.testing.assert_array_equal(steps, np.full(2, 3.0))
+
+
+@pytest.mark.parametrize("gain", [1e30, 1e-30])
+def test_a_single_step_may_be_as_large_or_small_as_a_float(gain: float) -> None:
+    J = (gain * rotations(8, 3)).astype(np.float32).reshape(4, 2, 3, 3)
+    expected = np.arange(1, 5)[:, None] * np.full((1, 2), math.log(gain))
+    np.testing.assert_allclose(run(J).log_gain, expected, rtol=1e-6)
+    np.testing.assert_allclose(run_exact(J), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("bias", "structured"), [(1.0, True), (5.0, False)], ids=["structure", "autodiff"])
+def test_an_lstm_without_kernels_forgets_by_its_forget_gate(bias: float, structured: bool) -> None:  # noqa: FBT001 - a parameter of the test
+    cell = built(keras.layers.LSTMCell(3, kernel_initializer="zeros", recurrent_initializer="zeros"), 2)
+    cell.bias.assign(np.repeat([0.0, bias, 0.0, 0.0], 3))
+    log_gain = in_graph(lambda: estimated(of_cell(cell, normal(60, 2, 2), structured=structured)).log_gain)
+    # P_k = f^k [[0, I/2], [0, I]], and its RMS gain f^k sqrt(1.25 / 2).
+    rate = {1.0: -0.313262, 5.0: -0.006715}[bias]
+    expected = np.arange(1, 61)[:, None] * np.full((1, 2), rate) + 0.5 * math.log(1.25 / 2)
+    np.testing.assert_allclose(log_gain, expected, atol=1e-4, strict=True)
+    np.testing.assert_allclose(growth(log_gain), np.full(2, rate), atol=1e-3, strict=True)
+
+
+@pytest.mark.parametrize(("rho", "total"), [(1.0, 42_634_215_112_710), (0.5, 1.0)])
+def test_a_stack_of_scalar_recurrences_has_binomial_gradients(rho: float, total: float) -> None:
+    layers, time = 10, 100
+    # h_l,t = ρ h_l,t-1 + ρ h_l-1,t with h_0 = x: sample D has the Jacobian dh/dx, D steps, and the look at the last h.
+    lag = np.subtract.outer(np.arange(layers), np.arange(layers))
+    step = np.where(lag >= 0, rho ** (lag + 1.0), 0.0)
+    first, last = np.zeros((2, layers, layers))
+    first[:, 0], last[-1, -1] = rho ** np.arange(1, layers + 1), 1.0
+    J = np.stack([first, *[step] * (time - 1), last])
+    mask = np.ones((time + 1, time), bool)
+    for D in range(time):
+        mask[D + 1 : -1, D] = False
+    log_gain = run_exact(np.repeat(J[:, None], time, axis=1), mask)
+    gradients = np.exp(log_gain[np.arange(time) + 1, np.arange(time)])
+    expected = [rho ** (d + layers) * math.comb(d + layers - 1, layers - 1) for d in range(time)]
+    np.testing.assert_allclose(gradients, expected, rtol=1e-10)
+    np.testing.assert_allclose(gradients.sum(), total, rtol=1e-10)
+
+
+def test_products_of_gaussian_matrices_grow_as_the_square_of_their_norm() -> None:
+    # E ‖P‖_F² / n = s^(2k) for entries of variance s²/n: the mean of the squares, not of the logarithms.
+    J = normal(3, 400, 16, 16, scale=1.3 / 4)
+    squares = np.exp(2 * run(J).log_gain)
+    expected = 1.3 ** (2 * np.arange(1, 4))
+    assert np.all(np.abs(squares.mean(axis=1) - expected) < 4 * squares.std(axis=1) / np.sqrt(400))
+
+
+# Masks, segments, bad values -------------------------------------------------------------------------------------
+
+MASK = np.array(
+    [[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0], [0, 0, 1, 1, 1, 1], [1, 0, 1, 0, 0, 1], [0, 0, 0, 0, 0, 0]], bool
+).T
+
+
+@pytest.mark.parametrize("how", [run_exact, lambda J, mask=None: run(J, mask).log_gain], ids=["exact", "estimated"])
+def test_skipped_steps_do_not_count(how: Any) -> None:
+    J = normal(6, 5, 4, 4, scale=0.7)
+    J[~MASK] = NAN
+    found = how(J, MASK)
+    assert found.shape == (6, 5)
+    for sample in range(5):
+        kept = MASK[:, sample]
+        count = kept.sum()
+        assert np.isnan(found[count:, sample]).all()
+        if count:
+            # The random vectors of all samples are those of the whole.
+            alone = how(np.where(kept[:, None, None, None], J, 0)[kept])[:, sample]
+            np.testing.assert_allclose(found[:count, sample], alone, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("mask", [None, MASK], ids=["unmasked", "masked"])
+@pytest.mark.parametrize("length", [1, 4, 6])
+def test_segments_give_what_the_whole_gives(length: int, mask: Any) -> None:
+    steps = of_matrices(normal(6, 5, 4, 4), mask)
+    carry = start_flow(5, 4, 3, (0, 1), tf.float32)
+    carry_exact = start_exact_flow(5, 4, tf.float32)
+    logs: list[tf.Tensor] = []
+    logs_exact: list[tf.Tensor] = []
+    for piece in reversed(list(pieces(steps, length))):
+        some, carry = flow_segment(piece, carry)
+        logs.insert(0, some)
+        some, carry_exact = exact_flow_segment(piece, carry_exact)
+        logs_exact.insert(0, some)
+    whole = estimated(steps, vectors=3)
+    parts = flow_by_span(tf.concat(logs, axis=0), steps.mask)
+    np.testing.assert_array_equal(parts.log_gain, whole.log_gain, strict=True)
+    np.testing.assert_array_equal(parts.standard_error, whole.standard_error, strict=True)
+    parts = flow_by_span(tf.concat(logs_exact, axis=0), steps.mask)
+    np.testing.assert_array_equal(parts.log_gain, exact(steps), strict=True)
+
+
+def test_zero_is_minus_infinity_and_nothing_else_is() -> None:
+    J = normal(4, 3, 5, 5)
+    clean = run(J)
+    J[1, 1] = 0
+    flow = run(J)
+    np.testing.assert_array_equal(flow.log_gain[2:, 1], [-INF, -INF])
+    np.testing.assert_array_equal(flow.standard_error[2:, 1], [0, 0])
+    np.testing.assert_array_equal(flow.log_gain[:, [0, 2]], clean.log_gain[:, [0, 2]])
+    np.testing.assert_array_equal(flow.log_gain[:2, 1], clean.log_gain[:2, 1])
+    np.testing.assert_array_equal(run_exact(J)[2:, 1], [-INF, -INF])
+    assert np.isfinite(run_exact(J)[:, [0, 2]]).all()
+    np.testing.assert_array_equal(np.isinf(growth(flow.log_gain)), [False, True, False])
+    assert horizon(flow.log_gain)[1] == 3
+
+
+@pytest.mark.parametrize("bad", [NAN, INF])
+@pytest.mark.parametrize("how", [run_exact, lambda J: run(J).log_gain], ids=["exact", "estimated"])
+def test_a_bad_sample_does_not_disturb_the_others(how: Any, bad: float) -> None:
+    J = normal(4, 3, 5, 5)
+    clean = how(J)
+    J[1, 1, 2, 3] = bad
+    found = how(J)
+    assert not np.isfinite(found[2:, 1]).any()
+    found[2:, 1] = clean[2:, 1]
+    np.testing.assert_array_equal(found, clean, strict=True)
+
+
+def test_nan_beside_zeros_is_not_zero() -> None:
+    J = np.zeros((2, 1, 3, 3), np.float32)
+    J[:, 0, 1, 1] = NAN
+    assert np.isnan(run(J).log_gain).all()
+    assert np.isnan(run_exact(J)).all()
+
+
+def test_the_seed_decides() -> None:
+    J = normal(4, 3, 8, 8)
+    first, again, other = (run(J, seed=seed).log_gain for seed in (1, 1, 2))
+    np.testing.assert_array_equal(first, again, strict=True)
+    assert np.all(first != other)
+    # Each sample has vectors of its own.
+    same = run(np.repeat(J[:, :1], 3, axis=1), seed=1).log_gain
+    assert len(np.unique(same[0])) == 3
+
+
+def test_shapes_may_be_unknown() -> None:
+    J = normal(6, 5, 4, 4)
+
+    @tf.function(input_signature=[tf.TensorSpec((None, None, 4, 4)), tf.TensorSpec((None, None), tf.bool)])
+    def graph(J: Any, mask: Any) -> Any:
+        steps = of_matrices(J)
+        masked = type(steps)(steps.time, steps.at, mask, steps.samples, 4, J.dtype)
+        return estimated(masked), exact(masked)
+
+    found, norm = graph(J, MASK)
+    np.testing.assert_allclose(found.log_gain, run(J, MASK).log_gain, rtol=1e-6)
+    np.testing.assert_allclose(norm, run_exact(J, MASK), rtol=1e-6)
+
+
+# Growth and horizon ----------------------------------------------------------------------------------------------
+
+
+def test_growth_is_the_slope() -> None:
+    spans = np.arange(1.0, 41.0)
+    log_gain = np.stack(
+        [
+            -0.3 * spans,
+            0.2 * spans,
+            np.where(spans <= 10, -0.5 * spans, NAN),
+            np.where(spans <= 1, -0.7, NAN),
+            np.full(40, NAN),
+            np.where(spans < 30, -spans, -INF),
+            np.full(40, -INF),
+        ],
+        axis=1,
+    )
+    expected = np.array([-0.3, 0.2, -0.5, -0.7, NAN, -INF, -INF])
+    np.testing.assert_allclose(growth(log_gain), expected, rtol=1e-12, strict=True)
+    assert growth(log_gain.astype(np.float32)).dtype == tf.float32
+
+
+def test_growth_is_least_squares() -> None:
+    log_gain = normal(30, 4).astype(np.float64)
+    spans = np.arange(31)
+    expected = np.polyfit(spans, np.concatenate([np.zeros((1, 4)), log_gain]), 1)[0]
+    np.testing.assert_allclose(growth(log_gain), expected, rtol=1e-9, strict=True)
+
+
+def test_what_is_lost_once_is_not_lost_at_each_step() -> None:
+    log_gain = -3.0 - 0.1 * np.arange(1.0, 201.0)[:, None]
+    np.testing.assert_allclose(growth(log_gain), [-0.1], atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("gain", "expected"), [(0.5, 7), (2.0, 7), (0.01, 1), (0.1, 2), (100.0, 1), (1.0, INF), (0.9, INF)]
+)
+def test_horizon_is_the_first_step_beyond_the_thresholds(gain: float, expected: float) -> None:
+    log_gain = np.arange(1, 41)[:, None] * math.log(gain)
+    np.testing.assert_array_equal(horizon(log_gain), np.array([expected], float), strict=True)
+
+
+def test_horizon_of_other_thresholds_of_short_and_of_unknown_flows() -> None:
+    log_gain = np.arange(1.0, 11.0)[:, None] * np.array([-1.0, 1.0, -1.0, NAN, -INF])
+    log_gain[3:, 2] = NAN
+    np.testing.assert_array_equal(horizon(log_gain), [5, 5, INF, NAN, 1])
+    np.testing.assert_array_equal(horizon(log_gain, fall=0.05, rise=math.exp(6.5)), [3, 7, 3, NAN, 1])
