@@ -1,0 +1,333 @@
+"""Eigenvalues and singular values, against LAPACK, exact identities and the known values of random matrices."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from helpers import normal, step_jacobians
+from sequences import built, in_graph, of_cell, rotations
+
+from keras_jacmon.measures import eigen
+from keras_jacmon.measures.eigen import condition_number, eigenvalues, singular_values, spectral_radius
+from keras_jacmon.measures.options import Options
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from numpy.typing import NDArray
+
+NAN, INF = math.nan, math.inf
+# Where eigenvalues begin to be iterated for.
+LARGE = eigen.EXACT_SIZE + 1
+both = pytest.mark.parametrize("structured", [True, False], ids=["structure", "autodiff"])
+
+
+def full(J: Any) -> tf.linalg.LinearOperatorFullMatrix:
+    return tf.linalg.LinearOperatorFullMatrix(tf.convert_to_tensor(J))
+
+
+def radius(J: NDArray[Any], tolerance: float = 1e-2, seed: int = 0) -> NDArray[Any]:
+    measured = in_graph(lambda: spectral_radius(full(J), Options(seed=seed, tolerance=tolerance)))
+    assert (measured.uncertainty is None) == (J.shape[-1] < LARGE)
+    value: NDArray[Any] = measured.value
+    assert value.shape == J.shape[:1]
+    assert value.dtype == J.dtype
+    return value
+
+
+def iterated(J: NDArray[Any], tolerance: float = 1e-2, seed: int = 0) -> tuple[NDArray[Any], NDArray[Any]]:
+    """The way of large matrices, and its residual, for matrices of any size."""
+    measured = in_graph(lambda: tuple(eigen._arnoldi_radius(full(J), Options(seed=seed, tolerance=tolerance))))
+    return measured[0], measured[1]
+
+
+def lapack_radius(J: NDArray[Any]) -> NDArray[np.float64]:
+    return np.asarray(np.abs(np.linalg.eigvals(J.astype(np.float64))).max(axis=-1))
+
+
+def lstm_like(rows: int, units: int, seed: int = 0) -> NDArray[np.float32]:
+    """The joint view of an LSTM at the origin: [[U/4, f/2], [U/2, f]]."""
+    U, eye = normal(rows, units, units, seed=seed, scale=1 / math.sqrt(units)), np.eye(units, dtype=np.float32)
+    f = np.broadcast_to(np.float32(1 / (1 + math.exp(-1))) * eye, U.shape)
+    return np.block([[0.25 * U, 0.5 * f], [0.5 * U, f]]).astype(np.float32)
+
+
+ENSEMBLES: dict[str, Callable[[int, int], NDArray[np.float32]]] = {
+    "gaussian": lambda rows, n: normal(rows, n, n, seed=4, scale=1 / math.sqrt(n)),
+    "gaussian_relu": lambda rows, n: relu_mask(rows, n) * normal(rows, n, n, seed=4, scale=1 / math.sqrt(n)),
+    "he_relu": lambda rows, n: relu_mask(rows, n) * normal(rows, n, n, seed=4, scale=math.sqrt(2 / n)),
+    "orthogonal_relu": lambda rows, n: (math.sqrt(2) * relu_mask(rows, n) * rotations(rows, n)).astype(np.float32),
+}
+
+
+def relu_mask(rows: int, n: int) -> NDArray[np.float32]:
+    return (normal(rows, n, 1, seed=5) > 0).astype(np.float32)
+
+
+# Eigenvalues -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("n", [1, 2, 5, 32])
+def test_eigenvalues_are_those_of_lapack(n: int, dtype: Any) -> None:
+    J = normal(4, n, n).astype(dtype)
+    found = eigenvalues(full(J)).numpy()
+    assert found.shape == (4, n)
+    assert np.all(np.diff(np.abs(found)) <= 0)
+    # The characteristic polynomial does not ask for the order of pairs.
+    tolerance = 2e-4 if dtype == np.float32 else 1e-10
+    for row in range(4):
+        expected = np.poly(np.linalg.eigvals(J[row].astype(np.float64)))
+        np.testing.assert_allclose(
+            np.poly(found[row]), expected, rtol=tolerance, atol=tolerance * np.abs(expected).max()
+        )
+
+
+def test_eigenvalues_of_a_rotation_and_of_a_shear() -> None:
+    J = np.array([[[0, -2], [2, 0]], [[3, 1], [0, -5]], [[0, 0], [0, 0]]], np.float32)
+    found = eigenvalues(full(J)).numpy()
+    np.testing.assert_allclose(np.sort_complex(found[0]), [-2j, 2j], atol=1e-6)
+    np.testing.assert_allclose(found[1], [-5, 3], atol=1e-6)
+    np.testing.assert_array_equal(found[2], [0, 0])
+
+
+@both
+def test_an_lstm_at_the_origin(structured: bool) -> None:  # noqa: FBT001 - a parameter of the test
+    # 0 and σ(1) + u/4 for the eigenvalues u of U_g.
+    cell = built(keras.layers.LSTMCell(5, seed=1), 2)
+    J = np.zeros((1, 3, 2), np.float32)
+    found, rho = in_graph(
+        lambda: (
+            eigenvalues(of_cell(cell, J, structured=structured).at(0)),
+            spectral_radius(of_cell(cell, J, structured=structured).at(0), Options()).value,
+        )
+    )
+    u = np.linalg.eigvals(cell.recurrent_kernel.numpy()[:, 10:15])
+    expected = 1 / (1 + math.exp(-1)) + u / 4
+    for row in range(3):
+        np.testing.assert_allclose(np.poly(found[row, :5]), np.poly(expected), atol=1e-5)
+    # Five eigenvalues of zero, to the root of rounding if they are defective.
+    np.testing.assert_allclose(found[:, 5:], np.zeros((3, 5)), atol=1e-3)
+    np.testing.assert_allclose(rho, np.full(3, np.abs(expected).max()), rtol=1e-5)
+
+
+@both
+def test_a_gru_at_the_origin(structured: bool) -> None:  # noqa: FBT001 - a parameter of the test
+    # Half of the identity and a quarter of the kernel.
+    cell = built(keras.layers.GRUCell(6, seed=1), 2)
+    x = np.zeros((1, 2, 2), np.float32)
+    found = in_graph(lambda: eigenvalues(of_cell(cell, x, structured=structured).at(0)))
+    expected = 0.5 + np.linalg.eigvals(cell.recurrent_kernel.numpy()[:, 12:]) / 4
+    for row in range(2):
+        np.testing.assert_allclose(np.poly(found[row]), np.poly(expected), atol=1e-5)
+
+
+# Spectral radius -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n", [1, 7, 64, 150])
+def test_an_orthogonal_matrix_has_radius_one(n: int) -> None:
+    J = rotations(3, n).astype(np.float32)
+    np.testing.assert_allclose(radius(J), np.ones(3, np.float32), rtol=1e-5 if n < LARGE else 1e-2, strict=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected", "spread"),
+    # The table gives a spread for the first; for the others it is that of their own draws.
+    [
+        ("gaussian", 1.060, 0.055),
+        ("gaussian_relu", 0.751, None),
+        ("he_relu", 1.071, None),
+        ("orthogonal_relu", 1.062, None),
+    ],
+)
+def test_random_matrices_have_their_known_radius(name: str, expected: float, spread: float | None) -> None:
+    values = radius(ENSEMBLES[name](100, 64))
+    spread = spread or values.std(ddof=1)
+    # 200 draws made the table.
+    assert abs(values.mean() - expected) < 4 * spread * math.sqrt(1 / 100 + 1 / 200)
+
+
+@pytest.mark.parametrize(
+    ("make", "gates", "expected"),
+    [
+        (keras.layers.GRUCell, 3, 1 / math.sqrt(3)),
+        (keras.layers.LSTMCell, 4, 1 / 2),
+        (keras.layers.SimpleRNNCell, 1, 1),
+    ],
+)
+def test_orthogonal_gate_blocks_have_the_radius_of_what_is_left_of_them(make: Any, gates: int, expected: float) -> None:
+    n = 128
+    kernels = [built(make(n, seed=seed), 2).recurrent_kernel.numpy().T.reshape(gates, n, n) for seed in range(6)]
+    values = radius(np.concatenate(kernels))
+    # Gaussian matrices of 128 units are 4.7 % above their limit, and orthogonal ones are orthogonal.
+    np.testing.assert_allclose(values.mean(), expected, rtol=0.06 if gates > 1 else 1e-5)
+    assert values.std() < 0.05
+
+
+@both
+def test_a_relu_network_of_one_cell(structured: bool) -> None:  # noqa: FBT001 - a parameter of the test
+    cell = built(keras.layers.SimpleRNNCell(150, activation="relu", recurrent_initializer="he_normal"), 2)
+    x = normal(1, 4, 2)
+    h = normal(4, 150, seed=1)
+
+    def graph() -> Any:
+        cell.get_initial_state = lambda batch_size: [tf.constant(h)]  # noqa: ARG005 - as Keras calls it
+        return tuple(spectral_radius(of_cell(cell, x, structured=structured).at(0), Options()))
+
+    value, residual = in_graph(graph)
+    J, _ = step_jacobians(cell, x[0], [tf.constant(h)], ["hidden"])
+    np.testing.assert_allclose(value, lapack_radius(J["hidden"]), rtol=1e-2)
+    assert np.all(residual <= 1e-2 * value)
+
+
+@pytest.mark.parametrize("name", [*ENSEMBLES, "lstm"])
+def test_large_matrices_are_iterated_to_the_tolerance(name: str) -> None:
+    n = 192
+    J = lstm_like(4, n // 2) if name == "lstm" else ENSEMBLES[name](4, n)
+    expected = lapack_radius(J)
+    for tolerance in (1e-2, 1e-3):
+        value, residual = iterated(J, tolerance)
+        assert np.all(residual <= tolerance * value)
+        np.testing.assert_allclose(value, expected, rtol=tolerance)
+
+
+def test_the_residual_bounds_the_error_of_a_normal_matrix() -> None:
+    J = normal(5, 200, 200)
+    J += J.swapaxes(1, 2)
+    spectrum = np.abs(np.linalg.eigvalsh(J.astype(np.float64)))
+    for tolerance in (0.3, 1e-2, 1e-4):
+        value, residual = iterated(J, tolerance)
+        assert np.all(residual <= tolerance * value)
+        distance = np.abs(spectrum - value[:, None]).min(axis=1)
+        assert np.all(distance <= residual + 1e-5 * spectrum.max())
+    np.testing.assert_allclose(value, spectrum.max(axis=1), rtol=1e-4)
+
+
+def test_what_does_not_converge_says_so() -> None:
+    # All eigenvalues of an orthogonal matrix are as large as the largest.
+    value, residual = iterated(rotations(2, 400).astype(np.float32))
+    np.testing.assert_allclose(value, np.ones(2), rtol=2e-2)
+    assert np.all(residual > 1e-2 * value)
+    assert np.all(np.abs(value - 1) <= residual)
+
+
+@pytest.mark.parametrize(
+    ("J", "expected"),
+    [
+        (np.diag([2.0, 2.0, 2.0, 1.0]), 2.0),
+        (np.diag([-3.0, 1.0, 2.0]), 3.0),
+        (np.diag([1.0] * 60 + [1.5, -1.5]), 1.5),
+        (np.diag([0.0, 0.0, 5.0]), 5.0),
+        (np.kron(np.diag([1.0, 0.5]), [[0.0, -2.0], [2.0, 0.0]]), 2.0),
+        (np.outer([1.0, 2.0, 3.0], [1.0, -1.0, 1.0]), 2.0),
+        (np.zeros((60, 60)), 0.0),
+        (np.full((1, 1), -0.3), 0.3),
+    ],
+    ids=["repeated", "negative", "bulk", "one_direction", "pairs", "rank_one", "zero", "scalar"],
+)
+def test_spectra_that_are_hard_to_iterate(J: NDArray[Any], expected: float) -> None:
+    value, _ = iterated(J[None].astype(np.float32))
+    np.testing.assert_allclose(value, [expected], rtol=1e-2)
+
+
+@pytest.mark.parametrize("diagonal", [0.0, 1e-3])
+def test_a_matrix_far_from_normal_is_some_rounding_away_from_others(diagonal: float) -> None:
+    # Of 60 units, one entry of 1e-7 in the corner would make eigenvalues of modulus 0.76.
+    J = np.eye(60, k=1) + diagonal * np.eye(60)
+    value, residual = iterated(np.stack([J, 1e3 * J]).astype(np.float32))
+    assert np.all(value < [1, 1e3])
+    assert np.all(np.isfinite(residual))
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1e12])
+@pytest.mark.parametrize("n", [16, LARGE])
+def test_the_radius_at_every_scale(n: int, scale: float) -> None:
+    J = normal(2, n, n)
+    np.testing.assert_allclose(radius(J * np.float32(scale)), scale * lapack_radius(J), rtol=1e-2)
+
+
+def test_rows_of_different_kinds_at_once() -> None:
+    n = LARGE
+    rotation = rotations(1, n).astype(np.float32)
+    J = np.concatenate([normal(1, n, n), np.zeros((1, n, n), np.float32), rotation, np.eye(n, dtype=np.float32)[None]])
+    np.testing.assert_allclose(radius(J), lapack_radius(J), rtol=1e-2)
+
+
+def test_the_seed_decides_the_iteration() -> None:
+    J = normal(3, LARGE, LARGE)
+    np.testing.assert_array_equal(radius(J, seed=1), radius(J, seed=1), strict=True)
+    assert np.all(radius(J, 0.3, seed=1) != radius(J, 0.3, seed=2))
+
+
+# Singular values -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("shape", [(1, 1), (5, 5), (33, 33), (4, 7), (7, 4)])
+def test_singular_values_are_those_of_lapack(shape: tuple[int, int], dtype: Any) -> None:
+    J = normal(3, *shape).astype(dtype)
+    expected = np.linalg.svd(J.astype(np.float64), compute_uv=False)
+    tolerance = 1e-5 if dtype == np.float32 else 1e-12
+    found = singular_values(full(J)).numpy()
+    np.testing.assert_allclose(found, expected.astype(dtype), rtol=tolerance, atol=tolerance, strict=True)
+    condition = condition_number(full(J), Options())
+    assert condition.uncertainty is None
+    np.testing.assert_allclose(condition.value, expected[:, 0] / expected[:, -1], rtol=100 * tolerance)
+
+
+def test_all_singular_values_of_an_orthogonal_matrix_are_one() -> None:
+    J = rotations(3, 20).astype(np.float32)
+    np.testing.assert_allclose(singular_values(full(J)), np.ones((3, 20), np.float32), rtol=1e-5, strict=True)
+    np.testing.assert_allclose(condition_number(full(J), Options()).value, np.ones(3, np.float32), rtol=1e-5)
+
+
+def test_a_singular_matrix_has_no_condition() -> None:
+    J = np.stack([np.zeros((4, 4)), np.diag([1.0, 1, 1, 0]), np.ones((4, 4)), np.diag([4.0, 3, 2, 1])])
+    np.testing.assert_array_equal(condition_number(full(J), Options()).value, [INF, INF, INF, 4])
+    np.testing.assert_allclose(singular_values(full(J))[:2], [[0, 0, 0, 0], [1, 1, 1, 0]])
+
+
+@both
+def test_singular_values_of_a_cell(structured: bool) -> None:  # noqa: FBT001 - a parameter of the test
+    cell = built(keras.layers.SimpleRNNCell(6, seed=1), 2)
+    found = in_graph(
+        lambda: singular_values(of_cell(cell, np.zeros((1, 2, 2), np.float32), structured=structured).at(0))
+    )
+    np.testing.assert_allclose(found, np.ones((2, 6), np.float32), rtol=1e-5, strict=True)
+
+
+# All of them -----------------------------------------------------------------------------------------------------
+
+MEASURES: dict[str, Callable[[Any], Any]] = {
+    "eigenvalues": eigenvalues,
+    "singular_values": singular_values,
+    "condition_number": lambda operator: condition_number(operator, Options()).value,
+    "spectral_radius": lambda operator: spectral_radius(operator, Options()).value,
+}
+
+
+@pytest.mark.parametrize("bad", [NAN, INF])
+@pytest.mark.parametrize(("name", "n"), [*((name, 6) for name in MEASURES), ("spectral_radius", LARGE)])
+def test_a_bad_row_does_not_disturb_the_others(name: str, n: int, bad: float) -> None:
+    J = normal(4, n, n)
+    J[1, 2, 3] = bad
+    measured, good = tf.function(lambda J: MEASURES[name](full(J)), reduce_retracing=True), [0, 2, 3]
+    found = measured(J).numpy()
+    assert np.isnan(found[1]).all()
+    np.testing.assert_allclose(np.abs(found[good]), np.abs(measured(J[good])), rtol=2e-2 if n > 6 else 1e-5)
+    everything = measured(np.full_like(J, bad)).numpy()
+    assert np.isnan(everything).all()
+
+
+@pytest.mark.parametrize(("name", "n"), [*((name, 6) for name in MEASURES), ("spectral_radius", LARGE)])
+def test_the_number_of_rows_may_be_unknown(name: str, n: int) -> None:
+    J = normal(3, n, n)
+    graph = tf.function(lambda J: MEASURES[name](full(J)), input_signature=[tf.TensorSpec((None, n, n))])
+    np.testing.assert_allclose(np.abs(graph(J)), np.abs(MEASURES[name](full(J))), rtol=1e-5)
+    assert graph(J[:0]).shape[0] == 0
