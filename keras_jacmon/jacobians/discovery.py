@@ -16,6 +16,7 @@ import tensorflow as tf
 from keras_jacmon.jacobians.elementwise import BLOCKING, ELEMENTWISE, MOVING, Labels, move, passes_unchanged
 from keras_jacmon.jacobians.products import PRODUCTS, is_row_by_row
 from keras_jacmon.probe.cellgraph import ROWS, CellGraph
+from keras_jacmon.probe.graph import has_custom_gradient
 
 # A tensor whose derivative is asked for, or the result of a product: ("state", 0), ("inputs", 0), ("product", 2).
 Base = tuple[str, int]
@@ -255,8 +256,10 @@ class Structure:
             self._origins[tensor.name] = dataclasses.replace(found, touched=touched)
 
     def _understood(self, operation: tf.Operation, known: dict[int, _Origin]) -> list[_Origin]:
-        if _has_custom_gradient(operation):
+        if has_custom_gradient(operation):
             raise NotImplementedError(f"`{operation.name}` has a gradient of its own")
+        if operation.type == "IdentityN":
+            return [known.get(k, _Origin()) for k in range(len(operation.outputs))]
         if operation.type in ELEMENTWISE:
             return [self._elementwise(operation, known)]
         if operation.type in MOVING:
@@ -377,14 +380,6 @@ class Structure:
 def _is_flat(tensor: tf.Tensor) -> bool:
     """Whether it has no derivative, by its type. A list of tensors (a variant) has."""
     return tensor.dtype.is_integer or tensor.dtype.is_bool or tensor.dtype == tf.string
-
-
-def _has_custom_gradient(operation: tf.Operation) -> bool:
-    try:
-        operation.get_attr("_gradient_op_type")
-    except ValueError:
-        return False
-    return True
 
 
 def _spoilt(origins: Iterable[_Origin], reason: str) -> _Origin:

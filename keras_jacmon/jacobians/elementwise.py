@@ -259,7 +259,6 @@ MOVING: dict[str, Callable[[tf.Operation, _Operand], list[Labels]]] = {
     "ConcatV2": _concat,
     "ExpandDims": _reshape,
     "GatherV2": _gather,
-    "IdentityN": lambda op, operand: [operand(k) for k in range(len(op.inputs))],
     "Pack": _pack,
     "Pad": _pad,
     "PadV2": _pad,

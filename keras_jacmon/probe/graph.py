@@ -4,6 +4,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import tensorflow as tf
+from tensorflow.python.framework import ops as framework_ops
+
+# Around a user's gradient TensorFlow puts two functions; some more may be found in their closures.
+_MOST_WRAPPERS = 20
 
 
 class TracedGraph:
@@ -31,7 +35,8 @@ class TracedGraph:
         self.operations: list[tf.Operation] = list(graph.get_operations())
         self.captures: dict[str, tf.Tensor] = {inner.name: outer for outer, inner in graph.captures}
         self._definition = graph.as_graph_def()
-        self._nodes = {node.name: _bare(node) for node in self._definition.node}
+        by_name = {operation.name: operation for operation in self.operations}
+        self._nodes = {node.name: _bare(node, by_name[node.name]) for node in self._definition.node}
 
     def lay(self, fetches: Sequence[tf.Tensor], feeds: Mapping[str, tf.Tensor]) -> list[tf.Tensor]:
         """Lays out the operations that lead from some tensors of this graph to others, in the present graph.
@@ -71,9 +76,48 @@ class TracedGraph:
         return [here[tensor.name] if tensor.name in feeds else next(made) for tensor in fetches]
 
 
-def _bare(node: Any) -> Any:
-    """A node without wishes for a place beside another one, which may not be laid."""
+def has_custom_gradient(operation: tf.Operation) -> bool:
+    """Whether its derivative may be another one than that of its operations, as users of `tf.custom_gradient` write."""
+    try:
+        operation.get_attr("_gradient_op_type")
+    except ValueError:
+        return False
+    return not _is_swish(operation)
+
+
+def _is_swish(operation: tf.Operation) -> bool:
+    """Whether it is TensorFlow's own `silu`, whose custom gradient saves memory and is the plain one but for rounding.
+
+    TensorFlow has no public way to the gradient of an operation. Should this one fail, `silu` is left to autodiff.
+    """
+    functions = [framework_ops.get_gradient_function(operation)]
+    # The user's function is in a closure of TensorFlow's wrappers.
+    for function in functions:
+        cells = [cell.cell_contents for cell in getattr(function, "__closure__", None) or () if _is_full(cell)]
+        functions += [value for value in cells if callable(value) and value not in functions]
+        if function.__module__ == "tensorflow.python.ops.nn_impl" and function.__qualname__.startswith("swish."):
+            return True
+        if len(functions) > _MOST_WRAPPERS:
+            break
+    return False
+
+
+def _is_full(cell: Any) -> bool:
+    try:
+        _ = cell.cell_contents
+    except ValueError:
+        return False
+    return True
+
+
+def _bare(node: Any, operation: tf.Operation) -> Any:
+    """A node without wishes for a place beside another one, which may not be laid.
+
+    And without the gradient of `silu`: it speaks of tensors of the graph that it was traced in.
+    """
     node.attr.pop("_class", None)
+    if "_gradient_op_type" in node.attr and not has_custom_gradient(operation):
+        node.attr.pop("_gradient_op_type")
     return node
 
 

@@ -108,6 +108,7 @@ def gates(cell: Any, x: Any, h: Any) -> Any:
 
 STRUCTURED: dict[str, Callable[[Any, Any, Any], Any]] = {
     "concatenated": gates,
+    "a gradient of TensorFlow's own": lambda cell, x, h: tf.nn.silu(x + h @ cell.U) + keras.activations.silu(h),
     "strided_gates": lambda c, x, h: tf.tanh((tf.concat([x, h], -1) @ tf.convert_to_tensor(c.tall))[:, ::3]) * h,
     "reversed_gates": lambda c, x, h: h[:, ::-1] * tf.tanh(x + h @ c.U),
     "permuted": lambda c, x, h: tf.tanh(x + tf.gather(h, [2, 0, 3, 1], axis=1) @ c.U),

@@ -29,6 +29,7 @@ ACTIVATIONS = {
     "sigmoid": tf.sigmoid,
     "softplus": tf.math.softplus,
     "gelu": tf.nn.gelu,
+    "silu": tf.nn.silu,
     "square": tf.square,
     "sine": tf.sin,
 }

@@ -10,7 +10,7 @@ import pytest
 import tensorflow as tf
 from helpers import normal
 
-from keras_jacmon.measures.moments import rms_singular_value, variance
+from keras_jacmon.measures.moments import _exact, rms_singular_value, variance
 from keras_jacmon.measures.registry import Options
 
 if TYPE_CHECKING:
@@ -143,6 +143,26 @@ def test_random_matrices_have_their_known_variance(name: str) -> None:
 
 
 # Estimates -------------------------------------------------------------------------------------------
+
+
+class OneSide(tf.linalg.LinearOperatorFullMatrix):
+    """Knows the products that one side asks for, and refuses the others."""
+
+    def __init__(self, matrix: Any, *, adjoint: bool) -> None:
+        super().__init__(matrix)
+        self.adjoint_only = adjoint
+
+    def _matmul(self, x: Any, adjoint: bool = False, adjoint_arg: bool = False) -> Any:  # noqa: FBT001, FBT002 - TensorFlow's own signature
+        assert adjoint == self.adjoint_only
+        return super()._matmul(x, adjoint=adjoint, adjoint_arg=adjoint_arg)
+
+
+@pytest.mark.parametrize(("m", "n", "adjoint"), [(5, 5, True), (12, 5, False), (5, 12, True)])
+def test_the_exact_value_is_taken_by_the_smaller_side(m: int, n: int, adjoint: bool) -> None:  # noqa: FBT001 - pytest passes it by name
+    J = normal(3, m, n)
+    mean = tf.constant(J.mean(axis=(1, 2)))
+    value, _ = _exact(OneSide(tf.constant(J), adjoint=adjoint), mean, Options())
+    np.testing.assert_allclose(value.numpy(), J.var(axis=(1, 2)) * m * n, rtol=1e-4)
 
 
 def estimate(measure: Any, J: NDArray[Any], seed: int, max_entries: int = 1) -> Any:
