@@ -22,7 +22,7 @@ _MOST_ROWS = 2**14
 
 # The share of the memory allowed that a trajectory may take, and that the derivatives on it may take. What else is
 # alive at that time, and what the allocator holds back, was measured to be about twice as much as both.
-_SHARES = 6
+_SHARES = 9
 
 # So many rows have their structure compared with autodiff at each measurement, others each time.
 CERTIFIED_ROWS = 16
@@ -352,9 +352,9 @@ class _Points:
         """Tests, on some rows, of what the measures rest on."""
         count, samples = known_sizes(rows.inputs)[0], known_sizes(trajectory.inputs)[1]
         total = count if valid is None else tf.size(valid)
-        # The first time as many rows as are measured at once; then a few that are spread over them, others each time:
-        # after enough measurements each row has had its turn.
-        number = tf.minimum(total, tf.where(self.draw == 0, self._chunk(rows, {}), CERTIFIED_ROWS))
+        # The first time half as many rows as are measured at once, since autodiff takes its memory beside them; then a
+        # few that are spread over them, others each time: after enough measurements each row has had its turn.
+        number = tf.minimum(total, tf.where(self.draw == 0, self._chunk(rows, {}) // 2, CERTIFIED_ROWS))
         stride = -(-total // tf.maximum(number, 1))
         chosen = (tf.range(number) * stride + self.draw % tf.maximum(stride, 1)) % tf.maximum(total, 1)
         chosen = chosen if valid is None else tf.gather(valid, tf.cast(chosen, valid.dtype))
