@@ -8,12 +8,13 @@ whole `meter()` over a forward pass of the layer, and a loop over `GradientTape.
 """
 
 import argparse
+import os
 import statistics
 import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -27,6 +28,8 @@ BATCH, STEPS, FEATURES = 32, 50, 64
 UNITS = (64, 256, 512, 1024)
 # From so many units on, the loop takes minutes.
 MOST_UNITS_OF_THE_LOOP = 512
+# So often is each of several calls timed, in turns, and before that not timed.
+TURNS, WARM_UP = 15, 2
 
 
 class SeedCell(keras.layers.Layer):
@@ -80,12 +83,6 @@ def make_model(kind: str, units: int, steps: int | None = STEPS) -> tuple[keras.
     return model, layer
 
 
-def forward_seconds(layer: keras.layers.RNN, probe: tf.Tensor, repeats: int = 15) -> float:
-    """Returns the median time of a forward pass of the layer in a `tf.function`."""
-    function = tf.function(partial(layer, training=False))
-    return median_seconds(lambda: function(probe).numpy(), repeats)
-
-
 def jacobian_loop(layer: keras.layers.RNN) -> Callable[[tf.Tensor], tf.Tensor]:
     """Returns a function of the inputs: the hidden variance at each step, by the tape alone."""
 
@@ -118,24 +115,41 @@ def head(title: str, *cells: str) -> None:
     print("|" + "---|" * len(cells))
 
 
+def ratios_to_forward(layer: keras.layers.RNN, probe: tf.Tensor, meters: Sequence[JacobianMeter]) -> list[float]:
+    """Returns the median time of a forward pass, and those of the meters as multiples of it, measured in turns."""
+    function = tf.function(partial(layer, training=False))
+    calls: list[Callable[[], object]] = [lambda: function(probe).numpy(), *meters]
+    times: list[list[float]] = [[] for _ in calls]
+    for turn in range(WARM_UP + TURNS):
+        for call, found in zip(calls, times, strict=True):
+            start = time.perf_counter()
+            call()
+            if turn >= WARM_UP:
+                found.append(time.perf_counter() - start)
+    forward, *medians = map(statistics.median, times)
+    return [forward, *(median / forward for median in medians)]
+
+
 def by_units() -> None:
-    """Exact `variance` and `spectral_norm` of every step and sample, all views, by layer and units."""
+    """Exact `variance` of every step and sample, and `spectral_norm` of some and of all, by layer and units."""
+    names = ("variance", "joint/variance", "spectral_norm", "joint/spectral_norm")
     head(
-        f"{BATCH} samples x {STEPS} steps, {FEATURES} features, every step and sample, all views",
-        "layer", "units", "forward pass", "`variance` / forward", "`spectral_norm` / forward",
+        f"{BATCH} samples x {STEPS} steps, {FEATURES} features; multiples of a forward pass, but for itself",
+        "layer", "units", "forward pass", *(f"`{name}`" for name in names), "`spectral_norm`, `max_rows=None`",
         "`batch_jacobian` loop / `variance`",
     )  # fmt: skip
     probe = noise(BATCH, STEPS, FEATURES)
     for kind in LAYERS:
         for units in UNITS:
             model, layer = make_model(kind, units)
-            forward = forward_seconds(layer, probe)
-            variance = median_seconds(JacobianMeter(model, probe, measures=["variance"]), 9)
-            norm = median_seconds(JacobianMeter(model, probe, measures=["spectral_norm"]), 2)
+            meters = [JacobianMeter(model, probe, measures=[name]) for name in names]
+            everywhere = JacobianMeter(model, probe, measures=["spectral_norm"], max_rows=None)
+            forward, *ratios = ratios_to_forward(layer, probe, meters)
+            ratios.append(median_seconds(everywhere, 2) / forward)
             loop = "-"
             if kind == "LSTM" and units <= MOST_UNITS_OF_THE_LOOP:
-                loop = f"{median_seconds(partial(jacobian_loop(layer), probe), 2) / variance:.0f}"
-            row(kind, units, f"{forward * 1e3:.1f} ms", f"{variance / forward:.1f}", f"{norm / forward:.0f}", loop)
+                loop = f"{median_seconds(partial(jacobian_loop(layer), probe), 2) / (ratios[0] * forward):.0f}"
+            row(kind, units, f"{forward * 1e3:.1f} ms", *(f"{ratio:.2f}" for ratio in ratios), loop)
 
 
 def by_size() -> None:
@@ -144,9 +158,8 @@ def by_size() -> None:
     for samples, steps in ((32, 50), (32, 500), (4, 10_000), (8, 50), (128, 50)):
         probe = noise(samples, steps, FEATURES)
         model, layer = make_model("LSTM", 64, steps)
-        forward = forward_seconds(layer, probe, 5)
-        variance = median_seconds(JacobianMeter(model, probe, measures=["variance"]), 5)
-        row(samples, steps, f"{forward * 1e3:.1f} ms", f"{variance / forward:.1f}")
+        forward, ratio = ratios_to_forward(layer, probe, [JacobianMeter(model, probe, measures=["variance"])])
+        row(samples, steps, f"{forward * 1e3:.1f} ms", f"{ratio:.2f}")
 
 
 def during_fit() -> None:
@@ -181,9 +194,14 @@ def once() -> None:
         ("import keras_jacmon", "keras_jacmon"),
         ("and JacobianMonitor", "keras_jacmon.JacobianMonitor"),
     ):
+        # With the bytecode cached, as an installer leaves it.
         command = [sys.executable, "-c", script.format(names)]
-        out = subprocess.run(command, capture_output=True, text=True, check=True)  # noqa: S603 - our own words
-        row(name, f"{float(out.stdout):.3f}")
+        environment = {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}
+        seconds = []
+        for _ in range(6):
+            out = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)  # noqa: S603 - our own words
+            seconds.append(float(out.stdout))
+        row(name, f"{statistics.median(seconds[1:]):.3f}")
     probe = noise(BATCH, STEPS, FEATURES)
     for measures in (["variance"], None):
         model, _ = make_model("LSTM", 256)
