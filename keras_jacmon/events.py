@@ -5,6 +5,7 @@ import os
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import tensorflow as tf
 
 from keras_jacmon.report import LayerReport, Report
@@ -15,7 +16,8 @@ class EventWriter:
 
     For each key of a layer there are the scalars `<layer>/<key>` (mean over samples and unmasked steps),
     `<layer>/<key>/min` and `<layer>/<key>/max` (over time, of the mean over samples), and the histogram
-    `<layer>/<key>/histogram` (over steps and samples).
+    `<layer>/<key>/histogram` (over steps and samples). What is measured over the whole sequence has a scalar
+    `<layer>/<key>` and a histogram over the samples; spectra have a histogram, of eigenvalues the moduli.
 
     Args:
         log_dir: The directory that `tensorboard --logdir` is given; made if it is not there.
@@ -105,7 +107,17 @@ def _write_layer(name: str, layer: LayerReport) -> None:
         tf.summary.scalar(f"{tag}/min", low)
         tf.summary.scalar(f"{tag}/max", high)
         values = layer.valid(key)
-        # TensorFlow cannot sort NaN into buckets; the scalars say that there is one.
-        finite = values[np.isfinite(values)]
-        if finite.size:
-            tf.summary.histogram(f"{tag}/histogram", finite)
+        _histogram(tag, values)
+    for key, value in layer.scalars().items():
+        if key not in layer.values:
+            tf.summary.scalar(f"{name}/{key}", value)
+    for key, array in {**layer.sequences, **layer.spectra}.items():
+        # Over samples; of the flow over spans too, of the exponents and the spectra over all of them.
+        _histogram(f"{name}/{key}", np.abs(array) if np.iscomplexobj(array) else array)
+
+
+def _histogram(tag: str, values: npt.NDArray[Any]) -> None:
+    # TensorFlow cannot sort NaN into buckets; the scalars say that there is one.
+    finite = values[np.isfinite(values)]
+    if finite.size:
+        tf.summary.histogram(f"{tag}/histogram", finite)

@@ -27,12 +27,16 @@ class Explanation:
             for line in (
                 f"{layer}:",
                 *(
-                    f"  {view:<6}  d state {choice.new} / d state {choice.old}  {choice.how}: {choice.why}"
+                    f"  {view:<6}  d state {choice.new} / d {_name(choice.old)}  {choice.how}: {choice.why}"
                     for view, choices in views.items()
                     for choice in choices
                 ),
             )
         )
+
+
+def _name(old: int | None) -> str:
+    return "inputs" if old is None else f"state {old}"
 
 
 def explain(

@@ -5,17 +5,18 @@ import re
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import keras
 import numpy as np
 import tensorflow as tf
 
 from keras_jacmon.jacobians.resolve import CERTIFICATE_TOLERANCE, Choice
-from keras_jacmon.measurement import CERTIFICATE, DEPENDENCE, CallFacts, measure_call
+from keras_jacmon.measurement import CallFacts, measure_call
 from keras_jacmon.measures.options import Options
-from keras_jacmon.measures.registry import select_measures
-from keras_jacmon.probe.capture import RecurrentCall, record_calls, training_argument, without_masks
+from keras_jacmon.measures.registry import Selection, filtered, select_measures
+from keras_jacmon.points import CERTIFICATE, DEPENDENCE
+from keras_jacmon.probe.capture import Recording, RecurrentCall, record_calls, training_argument, without_masks
 from keras_jacmon.probe.data import fit_probe, read_probe
 from keras_jacmon.probe.layers import find_recurrent_layers, select_layers, sublayers
 from keras_jacmon.report import Report
@@ -46,6 +47,15 @@ def measure(model: keras.Layer, probe: Any, **options: Any) -> Report:
     return JacobianMeter(model, probe, **options)()
 
 
+class _Traced(NamedTuple):
+    """The pipeline for some measures; `calls` are filled while it is traced, and the recording must live as long."""
+
+    graph: Any
+    calls: dict[str, CallFacts]
+    recording: Recording
+    foreign: list[Any]
+
+
 class JacobianMeter:
     """Measures the Jacobians `ds_t/ds_{t-1}` of a model's recurrent layers, as often as it is called.
 
@@ -66,15 +76,23 @@ class JacobianMeter:
         model: A Keras model, compiled or not. One that is not built is built by calling it on the probe.
         probe: A batch of model inputs: array, tensor, list or dict of them, or a dataset (its first batch).
         layers: Names of recurrent layers, or layers; None for all.
-        measures: Out of `"variance"`, `"rms_singular_value"`, `"spectral_norm"` of the hidden view and, with `joint/`
-            in front, of all states together; None for all. A cell with one state has one view.
+        measures: `"fast"`, `"standard"` (None) or `"full"`, or names of measures: `"variance"` of the hidden view and,
+            with `joint/` in front, of all states together, or with `inputs/` of the inputs. The README lists them. A
+            cell with one state has no joint view of its own.
         seed: Integer, for random vectors.
-        tolerance: Relative, of the spectral norm.
-        max_rows: The spectral norm is measured at so many (step, sample) at most, spread evenly in time; the report
-            says where. None for all.
+        tolerance: Relative, of the spectral norm and the spectral radius.
+        max_rows: Spectral norm, spectral radius and condition number are measured at so many (step, sample) at most,
+            spread evenly in time; the report says where. None for all.
+        spectra: Whole spectra are measured at so many (step, sample) at most.
         warm_start: Whether the spectral norm starts from the singular vectors of the last measurement, which takes
             fewer products as long as the weights change little from one to the next. If another singular value takes
             the lead between two of them it may be found late. The values then depend on the measurements before.
+        flow_vectors: So many random vectors for each sample tell the flow, with a standard error; at least 2.
+        exact_flow: Whether the flow is the spectral norm of the products, exactly, and not the gain of random vectors.
+            Forms matrices of n² entries for each sample: for tens of units.
+        exponents: So many Lyapunov exponents, from the largest on; at most n.
+        warmup: So many steps of each sample do not count for them; None for a tenth of the sequence.
+        qr_every: Steps between two QRs; more than 1 is faster, and loses directions that fall fast.
         max_bytes: Bounds the memory of the derivatives, through chunks over (step, sample).
         max_entries: Variance and RMS singular value are exact as long as steps * samples * n² is at most this, and
             above it unbiased estimates with a standard error. They take one derivative of the cell per step, sample
@@ -95,7 +113,13 @@ class JacobianMeter:
         seed: int = 0,
         tolerance: float = 1e-2,
         max_rows: int | None = 256,
+        spectra: int = 16,
         warm_start: bool = False,
+        flow_vectors: int = 4,
+        exact_flow: bool = False,
+        exponents: int = 8,
+        warmup: int | None = None,
+        qr_every: int = 1,
         max_bytes: int = 2**30,
         max_entries: int = 2**26,
     ) -> None:
@@ -104,13 +128,33 @@ class JacobianMeter:
             seed=seed,
             tolerance=tolerance,
             max_rows=max_rows,
+            spectra=spectra,
             warm_start=warm_start,
+            flow_vectors=flow_vectors,
+            exact_flow=exact_flow,
+            exponents=exponents,
+            warmup=warmup,
+            qr_every=qr_every,
             max_bytes=max_bytes,
             max_entries=max_entries,
         )
         self._model = model
-        self._measures = select_measures(measures)
-        self._options = Options(seed=seed, tolerance=tolerance, max_entries=max_entries, max_rows=max_rows)
+        everything = select_measures(measures)
+        quick = filtered(everything, lambda measure: measure.cost != "full")
+        # By whether slow measures are taken. Who names nothing else wants them each time.
+        self._selections = {True: everything} | ({False: quick} if quick not in ({}, everything) else {})
+        self._options = Options(
+            seed=seed,
+            tolerance=tolerance,
+            max_entries=max_entries,
+            max_rows=max_rows,
+            spectra=spectra,
+            flow_vectors=flow_vectors,
+            exact_flow=exact_flow,
+            exponents=exponents,
+            warmup=warmup,
+            qr_every=qr_every,
+        )
         self._warm_start = warm_start
         self._max_bytes = max_bytes
         arrays = read_probe(probe)
@@ -119,7 +163,6 @@ class JacobianMeter:
         inputs = fit_probe(model, arrays)
         self._inputs = keras.tree.flatten(inputs)
         self._structure = keras.tree.map_structure(lambda _: 0, inputs)
-        self._calls: dict[str, CallFacts] = {}
         self._distrusted: set[str] = set()
         self._dependent: set[str] = set()
         self._traces = self._measurements = 0
@@ -130,24 +173,35 @@ class JacobianMeter:
     @property
     def layers(self) -> tuple[str, ...]:
         """The keys of the reports: a recurrent layer's path, with `:1` and so on for further calls of it."""
-        return tuple(self._calls)
+        return tuple(self._traced[True].calls)
+
+    @property
+    def has_slow_measures(self) -> bool:
+        """Whether `meter(slow=False)` leaves something out."""
+        return False in self._selections
 
     @property
     def trace_count(self) -> int:
-        """How often the pipeline was traced: once, and once more for each time that a certificate failed."""
+        """How often the pipeline was traced.
+
+        Once, twice if there are slow measures, and that once more for each time that a certificate failed.
+        """
         return self._traces
 
     @property
     def choices(self) -> dict[str, dict[str, list[Choice]]]:
         """By key and view, how each block of the Jacobian is taken."""
-        return {name: facts.choices for name, facts in self._calls.items()}
+        return {name: facts.choices for name, facts in self._traced[True].calls.items()}
 
-    def __call__(self) -> Report:
+    def __call__(self, *, slow: bool = True) -> Report:
         """Measures with the weights of this moment.
 
         Where a Jacobian rests on a structure that was found in the cell, rows are compared with autodiff: as many as
         fit into memory the first time, some each time after it. Should they differ, the user is warned, and autodiff
         takes over at once and for good. In the same way it is tested whether the samples of a batch are independent.
+
+        Args:
+            slow: Whether to take the measures that only the preset `"full"` has, if there are others.
 
         Returns:
             The report, in plain NumPy.
@@ -155,12 +209,13 @@ class JacobianMeter:
         Raises:
             RuntimeError: If the computation fails; the layer is named where TensorFlow tells.
         """
-        results = self._run()
+        which = slow or not self.has_slow_measures
+        results = self._run(self._traced[which])
         if self._lost_trust(results):
             self._trace()
-            results = self._run()
+            results = self._run(self._traced[which])
         self._measurements += 1
-        return Report({name: facts.report(results[name]) for name, facts in self._calls.items()})
+        return Report({name: facts.report(results[name]) for name, facts in self._traced[which].calls.items()})
 
     def _lost_trust(self, results: dict[str, dict[str, tf.Tensor]]) -> bool:
         """Whether a layer is not what it was taken for; says so, and remembers it for the next trace."""
@@ -192,24 +247,27 @@ class JacobianMeter:
 
     def _trace(self) -> None:
         self._memory: dict[str, tf.Variable] = {}
-        function = tf.function(self._measure, autograph=False)
-        specs = [tf.TensorSpec(t.shape, t.dtype) for t in self._inputs]
-        self._graph = function.get_concrete_function(tf.TensorSpec([], tf.int32), *specs)
-        self._traces += 1
-        own = {id(variable.value) for variable in self._model.variables} | {
-            id(variable) for variable in self._memory.values()
-        }
-        self._foreign = [variable for variable in self._graph.graph.variables if id(variable) not in own]
+        self._traced: dict[bool, _Traced] = {}
+        specs = [tf.TensorSpec([], tf.int32), *(tf.TensorSpec(t.shape, t.dtype) for t in self._inputs)]
+        for which, selection in self._selections.items():
+            calls: dict[str, CallFacts] = {}
+            function = tf.function(partial(self._measure, selection, calls), autograph=False)
+            graph = function.get_concrete_function(*specs)
+            self._traces += 1
+            own = {id(variable.value) for variable in self._model.variables}
+            own |= {id(variable) for variable in self._memory.values()}
+            foreign = [variable for variable in graph.graph.variables if id(variable) not in own]
+            self._traced[which] = _Traced(graph, calls, self._recording, foreign)
 
-    def _run(self) -> dict[str, dict[str, tf.Tensor]]:
+    def _run(self, traced: "_Traced") -> dict[str, dict[str, tf.Tensor]]:
         # Keras' variables are shielded while tracing; a `tf.Variable` that a custom cell writes to is put back here.
-        saved = [variable.read_value() for variable in self._foreign]
+        saved = [variable.read_value() for variable in traced.foreign]
         try:
-            return self._graph(tf.constant(self._measurements), *self._inputs)
+            return traced.graph(tf.constant(self._measurements), *self._inputs)
         except tf.errors.OpError as error:
             raise RuntimeError(f"Measuring {self._culprit(error)} failed: {_essence(error)}") from error
         finally:
-            for variable, value in zip(self._foreign, saved, strict=True):
+            for variable, value in zip(traced.foreign, saved, strict=True):
                 variable.assign(value)
 
     def _remember(self, call: str, key: str, shape: Sequence[int], dtype: tf.DType) -> tf.Variable:
@@ -220,7 +278,9 @@ class JacobianMeter:
             self._memory[name] = tf.Variable(tf.zeros(shape, dtype), trainable=False)
         return self._memory[name]
 
-    def _measure(self, draw: tf.Tensor, *inputs: tf.Tensor) -> dict[str, Any]:
+    def _measure(
+        self, selection: Selection, calls: dict[str, CallFacts], draw: tf.Tensor, *inputs: tf.Tensor
+    ) -> dict[str, Any]:
         with keras.StatelessScope(), without_masks(self._model):
             packed = keras.tree.pack_sequence_as(self._structure, list(inputs))
             try:
@@ -231,9 +291,9 @@ class JacobianMeter:
             for call in self._recording.calls:
                 # The scope's name leads from a failing operation back to its layer.
                 with _naming(call), tf.name_scope(f"jacobian_of_call_{len(results)}"):
-                    self._calls[call.name], results[call.name] = measure_call(
+                    calls[call.name], results[call.name] = measure_call(
                         call,
-                        self._measures,
+                        selection,
                         self._options,
                         max_bytes=self._max_bytes,
                         trusted=call.name not in self._distrusted,
@@ -245,16 +305,16 @@ class JacobianMeter:
 
     def _check_calls(self, *, required: bool) -> None:
         """Says which layers cannot be measured; an error if the user asked for one of them, or none is left."""
-        unmeasured = self._recording.unmeasured
+        unmeasured, calls = self._recording.unmeasured, self._traced[True].calls
         reasons = "; ".join(f"layer `{name}`: {reason}" for name, reason in unmeasured.items())
-        if unmeasured and (required or not self._calls):
+        if unmeasured and (required or not calls):
             raise ValueError(
                 "Invalid value for argument `layers`. Expected recurrent layers that the model calls on the probe. "
                 f"Received: {reasons}"
             )
         if reasons:
             warnings.warn(f"Some recurrent layers are not measured. {reasons}", stacklevel=4)
-        for name, facts in self._calls.items():
+        for name, facts in calls.items():
             for note in facts.notes:
                 warnings.warn(f"Layer `{name}`: {note}", stacklevel=4)
 
@@ -284,13 +344,19 @@ class JacobianMeter:
 
 def check_options(
     *,
-    measures: Iterable[str] | str | None,
-    seed: int,
-    tolerance: float,
-    max_rows: int | None,
-    warm_start: bool,
-    max_bytes: int,
-    max_entries: int,
+    measures: Iterable[str] | str | None = None,
+    seed: int = 0,
+    tolerance: float = 1e-2,
+    max_rows: int | None = None,
+    spectra: int = 1,
+    warm_start: bool = False,
+    flow_vectors: int = 2,
+    exact_flow: bool = False,
+    exponents: int = 1,
+    warmup: int | None = None,
+    qr_every: int = 1,
+    max_bytes: int = 1,
+    max_entries: int = 0,
 ) -> None:
     """Checks what can be checked without a model.
 
@@ -310,11 +376,20 @@ def check_options(
             "Invalid value for argument `max_rows`. Expected a positive integer, or None for all. Received: "
             f"max_rows={max_rows}"
         )
-    if not isinstance(warm_start, bool):
-        raise ValueError(
-            f"Invalid value for argument `warm_start`. Expected True or False. Received: warm_start={warm_start!r}"
-        )
-    for name, value, least in (("max_bytes", max_bytes, 1), ("max_entries", max_entries, 0)):
+    for name, switch in (("warm_start", warm_start), ("exact_flow", exact_flow)):
+        if not isinstance(switch, bool):
+            raise ValueError(
+                f"Invalid value for argument `{name}`. Expected True or False. Received: {name}={switch!r}"
+            )
+    for name, value, least in (
+        ("spectra", spectra, 1),
+        ("flow_vectors", flow_vectors, 2),
+        ("exponents", exponents, 1),
+        ("warmup", warmup or 0, 0),
+        ("qr_every", qr_every, 1),
+        ("max_bytes", max_bytes, 1),
+        ("max_entries", max_entries, 0),
+    ):
         if value < least:
             raise ValueError(
                 f"Invalid value for argument `{name}`. Expected an integer of at least {least}. Received: "

@@ -3,6 +3,7 @@
 import os
 import warnings
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, Literal
 
 import keras
@@ -32,18 +33,15 @@ class JacobianMonitor(keras.callbacks.Callback):
     Args:
         probe: A batch of model inputs: array, tensor, list or dict of them, or a dataset (its first batch).
         layers: Names of recurrent layers, or layers; None for all.
-        measures: Out of `"variance"`, `"rms_singular_value"`, `"spectral_norm"` of the hidden view and, with `joint/`
-            in front, of all states together; None for all. A cell with one state has one view.
+        measures: `"fast"`, `"standard"` (None) or `"full"`, or names of measures, as for `JacobianMeter`.
         update_freq: `"epoch"`, `"batch"` or an integer number of batches, as in `keras.callbacks.TensorBoard`.
+        slow_freq: What only `"full"` has takes its time: it is measured at the first of so many measurements, and at
+            the end. `logs` keep the newest values.
         log_dir: Event files go to `<log_dir>/jacobian`; None writes none.
         on_error: `"warn"`, the first time that a measurement or a file fails, and go on training; or `"raise"`.
         seed: Integer, for random vectors.
         verbose: 1 prints each report.
-        tolerance: Relative, of the spectral norm.
-        max_rows: The spectral norm is measured at so many (step, sample) at most; None for all.
-        warm_start: As for `JacobianMeter`.
-        max_bytes: Bounds the memory of the derivatives.
-        max_entries: As for `JacobianMeter`.
+        **options: As for `JacobianMeter`: `tolerance`, `max_rows`, `warm_start`, `max_bytes`, ...
 
     Attributes:
         reports: `(step, Report)` for each measurement; step is the optimizer's iteration count.
@@ -60,15 +58,12 @@ class JacobianMonitor(keras.callbacks.Callback):
         layers: Iterable[str | keras.Layer] | str | keras.Layer | None = None,
         measures: Iterable[str] | str | None = None,
         update_freq: Literal["epoch", "batch"] | int = "epoch",
+        slow_freq: int = 10,
         log_dir: str | os.PathLike[str] | None = "logs",
         on_error: Literal["warn", "raise"] = "warn",
         seed: int = 0,
         verbose: int = 0,
-        tolerance: float = 1e-2,
-        max_rows: int | None = 256,
-        warm_start: bool = False,
-        max_bytes: int = 2**30,
-        max_entries: int = 2**26,
+        **options: Any,
     ) -> None:
         super().__init__()
         if update_freq not in ("epoch", "batch") and (
@@ -82,19 +77,17 @@ class JacobianMonitor(keras.callbacks.Callback):
             raise ValueError(
                 f"Invalid value for argument `on_error`. Expected 'warn' or 'raise'. Received: on_error={on_error!r}"
             )
-        self._options: dict[str, Any] = {
-            "measures": measures,
-            "seed": seed,
-            "tolerance": tolerance,
-            "max_rows": max_rows,
-            "warm_start": warm_start,
-            "max_bytes": max_bytes,
-            "max_entries": max_entries,
-        }
+        if isinstance(slow_freq, bool) or not isinstance(slow_freq, int) or slow_freq < 1:
+            raise ValueError(
+                "Invalid value for argument `slow_freq`. Expected a positive integer. Received: "
+                f"slow_freq={slow_freq!r}"
+            )
+        self._options: dict[str, Any] = {"measures": measures, "seed": seed, **options}
         check_options(**self._options)
         self._probe = read_probe(probe)
         self._layers = layers
         self._every = 1 if update_freq == "batch" else update_freq
+        self._slow_every = slow_freq
         self._log_dir = log_dir
         self._on_error = on_error
         self._verbose = verbose
@@ -122,6 +115,7 @@ class JacobianMonitor(keras.callbacks.Callback):
         self._done = 0
         self._batch = -1
         self._measured_at: int | None = None
+        self._measurements = 0
         self._scalars: dict[str, float] = {}
         self._failed: set[str] = set()
         self._broken: set[str] = set()
@@ -148,30 +142,32 @@ class JacobianMonitor(keras.callbacks.Callback):
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Measures if that is the rhythm, and adds the newest means to the logs."""
         if self._every == "epoch" and self._measured_at != self._done:
-            self._measure()
+            self._measure(last=epoch + 1 == (self.params or {}).get("epochs"))
         if logs is not None:
             logs.update(self._scalars)
 
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
         """Measures what the last batch has made of the model, and closes the event file."""
         if self._start is not None and self._measured_at != self._done:
-            self._measure()
+            self._measure(last=True)
         if self._writer is not None:
             self._attempt("Closing the event file", self._writer.close)
 
-    def _measure(self) -> None:
+    def _measure(self, *, last: bool = False) -> None:
         """Measures once; the report goes to the event file, to `reports` and, at the end of the epoch, to the logs."""
         if self._meter is None:
             raise RuntimeError("JacobianMonitor has no model yet. Call `set_model(model)` before `on_train_begin()`.")
         self._measured_at = self._done
-        report = self._attempt("Measuring the Jacobians", self._meter)
+        slow = last or self._measurements % self._slow_every == 0
+        self._measurements += 1
+        report = self._attempt("Measuring the Jacobians", partial(self._meter, slow=slow))
         if report is None:
             # Old values under a new epoch would be wrong, and callbacks such as CSVLogger want the same keys.
             self._scalars = dict.fromkeys(self._scalars, float("nan"))
             return
         step = self._step()
         self.reports.append((step, report))
-        self._scalars = report.scalars()
+        self._scalars |= report.scalars()
         if self._writer is not None:
             self._attempt("Writing the event file", self._writer.write, report, step)
         if self._verbose:

@@ -2,11 +2,12 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-FloatArray = npt.NDArray[np.floating]
+from keras_jacmon.verdict import FALL, RISE, FloatArray, Verdict, judge
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,14 @@ class LayerReport:
         sampled: By key, for those that were measured at some rows only (`max_rows`), where: `(time, batch)`.
         certificate: If the Jacobians rest on a structure that was found in the cell: the largest relative difference
             between products with them and autodiff, on the rows that were compared this time, but for one in twenty.
+        sequences: What is measured over the whole sequence, by key: `"flow"` `(span, batch)`, the natural logarithm of
+            the gain over the last 1, 2, ... steps; `"lyapunov"` `(exponent, batch)`; `"growth"`, `"horizon"` and
+            `"kaplan_yorke"` `(batch,)`. The `uncertainties` have those of the flow.
+        spectra: `"eigenvalues"` and `"singular_values"`, `(row, value)`, the largest first.
+        spectra_at: The step and sample of each row of them, `(row, 2)`.
+        joint: What stands in front of the keys of the joint view: `"joint/"`, or nothing for a cell with one state.
+        facts: What the verdict's suggestions are computed from.
+        go_backwards: Whether the layer reads its input from the end.
         notes: What a reader of the numbers must know, e.g. a state without influence.
     """
 
@@ -36,12 +45,19 @@ class LayerReport:
     estimated: frozenset[str] = frozenset()
     sampled: dict[str, npt.NDArray[np.bool_]] = field(default_factory=dict)
     certificate: float | None = None
+    sequences: dict[str, FloatArray] = field(default_factory=dict)
+    spectra: dict[str, npt.NDArray[np.inexact]] = field(default_factory=dict)
+    spectra_at: npt.NDArray[np.int64] = field(default_factory=lambda: np.empty((0, 2), np.int64))
+    joint: str = ""
+    facts: dict[str, float] = field(default_factory=dict)
+    go_backwards: bool = False
     notes: tuple[str, ...] = ()
 
-    def __getitem__(self, key: str) -> FloatArray:
-        if key not in self.values:
-            raise KeyError(f"No measure '{key}' in this report. Measured: {list(self.values)}")
-        return self.values[key]
+    def __getitem__(self, key: str) -> npt.NDArray[Any]:
+        everything = {**self.values, **self.sequences, **self.spectra}
+        if key not in everything:
+            raise KeyError(f"No measure '{key}' in this report. Measured: {list(everything)}")
+        return everything[key]
 
     def measured(self, key: str) -> npt.NDArray[np.bool_]:
         """Where the key was measured, `(time, batch)`: at the unmasked steps, or some of them."""
@@ -73,9 +89,58 @@ class LayerReport:
         steps = self.over_time(key)[self.measured(key).any(axis=1)]
         return (float(np.min(steps)), float(np.max(steps))) if steps.size else (np.nan, np.nan)
 
+    def scalars(self) -> dict[str, float]:
+        """One number for each key that has one: means over samples, of the horizon the median.
+
+        Of the Lyapunov exponents the largest, as `lyapunov_1`.
+        """
+        found = {key: self.mean(key) for key in self.values}
+        for key, array in self.sequences.items():
+            name = key.split("/")[-1]
+            if name == "horizon":
+                found[key] = _median(array)
+            elif name == "lyapunov":
+                found[f"{key}_1"] = _mean(array[0][~np.isnan(array[0])])
+            elif name != "flow":
+                found[key] = _mean(array[~np.isnan(array)])
+        return found
+
+    def judge(self, fall: float = FALL, rise: float = RISE) -> Verdict | None:
+        """Whether a gradient vanishes or explodes on its way through the probe, and what could be done.
+
+        From the joint flow, over each sample's real length; the thresholds are gains.
+
+        Args:
+            fall: A gradient that has fallen to this has vanished.
+            rise: A gradient that has grown to this has exploded.
+
+        Returns:
+            The verdict; None if no joint flow was measured, or it is NaN.
+
+        Raises:
+            ValueError: If not 0 < fall < 1 < rise.
+        """
+        key = f"{self.joint}flow"
+        if key not in self.sequences:
+            return None
+        return judge(
+            self.sequences[key].astype(np.float64),
+            self.mask,
+            self.facts,
+            go_backwards=self.go_backwards,
+            fall=fall,
+            rise=rise,
+        )
+
     def nonfinite(self) -> dict[str, int]:
-        """How many of the measured values are NaN or Inf, for the keys that have any."""
-        counts = {key: int((~np.isfinite(self.valid(key))).sum()) for key in self.values}
+        """How many of the values at single steps are NaN or Inf, for the keys that have any.
+
+        A condition number may well be infinite: only its NaN count.
+        """
+        counts = {
+            key: int((np.isnan if key.endswith("condition_number") else _nonfinite)(self.valid(key)).sum())
+            for key in self.values
+        }
         return {key: count for key, count in counts.items() if count}
 
 
@@ -103,20 +168,50 @@ class Report:
         return len(self.layers)
 
     def scalars(self) -> dict[str, float]:
-        """The means, named as in Keras' `logs`: `lstm_jac_variance`, `lstm_jac_joint_spectral_norm`."""
+        """A number for each key, named as in Keras' `logs`: `lstm_jac_variance`, `lstm_jac_joint_growth`."""
         prefixes = _log_names(list(self.layers))
         return {
-            f"{prefixes[name]}_jac_{key.replace('/', '_')}": layer.mean(key)
+            f"{prefixes[name]}_jac_{key.replace('/', '_')}": value
             for name, layer in self.layers.items()
-            for key in layer.values
+            for key, value in layer.scalars().items()
         }
 
+    @property
+    def verdict(self) -> dict[str, Verdict]:
+        """By layer, what becomes of a gradient; for the layers whose joint `flow` was measured."""
+        return self.judge()
+
+    def judge(self, fall: float = FALL, rise: float = RISE) -> dict[str, Verdict]:
+        """The verdict with thresholds of one's own.
+
+        Args:
+            fall: A gradient that has fallen to this has vanished.
+            rise: A gradient that has grown to this has exploded.
+
+        Raises:
+            ValueError: If not 0 < fall < 1 < rise.
+        """
+        verdicts = {name: layer.judge(fall, rise) for name, layer in self.layers.items()}
+        return {name: verdict for name, verdict in verdicts.items() if verdict is not None}
+
     def __str__(self) -> str:
-        return "\n\n".join(_table(name, layer) for name, layer in self.layers.items())
+        verdicts = [f"{name}: {verdict}" for name, verdict in self.verdict.items()]
+        tables = [_table(name, layer) for name, layer in self.layers.items()]
+        return "\n\n".join([*(["\n".join(verdicts)] if verdicts else []), *tables])
+
+
+def _nonfinite(values: FloatArray) -> npt.NDArray[np.bool_]:
+    return ~np.isfinite(values)
 
 
 def _mean(values: FloatArray) -> float:
     return float(np.mean(values, dtype=np.float64)) if values.size else float("nan")
+
+
+def _median(values: FloatArray) -> float:
+    """The median without NaN; inf counts."""
+    known = values[~np.isnan(values)]
+    return float(np.quantile(known, 0.5, method="lower")) if known.size else float("nan")
 
 
 def _log_names(names: list[str]) -> dict[str, str]:
@@ -144,6 +239,16 @@ def _table(name: str, layer: LayerReport) -> str:
         count = layer.measured(key).sum()
         remarks += [f"at {count} of {measured}"] if count < measured else []
         rows.append((key, f"{layer.mean(key):.4g}", f"{low:.4g}", f"{high:.4g}", ", ".join(remarks)))
+    over_time = [(key, value) for key, value in layer.scalars().items() if key not in layer.values]
+    if over_time:
+        rows.append(("", "", "least sample", "greatest sample", ""))
+    for key, value in over_time:
+        array = layer.sequences[key.removesuffix("_1")]
+        samples = array[0] if array.ndim > 1 else array
+        known = samples[~np.isnan(samples)]
+        low, high = (known.min(), known.max()) if known.size else (np.nan, np.nan)
+        remark = "median" if key.endswith("horizon") else ""
+        rows.append((key, f"{value:.4g}", f"{low:.4g}", f"{high:.4g}", remark))
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
     lines = [
         f"  {row[0]:<{widths[0]}}  " + "  ".join(f"{row[c]:>{widths[c]}}" for c in (1, 2, 3)) + f"  {row[4]}".rstrip()

@@ -441,6 +441,7 @@ def reference_jacobians(
     *,
     states: Any = None,
     mask: Any = None,
+    by_inputs: bool = False,
 ) -> dict[str, NDArray[np.floating[Any]]]:
     """Dense Jacobians (time, batch, n, n) along the states that the layer visits, by input position; NaN where masked.
 
@@ -449,6 +450,7 @@ def reference_jacobians(
         inputs: What the layer receives, (batch, time, ...).
         states: Initial states; None for the ones that the cell starts from.
         mask: (batch, time), False where a step is skipped.
+        by_inputs: Whether to give the `inputs` view too.
     """
     dtype = layer.cell.compute_dtype if isinstance(layer.cell, keras.layers.Layer) else "float32"
     inputs = tf.cast(inputs, dtype)
@@ -460,6 +462,7 @@ def reference_jacobians(
     mask = np.ones((batch, steps), bool) if mask is None else np.asarray(mask, bool)
 
     views = ["hidden", "joint"] if len(floating(states)) > 1 else ["hidden"]
+    views += ["inputs"] if by_inputs else []
     found: dict[str, list[Any]] = {view: [None] * steps for view in views}
     for t in reversed(range(steps)) if layer.go_backwards else range(steps):
         here, new_states = step_jacobians(layer.cell, inputs[:, t], states, views)

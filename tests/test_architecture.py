@@ -12,7 +12,20 @@ import keras_jacmon
 PACKAGE = Path(__file__).parent.parent / "keras_jacmon"
 
 # A stage may import from itself and from the stages before it.
-STAGES = ("probe", "jacobians", "measures", "report", "events", "measurement", "meter", "explanation", "monitor")
+STAGES = (
+    "probe",
+    "jacobians",
+    "measures",
+    "verdict",
+    "report",
+    "events",
+    "points",
+    "sequences",
+    "measurement",
+    "meter",
+    "explanation",
+    "monitor",
+)
 FORBIDDEN_PAIRS = {
     ("measures", "jacobians"),
     ("measures", "probe"),

@@ -43,10 +43,10 @@ def register_jacobian(cell_type: type, form: Form | None) -> None:
 
     Args:
         cell_type: The class itself; subclasses are not meant, since they may override `call`.
-        form: From the cell, `inputs` `(rows, ...)`, `states` in the cell's structure and the view (`"hidden"` or
-            `"joint"`) to a `tf.linalg.LinearOperator` of batch shape `(rows,)` with `J[b, i, k] = d new[b, i] / d
-            old[b, k]`, or None to leave the view to discovery. It is certified like a structure that was found. None
-            takes a form back.
+        form: From the cell, `inputs` `(rows, ...)`, `states` in the cell's structure and the view (`"hidden"`,
+            `"joint"` or `"inputs"`) to a `tf.linalg.LinearOperator` of batch shape `(rows,)`, `J[b, i, k] = d new[b, i]
+            / d old[b, k]`, or None to leave the view to discovery. It is certified like a structure that was found.
+            None takes a form back.
 
     Raises:
         ValueError: If `cell_type` is no class, or `form` cannot be called.
@@ -70,13 +70,13 @@ class Choice:
 
     Attributes:
         new: Position of the new state among the cell's states.
-        old: Position of the old one.
+        old: Position of the old one; None for the inputs.
         how: `"structure"`, `"autodiff"`, `"zero"` or `"registered form"`.
         why: Of `"autodiff"` the reason why there is no structure, of `"structure"` what it is made of.
     """
 
     new: int
-    old: int
+    old: int | None
     how: str
     why: str
 
@@ -147,20 +147,22 @@ class CellJacobian:
         return Shortcut(self._structure.graph, self._fixed, self._structure.hoisted, kept)
 
     def operators(self, views: Sequence[str], rows: Rows) -> dict[str, tf.linalg.LinearOperator]:
-        """The operators of views, of `"hidden"` and `"joint"`, at some rows; they share what they have in common."""
+        """The operators of views, of `VIEWS`, at some rows; they share what they have in common."""
         operators = {name: self._registered(name, rows) for name in views}
-        wide = "joint" if "joint" in views else "hidden"
-        if all(operator is not None for operator in operators.values()):
-            return operators
-        parts = [
-            (part, self._structured(part, rows) if structured else self._by_autodiff(part, rows), structured)
-            for part, structured in self._parts(wide)
-        ]
+        parts: dict[str, list[tuple[View, tf.linalg.LinearOperator, bool]]] = {}
         for name in views:
-            if operators[name] is None and name == wide:
-                operators[name] = self._assembled(wide, [(part, operator) for part, operator, _ in parts])
-            elif operators[name] is None:
-                operators[name] = self._hidden_of(parts, rows)
+            if operators[name] is not None:
+                continue
+            wide = "joint" if name == "hidden" and "joint" in views else name
+            if wide not in parts:
+                parts[wide] = [
+                    (part, self._structured(part, rows) if structured else self._by_autodiff(part, rows), structured)
+                    for part, structured in self._parts(wide)
+                ]
+            if name == wide:
+                operators[name] = self._assembled(wide, [(part, operator) for part, operator, _ in parts[wide]])
+            else:
+                operators[name] = self._hidden_of(parts[wide], rows)
         return operators
 
     def tests(
@@ -183,10 +185,10 @@ class CellJacobian:
         """
         floating = floating_states(rows.states)
         # Tensors of their own: two states may be one tensor, and the derivatives must tell them apart.
-        states = [tf.identity(state) for state in rows.states]
+        states, inputs = [tf.identity(state) for state in rows.states], tf.identity(rows.inputs)
         with tf.GradientTape(persistent=True, watch_accessed_variables=False) as tape:
-            tape.watch([states[q] for q in floating])
-            alone = self._step(rows.inputs, states)
+            tape.watch([*(states[q] for q in floating), *([inputs] if "inputs" in views else [])])
+            alone = self._step(inputs, states)
         dependence = [
             _difference(*(tf.reshape(x[p], [-1, size(states[p])]) for x in (alone, new_states))) for p in floating
         ]
@@ -196,17 +198,15 @@ class CellJacobian:
             shape = [known_sizes(states[0])[0], sum(sizes)]
             w = tf.random.stateless_normal(shape, seed, dtype=states[floating[0]].dtype)
             pieces = zip(tf.split(w, sizes, axis=-1), view.news, strict=True)
+            olds = [states[q] for q in view.olds] or [inputs]
             pulled = tape.gradient(
                 [alone[p] for p in view.news],
-                [states[q] for q in view.olds],
+                olds,
                 [tf.reshape(piece, tf.shape(alone[p])) for piece, p in pieces],
                 unconnected_gradients="zero",
             )
             # A gather inside the cell gives a sparse gradient.
-            flat = [
-                tf.reshape(tf.convert_to_tensor(g), [-1, size(states[q])])
-                for g, q in zip(pulled, view.olds, strict=True)
-            ]
+            flat = [tf.reshape(tf.convert_to_tensor(g), [-1, size(old)]) for g, old in zip(pulled, olds, strict=True)]
             certificate.append(_difference(operator.matvec(w, adjoint=True), tf.concat(flat, axis=-1)))
         return _largest(dependence), _largest(certificate) if certificate else None
 
@@ -217,7 +217,7 @@ class CellJacobian:
             registered = self._registered(name, rows)
             if registered is not None:
                 pairs.append((View.of(name, self._states), registered))
-            elif name == "joint" or "joint" not in views:
+            elif name != "hidden" or "joint" not in views:
                 # The hidden view of the same structure is one of its blocks.
                 pairs += [(part, self._structured(part, rows)) for part, structured in self._parts(name) if structured]
         return pairs
@@ -225,28 +225,31 @@ class CellJacobian:
     def choices(self, name: str) -> list[Choice]:
         """How each block of a view is taken."""
         view = View.of(name, self._states)
-        return [self._choice(new, old) for new in view.news for old in view.olds]
+        return [self._choice(new, source) for new in view.news for source in _sources(view)]
 
-    def _choice(self, new: int, old: int) -> Choice:
+    def _choice(self, new: int, source: Base) -> Choice:
+        old = source[1] if source[0] == "state" else None
         if self._form is not None:
             return Choice(new, old, "registered form", getattr(self._form, "__name__", repr(self._form)))
-        reason = self._reason_against(new, old)
+        reason = self._reason_against(new, source)
         if reason is not None or self._structure is None:
             return Choice(new, old, "autodiff", reason or "")
-        if not self._structure.depends(new, ("state", old)):
+        if not self._structure.depends(new, source):
             return Choice(new, old, "zero", "no gradient connects them")
-        return Choice(new, old, "structure", self._structure.describe(new, ("state", old)))
+        return Choice(new, old, "structure", self._structure.describe(new, source))
 
-    def _reason_against(self, new: int, old: int) -> str | None:
-        return self._structure.reason(new, ("state", old)) if self._structure else self._reason
+    def _reason_against(self, new: int, source: Base) -> str | None:
+        return self._structure.reason(new, source) if self._structure else self._reason
 
     def _parts(self, name: str) -> list[tuple[View, bool]]:
         """The view as rectangles of blocks, each with whether it has a structure."""
         view = View.of(name, self._states)
+        if not view.olds:
+            return [(view, self._reason_against(view.news[0], ("inputs", 0)) is None)]
         rectangles: dict[tuple[tuple[int, ...], bool], list[int]] = {}
         for new in view.news:
             for structured in (True, False):
-                olds = tuple(old for old in view.olds if (self._reason_against(new, old) is None) == structured)
+                olds = tuple(o for o in view.olds if (self._reason_against(new, ("state", o)) is None) == structured)
                 if olds:
                     rectangles.setdefault((olds, structured), []).append(new)
         return [(View(tuple(news), olds), structured) for (olds, structured), news in rectangles.items()]
@@ -281,14 +284,20 @@ class CellJacobian:
         if self._structure is None:
             raise RuntimeError("A cell without a structure was asked for one.")
         graph = self._structure.graph
-        values = {**self._fixed, graph.step_inputs.name: rows.inputs, **rows.values}
+        # What is known beforehand may lie between the inputs and what is made of them.
+        known = rows.values if view.olds else {}
+        values = {**self._fixed, graph.step_inputs.name: rows.inputs, **known}
         values |= {tensor.name: state for tensor, state in zip(graph.states, rows.states, strict=True)}
-        sources: list[Base] = [("state", old) for old in view.olds]
-        return structured_jacobian(self._structure, values, self._kernels, view.news, sources)
+        return structured_jacobian(self._structure, values, self._kernels, view.news, _sources(view))
 
     def _by_autodiff(self, view: View, rows: Rows) -> tf.linalg.LinearOperator:
         function = view_function(self._step, rows.inputs, rows.states, view)
         return function.jacobian(independent=self._independent)
+
+
+def _sources(view: View) -> list[Base]:
+    """What the columns of a view are."""
+    return [("state", old) for old in view.olds] or [("inputs", 0)]
 
 
 def _difference(found: tf.Tensor, expected: tf.Tensor) -> tf.Tensor:

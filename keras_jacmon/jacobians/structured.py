@@ -110,6 +110,12 @@ class StructuredJacobian(tf.linalg.LinearOperator):
         inner = {key: diagonal.take(rows) for key, diagonal in self._inner.items()}
         return StructuredJacobian(**{**self._given, "rows": tf.size(rows), "outer": outer, "inner": inner})
 
+    def scaled(self, gain: float) -> "StructuredJacobian":
+        """The operator with all kernels multiplied by a number; the same one if that changes nothing but its sign."""
+        if gain == -1 and not self.is_chain and not any(base in self._sources for _, base in self._outer):
+            return self
+        return StructuredJacobian(**{**self._given, "kernels": {p: gain * k for p, k in self._kernels.items()}})
+
     def block(self, new: int, source: Base) -> "StructuredJacobian":
         """The derivative of one new state by one source; the same operator each time."""
         if len(self._news) == len(self._sources) == 1:

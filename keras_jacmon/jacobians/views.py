@@ -69,6 +69,10 @@ class View:
     news: tuple[int, ...]
     olds: tuple[int, ...]
 
+    def columns(self, inputs: tf.Tensor, states: Sequence[tf.Tensor]) -> int:
+        """How many columns its Jacobian has."""
+        return sum(size(states[q]) for q in self.olds) if self.olds else size(inputs)
+
     @classmethod
     def of(cls, name: str, states: Sequence[tf.Tensor]) -> "View":
         """The view `"hidden"`, `"joint"` or `"inputs"` of a cell with these states."""
@@ -120,11 +124,13 @@ def view_function(step: CellStep, inputs: tf.Tensor, states: Sequence[tf.Tensor]
 class Connections:
     """Which new state depends on which old one, found in the graph of a cell.
 
-    `depends[p][q]` is True if a gradient flows from new floating-point state p to old one q. `bytes_per_row` is the
-    memory that one evaluation of the cell with its derivative takes for each row.
+    `depends[p][q]` is True if a gradient flows from new floating-point state p to old one q, and `on_inputs` if one
+    flows from the first of them to the inputs. `bytes_per_row` is the memory that one evaluation of the cell with its
+    derivative takes for each row.
     """
 
     depends: tuple[tuple[bool, ...], ...]
+    on_inputs: bool
     bytes_per_row: int
 
 
@@ -135,9 +141,10 @@ def find_connections(step: CellStep, inputs: tf.Tensor, states: Sequence[tf.Tens
     floating = floating_states(states)
     old = [states[q] for q in floating]
     with tf.GradientTape(persistent=True, watch_accessed_variables=False) as tape:
-        tape.watch(old)
+        tape.watch([*old, *([inputs] if inputs.dtype.is_floating else [])])
         new = step(inputs, states)
     depends = [tuple(g is not None for g in tape.gradient(new[p], old)) for p in floating]
+    on_inputs = inputs.dtype.is_floating and tape.gradient(new[floating[0]], inputs) is not None
     sizes = [
         size(tensor) * tensor.dtype.size
         for operation in graph.get_operations()[before:]
@@ -145,7 +152,7 @@ def find_connections(step: CellStep, inputs: tf.Tensor, states: Sequence[tf.Tens
         if tensor.shape.rank and tensor.shape[1:].is_fully_defined() and tensor.dtype.size
     ]
     floor = 16 * sum(size(state) * state.dtype.size for state in states)
-    return Connections(tuple(depends), max(sum(sizes), floor))
+    return Connections(tuple(depends), on_inputs, max(sum(sizes), floor))
 
 
 def floating_states(states: Sequence[tf.Tensor]) -> list[int]:

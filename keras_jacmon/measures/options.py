@@ -56,6 +56,12 @@ class Options:
         tolerance: Relative, of iterative measures.
         max_entries: Up to so many entries of J, over all rows, its moments are exact.
         max_rows: Expensive measures are taken at so many rows at most; None for all.
+        spectra: Whole spectra are taken at so many rows at most.
+        flow_vectors: Random vectors for each sample, for the flow.
+        exact_flow: Whether the flow is the spectral norm of the products, and no estimate from random vectors.
+        exponents: So many Lyapunov exponents, at most.
+        warmup: Steps that do not count for them; None for a tenth of the sequence.
+        qr_every: Steps between two QRs.
         rows: All the rows there are, if the operator holds some of them.
         stream: Tells the random numbers of one chunk of rows from those of another.
         dtype: Of the results.
@@ -67,6 +73,12 @@ class Options:
     tolerance: float = 1e-2
     max_entries: int = 2**26
     max_rows: int | None = None
+    spectra: int = 16
+    flow_vectors: int = 4
+    exact_flow: bool = False
+    exponents: int = 8
+    warmup: int | None = None
+    qr_every: int = 1
     rows: int | None = None
     stream: tf.Tensor | int = 0
     dtype: tf.DType = tf.float32

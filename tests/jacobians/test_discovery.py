@@ -463,7 +463,7 @@ def test_no_matrix_for_each_row_on_the_way_to_the_variance(layer: Any) -> None:
     assert meter()["rnn"].certificate is not None
     sizes = [
         int(np.prod([rows if size is None else size for size in tensor.shape]))
-        for tensor in tensors_of(meter._graph.graph)
+        for tensor in tensors_of(meter._traced[True].graph.graph)
         if tensor.shape.rank
     ]
     assert len(sizes) > 100

@@ -1,0 +1,92 @@
+"""What the suggestions of a verdict are computed from, measured with everything else."""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from keras_jacmon.measures.moments import variance
+from keras_jacmon.measures.options import Measured, Options
+from keras_jacmon.measures.registry import Measure, Selection
+
+# Not in the registry: nobody asks for them by name.
+WITHOUT, OPPOSITE, FORGET = "variance_without_kernels", "variance_with_opposite_kernels", "log_forget"
+HELPERS = frozenset({WITHOUT, OPPOSITE, FORGET})
+
+
+def with_advice(selection: Selection, *, forgets: bool) -> Selection:
+    """The selection, and what suggestions need, where there will be a verdict.
+
+    Args:
+        selection: By view.
+        forgets: Whether the diagonal of the second state's block, by itself, is a forget gate.
+    """
+    judged = "joint" if "joint" in selection else "hidden"
+    if not any(measure.of == "flow" for measure in selection.get(judged, ())):
+        return selection
+    advised = dict(selection)
+    if any(measure.name == "variance" for measure in selection.get("hidden", ())):
+        advised["hidden"] = (*selection["hidden"], _helper(WITHOUT, _at(0.0)), _helper(OPPOSITE, _at(-1.0)))
+    if forgets and judged == "joint":
+        advised["joint"] = (*selection["joint"], _helper(FORGET, _log_forget))
+    return advised
+
+
+def facts(helpers: Mapping[str, Any], variances: Any) -> dict[str, float]:
+    """What suggestions are made from.
+
+    With the kernels of the hidden block multiplied by g, at the states that were visited, `J = D + g K`, and the
+    variance of its entries is a polynomial of second degree in g: three values tell it.
+
+    Args:
+        helpers: By name, the values of the measured rows.
+        variances: The hidden `variance` of these rows; empty if it was not measured.
+
+    Returns:
+        `variance`, the mean of the hidden variance; `kernel_gain`, the gain that would bring it to 1; `forget`, the
+        geometric mean of the forget gates. Those that are known.
+    """
+    found: dict[str, float] = {}
+    if WITHOUT in helpers and np.size(variances):
+        now, without, opposite = (float(np.mean(x)) for x in (variances, helpers[WITHOUT], helpers[OPPOSITE]))
+        found = {"variance": now, "kernel_gain": _gain(without, (now - opposite) / 2, (now + opposite) / 2 - without)}
+    if FORGET in helpers:
+        found["forget"] = float(np.exp(np.mean(helpers[FORGET])))
+    return {name: value for name, value in found.items() if math.isfinite(value)}
+
+
+def _gain(constant: float, linear: float, square: float) -> float:
+    """The positive g with `constant + linear g + square g² = 1`; NaN if there is none."""
+    if not all(map(math.isfinite, (constant, linear, square))) or square <= 0:
+        return math.nan
+    inside = linear**2 - 4 * square * (constant - 1)
+    gain = (-linear + math.sqrt(inside)) / (2 * square) if inside >= 0 else math.nan
+    return gain if gain > 0 else math.nan
+
+
+def _helper(name: str, function: Callable[[Any, Options], Measured]) -> Measure:
+    return Measure(name, "step", function, unit="", reference="", reading="", cost="standard")
+
+
+def _at(gain: float) -> Callable[[Any, Options], Measured]:
+    def function(operator: Any, options: Options) -> Measured:
+        if not hasattr(type(operator), "scaled") or operator.is_chain:
+            return _unknown(operator)
+        return Measured(variance(operator.scaled(gain), options).value, None)
+
+    return function
+
+
+def _log_forget(operator: Any, options: Options) -> Measured:  # noqa: ARG001 - as every measure
+    if not hasattr(type(operator), "scaled"):
+        return _unknown(operator)
+    # A diagonal matrix times ones is its diagonal.
+    block = operator.block(1, ("state", 1))
+    gates = block.matvec(tf.ones([operator.batch_shape_tensor()[0], int(block.shape[-1])], operator.dtype))
+    return Measured(tf.reduce_mean(tf.math.log(tf.abs(gates)), axis=-1), None)
+
+
+def _unknown(operator: Any) -> Measured:
+    return Measured(tf.fill([operator.batch_shape_tensor()[0]], tf.constant(math.nan, operator.dtype)), None)

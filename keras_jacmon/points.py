@@ -1,0 +1,291 @@
+"""The Jacobians at the points of a trajectory, measured step by step and sample by sample."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import tensorflow as tf
+
+from keras_jacmon.jacobians.resolve import CellJacobian, Rows
+from keras_jacmon.jacobians.views import View
+from keras_jacmon.measures.options import Memory, Options
+from keras_jacmon.measures.registry import Selection, filtered
+from keras_jacmon.measures.rows import RowSource, measure_rows, spread_evenly
+from keras_jacmon.probe.trajectory import Trajectory, Walk, as_rows, known_sizes
+
+# More (row, vector) pairs at once than this do not fit a cache and are no faster.
+_MOST_ROWS = 2**14
+
+# So many rows have their structure compared with autodiff at each measurement, others each time.
+CERTIFIED_ROWS = 16
+
+# The random numbers of one segment are told from those of another by as many streams as it may have chunks.
+_STREAMS = 2**12
+
+# A graph may not know how many samples it will get.
+UNKNOWN_SAMPLES = 2**10
+
+# Keys of results that are tests, scalars: of the structure, and of the independence of rows.
+CERTIFICATE, DEPENDENCE = "certificate", "dependence"
+
+# What is known of each (step, sample): `hidden/variance`, and `hidden/variance/uncertainty` if there is one.
+Results = dict[str, tf.Tensor]
+
+# From a key, a shape and a type to a variable.
+Remember = Callable[[str, Sequence[int], tf.DType], tf.Variable]
+
+
+class Places(NamedTuple):
+    """Masks `(time, batch)` of the rows that are measured.
+
+    Attributes:
+        mask: False at steps that are skipped; None if there are none.
+        expensive: Where expensive measures are taken; None for everywhere.
+        spectra: Where spectra are taken; None if there are none.
+    """
+
+    mask: tf.Tensor | None
+    expensive: tf.Tensor | None
+    spectra: tf.Tensor | None
+
+    def between(self, start: tf.Tensor | int, stop: tf.Tensor | int) -> "Places":
+        """Those of a part of the sequence."""
+        return Places(*(None if mask is None else mask[start:stop] for mask in self))
+
+
+def choose_places(
+    mask: tf.Tensor | None,
+    shape: Sequence[int | tf.Tensor],
+    measures: Selection,
+    options: Options,
+    *,
+    independent: bool,
+) -> Places:
+    """Where measures are taken.
+
+    Args:
+        mask: `(time, batch)`, False at steps that are skipped; None for no mask.
+        shape: Time and batch.
+        measures: By view.
+        options: `max_rows` and `spectra` count.
+        independent: Whether each row of a step is a function of itself.
+    """
+    expensive = spectra = None
+    if options.max_rows is not None and filtered(measures, lambda measure: measure.expensive):
+        expensive = _sample_rows(mask, shape, options.max_rows, independent=independent)
+    if filtered(measures, lambda measure: measure.of == "spectrum"):
+        # One step, if its rows cannot be told apart.
+        spectra = _sample_rows(mask, shape, options.spectra if independent else 1, independent=independent)
+    return Places(mask, expensive, spectra)
+
+
+def _sample_rows(
+    mask: tf.Tensor | None, shape: Sequence[int | tf.Tensor], count: int, *, independent: bool
+) -> tf.Tensor:
+    """At most `count` unmasked rows, evenly in time: `(time, batch)`. Dependent rows: one whole step at least."""
+    time, samples = shape
+    if not independent:
+        steps = spread_evenly(time, max(1, count // int(tf.get_static_value(samples) or UNKNOWN_SAMPLES)))
+        chosen = tf.scatter_nd(steps[:, None], tf.ones_like(steps), tf.cast([time], tf.int64))
+        return tf.broadcast_to(chosen[:, None] > 0, [time, samples])
+    places = tf.range(tf.cast(time * samples, tf.int64)) if mask is None else tf.where(tf.reshape(mask, [-1]))[:, 0]
+    places = tf.gather(places, spread_evenly(tf.size(places), count))
+    chosen = tf.scatter_nd(places[:, None], tf.ones_like(places), tf.cast([time * samples], tf.int64))
+    return tf.reshape(chosen > 0, [time, samples])
+
+
+def vectors_to_remember(
+    walk: Walk,
+    measures: Selection,
+    wanted: tf.Tensor | None,
+    max_rows: int | None,
+    remember: Remember,
+) -> dict[str, Memory]:
+    """For each measure that can use it, vectors of all rows that it is measured at, and their places `(time, batch)`.
+
+    Nothing if it is not known beforehand how many rows there are.
+    """
+    rows = walk.inputs.shape[:2].num_elements()
+    if rows is None:
+        return {}
+    chosen = tf.ones(walk.inputs.shape[:2], tf.bool) if wanted is None else wanted
+    places = tf.reshape(tf.cumsum(tf.cast(tf.reshape(chosen, [-1]), tf.int32), exclusive=True), walk.inputs.shape[:2])
+    count = min(rows, rows if wanted is None or max_rows is None else max_rows)
+    memory = {}
+    for name, chosen_measures in measures.items():
+        view = View.of(name, walk.states)
+        shape = [count, view.columns(walk.inputs[0], walk.states)]
+        for measure in chosen_measures:
+            if measure.warm_start:
+                key = f"{name}/{measure.name}"
+                memory[key] = Memory(remember(key, shape, walk.states[view.news[0]].dtype), places)
+    return memory
+
+
+def _indices(mask: tf.Tensor) -> tf.Tensor:
+    """The indices of the rows that a mask `(time, batch)` chooses."""
+    return tf.cast(tf.where(tf.reshape(mask, [-1]))[:, 0], tf.int32)
+
+
+@dataclass(frozen=True)
+class Points:
+    """How the Jacobians at the points of a trajectory are measured.
+
+    Attributes:
+        jacobian: Of the cell.
+        measures: Of a step, and spectra, by view.
+        views: Whose structure is tested.
+        options: How.
+        bytes_allowed: For the derivatives.
+        bytes_per_row: That an evaluation of the cell with its derivative takes.
+        draw: Counts the measurements.
+        independent: Whether each row of a step is a function of itself.
+    """
+
+    jacobian: CellJacobian
+    measures: Selection
+    views: tuple[str, ...]
+    options: Options
+    bytes_allowed: int
+    bytes_per_row: int
+    draw: tf.Tensor
+    independent: bool
+
+    def types(self) -> dict[str, tf.DType]:
+        """What `measure` may return."""
+        real = self.options.dtype
+        types = {CERTIFICATE: real, DEPENDENCE: real}
+        for view, chosen in self.measures.items():
+            for measure in chosen:
+                types[f"{view}/{measure.name}"] = _complex(real) if measure.name == "eigenvalues" else real
+                types[f"{view}/{measure.name}/uncertainty"] = real
+        return types
+
+    def measure(
+        self,
+        trajectory: Trajectory,
+        places: Places,
+        memory: Mapping[str, Memory],
+        segment: tf.Tensor | int,
+    ) -> Results:
+        """The measures, `(time * batch,)`, the spectra, `(rows, values)`, and the certificates, scalars.
+
+        Args:
+            trajectory: The points.
+            places: Which of them are measured.
+            memory: By `view/measure`, what they may start from.
+            segment: Counts the parts of a sequence.
+        """
+        rows = Rows(
+            as_rows(trajectory.inputs),
+            tuple(as_rows(state) for state in trajectory.states),
+            {name: as_rows(value) for name, value in trajectory.values.items()},
+        )
+        # Rows that are no functions of themselves stay together: all samples of a step, masked ones included.
+        valid = None if places.mask is None or not self.independent else _indices(places.mask)
+        options = dataclasses.replace(self.options, stream=segment * _STREAMS)
+        results: Results = {}
+        for measures, chosen in self._at(valid, None if places.expensive is None else _indices(places.expensive)):
+            source = self._source(rows, list(measures), chosen, memory)
+            chunk = self._chunk(rows, measures) if self.independent else known_sizes(trajectory.inputs)[1]
+            for key, (value, uncertainty) in measure_rows(source, measures, options, chunk).items():
+                results[key] = value
+                if uncertainty is not None:
+                    results[f"{key}/uncertainty"] = uncertainty
+        spectra = filtered(self.measures, lambda measure: measure.of == "spectrum")
+        if places.spectra is not None:
+            operators = self.jacobian.operators(list(spectra), rows.take(_indices(places.spectra)))
+            results |= {f"{v}/{m.name}": m.function(operators[v]) for v, chosen in spectra.items() for m in chosen}
+        return {**results, **self._certificates(trajectory, rows, valid)} if self.independent else results
+
+    def _at(self, valid: tf.Tensor | None, wanted: tf.Tensor | None) -> list[tuple[Selection, tf.Tensor | None]]:
+        """Which measures are taken at which rows."""
+        of_steps = filtered(self.measures, lambda measure: measure.of == "step")
+        split = [(of_steps, valid)]
+        if wanted is not None:
+            split = [
+                (filtered(of_steps, lambda measure: not measure.expensive), valid),
+                (filtered(of_steps, lambda measure: measure.expensive), wanted),
+            ]
+        return [(measures, rows) for measures, rows in split if measures]
+
+    def _chunk(self, rows: Rows, measures: Selection) -> int:
+        """The most rows at once."""
+        kept = [
+            measure.vectors * View.of(view, rows.states).columns(rows.inputs, rows.states)
+            for view, chosen in measures.items()
+            for measure in chosen
+        ]
+        bytes_per_row = self.bytes_per_row + max(kept, default=0) * self.options.dtype.size
+        return max(1, min(self.bytes_allowed // bytes_per_row, _MOST_ROWS))
+
+    def _source(
+        self, rows: Rows, views: Sequence[str], valid: tf.Tensor | None, memory: Mapping[str, Memory]
+    ) -> RowSource:
+        return RowSource(
+            known_sizes(rows.inputs)[0],
+            lambda start, stop: self.jacobian.operators(views, rows if start is None else rows.between(start, stop)),
+            lambda chosen: self.jacobian.operators(views, rows.take(chosen)),
+            valid,
+            memory,
+        )
+
+    def _certificates(self, trajectory: Trajectory, rows: Rows, valid: tf.Tensor | None) -> Results:
+        """Tests, on some rows, of what the measures rest on."""
+        count, samples = known_sizes(rows.inputs)[0], known_sizes(trajectory.inputs)[1]
+        total = count if valid is None else tf.size(valid)
+        # The first time half as many rows as are measured at once, since autodiff takes its memory beside them; then a
+        # few that are spread over them, others each time: after enough measurements each row has had its turn.
+        number = tf.minimum(total, tf.where(self.draw == 0, max(1, self._chunk(rows, {}) // 2), CERTIFIED_ROWS))
+        stride = -(-total // tf.maximum(number, 1))
+        chosen = (tf.range(number) * stride + self.draw % tf.maximum(stride, 1)) % tf.maximum(total, 1)
+        chosen = chosen if valid is None else tf.gather(valid, tf.cast(chosen, valid.dtype))
+        chosen = tf.cast(chosen, tf.int32)
+        # The new states are the old ones of the next step, and of the last step the last ones.
+        following = [
+            tf.where(
+                tf.reshape(chosen + samples < count, [-1] + [1] * (last.shape.rank - 1)),
+                tf.gather(states, tf.minimum(chosen + samples, count - 1)),
+                tf.gather(last, chosen % samples),
+            )
+            for states, last in zip(rows.states, trajectory.last, strict=True)
+        ]
+        seed = tf.random.experimental.stateless_fold_in([self.options.seed, 3], self.draw)
+        dependence, certificate = self.jacobian.tests(self.views, rows.take(chosen), following, seed)
+        return {DEPENDENCE: dependence} | ({} if certificate is None else {CERTIFICATE: certificate})
+
+
+def in_segments(
+    walk: Walk,
+    steps: int,
+    types: Mapping[str, tf.DType],
+    measure_segment: Callable[[Walk, tf.Tensor, tf.Tensor], tuple[Results, tuple[tf.Tensor, ...]]],
+) -> Results:
+    """Measures so many steps at a time, so that a long sequence is never held as a whole."""
+    time = tf.shape(walk.inputs)[0]
+    count = -(-time // steps)
+
+    widths: dict[str, int | None] = {}
+
+    def body(index: tf.Tensor, states: Sequence[tf.Tensor], arrays: dict[str, tf.TensorArray]) -> tuple[Any, ...]:
+        start = index * steps
+        part = walk.between(start, tf.minimum(start + steps, time), states)
+        results, last = measure_segment(part, index, start)
+        # Which keys there are is known once the body is traced, and a loop needs its variables before.
+        widths.update({key: value.shape[1] if value.shape.rank == 2 else None for key, value in results.items()})  # noqa: PLR2004
+        arrays = {
+            key: array.write(index, tf.reshape(results[key], [-1])) if key in results else array
+            for key, array in arrays.items()
+        }
+        return index + 1, list(last), arrays
+
+    empty = {key: tf.TensorArray(dtype, count, infer_shape=False, element_shape=[None]) for key, dtype in types.items()}
+    _, _, arrays = tf.while_loop(lambda index, *_: index < count, body, [tf.constant(0), list(walk.states), empty])
+    results = {key: arrays[key].concat() for key in sorted(widths)}
+    results = {key: tf.reduce_max(x) if key in (CERTIFICATE, DEPENDENCE) else x for key, x in results.items()}
+    return {key: tf.reshape(x, [-1, widths[key]]) if widths[key] else x for key, x in results.items()}
+
+
+def _complex(real: tf.DType) -> tf.DType:
+    return tf.complex128 if real == tf.float64 else tf.complex64

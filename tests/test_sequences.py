@@ -1,0 +1,170 @@
+"""Measures over the whole sequence, in the report: against products of dense Jacobians, made by a tape loop."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import keras
+import numpy as np
+import pytest
+from helpers import BATCH, BY_ID, FEATURES, build, make_model, normal, reference_jacobians
+
+from keras_jacmon import JacobianMeter, measure
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+L = keras.layers
+STEPS = 9
+PROBE = normal(BATCH, STEPS, FEATURES)
+OVER_TIME = ["joint/flow", "joint/growth", "joint/horizon", "joint/lyapunov", "joint/kaplan_yorke"]
+
+
+def masked_model(layer: Any) -> Any:
+    inputs = keras.Input((STEPS, FEATURES))
+    return build(keras.Model(inputs, layer(L.Masking()(inputs))), PROBE)
+
+
+def products(J: NDArray[Any], *, backwards: bool) -> NDArray[np.float64]:
+    """`P_k` of the last 1, 2, ... steps that a sample takes, `(spans, n, n)`; J is by position in the input."""
+    J = J[~np.isnan(J).any(axis=(1, 2))].astype(np.float64)
+    J = J[::-1] if backwards else J
+    found = [J[-1]]
+    for step in J[-2::-1]:
+        found.append(found[-1] @ step)
+    return np.stack(found)
+
+
+@pytest.mark.parametrize("max_bytes", [2**30, 3000], ids=["at once", "in segments"])
+@pytest.mark.parametrize("go_backwards", [False, True], ids=["forwards", "backwards"])
+@pytest.mark.parametrize("case_id", ["lstm", "gru_reset_before", "bare_state", "partly_mixing"])
+def test_the_flow_is_that_of_the_products(case_id: str, go_backwards: bool, max_bytes: int) -> None:  # noqa: FBT001 - pytest passes it by name
+    layer = BY_ID[case_id].make(go_backwards=go_backwards)
+    model = masked_model(layer)
+    lengths = np.array([STEPS, 6, 2])
+    mask = np.arange(STEPS)[None] < lengths[:, None]
+    probe = PROBE * mask[..., None]
+    report = measure(model, probe, measures=OVER_TIME, exact_flow=True, exponents=100, warmup=0, max_bytes=max_bytes)
+    (found,) = report.layers.values()
+    dense = reference_jacobians(layer, probe, mask=mask)
+    J = dense.get("joint", dense["hidden"])
+    prefix = "joint/" if "joint" in dense else ""
+    assert set(found.sequences) == {f"{prefix}{key.removeprefix('joint/')}" for key in OVER_TIME}
+    for sample, length in enumerate(lengths):
+        P = products(J[:, sample], backwards=go_backwards)
+        expected = np.log(np.linalg.norm(P, 2, axis=(1, 2)))
+        flow = found[f"{prefix}flow"][:, sample]
+        np.testing.assert_allclose(flow[:length], expected, atol=2e-4)
+        assert np.isnan(flow[length:]).all()
+        slope = np.polyfit(np.arange(length + 1), [0, *expected], 1)[0]
+        np.testing.assert_allclose(found[f"{prefix}growth"][sample], slope, atol=1e-3)
+        # The exponents of all directions add up to the growth of volumes, whatever vectors they began with.
+        total = np.linalg.slogdet(P[-1])[1] / length
+        if np.isfinite(total) and total > -10:
+            np.testing.assert_allclose(found[f"{prefix}lyapunov"][:, sample].sum(), total, atol=2e-2)
+
+
+def test_random_vectors_tell_the_flow_with_its_standard_error() -> None:
+    layer = L.LSTM(12, name="lstm")
+    model = masked_model(layer)
+    J = reference_jacobians(layer, PROBE)["joint"]
+    report = measure(model, PROBE, measures=["joint/flow"], flow_vectors=200)["lstm"]
+    error = report.uncertainties["joint/flow"]
+    for sample in range(BATCH):
+        P = products(J[:, sample], backwards=False)
+        expected = np.log(np.linalg.norm(P, axis=(1, 2)) / np.sqrt(24))
+        z = (report["joint/flow"][:, sample] - expected) / error[:, sample]
+        assert np.abs(z).max() < 5
+    assert 0 < error.max() < 0.2
+    assert report.estimated == {"joint/flow"}
+
+
+def test_neither_ten_thousand_steps_of_gain_five_nor_of_a_fifth_are_too_many() -> None:
+    for gain in (5.0, 0.2):
+        layer = L.SimpleRNN(2, activation="linear", name="rnn")
+        model = build(keras.Sequential([keras.Input((10_000, 1)), layer]), np.zeros((1, 10_000, 1)))
+        layer.cell.recurrent_kernel.assign(gain * np.eye(2))
+        report = measure(
+            model, np.zeros((1, 10_000, 1), np.float32), measures=["flow", "growth", "horizon", "lyapunov"]
+        )
+        spans = np.arange(1, 10_001)
+        np.testing.assert_allclose(report["rnn"]["flow"][:, 0], spans * np.log(gain), rtol=1e-5)
+        np.testing.assert_allclose(report["rnn"]["growth"], np.log(gain), rtol=1e-5)
+        np.testing.assert_allclose(report["rnn"]["horizon"], 3)
+        np.testing.assert_allclose(report["rnn"]["lyapunov"], np.log(gain), rtol=1e-5)
+        assert report.verdict["rnn"].state == ("exploding" if gain > 1 else "vanishing")
+        np.testing.assert_allclose(report.verdict["rnn"].growth, np.log(gain), rtol=1e-5)
+
+
+def test_slow_measures_can_be_left_out() -> None:
+    model = masked_model(L.SimpleRNN(4, name="rnn"))
+    meter = JacobianMeter(model, PROBE, measures="full")
+    assert meter.has_slow_measures
+    full, quick = meter(), meter(slow=False)
+    slow = {"lyapunov", "kaplan_yorke", "spectral_radius", "condition_number", "singular_values", "eigenvalues"}
+
+    def keys(report: Any) -> set[str]:
+        return {*report["rnn"].values, *report["rnn"].sequences, *report["rnn"].spectra}
+
+    assert {key.removeprefix("inputs/") for key in keys(full) - keys(quick)} == slow
+    for key in quick["rnn"].values:
+        np.testing.assert_array_equal(quick["rnn"][key], full["rnn"][key])
+    assert meter.trace_count == 2
+    assert not JacobianMeter(model, PROBE, measures="standard").has_slow_measures
+    # Who asks for nothing else gets it each time.
+    only = JacobianMeter(model, PROBE, measures=["lyapunov"])
+    assert set(only(slow=False)["rnn"].sequences) == {"lyapunov"}
+
+
+@pytest.mark.parametrize("max_bytes", [2**30, 3000], ids=["at once", "in segments"])
+@pytest.mark.parametrize("go_backwards", [False, True], ids=["forwards", "backwards"])
+@pytest.mark.parametrize("case_id", ["lstm", "bare_state"])
+def test_spectra_are_those_of_the_dense_jacobians(case_id: str, go_backwards: bool, max_bytes: int) -> None:  # noqa: FBT001 - pytest passes it by name
+    layer = BY_ID[case_id].make(go_backwards=go_backwards)
+    model = masked_model(layer)
+    mask = np.arange(STEPS)[None] < np.array([[STEPS], [6], [2]])
+    probe = PROBE * mask[..., None]
+    keys = ["eigenvalues", "singular_values", "spectral_radius", "condition_number"]
+    report = measure(model, probe, measures=keys, spectra=7, max_bytes=max_bytes)
+    (found,) = report.layers.values()
+    J = reference_jacobians(layer, probe, mask=mask)["hidden"]
+    assert found.spectra_at.shape == (7, 2)
+    assert mask.T[tuple(found.spectra_at.T)].all()
+    assert len(np.unique(found.spectra_at, axis=0)) == 7
+    here = J[tuple(found.spectra_at.T)]
+    np.testing.assert_allclose(found["singular_values"], np.linalg.svd(here, compute_uv=False), atol=1e-5)
+    moduli = np.sort(np.abs(np.linalg.eigvals(here)), axis=1)[:, ::-1]
+    np.testing.assert_allclose(np.abs(found["eigenvalues"]), moduli, atol=1e-4)
+    radius = np.abs(np.linalg.eigvals(J[mask.T])).max(axis=1)
+    np.testing.assert_allclose(found["spectral_radius"][mask.T], radius, rtol=1e-3)
+    condition = np.linalg.cond(J[mask.T].astype(np.float64))
+    known = condition < 1e3
+    assert known.any() or case_id == "bare_state"
+    np.testing.assert_allclose(found["condition_number"][mask.T][known], condition[known], rtol=1e-2)
+
+
+@pytest.mark.parametrize(
+    "case_id",
+    ["lstm", "gru_reset_after", "gru_reset_before", "seed_cell", "unequal_states", "bare_state", "stacked_lstm_gru"],
+)
+@pytest.mark.filterwarnings("ignore:.*no gradient connects the new state with the inputs")
+def test_the_inputs_view(case_id: str) -> None:
+    model, layer = make_model(BY_ID[case_id], PROBE)
+    names = ["variance", "rms_singular_value", "spectral_norm", "condition_number"]
+    meter = JacobianMeter(model, PROBE, measures=[f"inputs/{name}" for name in names])
+    ((name, found),) = meter().layers.items()
+    J = reference_jacobians(layer, PROBE, by_inputs=True).get("inputs")
+    assert J is not None
+    if not np.abs(J).max():
+        assert found.values == {}
+        assert "no gradient connects the new state with the inputs" in found.notes[0]
+        return
+    J = J.astype(np.float64)
+    np.testing.assert_allclose(found["inputs/variance"], J.shape[-1] * J.var(axis=(2, 3)), rtol=1e-4)
+    rms = np.sqrt((J**2).sum(axis=(2, 3)) / J.shape[-1])
+    np.testing.assert_allclose(found["inputs/rms_singular_value"], rms, rtol=1e-4)
+    np.testing.assert_allclose(found["inputs/spectral_norm"], np.linalg.norm(J, 2, axis=(2, 3)), rtol=1e-2)
+    np.testing.assert_allclose(found["inputs/condition_number"], np.linalg.cond(J), rtol=1e-2)
+    structured = case_id != "bare_state"
+    assert (meter.choices[name]["inputs"][0].how == "structure") == structured
+    assert (found.certificate is not None) == structured

@@ -1,0 +1,156 @@
+"""What becomes of a gradient, said in words: flows made by hand, and layers whose fate is known."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import keras
+import numpy as np
+import pytest
+from helpers import normal
+
+from keras_jacmon import Report, measure
+from keras_jacmon.verdict import judge
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+L = keras.layers
+
+
+def flow(*gains: float, spans: int = 10) -> Any:
+    """The log gains of samples each of whose steps has one gain, `(spans, samples)`."""
+    return np.arange(1, spans + 1)[:, None] * np.log(np.array(gains))[None]
+
+
+@pytest.mark.parametrize(
+    ("gain", "state", "horizon"),
+    [(1.0, "stable", math.inf), (0.5, "vanishing", 7), (0.62, "stable", math.inf), (2.0, "exploding", 7)],
+)
+def test_the_state_is_the_threshold_that_is_met(gain: float, state: str, horizon: float) -> None:
+    verdict = judge(flow(gain, gain, spans=9), np.ones((9, 2), bool), {})
+    assert verdict is not None
+    assert verdict.state == state
+    assert verdict.horizon == horizon
+    np.testing.assert_allclose([verdict.growth, verdict.gain], [np.log(gain), gain**9], atol=1e-12)
+    np.testing.assert_allclose(verdict.worst_gain, gain)
+    assert verdict.suggestions == ()
+
+
+def test_the_thresholds_are_arguments() -> None:
+    log_gain, mask = flow(0.62, spans=9), np.ones((9, 1), bool)
+    verdict = judge(log_gain, mask, {}, fall=0.1)
+    assert verdict is not None
+    assert (verdict.state, verdict.horizon) == ("vanishing", 5)
+    for fall, rise in ((0, 2), (1, 2), (0.1, 1), (2, 3)):
+        with pytest.raises(ValueError, match="Expected 0 < fall < 1 < rise"):
+            judge(log_gain, mask, {}, fall=fall, rise=rise)
+
+
+def test_samples_count_by_their_real_length() -> None:
+    log_gain = flow(0.5, 0.5)
+    log_gain[3:, 1] = np.nan
+    mask = np.ones((10, 2), bool)
+    mask[3:, 1] = False
+    verdict = judge(log_gain, mask, {})
+    assert verdict is not None
+    np.testing.assert_allclose(np.log(verdict.gain), np.log(0.5) * (10 + 3) / 2)
+
+
+@pytest.mark.parametrize("go_backwards", [False, True])
+def test_the_worst_step_is_a_position_in_the_input(go_backwards: bool) -> None:  # noqa: FBT001 - pytest passes it by name
+    # By the order in which the layer runs, the last step but two loses most; one step of the input is masked.
+    local = np.log(np.array([0.9, 0.9, 0.1, 0.9, 0.9, 0.9, 0.9]))
+    mask = np.ones((8, 1), bool)
+    mask[6] = False
+    log_gain = np.concatenate([np.cumsum(local), [np.nan]])[:, None]
+    verdict = judge(log_gain, mask, {}, go_backwards=go_backwards)
+    assert verdict is not None
+    assert verdict.worst_step == (2 if go_backwards else 4)
+    np.testing.assert_allclose(verdict.worst_gain, 0.1)
+
+
+def test_a_flow_that_ends_at_zero_has_vanished() -> None:
+    log_gain = np.array([[-1.0], [-math.inf], [-math.inf]])
+    verdict = judge(log_gain, np.ones((3, 1), bool), {})
+    assert verdict is not None
+    assert (verdict.state, verdict.growth, verdict.horizon, verdict.gain, verdict.worst_step) == (
+        "vanishing", -math.inf, 2, 0.0, 1,
+    )  # fmt: skip
+
+
+def test_no_verdict_without_a_flow() -> None:
+    assert judge(np.full((3, 2), np.nan), np.zeros((3, 2), bool), {}) is None
+    # NaN weights: there are steps, and nothing is known.
+    assert judge(np.full((3, 2), np.nan), np.ones((3, 2), bool), {}) is None
+
+
+# Layers whose fate is known --------------------------------------------------------------------------
+
+
+def report_of(layer: Any, steps: int = 40, **options: Any) -> Callable[[], Report]:
+    """Measures a layer with the weights that Keras gives it, each time that it is called."""
+    probe = normal(4, steps, 3)
+    model = keras.Sequential([keras.Input((steps, 3)), layer])
+    return lambda: measure(model, probe, **options)
+
+
+def test_the_forget_bias_turns_the_verdict_to_which_the_hidden_view_is_blind() -> None:
+    layer = L.LSTM(64, name="lstm")
+    report = report_of(layer, 60)
+    before = report()
+    bias = layer.cell.bias.numpy()
+    bias[64:128] = 4.0
+    layer.cell.bias.assign(bias)
+    after = report()
+    assert abs(after["lstm"].mean("variance") / before["lstm"].mean("variance") - 1) < 0.3
+    assert before.verdict["lstm"].state == "vanishing"
+    assert after.verdict["lstm"].state == "stable"
+    assert before.verdict["lstm"].gain < 1e-2 < after.verdict["lstm"].gain
+
+
+def test_the_forget_bias_that_is_suggested_keeps_half_of_the_cell_state() -> None:
+    layer = L.LSTM(32, name="lstm")
+    report = report_of(layer)
+    (sentence,) = [s for s in report().verdict["lstm"].suggestions if "forget bias" in s]
+    shift = float(sentence.split("forget bias by ")[1].split(":")[0])
+    bias = layer.cell.bias.numpy()
+    bias[32:64] += shift
+    layer.cell.bias.assign(bias)
+    kept = report()["lstm"].facts["forget"] ** 40
+    assert 0.3 < kept < 0.7
+    assert not any("forget bias" in s for s in report().verdict["lstm"].suggestions)
+
+
+@pytest.mark.parametrize(("make", "scale"), [(L.SimpleRNN, 0.5), (L.GRU, 5.0), (L.SimpleRNN, 3.0)])
+def test_the_gain_that_is_suggested_brings_the_variance_to_one(make: Any, scale: float) -> None:
+    # At states of zero, which no gain of the kernel moves; there the promise can be checked.
+    layer = make(24, name="rnn")
+    probe = np.zeros((2, 30, 3), np.float32)
+    model = keras.Sequential([keras.Input((30, 3)), layer])
+    layer.cell.recurrent_kernel.assign(scale * layer.cell.recurrent_kernel)
+    report = measure(model, probe)
+    gain = report["rnn"].facts["kernel_gain"]
+    if make is L.SimpleRNN:
+        (sentence,) = report.verdict["rnn"].suggestions
+        assert f"multiply the recurrent kernel by {gain:.3g}" in sentence
+    layer.cell.recurrent_kernel.assign(gain * layer.cell.recurrent_kernel)
+    np.testing.assert_allclose(measure(model, probe)["rnn"].mean("variance"), 1.0, rtol=1e-3)
+
+
+def test_print_leads_with_the_verdict() -> None:
+    report = report_of(L.SimpleRNN(4, name="rnn"))
+    found = report()
+    assert str(found).startswith(f"rnn: {found.verdict['rnn'].state}: ")
+    assert "horizon" in str(found).splitlines()[0]
+    # Without a flow there is a table alone.
+    bare = report_of(L.SimpleRNN(4, name="rnn"), measures="fast")()
+    assert str(bare).startswith("rnn: SimpleRNNCell")
+    assert bare.verdict == {}
+
+
+def test_the_hidden_flow_of_a_cell_with_several_states_is_no_verdict() -> None:
+    report = report_of(L.LSTM(4, name="lstm"), measures=["flow"])
+    assert set(report()["lstm"].sequences) == {"flow"}
+    assert report().verdict == {}
