@@ -1,5 +1,8 @@
 """What do the Jacobians of a model look like at one moment? Plain NumPy; nothing here needs TensorFlow."""
 
+import dataclasses
+import importlib
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -7,6 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from keras_jacmon import archive
 from keras_jacmon.verdict import FALL, RISE, FloatArray, Verdict, judge
 
 
@@ -194,10 +198,70 @@ class Report:
         verdicts = {name: layer.judge(fall, rise) for name, layer in self.layers.items()}
         return {name: verdict for name, verdict in verdicts.items() if verdict is not None}
 
+    def to_dict(self) -> dict[str, Any]:
+        """Everything in what JSON knows: dicts, lists, strings and numbers.
+
+        NaN and inf become the strings `"nan"`, `"inf"` and `"-inf"`, and eigenvalues pairs of real and imaginary part.
+        """
+        layers = {name: _record(layer) for name, layer in self.layers.items()}
+        verdict = {name: dataclasses.asdict(verdict) for name, verdict in self.verdict.items()}
+        found: dict[str, Any] = archive.plain({"verdict": verdict, "scalars": self.scalars(), "layers": layers})
+        return found
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the report to an `.npz` file, without pickle.
+
+        Raises:
+            OSError: If the file cannot be written; one that was there stays as it was.
+        """
+        archive.write(path, {name: _record(layer) for name, layer in self.layers.items()})
+
+    @staticmethod
+    def load(path: str | os.PathLike[str]) -> "Report":
+        """Reads what `save` has written.
+
+        Raises:
+            OSError: If there is no such file.
+            ValueError: If it is no report, or one of another version.
+        """
+        return Report({name: LayerReport(**record) for name, record in archive.read(path).items()})
+
+    def to_dataframe(self) -> Any:
+        """A `pandas.DataFrame` with a row for each layer, measure, step and sample that was measured.
+
+        Its columns are `layer`, `measure`, `step`, `sample`, `value` and `uncertainty`. What belongs to whole sequences
+        and spectra is not in it.
+
+        Raises:
+            ImportError: If pandas is not installed.
+        """
+        try:
+            pandas = importlib.import_module("pandas")
+        except ImportError as error:
+            raise ImportError("`to_dataframe` needs pandas: pip install 'keras-jacmon[dataframe]'") from error
+        columns: dict[str, list[Any]] = {name: [] for name in _COLUMNS}
+        for name, layer in self.layers.items():
+            for key, array in layer.values.items():
+                at = layer.measured(key)
+                steps, samples = np.nonzero(at)
+                uncertainty = layer.uncertainties.get(key, np.full_like(array, np.nan))
+                columns["layer"] += [name] * steps.size
+                columns["measure"] += [key] * steps.size
+                for column, part in zip(_COLUMNS[2:], (steps, samples, array[at], uncertainty[at]), strict=True):
+                    columns[column] += part.tolist()
+        return pandas.DataFrame(columns)
+
     def __str__(self) -> str:
         verdicts = [f"{name}: {verdict}" for name, verdict in self.verdict.items()]
         tables = [_table(name, layer) for name, layer in self.layers.items()]
         return "\n\n".join([*(["\n".join(verdicts)] if verdicts else []), *tables])
+
+
+_COLUMNS = ("layer", "measure", "step", "sample", "value", "uncertainty")
+
+
+def _record(layer: LayerReport) -> dict[str, Any]:
+    return {field.name: getattr(layer, field.name) for field in dataclasses.fields(LayerReport)}
 
 
 def _nonfinite(values: FloatArray) -> npt.NDArray[np.bool_]:
@@ -205,7 +269,9 @@ def _nonfinite(values: FloatArray) -> npt.NDArray[np.bool_]:
 
 
 def _mean(values: FloatArray) -> float:
-    return float(np.mean(values, dtype=np.float64)) if values.size else float("nan")
+    # inf and -inf have no mean: NaN, and no warning of NumPy's.
+    with np.errstate(invalid="ignore"):
+        return float(np.mean(values, dtype=np.float64)) if values.size else float("nan")
 
 
 def _median(values: FloatArray) -> float:

@@ -17,6 +17,7 @@ STAGES = (
     "jacobians",
     "measures",
     "verdict",
+    "archive",
     "report",
     "events",
     "points",
@@ -25,6 +26,7 @@ STAGES = (
     "meter",
     "explanation",
     "monitor",
+    "__main__",
 )
 FORBIDDEN_PAIRS = {
     ("measures", "jacobians"),
