@@ -37,6 +37,9 @@ from keras_jacmon.sequences import measure_sequence
 # alive at that time, and what the allocator holds back, was measured to be about twice as much as both.
 _SHARES = 9
 
+# The same of the derivatives of a segment, where nothing else is measured at that time.
+_SHARE_OF_SEQUENCES = 4
+
 # Key of the mask of the rows at which expensive measures are taken, if not at all.
 SAMPLED = "sampled"
 
@@ -199,10 +202,8 @@ def measure_call(
     shortcut = jacobian.shortcut()
 
     dtype = walk.states[floating_states(walk.states)[0]].dtype
-    several = len(floating_states(walk.states)) > 1
-    rows = walk.inputs.shape[:2].num_elements()
     time, samples = known_sizes(walk.inputs)[:2]
-    selection = _of_views(measures, facts.views, several=several)
+    selection = _of_views(measures, facts.views, several=bool(facts.joint))
     of_steps = filtered(selection, lambda measure: measure.of in ("step", "spectrum"))
     over_time = filtered(selection, lambda measure: measure.of in ("flow", "exponents"))
     places = choose_places(walk.mask, [time, samples], of_steps, options, independent=independent)
@@ -210,7 +211,7 @@ def measure_call(
     if remember is not None:
         memory = vectors_to_remember(walk, of_steps, places.expensive, options.max_rows, remember)
     forgets = isinstance(call.layer.cell, keras.layers.LSTMCell)
-    options = dataclasses.replace(options, rows=rows, dtype=dtype)
+    options = dataclasses.replace(options, rows=walk.inputs.shape[:2].num_elements(), dtype=dtype)
     points = Points(
         jacobian,
         filtered(with_advice(selection, forgets=forgets), lambda measure: measure.of in ("step", "spectrum")),
@@ -252,9 +253,13 @@ def measure_call(
         at = tf.where(places.spectra)
         results[SPECTRA_AT] = tf.stack([time - 1 - at[:, 0], at[:, 1]], axis=1) if call.layer.go_backwards else at
     if over_time:
-        most_steps = max(1, min(steps, points.bytes_allowed // points.bytes_per_row // width))
-        sequence = WholeSequence(step, walk, shortcut, jacobian, independent, most_steps)
-        results |= measure_sequence(sequence, over_time, options, trajectory)
+        most_steps = max(1, min(steps, max_bytes // _SHARE_OF_SEQUENCES // points.bytes_per_row // width))
+        # One behind the other, so that they do not need their memory at the same time.
+        with tf.control_dependencies([value.op for value in results.values()]):
+            begin = tuple(map(tf.identity, walk.states))
+            trajectory = trajectory and trajectory.copied()
+        whole = WholeSequence(step, walk.between(0, time, begin), shortcut, jacobian, independent, most_steps)
+        results |= measure_sequence(whole, over_time, options, trajectory)
     return facts, results
 
 

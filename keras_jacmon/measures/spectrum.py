@@ -55,8 +55,6 @@ def spectral_norm(operator: tf.linalg.LinearOperator, options: Options) -> Measu
         start, _ = _normalised(last + 0.1 * start)
         warm = tf.reduce_all(tf.norm(last, axis=-1) > 0)
         least = tf.where(warm, LEAST_STEPS_FROM_MEMORY, LEAST_STEPS)
-    progress = _Progress.start(operator, start)
-    value, residual, vector, progress = _advance(operator, progress, least, squarings)
     separable = _take(operator, tf.zeros([0], tf.int32)) is not None
 
     def unfinished(value: tf.Tensor, residual: tf.Tensor) -> tf.Tensor:
@@ -66,10 +64,10 @@ def spectral_norm(operator: tf.linalg.LinearOperator, options: Options) -> Measu
         return going if separable else tf.fill(tf.shape(going), tf.reduce_any(going))
 
     def some_steps(
-        active: tf.Tensor, found: tuple[tf.Tensor, ...], progress: _Progress
-    ) -> tuple[tf.Tensor, tuple[tf.Tensor, ...], _Progress]:
+        steps: tf.Tensor, active: tf.Tensor, found: tuple[tf.Tensor, ...], progress: _Progress
+    ) -> tuple[tf.Tensor, tf.Tensor, tuple[tf.Tensor, ...], _Progress]:
         here = _take(operator, active) if separable else operator
-        *new, progress = _advance(here, progress, STEPS_BETWEEN_CHECKS, squarings)
+        *new, progress = _advance(here, progress, steps, squarings)
         new = new[: len(found)]
         old = [tf.gather(array, active) for array in found]
         # Where an invariant subspace has been found, rounding may blur the residual. NaN compares as better: it stays.
@@ -79,16 +77,22 @@ def spectral_norm(operator: tf.linalg.LinearOperator, options: Options) -> Measu
             tf.tensor_scatter_nd_update(array, active[:, None], part) for array, part in zip(found, new, strict=True)
         )
         going = tf.where(unfinished(new[0], new[1]))[:, 0]
-        return tf.gather(active, going), found, progress.take(going)
+        return tf.constant(STEPS_BETWEEN_CHECKS), tf.gather(active, going), found, progress.take(going)
 
-    active = tf.where(unfinished(value, residual))[:, 0]
-    found = (value, residual) if options.memory is None else (value, residual, vector)
-    _, found, _ = tf.while_loop(
-        lambda active, *_: tf.size(active) > 0,
+    nothing = tf.zeros_like(start[:, 0])
+    found = (nothing, nothing + np.inf) if options.memory is None else (nothing, nothing + np.inf, tf.zeros_like(start))
+    progress = _Progress.start(operator, start)
+    _, _, found, _ = tf.while_loop(
+        lambda _, active, *__: tf.size(active) > 0,
         some_steps,
-        (active, found, progress.take(active)),
-        shape_invariants=(tf.TensorShape([None]), tuple(x.shape for x in found), _Progress.shapes(operator)),
-        maximum_iterations=(MAX_STEPS - LEAST_STEPS) // STEPS_BETWEEN_CHECKS,
+        (tf.convert_to_tensor(least), tf.range(tf.cast(rows, tf.int64)), found, progress),
+        shape_invariants=(
+            tf.TensorShape([]),
+            tf.TensorShape([None]),
+            tuple(x.shape for x in found),
+            _Progress.shapes(operator),
+        ),
+        maximum_iterations=1 + (MAX_STEPS - LEAST_STEPS) // STEPS_BETWEEN_CHECKS,
     )
     if options.memory is not None:
         options.memory.keep(found[2])
