@@ -83,8 +83,10 @@ def judge(
     known = lengths > 0
     if not known.any() or not np.array_equal(np.flatnonzero(known), np.flatnonzero(mask.any(axis=0))):
         return None
-    ends = log_gain[lengths[known] - 1, np.flatnonzero(known)]
+    ends = _mean(log_gain[lengths[known] - 1, np.flatnonzero(known)], axis=0)
     curve = _mean(log_gain, axis=1)
+    if np.isnan(curve[: lengths.max()]).any():
+        return None
     vanished, exploded = (_first(met) for met in (curve <= math.log(fall), curve >= math.log(rise)))
     state: Literal["vanishing", "stable", "exploding"] = "stable"
     if min(vanished, exploded) < math.inf:
@@ -92,7 +94,7 @@ def judge(
     local = _by_position(log_gain, mask, go_backwards=go_backwards)
     worst = int(np.nanargmax(local) if state == "exploding" else np.nanargmin(local))
     with np.errstate(over="ignore"):
-        gain, worst_gain = np.exp([ends.mean(), local[worst]])
+        gain, worst_gain = np.exp([ends, local[worst]])
     steps = float(lengths[known].mean())
     return Verdict(
         state,
@@ -123,7 +125,7 @@ def _first(met: npt.NDArray[np.bool_]) -> float:
 def _mean(values: FloatArray, axis: int) -> FloatArray:
     """The mean without NaN; NaN where there is nothing else."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # NumPy's on means of nothing
+        warnings.simplefilter("ignore", RuntimeWarning)  # NumPy's on means of nothing, and of inf and -inf
         return np.asarray(np.nanmean(values, axis=axis))
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from event_files import by_tag, names, read_summaries
-from helpers import WeightedCell, normal
+from helpers import KEYS, WeightedCell, normal
 
 from keras_jacmon import JacobianMonitor
 
@@ -33,23 +33,34 @@ def fit(model: Any, *callbacks: Any, epochs: int = 2) -> Any:
     return model.fit(X, Y, batch_size=4, epochs=epochs, verbose=0, shuffle=False, callbacks=list(callbacks))
 
 
-def expected_tags(*measured: str) -> set[tuple[str, str]]:
-    """The tags promised for each `<layer>/<measure>`."""
-    return {("jacobian", f"{tag}{suffix}") for tag in measured for suffix in ("", "/min", "/max", "/histogram")}
+def expected_tags(*measured: str, over_time: tuple[str, ...] = ()) -> set[tuple[str, str]]:
+    """The tags promised for each `<layer>/<measure>`, and for the `<layer>/` with the prefix of the joint view."""
+    tags = {f"{tag}{suffix}" for tag in measured for suffix in ("", "/min", "/max", "/histogram")}
+    tags |= {
+        f"{tag}{name}{suffix}" for tag in over_time for name in ("growth", "horizon") for suffix in ("", "/histogram")
+    }
+    return {("jacobian", tag) for tag in tags | {f"{tag}flow/histogram" for tag in over_time}}
 
 
 def all_measures(layer: str, *views: str) -> list[str]:
     return [f"{layer}/{view}{measure}" for view in views for measure in MEASURES]
 
 
+def without_empty_histograms(tags: set[tuple[str, str]]) -> set[tuple[str, str]]:
+    """A horizon beyond the sequence is infinite, and has no place in a histogram."""
+    return {(run, tag) for run, tag in tags if not tag.endswith("horizon/histogram")}
+
+
 def test_tags_of_a_one_state_cell(tmp_path: Path) -> None:
     fit(make_model(keras.layers.GRU(3, name="gru")), JacobianMonitor(PROBE, log_dir=tmp_path))
-    assert names(read_summaries(tmp_path)) == expected_tags(*all_measures("gru", ""))
+    expected = expected_tags(*all_measures("gru", ""), over_time=("gru/",))
+    assert without_empty_histograms(names(read_summaries(tmp_path))) == without_empty_histograms(expected)
 
 
 def test_tags_of_a_two_state_cell(tmp_path: Path) -> None:
     fit(make_model(keras.layers.LSTM(3, name="lstm")), JacobianMonitor(PROBE, log_dir=str(tmp_path)))
-    assert names(read_summaries(tmp_path)) == expected_tags(*all_measures("lstm", "", "joint/"))
+    expected = expected_tags(*all_measures("lstm", "", "joint/"), over_time=("lstm/joint/",))
+    assert without_empty_histograms(names(read_summaries(tmp_path))) == without_empty_histograms(expected)
 
 
 def test_tags_of_nested_layers(tmp_path: Path) -> None:
@@ -57,7 +68,7 @@ def test_tags_of_nested_layers(tmp_path: Path) -> None:
         keras.layers.Bidirectional(keras.layers.SimpleRNN(3, return_sequences=True, name="rnn"), name="both"),
         keras.layers.LSTM(2, name="lstm"),
     ]
-    fit(make_model(*layers), JacobianMonitor(PROBE, log_dir=tmp_path))
+    fit(make_model(*layers), JacobianMonitor(PROBE, measures=KEYS, log_dir=tmp_path))
     assert names(read_summaries(tmp_path)) == expected_tags(
         *all_measures("both/forward_rnn", ""),
         *all_measures("both/backward_rnn", ""),
@@ -83,6 +94,24 @@ def test_values_are_those_of_the_reports(tmp_path: Path) -> None:
             assert [summary.step for summary in written] == [step for step, _ in monitor.reports] == [0, 3, 6, 8]
             values = [over_time(report["lstm"][key].mean(axis=1)) for _, report in monitor.reports]
             np.testing.assert_allclose([float(summary.value) for summary in written], values, rtol=1e-6)
+
+
+def test_what_is_measured_over_time_and_spectra(tmp_path: Path) -> None:
+    keys = ["joint/flow", "joint/growth", "joint/lyapunov", "eigenvalues"]
+    monitor = JacobianMonitor(PROBE, measures=keys, exponents=2, log_dir=tmp_path)
+    fit(make_model(keras.layers.LSTM(3, name="lstm")), monitor)
+    summaries = read_summaries(tmp_path)
+    tags = {f"lstm/{key}/histogram" for key in keys} | {"lstm/joint/growth", "lstm/joint/lyapunov_1"}
+    assert {tag for _, tag in names(summaries)} == tags
+    reports = [report["lstm"] for _, report in monitor.reports]
+    for tag, values in (
+        ("growth", [report["joint/growth"].mean() for report in reports]),
+        ("lyapunov_1", [report["joint/lyapunov"][0].mean() for report in reports if report.spectra]),
+    ):
+        written = by_tag(summaries, f"lstm/joint/{tag}")
+        np.testing.assert_allclose([float(summary.value) for summary in written], values, rtol=1e-6)
+    moduli = by_tag(summaries, "lstm/eigenvalues/histogram")[0].value
+    np.testing.assert_allclose(moduli[-1, 1], np.abs(reports[0]["eigenvalues"]).max(), rtol=1e-6)
 
 
 def test_histogram_is_over_steps_and_samples(tmp_path: Path) -> None:
@@ -145,7 +174,7 @@ def test_nothing_else_is_written(tmp_path: Path) -> None:
 
 def test_default_log_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    fit(make_model(keras.layers.GRU(3, name="gru")), JacobianMonitor(PROBE))
+    fit(make_model(keras.layers.GRU(3, name="gru")), JacobianMonitor(PROBE, measures=KEYS))
     assert names(read_summaries(tmp_path / "logs")) == expected_tags(*all_measures("gru", ""))
 
 
@@ -171,7 +200,7 @@ def test_a_fit_that_fails_leaves_what_was_measured(tmp_path: Path) -> None:
 
 
 def test_a_second_fit_goes_on(tmp_path: Path) -> None:
-    monitor = JacobianMonitor(PROBE, log_dir=tmp_path)
+    monitor = JacobianMonitor(PROBE, measures=KEYS, log_dir=tmp_path)
     model = make_model(keras.layers.GRU(3, name="gru"))
     fit(model, monitor)
     fit(model, monitor, epochs=1)
@@ -196,7 +225,7 @@ class SquaringCell(WeightedCell):
 
 
 def test_partly_infinite_values(tmp_path: Path) -> None:
-    monitor = JacobianMonitor(normal(BATCH, 8, FEATURES, seed=4), log_dir=tmp_path)
+    monitor = JacobianMonitor(normal(BATCH, 8, FEATURES, seed=4), measures=KEYS, log_dir=tmp_path)
     model = keras.Sequential(
         [keras.Input((None, FEATURES)), keras.layers.RNN(SquaringCell(3), name="rnn"), keras.layers.Dense(1)]
     )

@@ -94,7 +94,7 @@ def test_a_gru_without_recurrent_kernel_is_its_update_gate(b: float) -> None:
     bias = np.zeros((2, 12), np.float32)
     bias[0, :4] = b
     layer.cell.bias.assign(bias)
-    report = measure(model, probe)[layer.name]
+    report = measure(model, probe, measures=helpers.KEYS)[layer.name]
     for key in ("spectral_norm", "rms_singular_value"):
         np.testing.assert_allclose(report[key], filled(report[key], sigmoid(b)), rtol=1e-5, strict=True)
     np.testing.assert_allclose(np.log(report["rms_singular_value"]), {1.0: -0.313262, 5.0: -0.006715}[b], atol=2e-6)
@@ -106,7 +106,7 @@ def test_an_lstm_without_kernels_is_its_forget_gate(b: float) -> None:
     probe = normal(2, 3, 2)
     model = keras.Sequential([keras.Input(probe.shape[1:]), layer])
     layer.cell.bias.assign(np.repeat([0.0, b, 0.0, 0.0], 4))
-    report = measure(model, probe)[layer.name]
+    report = measure(model, probe, measures=helpers.KEYS)[layer.name]
     # c stays 0, so dc'/dc = σ(b) I and dh'/dc = σ(0) σ(b) I; nothing depends on h.
     f = sigmoid(b)
     np.testing.assert_array_equal(report["spectral_norm"], np.zeros((3, 2), np.float32), strict=True)

@@ -83,13 +83,13 @@ def test_every_cell_equals_the_loop(case: Case) -> None:
 def test_go_backwards_is_indexed_by_input_position(case_id: str) -> None:
     probe = make_probe(BY_ID[case_id])
     model, layer = make_model(BY_ID[case_id], probe, go_backwards=True, return_sequences=True)
-    assert_layer(measure(model, probe)[layer.name], layer, probe)
+    assert_layer(measure(model, probe, measures=KEYS)[layer.name], layer, probe)
 
 
 @pytest.mark.parametrize("kwargs", [{"unroll": True}, {"return_sequences": True, "return_state": False}], ids=str)
 def test_options_of_the_layer_change_nothing(kwargs: dict[str, bool]) -> None:
     model, layer = make_model(BY_ID["lstm"], PROBE, **kwargs)
-    assert_layer(measure(model, PROBE)[layer.name], layer, PROBE)
+    assert_layer(measure(model, PROBE, measures=KEYS)[layer.name], layer, PROBE)
 
 
 @pytest.mark.parametrize(
@@ -102,7 +102,7 @@ def test_a_model_that_was_never_called_gets_its_weights(cell: Any) -> None:
     keras.utils.set_random_seed(1)
     layer = L.RNN(cell, name="rnn")
     model = keras.Sequential([keras.Input((STEPS, FEATURES)), layer])
-    report = measure(model, PROBE)
+    report = measure(model, PROBE, measures=KEYS)
     assert_layer(report["rnn"], layer, PROBE)
 
 
@@ -111,7 +111,7 @@ def test_a_sequential_model_without_input_is_built_from_the_probe() -> None:
     keras.utils.set_random_seed(1)
     layer = L.GRU(4, name="gru")
     model = keras.Sequential([layer, L.Dense(1)])
-    report = measure(model, PROBE)
+    report = measure(model, PROBE, measures=KEYS)
     assert_layer(report["gru"], layer, PROBE)
 
 
@@ -133,7 +133,7 @@ def test_one_unit() -> None:
     layer = L.SimpleRNN(1, name="rnn")
     model = functional([layer])
     # A difference of two sums that are equal up to rounding.
-    np.testing.assert_allclose(measure(model, PROBE)["rnn"]["variance"], 0.0, atol=1e-7)
+    np.testing.assert_allclose(measure(model, PROBE, measures=KEYS)["rnn"]["variance"], 0.0, atol=1e-7)
     others = ["rms_singular_value", "spectral_norm"]
     assert_layer(measure(model, PROBE, measures=others)["rnn"], layer, PROBE, measures=others)
 
@@ -141,7 +141,7 @@ def test_one_unit() -> None:
 def test_a_length_unknown_to_the_model() -> None:
     layer = L.GRU(4, name="gru")
     model = build(keras.Sequential([keras.Input((None, FEATURES)), layer]), PROBE)
-    assert_layer(measure(model, PROBE)["gru"], layer, PROBE)
+    assert_layer(measure(model, PROBE, measures=KEYS)["gru"], layer, PROBE)
 
 
 # Masks -----------------------------------------------------------------------------------------------
@@ -237,7 +237,7 @@ def test_a_decoder_starts_where_the_encoder_ended() -> None:
     model = keras.Model([source, target], decoder(target, initial_state=[h, c]))
     probe = [normal(BATCH, 5, FEATURES, seed=1), normal(BATCH, STEPS, 3, seed=2)]
     build(model, probe)
-    report = measure(model, probe)
+    report = measure(model, probe, measures=KEYS)
     assert set(report.layers) == {"encoder", "decoder"}
     assert_layer(report["encoder"], encoder, probe[0])
     assert_layer(report["decoder"], decoder, probe[1], states=encoder(probe[0])[1:])
@@ -465,7 +465,7 @@ def test_expensive_measures_at_some_rows(max_rows: int, max_bytes: int, go_backw
     assert (f"at {max_rows} of {mask.sum()}" in str(Report({"lstm": report}))) == (max_rows < mask.sum())
 
 
-@pytest.mark.parametrize("max_bytes", [2**30, 20_000], ids=["at once", "in segments"])
+@pytest.mark.parametrize("max_bytes", [20_000], ids=["in segments"])
 def test_a_warm_start_gives_the_same_values_within_the_tolerance(max_bytes: int) -> None:
     steps, mask = 30, np.arange(30)[None] < np.array([[30], [20], [3]], np.int64)
     probe = normal(BATCH, steps, FEATURES) * mask[..., None]
@@ -532,7 +532,7 @@ def test_half_precision_layers_are_measured_in_single_precision(make: Any) -> No
     model = functional([layer])
     functional([exact])
     exact.set_weights(layer.get_weights())
-    report = measure(model, PROBE)
+    report = measure(model, PROBE, measures=KEYS)
     assert all(value.dtype == np.float32 for value in report["half"].values.values())
     assert_layer(report["half"], exact, PROBE, rtol=HALF)
 
@@ -549,13 +549,13 @@ def test_half_precision_does_not_overflow_in_the_variance() -> None:
 def test_double_precision_layers() -> None:
     layer = L.GRU(4, dtype="float64", name="double")
     model = functional([layer])
-    assert_layer(measure(model, PROBE)["double"], layer, PROBE)
+    assert_layer(measure(model, PROBE, measures=KEYS)["double"], layer, PROBE)
 
 
 def test_a_zero_kernel_is_zero_and_not_disconnected() -> None:
     layer = L.LSTM(4, recurrent_initializer="zeros", name="lstm")
     model = keras.Sequential([keras.Input((STEPS, FEATURES)), layer])
-    report = measure(model, PROBE)
+    report = measure(model, PROBE, measures=KEYS)
     for key in MEASURES:
         np.testing.assert_array_equal(report["lstm"][key], np.zeros((STEPS, BATCH)))
     assert report["lstm"].notes == ()
@@ -579,7 +579,7 @@ def test_the_spectral_norm_and_its_residual_are_within_the_tolerance(tolerance: 
 
 def test_one_trace_and_the_weights_of_the_moment() -> None:
     model, layer = make_model(BY_ID["lstm"], PROBE)
-    meter = JacobianMeter(model, PROBE)
+    meter = JacobianMeter(model, PROBE, measures=KEYS)
     assert meter.layers == (layer.name,)
     for seed in range(3):
         randomize(model, seed=100 * seed)
@@ -589,7 +589,10 @@ def test_one_trace_and_the_weights_of_the_moment() -> None:
 
 def test_the_meter_and_measure_agree() -> None:
     model, layer = make_model(BY_ID["gru_reset_after"], PROBE)
-    first, second = measure(model, PROBE)[layer.name], JacobianMeter(model, PROBE)()[layer.name]
+    first, second = (
+        measure(model, PROBE, measures=KEYS)[layer.name],
+        JacobianMeter(model, PROBE, measures=KEYS)()[layer.name],
+    )
     assert set(first.values) == set(second.values)
     for key, value in first.values.items():
         np.testing.assert_array_equal(second[key], value, strict=True)
@@ -627,7 +630,7 @@ def test_observation_changes_nothing() -> None:
     before = [variable.numpy() for variable in model.variables]
     seeds = [generator.state.numpy() for layer in model._flatten_layers() for generator in seed_generators(layer)]
     assert seeds
-    meter = JacobianMeter(model, PROBE)
+    meter = JacobianMeter(model, PROBE, measures=KEYS)
     meter()
     meter()
     for variable, old in zip(model.variables, before, strict=True):
@@ -713,7 +716,7 @@ def test_an_estimate_does_not_depend_on_the_chunks() -> None:
 
 def test_the_tables_say_what_was_measured() -> None:
     model, layer = make_model(BY_ID["lstm"], PROBE)
-    text = str(measure(model, PROBE))
+    text = str(measure(model, PROBE, measures=KEYS))
     assert layer.name in text
     for measure_name in MEASURES:
         assert measure_name in text
@@ -727,7 +730,7 @@ def test_a_disconnected_state_is_reported_and_has_no_values() -> None:
     other = L.GRU(3, name="gru", return_sequences=True)
     model = functional([other, layer])
     with pytest.warns(UserWarning, match="stopped") as caught:
-        report = measure(model, PROBE)
+        report = measure(model, PROBE, measures=KEYS)
     assert len([warning for warning in caught if issubclass(warning.category, UserWarning)]) == 1
     assert dict(report["stopped"].values) == {}
     assert len(report["stopped"].notes) == 1
@@ -741,7 +744,7 @@ def test_a_disconnected_view_leaves_the_other_view() -> None:
     layer = L.RNN(ReadoutFirstCell(4), name="readout")
     model = functional([layer])
     with pytest.warns(UserWarning, match="readout"):
-        report = measure(model, PROBE)
+        report = measure(model, PROBE, measures=KEYS)
     joint = reference_jacobians(layer, PROBE)["joint"]
     assert set(report["readout"].values) == {f"joint/{key}" for key in MEASURES}
     np.testing.assert_allclose(report["readout"]["joint/variance"], variance(joint), rtol=1e-5)
@@ -751,7 +754,7 @@ def test_a_disconnected_view_leaves_the_other_view() -> None:
 def test_a_disconnected_state_is_warned_of_once_per_meter() -> None:
     model = functional([L.RNN(StoppedCell(4), name="stopped")])
     with pytest.warns(UserWarning, match="stopped"):
-        meter = JacobianMeter(model, PROBE)
+        meter = JacobianMeter(model, PROBE, measures=KEYS)
     # Every further warning would be an error here.
     assert len(meter()["stopped"].notes) == 1
     assert len(meter()["stopped"].notes) == 1
@@ -828,7 +831,7 @@ def test_nan_weights_give_nan_in_the_valid_rows() -> None:
     embedding, layer = L.Embedding(8, FEATURES, mask_zero=True), L.LSTM(4, name="lstm")
     model = build(keras.Sequential([keras.Input(IDS.shape[1:], dtype="int32"), embedding, layer]), IDS)
     layer.cell.recurrent_kernel.assign(np.full((4, 16), np.nan))
-    report = measure(model, IDS)
+    report = measure(model, IDS, measures=KEYS)
     np.testing.assert_array_equal(report["lstm"].mask, MASK.T, strict=True)
     for key, value in report["lstm"].values.items():
         assert np.isnan(value).all(), key
@@ -843,7 +846,7 @@ def test_a_sample_with_nan_does_not_disturb_the_others() -> None:
     table = embedding.get_weights()[0]
     table[8] = np.nan
     embedding.set_weights([table])
-    report = measure(model, ids)
+    report = measure(model, ids, measures=KEYS)
     assert np.isnan(report["lstm"]["joint/spectral_norm"][2:, 1]).all()
     assert_layer(report["lstm"], layer, embedding(ids))
 

@@ -18,6 +18,7 @@ from event_files import by_tag, read_summaries
 from helpers import BareStateCell, WeightedCell, normal
 
 from keras_jacmon import JacobianMeter, JacobianMonitor, measure
+from keras_jacmon.measures.registry import KEYS, PRESETS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -294,9 +295,9 @@ def test_nothing_is_measured_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     measured = JacobianMeter.__call__
 
-    def counting(meter: JacobianMeter) -> Any:
+    def counting(meter: JacobianMeter, *, slow: bool) -> Any:
         calls.append(meter)
-        return measured(meter)
+        return measured(meter, slow=slow)
 
     monkeypatch.setattr(JacobianMeter, "__call__", counting)
     monitor = silent(update_freq=4)
@@ -304,6 +305,19 @@ def test_nothing_is_measured_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     assert steps_of(monitor) == [0, 4, 8, 12, 16]
     assert len(calls) == 5
     assert len(set(map(id, calls))) == 1
+
+
+def test_slow_measures_have_a_rhythm_of_their_own() -> None:
+    monitor = silent(measures=["variance", "lyapunov"], update_freq="batch", slow_freq=3)
+    history = fit(gru_model(), monitor, epochs=1).history
+    assert steps_of(monitor) == [*range(9)]
+    assert [step for step, report in monitor.reports if report["gru"].sequences] == [0, 3, 6]
+    assert all("variance" in report["gru"].values for _, report in monitor.reports)
+    newest = monitor.reports[6][1].scalars()["gru_jac_lyapunov_1"]
+    assert history["gru_jac_lyapunov_1"] == [newest]
+    by_epoch = silent(measures=["variance", "lyapunov"])
+    fit(gru_model(), by_epoch, epochs=3)
+    assert [bool(report["gru"].sequences) for _, report in by_epoch.reports] == [True, False, False, True]
 
 
 class CountingCell(WeightedCell):
@@ -354,6 +368,7 @@ def test_history_has_the_values_of_each_epoch() -> None:
         for view in ("", "joint_")
         for name in ("variance", "rms_singular_value", "spectral_norm")
     }
+    keys |= {"lstm_jac_joint_growth", "lstm_jac_joint_horizon"}
     assert {key for key in history if "_jac_" in key} == keys == set(monitor.reports[0][1].scalars())
     for key in keys:
         assert history[key] == [report.scalars()[key] for _, report in monitor.reports[1:]]
@@ -446,7 +461,8 @@ def test_a_resumed_rhythm_goes_on_where_it_stopped() -> None:
 def test_the_options_reach_the_measurement() -> None:
     model = compiled(keras.layers.RNN(BareStateCell(3), name="rnn"))
     options: dict[str, Any] = {"seed": 3, "tolerance": 0.5, "max_entries": 1, "max_bytes": 10_000}
-    monitor = silent(measures=None, **options)
+    options["measures"] = ["variance", "spectral_norm"]
+    monitor = silent(**options)
     fit(model, Calls(100, list), monitor, epochs=1)
     expected = measure(model, PROBE, **options)["rnn"]
     last = monitor.reports[-1][1]["rnn"]
@@ -505,8 +521,7 @@ def invalid(argument: str, sentence: str) -> str:
 
 
 UPDATE_FREQ = "Expected 'epoch', 'batch' or a positive integer. Received: update_freq="
-NAMES = ["variance", "rms_singular_value", "spectral_norm"]
-MEASURES = f"Expected names out of {[*NAMES, *(f'joint/{name}' for name in NAMES)]}. Received: "
+MEASURES = f"Expected names out of {list(PRESETS)}, or of {list(KEYS)}. Received: "
 TOLERANCE = "Expected a relative tolerance from 0 up to, not including, 1. Received: tolerance="
 
 
@@ -519,6 +534,7 @@ TOLERANCE = "Expected a relative tolerance from 0 up to, not including, 1. Recei
         ("update_freq", True, f"{UPDATE_FREQ}True"),
         ("update_freq", "often", f"{UPDATE_FREQ}'often'"),
         ("update_freq", None, f"{UPDATE_FREQ}None"),
+        ("slow_freq", 0, "Expected a positive integer. Received: slow_freq=0"),
         ("on_error", "ignore", "Expected 'warn' or 'raise'. Received: on_error='ignore'"),
         ("measures", ["variance", "norm"], f"{MEASURES}['variance', 'norm']"),
         ("measures", "norm", f"{MEASURES}['norm']"),
@@ -853,7 +869,7 @@ def test_a_full_disk_raises_if_told_so(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("on_error", ["warn", "raise"])
 def test_an_interrupt_is_not_swallowed(on_error: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupt(_: JacobianMeter) -> Any:
+    def interrupt(_: JacobianMeter, *, slow: bool) -> Any:  # noqa: ARG001 - as the meter's own
         raise KeyboardInterrupt
 
     monitor = silent(on_error=on_error)

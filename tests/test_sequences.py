@@ -35,9 +35,16 @@ def products(J: NDArray[Any], *, backwards: bool) -> NDArray[np.float64]:
     return np.stack(found)
 
 
-@pytest.mark.parametrize("max_bytes", [2**30, 3000], ids=["at once", "in segments"])
-@pytest.mark.parametrize("go_backwards", [False, True], ids=["forwards", "backwards"])
-@pytest.mark.parametrize("case_id", ["lstm", "gru_reset_before", "bare_state", "partly_mixing"])
+@pytest.mark.parametrize(
+    ("case_id", "go_backwards", "max_bytes"),
+    [
+        ("lstm", False, 2**30),
+        ("lstm", True, 3000),
+        ("gru_reset_before", False, 3000),
+        ("bare_state", True, 2**30),
+        ("partly_mixing", False, 2**30),
+    ],
+)
 def test_the_flow_is_that_of_the_products(case_id: str, go_backwards: bool, max_bytes: int) -> None:  # noqa: FBT001 - pytest passes it by name
     layer = BY_ID[case_id].make(go_backwards=go_backwards)
     model = masked_model(layer)
@@ -79,15 +86,13 @@ def test_random_vectors_tell_the_flow_with_its_standard_error() -> None:
     assert report.estimated == {"joint/flow"}
 
 
-def test_neither_ten_thousand_steps_of_gain_five_nor_of_a_fifth_are_too_many() -> None:
+def test_neither_a_thousand_steps_of_gain_five_nor_of_a_fifth_are_too_many() -> None:
     for gain in (5.0, 0.2):
         layer = L.SimpleRNN(2, activation="linear", name="rnn")
-        model = build(keras.Sequential([keras.Input((10_000, 1)), layer]), np.zeros((1, 10_000, 1)))
+        model = build(keras.Sequential([keras.Input((1000, 1)), layer]), np.zeros((1, 1000, 1)))
         layer.cell.recurrent_kernel.assign(gain * np.eye(2))
-        report = measure(
-            model, np.zeros((1, 10_000, 1), np.float32), measures=["flow", "growth", "horizon", "lyapunov"]
-        )
-        spans = np.arange(1, 10_001)
+        report = measure(model, np.zeros((1, 1000, 1), np.float32), measures=["flow", "growth", "horizon", "lyapunov"])
+        spans = np.arange(1, 1001)
         np.testing.assert_allclose(report["rnn"]["flow"][:, 0], spans * np.log(gain), rtol=1e-5)
         np.testing.assert_allclose(report["rnn"]["growth"], np.log(gain), rtol=1e-5)
         np.testing.assert_allclose(report["rnn"]["horizon"], 3)
@@ -116,9 +121,10 @@ def test_slow_measures_can_be_left_out() -> None:
     assert set(only(slow=False)["rnn"].sequences) == {"lyapunov"}
 
 
-@pytest.mark.parametrize("max_bytes", [2**30, 3000], ids=["at once", "in segments"])
-@pytest.mark.parametrize("go_backwards", [False, True], ids=["forwards", "backwards"])
-@pytest.mark.parametrize("case_id", ["lstm", "bare_state"])
+@pytest.mark.parametrize(
+    ("case_id", "go_backwards", "max_bytes"),
+    [("lstm", False, 2**30), ("lstm", True, 3000), ("bare_state", True, 2**30)],
+)
 def test_spectra_are_those_of_the_dense_jacobians(case_id: str, go_backwards: bool, max_bytes: int) -> None:  # noqa: FBT001 - pytest passes it by name
     layer = BY_ID[case_id].make(go_backwards=go_backwards)
     model = masked_model(layer)

@@ -67,7 +67,7 @@ def _gain(constant: float, linear: float, square: float) -> float:
 
 
 def _helper(name: str, function: Callable[[Any, Options], Measured]) -> Measure:
-    return Measure(name, "step", function, unit="", reference="", reading="", cost="standard")
+    return Measure(name, "step", function, definition="", unit="", reference="", reading="", cost="standard")
 
 
 def _at(gain: float) -> Callable[[Any, Options], Measured]:

@@ -37,6 +37,7 @@ class Measure:
             `"flow"`: the logarithms of the gains by span, `(spans, samples)`. `"exponents"`: the Lyapunov exponents
             `(exponents, samples)`, and the units.
         function: Gives its values.
+        definition: In a formula or half a sentence.
         unit: Of the values.
         reference: The value of a layer that keeps its gradient; empty if there is none.
         reading: What a value means, in a sentence.
@@ -52,6 +53,7 @@ class Measure:
     name: str
     of: Literal["step", "spectrum", "flow", "exponents"]
     function: Callable[..., Any]
+    definition: str
     unit: str
     reference: str
     reading: str
@@ -71,6 +73,7 @@ MEASURES = {
             "variance",
             "step",
             moments.variance,
+            definition="n times the variance of the entries of J (m x n)",
             unit="dimensionless",
             reference="1",
             reading="1 keeps the gradient's size if the entries have mean zero",
@@ -83,6 +86,7 @@ MEASURES = {
             "rms_singular_value",
             "step",
             moments.rms_singular_value,
+            definition="`sqrt(‖J‖² / n)` with the Frobenius norm: the root mean square of the singular values",
             unit="dimensionless",
             reference="1",
             reading="the gain of a random direction",
@@ -95,6 +99,7 @@ MEASURES = {
             "spectral_norm",
             "step",
             spectrum.spectral_norm,
+            definition="the largest singular value of J, to a relative `tolerance` (0.01)",
             unit="dimensionless",
             reference="1",
             reading="the gain of the direction that grows most in one step",
@@ -109,6 +114,7 @@ MEASURES = {
             "spectral_radius",
             "step",
             eigen.spectral_radius,
+            definition="the largest modulus of an eigenvalue of J; above 128 units by Arnoldi's method, to `tolerance`",
             unit="dimensionless",
             reference="1",
             reading="the gain of each step if the same one were repeated for ever",
@@ -121,6 +127,7 @@ MEASURES = {
             "condition_number",
             "step",
             eigen.condition_number,
+            definition="the largest singular value over the smallest one",
             unit="dimensionless",
             reference="1",
             reading="how unlike the gains of two directions are at most; 1 for an orthogonal J",
@@ -132,6 +139,7 @@ MEASURES = {
             "singular_values",
             "spectrum",
             eigen.singular_values,
+            definition="all singular values of J, at 16 steps and samples (`spectra`)",
             unit="dimensionless",
             reference="1",
             reading="the gains of all directions; all near 1 is dynamical isometry",
@@ -142,6 +150,7 @@ MEASURES = {
             "eigenvalues",
             "spectrum",
             eigen.eigenvalues,
+            definition="all eigenvalues of J, at 16 steps and samples (`spectra`)",
             unit="dimensionless",
             reference="",
             reading="outside of the unit circle a repeated step grows, inside it falls",
@@ -151,6 +160,8 @@ MEASURES = {
             "flow",
             "flow",
             lambda log_gain: log_gain,
+            definition="`log(‖J_T ... J_{T-k+1}‖ / sqrt(n))` for k = 1, 2, ..., Frobenius norm, from 4 "
+            "random vectors (`flow_vectors`)",
             unit="nats",
             reference="0",
             reading="the logarithm of what is left of a gradient after 1, 2, ... steps from the end of the sequence",
@@ -161,6 +172,7 @@ MEASURES = {
             "growth",
             "flow",
             flow.growth,
+            definition="the slope of the flow over k",
             unit="nats per step",
             reference="0",
             reading="how fast a gradient grows (> 0) or falls (< 0)",
@@ -170,6 +182,7 @@ MEASURES = {
             "horizon",
             "flow",
             flow.horizon,
+            definition="the least k at which the flow is below log 0.01 or above log 100",
             unit="steps",
             reference="inf",
             reading="after so many steps a gradient has fallen to 1 %, or grown 100-fold; inf beyond the sequence",
@@ -179,6 +192,7 @@ MEASURES = {
             "lyapunov",
             "exponents",
             lambda exponents, _: exponents,
+            definition="the 8 largest (`exponents`) mean logarithms of `abs(R_ii)` in `Q R = J_t Q`",
             unit="nats per step",
             reference="0",
             reading="how fast nearby states part (> 0, chaos) or meet (< 0, forgetting), in the leading directions",
@@ -188,6 +202,7 @@ MEASURES = {
             "kaplan_yorke",
             "exponents",
             lyapunov.kaplan_yorke,
+            definition="of how many dimensions a volume neither grows nor shrinks (Kaplan, Yorke 1979)",
             unit="dimensionless",
             reference="",
             reading="the dimension of what the states are drawn to; NaN if more exponents are needed to know it",
@@ -195,6 +210,15 @@ MEASURES = {
         ),
     )
 }
+
+
+def markdown_table() -> str:
+    """The table of all measures that the README shows."""
+    head = ["measure", "preset", "definition", "unit", "keeps", "reading"]
+    rows = [
+        [f"`{m.name}`", f'`"{m.cost}"`', m.definition, m.unit, m.reference or "-", m.reading] for m in MEASURES.values()
+    ]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in [head, ["---"] * len(head), *rows])
 
 
 # What is measured, by view.

@@ -285,7 +285,7 @@ def test_a_wrong_structure_is_refuted_and_never_reported() -> None:
 
 
 def test_every_row_has_its_turn(monkeypatch: pytest.MonkeyPatch) -> None:
-    from keras_jacmon import measurement  # noqa: PLC0415 - only this test looks behind the scenes
+    from keras_jacmon import points  # noqa: PLC0415 - only this test looks behind the scenes
     from keras_jacmon.jacobians.resolve import CellJacobian  # noqa: PLC0415
 
     seen: set[float] = set()
@@ -296,7 +296,7 @@ def test_every_row_has_its_turn(monkeypatch: pytest.MonkeyPatch) -> None:
         return original(self, views, rows, *args)
 
     monkeypatch.setattr(CellJacobian, "tests", spy)
-    monkeypatch.setattr(measurement, "CERTIFIED_ROWS", 4)
+    monkeypatch.setattr(points, "CERTIFIED_ROWS", 4)
     probe = np.arange(21, dtype=np.float32).reshape(3, 7, 1) / 21
     model = build(keras.Sequential([keras.Input((7, 1)), keras.layers.GRU(3)]), probe)
     meter = JacobianMeter(model, probe, measures=["variance"])

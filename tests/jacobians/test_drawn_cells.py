@@ -16,7 +16,7 @@ from keras_jacmon import measure
 
 # The same draws each time: what fails must fail for all. Tracing takes a second, so nothing is shrunk.
 DRAWS = hypothesis.settings(
-    max_examples=20,
+    max_examples=14,
     deadline=None,
     derandomize=True,
     phases=[hypothesis.Phase.generate],
@@ -137,7 +137,7 @@ def test_cells_that_may_have_none(cell: Any, rows: int, features: int) -> None:
             assert not mixing or reasons[new, ("state", source)] is not None
 
 
-@hypothesis.settings(DRAWS, max_examples=8)
+@hypothesis.settings(DRAWS, max_examples=6)
 @hypothesis.given(
     kind=st.sampled_from(["LSTM", "GRU", "SimpleRNN"]),
     units=st.integers(1, 12),
