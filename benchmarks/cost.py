@@ -152,6 +152,21 @@ def by_units() -> None:
             row(kind, units, f"{forward * 1e3:.1f} ms", *(f"{ratio:.2f}" for ratio in ratios), loop)
 
 
+def over_time() -> None:
+    """Presets, and what is measured over the whole sequence, of an LSTM by units."""
+    wanted = ("fast", "standard", "joint/flow", "joint/lyapunov")
+    head(
+        f"LSTM, {BATCH} samples x {STEPS} steps; multiples of a forward pass, but for itself",
+        "units", "forward pass", *(f"`{name}`" for name in wanted),
+    )  # fmt: skip
+    probe = noise(BATCH, STEPS, FEATURES)
+    for units in UNITS:
+        model, layer = make_model("LSTM", units)
+        meters = [JacobianMeter(model, probe, measures=name) for name in wanted]
+        forward, *ratios = ratios_to_forward(layer, probe, meters)
+        row(units, f"{forward * 1e3:.1f} ms", *(f"{ratio:.1f}" for ratio in ratios))
+
+
 def by_size() -> None:
     """Exact `variance` of an LSTM with 64 units, by steps and samples."""
     head("LSTM, 64 units", "samples", "steps", "forward pass", "`variance` / forward")
@@ -171,16 +186,17 @@ def during_fit() -> None:
     model.compile("adam", "mse")
 
     def seconds(**options: Any) -> float:
-        callbacks = [JacobianMonitor(x[:BATCH], log_dir=None, measures=["variance"], **options)] if options else []
+        callbacks = [JacobianMonitor(x[:BATCH], log_dir=None, **options)] if options else []
         start = time.perf_counter()
         model.fit(x, y, batch_size=BATCH, epochs=2, verbose=0, callbacks=callbacks)
         return time.perf_counter() - start
 
     seconds()
     without = [seconds() for _ in range(3)]
-    for name, update_freq in (("every epoch", "epoch"), ("every 100 batches", 100)):
-        found = [seconds(update_freq=update_freq) for _ in range(3)]
-        row(name, f"{statistics.median(found) / statistics.median(without):.3f}")
+    for measures in ("fast", "standard"):
+        for name, update_freq in (("every epoch", "epoch"), ("every 100 batches", 100)):
+            found = [seconds(update_freq=update_freq, measures=measures) for _ in range(3)]
+            row(f"`{measures}`, {name}", f"{statistics.median(found) / statistics.median(without):.3f}")
 
 
 def once() -> None:
@@ -203,15 +219,14 @@ def once() -> None:
             seconds.append(float(out.stdout))
         row(name, f"{statistics.median(seconds[1:]):.3f}")
     probe = noise(BATCH, STEPS, FEATURES)
-    for measures in (["variance"], None):
+    for measures in ("variance", "fast", "standard"):
         model, _ = make_model("LSTM", 256)
         start = time.perf_counter()
         JacobianMeter(model, probe, measures=measures)()
-        label = "all measures" if measures is None else f"`{measures[0]}`"
-        row(f"first report, LSTM, 256 units, {label}", f"{time.perf_counter() - start:.2f}")
+        row(f"first report, LSTM, 256 units, `{measures}`", f"{time.perf_counter() - start:.2f}")
 
 
-TABLES = {"units": by_units, "size": by_size, "fit": during_fit, "once": once}
+TABLES = {"units": by_units, "time": over_time, "size": by_size, "fit": during_fit, "once": once}
 
 
 def main() -> None:

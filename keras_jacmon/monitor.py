@@ -1,5 +1,6 @@
 """The Keras callback: when to measure, and what becomes of it."""
 
+import inspect
 import os
 import warnings
 from collections.abc import Callable, Iterable
@@ -82,6 +83,9 @@ class JacobianMonitor(keras.callbacks.Callback):
                 "Invalid value for argument `slow_freq`. Expected a positive integer. Received: "
                 f"slow_freq={slow_freq!r}"
             )
+        unknown = set(options) - set(inspect.signature(check_options).parameters)
+        if unknown:
+            raise TypeError(f"JacobianMonitor() got an unexpected keyword argument {min(unknown)!r}")
         self._options: dict[str, Any] = {"measures": measures, "seed": seed, **options}
         check_options(**self._options)
         self._probe = read_probe(probe)

@@ -224,7 +224,13 @@ class Report:
             OSError: If there is no such file.
             ValueError: If it is no report, or one of another version.
         """
-        return Report({name: LayerReport(**record) for name, record in archive.read(path).items()})
+        try:
+            return Report({name: LayerReport(**record) for name, record in archive.read(path).items()})
+        except TypeError as error:
+            raise ValueError(
+                "Invalid value for argument `path`. Expected a report of this version. Received: "
+                f"path={os.fspath(path)!r} ({error})"
+            ) from error
 
     def to_dataframe(self) -> Any:
         """A `pandas.DataFrame` with a row for each layer, measure, step and sample that was measured.

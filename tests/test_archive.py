@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from helpers import normal
 
-from keras_jacmon import LayerReport, Report, measure
+from keras_jacmon import LayerReport, Report, archive, measure
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -109,6 +109,9 @@ def test_what_is_no_report_is_refused(tmp_path: Path) -> None:
             Report.load(tmp_path / name)
     with pytest.raises(FileNotFoundError):
         Report.load(tmp_path / "none")
+    archive.write(tmp_path / "other fields", {"lstm": {"cells": "LSTM"}})
+    with pytest.raises(ValueError, match="Expected a report of this version"):
+        Report.load(tmp_path / "other fields")
 
 
 def test_a_report_that_cannot_be_written_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -554,6 +554,11 @@ def test_a_bad_argument_is_refused_without_a_model(argument: str, value: Any, se
         JacobianMonitor(PROBE, **{argument: value})
 
 
+def test_an_unknown_argument_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"JacobianMonitor\(\) got an unexpected keyword argument 'tolerence'"):
+        JacobianMonitor(PROBE, tolerence=0.1)
+
+
 def with_nan() -> Any:
     probe = PROBE.copy()
     probe[1, 2, 0], probe[3, 0, 1] = np.nan, np.inf

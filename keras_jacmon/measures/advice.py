@@ -52,7 +52,7 @@ def facts(helpers: Mapping[str, Any], variances: Any) -> dict[str, float]:
     if WITHOUT in helpers and np.size(variances):
         now, without, opposite = (float(np.mean(x)) for x in (variances, helpers[WITHOUT], helpers[OPPOSITE]))
         found = {"variance": now, "kernel_gain": _gain(without, (now - opposite) / 2, (now + opposite) / 2 - without)}
-    if FORGET in helpers:
+    if np.size(helpers.get(FORGET, ())):
         found["forget"] = float(np.exp(np.mean(helpers[FORGET])))
     return {name: value for name, value in found.items() if math.isfinite(value)}
 
