@@ -33,12 +33,12 @@ from keras_jacmon.report import LayerReport
 from keras_jacmon.sequences import Sequence as WholeSequence
 from keras_jacmon.sequences import measure_sequence
 
-# The share of the memory allowed that a trajectory may take, and that the derivatives on it may take. What else is
-# alive at that time, and what the allocator holds back, was measured to be about twice as much as both.
-_SHARES = 9
+# The shares of the memory allowed that a trajectory may take, and that the derivatives on it may take. What else is
+# alive at that time, and what the allocator holds back, was measured to be as much again, and more.
+_SHARE_OF_TRAJECTORY, _SHARE_OF_DERIVATIVES = 9, 4
 
 # The same of the derivatives of a segment, where nothing else is measured at that time.
-_SHARE_OF_SEQUENCES = 4
+_SHARE_OF_SEQUENCES = 12
 
 # Key of the mask of the rows at which expensive measures are taken, if not at all.
 SAMPLED = "sampled"
@@ -217,7 +217,7 @@ def measure_call(
         filtered(with_advice(selection, forgets=forgets), lambda measure: measure.of in ("step", "spectrum")),
         tuple(selection),
         options,
-        bytes_allowed=max_bytes // _SHARES,
+        bytes_allowed=max_bytes // _SHARE_OF_DERIVATIVES,
         bytes_per_row=connections.bytes_per_row,
         draw=draw,
         independent=independent,
@@ -233,7 +233,7 @@ def measure_call(
     # Twice: a list of steps becomes one tensor, and for a moment there are both.
     values = 2 * (sum(size(t[0]) for t in in_walk) + sum(size(t) for t in in_graph))
     width = int(walk.inputs.shape[1] or UNKNOWN_SAMPLES)
-    steps = max(1, max_bytes // _SHARES // (values * dtype.size * width))
+    steps = max(1, max_bytes // _SHARE_OF_TRAJECTORY // (values * dtype.size * width))
     at_once = walk.inputs.shape[0] is not None and walk.inputs.shape[0] <= steps
     trajectory = unroll(step, walk, shortcut) if at_once else None
     if trajectory is not None:

@@ -187,6 +187,7 @@ class Points:
         options = dataclasses.replace(self.options, stream=segment * _STREAMS)
         results: Results = {}
         for measures, chosen in self._at(valid, None if places.expensive is None else _indices(places.expensive)):
+            rows = rows.behind(results.values())
             source = self._source(rows, list(measures), chosen, memory)
             chunk = self._chunk(rows, measures) if self.independent else known_sizes(trajectory.inputs)[1]
             for key, (value, uncertainty) in measure_rows(source, measures, options, chunk).items():
@@ -194,6 +195,7 @@ class Points:
                 if uncertainty is not None:
                     results[f"{key}/uncertainty"] = uncertainty
         spectra = filtered(self.measures, lambda measure: measure.of == "spectrum")
+        rows = rows.behind(results.values())
         if places.spectra is not None:
             operators = self.jacobian.operators(list(spectra), rows.take(_indices(places.spectra)))
             results |= {f"{v}/{m.name}": m.function(operators[v]) for v, chosen in spectra.items() for m in chosen}

@@ -1,6 +1,6 @@
 """Which operator does each part of a cell's Jacobian get, and why?"""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,6 +92,11 @@ class Rows:
     def take(self, rows: tf.Tensor) -> "Rows":
         """Some of them, by their indices."""
         return self._each(lambda tensor: tf.gather(tensor, rows))
+
+    def behind(self, results: Iterable[tf.Tensor]) -> "Rows":
+        """The same, known once some results are: what is made of it does not need its memory at the same time."""
+        with tf.control_dependencies([result.op for result in results]):
+            return self._each(tf.identity)
 
     def between(self, start: tf.Tensor, stop: tf.Tensor) -> "Rows":
         """Those from one index up to another one, which takes no copy."""

@@ -47,6 +47,9 @@ def measure_rows(
     Returns:
         By `view/measure` `Measured` with `(rows,)` arrays, NaN where not measured.
     """
+    if isinstance(source.count, int) and isinstance(chunk, int):
+        # Chunks of equal size, so that the last one is not a small one.
+        chunk = -(-source.count // max(1, -(-source.count // chunk)))
     options = dataclasses.replace(options, vectors=chunk if isinstance(chunk, int) else options.vectors)
 
     def measured(operators: Operators, options: Options, memory: Mapping[str, Memory]) -> dict[str, Measured]:
