@@ -33,12 +33,10 @@ from keras_jacmon.report import LayerReport
 from keras_jacmon.sequences import Sequence as WholeSequence
 from keras_jacmon.sequences import measure_sequence
 
-# The shares of the memory allowed that a trajectory may take, and that the derivatives on it may take. What else is
-# alive at that time, and what the allocator holds back, was measured to be as much again, and more.
-_SHARE_OF_TRAJECTORY, _SHARE_OF_DERIVATIVES = 9, 4
-
-# The same of the derivatives of a segment, where nothing else is measured at that time.
-_SHARE_OF_SEQUENCES = 12
+# The shares of the memory allowed that a trajectory may take, that the derivatives at its points may take, and those of
+# a segment of the sequence. What else is alive at that time, and what the allocator holds back between them, was
+# measured to be more than all of these.
+_SHARE_OF_TRAJECTORY, _SHARE_OF_DERIVATIVES, _SHARE_OF_SEQUENCES = 12, 6, 6
 
 # Key of the mask of the rows at which expensive measures are taken, if not at all.
 SAMPLED = "sampled"
@@ -141,7 +139,7 @@ class CallFacts:
         layer = LayerReport(
             self.cell,
             self.units,
-            of("step"),
+            of("step", "loss"),
             mask,
             uncertainties,
             frozenset(estimated),

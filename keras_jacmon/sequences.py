@@ -188,7 +188,7 @@ def _steps(
         def at(t: tf.Tensor) -> tf.linalg.LinearOperator:
             start, stop = t * samples, (t + 1) * samples
             # What a structure has in common for all steps is computed once; a cell is differentiated where it is used.
-            taken = whole.take(tf.range(start, stop)) if hasattr(type(whole), "take") else None
+            taken = whole.take(slice(start, stop)) if hasattr(type(whole), "take") else None
             if taken is not None:
                 return taken
             return sequence.jacobian.operators([view], rows.between(start, stop))[view]

@@ -4,6 +4,8 @@ from collections.abc import Callable
 
 import tensorflow as tf
 
+from keras_jacmon.jacobians.diagonal import take_rows
+
 Product = Callable[[tf.Tensor], tf.Tensor]
 
 
@@ -69,11 +71,11 @@ class AutodiffJacobian(tf.linalg.LinearOperator):
         multiply = tf.function(self._in_graph, autograph=False) if tf.executing_eagerly() else self._columns
         return tf.transpose(multiply(tf.transpose(x, [2, 0, 1]), adjoint=adjoint), [1, 2, 0])
 
-    def take(self, rows: tf.Tensor) -> "AutodiffJacobian | None":
-        """The operator of the rows with these indices `(k,)`; None if rows depend on each other."""
+    def take(self, rows: tf.Tensor | slice) -> "AutodiffJacobian | None":
+        """The operator of the rows with these indices `(k,)`, or of a slice; None if rows depend on each other."""
         if not self._independent:
             return None
-        point, *context = [tf.gather(t, rows) for t in (self._point, *self._context)]
+        point, *context = [take_rows(t, rows) for t in (self._point, *self._context)]
         return AutodiffJacobian(self._function, point, context, self._range_dimension)
 
     def _in_graph(self, vectors: tf.Tensor, *, adjoint: bool) -> tf.Tensor:

@@ -64,8 +64,8 @@ class BlockJacobian(tf.linalg.LinearOperator):
             axis=-2,
         )
 
-    def take(self, rows: tf.Tensor) -> "BlockJacobian | None":
-        """The operator of the rows with these indices `(k,)`; None if those of a part depend on each other."""
+    def take(self, rows: tf.Tensor | slice) -> "BlockJacobian | None":
+        """The operator of the rows with these indices `(k,)`, or of a slice; None if those of a part are dependent."""
         parts = []
         for part in self._parts:
             operator = part.operator.take(rows)

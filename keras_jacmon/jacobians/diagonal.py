@@ -36,9 +36,9 @@ class Diagonal:
                 return derivatives
         return take(self.values, units)
 
-    def take(self, rows: tf.Tensor) -> "Diagonal":
-        """That of the rows with these indices `(k,)`."""
-        return Diagonal(self.link, None if self.values is None else tf.gather(self.values, rows))
+    def take(self, rows: tf.Tensor | slice) -> "Diagonal":
+        """That of some rows."""
+        return Diagonal(self.link, None if self.values is None else take_rows(self.values, rows))
 
     def forward(self, tangent: tf.Tensor) -> tf.Tensor:
         """From a change of the base to that of the target, `(rows, ..., units)`."""
@@ -49,6 +49,11 @@ class Diagonal:
         """The transpose of `forward`."""
         pulled = take(cotangent, self.link.targets)
         return pulled if self.values is None else _beside(self.values, cotangent) * pulled
+
+
+def take_rows(tensor: tf.Tensor, rows: tf.Tensor | slice) -> tf.Tensor:
+    """Those with these indices `(k,)`, or a slice of them, which takes no copy."""
+    return tensor[rows] if isinstance(rows, slice) else tf.gather(tensor, rows)
 
 
 def take(tensor: tf.Tensor, index: npt.NDArray[np.int64], axis: int = -1) -> tf.Tensor:

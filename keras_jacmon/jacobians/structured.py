@@ -104,11 +104,12 @@ class StructuredJacobian(tf.linalg.LinearOperator):
         parts = [total(ways[s]) if ways[s] else _zeros_beside(w, size) for s, size in self._sources.items()]
         return tf.concat(parts, axis=-1)
 
-    def take(self, rows: tf.Tensor) -> "StructuredJacobian":
-        """The operator of the rows with these indices `(k,)`."""
+    def take(self, rows: tf.Tensor | slice) -> "StructuredJacobian":
+        """The operator of the rows with these indices `(k,)`, or of a slice."""
         outer = {key: diagonal.take(rows) for key, diagonal in self._outer.items()}
         inner = {key: diagonal.take(rows) for key, diagonal in self._inner.items()}
-        return StructuredJacobian(**{**self._given, "rows": tf.size(rows), "outer": outer, "inner": inner})
+        count = rows.stop - rows.start if isinstance(rows, slice) else tf.size(rows)
+        return StructuredJacobian(**{**self._given, "rows": count, "outer": outer, "inner": inner})
 
     def scaled(self, gain: float) -> "StructuredJacobian":
         """The operator with all kernels multiplied by a number; the same one if that changes nothing but its sign."""

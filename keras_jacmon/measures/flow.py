@@ -20,8 +20,8 @@ from keras_jacmon.measures.steps import Steps
 class FlowCarry(NamedTuple):
     """Where the propagation stands.
 
-    `vectors` `(samples, n, vectors)` are the propagated columns, rescaled; `logs` are the logarithms of what they were
-    divided by so far, `(samples, vectors)`, or `(samples, 1)` if all columns of a sample have one scale.
+    `vectors` `(samples, vectors, n)` are those propagated, rescaled; `logs` are the logarithms of what they were
+    divided by so far, `(samples, vectors)`, or `(samples, 1)` if all vectors of a sample have one scale.
     """
 
     vectors: tf.Tensor
@@ -52,7 +52,7 @@ def start_flow(
     References:
         M. F. Hutchinson, "A stochastic estimator of the trace of the influence matrix", 1989.
     """
-    bits = tf.random.stateless_uniform([samples, size, vectors], seed, 0, 2, tf.int32)
+    bits = tf.random.stateless_uniform([samples, vectors, size], seed, 0, 2, tf.int32)
     # Of norm one, so that the logarithms are those of ‖Pᵀ w‖ / sqrt(n).
     return FlowCarry(tf.cast(2 * bits - 1, dtype) / math.sqrt(size), tf.zeros([samples, vectors], tf.float64))
 
@@ -84,9 +84,9 @@ def flow_segment(steps: Steps, carry: FlowCarry) -> tuple[tf.Tensor, FlowCarry]:
 
     def advance(pulled: tf.Tensor, logs: tf.Tensor) -> tuple[FlowCarry, tf.Tensor]:
         # In float64, where the square of a float32 can neither overflow nor underflow.
-        norms = tf.sqrt(tf.reduce_sum(tf.cast(pulled, tf.float64) ** 2, axis=1))
+        norms = tf.sqrt(tf.reduce_sum(tf.cast(pulled, tf.float64) ** 2, axis=2))
         logs += tf.math.log(norms)
-        return FlowCarry(tf.math.divide_no_nan(pulled, tf.cast(norms, pulled.dtype)[:, None]), logs), logs
+        return FlowCarry(tf.math.divide_no_nan(pulled, tf.cast(norms, pulled.dtype)[..., None]), logs), logs
 
     return _backwards(steps, carry, advance)
 

@@ -79,9 +79,8 @@ def lyapunov_segment(steps: Steps, carry: LyapunovCarry, *, warmup: int, qr_ever
     def body(t: tf.Tensor, carry: LyapunovCarry) -> tuple[tf.Tensor, LyapunovCarry]:
         valid = steps.valid(t)
         one = tf.cast(valid, tf.int32)
-        carry = LyapunovCarry(
-            steps.multiply(t, carry.vectors), carry.sums, carry.taken + one, carry.pending + one, carry.since + 1
-        )
+        images = tf.linalg.matrix_transpose(steps.multiply(t, tf.linalg.matrix_transpose(carry.vectors)))
+        carry = LyapunovCarry(images, carry.sums, carry.taken + one, carry.pending + one, carry.since + 1)
         if qr_every == 1:
             return t + 1, _orthonormalised(carry, warmup)
         # Also where a warm-up ends, so that no interval between QRs is partly one.

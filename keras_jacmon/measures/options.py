@@ -74,7 +74,7 @@ class Options:
     max_entries: int = 2**26
     max_rows: int | None = None
     spectra: int = 16
-    flow_vectors: int = 4
+    flow_vectors: int = 3
     exact_flow: bool = False
     exponents: int = 8
     warmup: int | None = None

@@ -28,14 +28,16 @@ class Steps:
     dtype: tf.DType
 
     def multiply(self, t: tf.Tensor, vectors: tf.Tensor, *, adjoint: bool = False) -> tf.Tensor:
-        """Products of the Jacobians of a step with vectors `(samples, n, vectors)`; a skipped step changes nothing.
+        """Products of the Jacobians of a step with vectors `(samples, vectors, n)`; a skipped step changes nothing.
 
         Args:
             t: Index of the step.
-            vectors: The columns to be multiplied.
+            vectors: What is multiplied; those of a sample are rows and no columns, as they are for the operators' own
+                products with shared kernels, so that nothing needs to be transposed.
             adjoint: Whether to multiply with Jᵀ.
         """
-        images = tf.ensure_shape(self.at(t).matmul(vectors, adjoint=adjoint), vectors.shape)
+        columns = self.at(t).matmul(tf.linalg.matrix_transpose(vectors), adjoint=adjoint)
+        images = tf.ensure_shape(tf.linalg.matrix_transpose(columns), vectors.shape)
         return images if self.mask is None else tf.where(self.mask[t][:, None, None], images, vectors)
 
     def valid(self, t: tf.Tensor) -> tf.Tensor:

@@ -168,12 +168,18 @@ def test_a_single_step_may_be_as_large_or_small_as_a_float(gain: float) -> None:
 def test_an_lstm_without_kernels_forgets_by_its_forget_gate(bias: float, structured: bool) -> None:  # noqa: FBT001 - a parameter of the test
     cell = built(keras.layers.LSTMCell(3, kernel_initializer="zeros", recurrent_initializer="zeros"), 2)
     cell.bias.assign(np.repeat([0.0, bias, 0.0, 0.0], 3))
-    log_gain = in_graph(lambda: estimated(of_cell(cell, normal(60, 2, 2), structured=structured)).log_gain)
-    # P_k = f^k [[0, I/2], [0, I]], and its RMS gain f^k sqrt(1.25 / 2).
+    inputs = normal(60, 2, 2)
+    found, error, norm = in_graph(
+        lambda: (*estimated(of_cell(cell, inputs, structured=structured), vectors=64),
+                 exact(of_cell(cell, inputs, structured=structured)))
+    )  # fmt: skip
+    # P_k = f^k [[0, I/2], [0, I]]: its RMS gain is f^k sqrt(1.25 / 2), its norm f^k sqrt(1.25).
     rate = {1.0: -0.313262, 5.0: -0.006715}[bias]
-    expected = np.arange(1, 61)[:, None] * np.full((1, 2), rate) + 0.5 * math.log(1.25 / 2)
-    np.testing.assert_allclose(log_gain, expected, atol=1e-4, strict=True)
-    np.testing.assert_allclose(growth(log_gain), np.full(2, rate), atol=1e-3, strict=True)
+    falls = np.arange(1, 61)[:, None] * np.full((1, 2), rate)
+    np.testing.assert_allclose(norm, falls + 0.5 * math.log(1.25), atol=1e-4, strict=True)
+    assert (np.abs(found - falls - 0.5 * math.log(1.25 / 2)) < 4 * error).all()
+    np.testing.assert_allclose(np.diff(found, axis=0), np.full((59, 2), rate), atol=1e-5, strict=True)
+    np.testing.assert_allclose(growth(found), np.full(2, rate), atol=1e-3, strict=True)
 
 
 @pytest.mark.parametrize(("rho", "total"), [(1.0, 42_634_215_112_710), (0.5, 1.0)])
