@@ -14,11 +14,12 @@ import tensorflow as tf
 from keras_jacmon.jacobians.resolve import CERTIFICATE_TOLERANCE, Choice
 from keras_jacmon.measurement import CallFacts, measure_call
 from keras_jacmon.measures.options import Options
-from keras_jacmon.measures.registry import Selection, filtered, select_measures
+from keras_jacmon.measures.registry import MEASURES, Selection, filtered, select_measures
 from keras_jacmon.points import CERTIFICATE, DEPENDENCE
 from keras_jacmon.probe.capture import Recording, RecurrentCall, record_calls, training_argument, without_masks
-from keras_jacmon.probe.data import fit_probe, read_probe
+from keras_jacmon.probe.data import fit_probe, read_probe, read_targets
 from keras_jacmon.probe.layers import find_recurrent_layers, select_layers, sublayers
+from keras_jacmon.probe.loss import LossGradients, loss_gradients
 from keras_jacmon.report import Report
 
 
@@ -48,11 +49,12 @@ def measure(model: keras.Layer, probe: Any, **options: Any) -> Report:
 
 
 class _Traced(NamedTuple):
-    """The pipeline for some measures; `calls` are filled while it is traced, and the recording must live as long."""
+    """The pipeline for some measures; `calls` are filled while it is traced. What was recorded must live as long."""
 
     graph: Any
     calls: dict[str, CallFacts]
     recording: Recording
+    loss: LossGradients | None
     foreign: list[Any]
 
 
@@ -79,6 +81,8 @@ class JacobianMeter:
         measures: `"fast"`, `"standard"` (None) or `"full"`, or names of measures: `"variance"` of the hidden view and,
             with `joint/` in front, of all states together, or with `inputs/` of the inputs. The README lists them. A
             cell with one state has no joint view of its own.
+        targets: Of the probe's samples, if the gradient of the loss by the hidden states, `loss_gradient`, is to be
+            measured too; the model must be compiled.
         seed: Integer, for random vectors.
         tolerance: Relative, of the spectral norm and the spectral radius.
         max_rows: Spectral norm, spectral radius and condition number are measured at so many (step, sample) at most,
@@ -99,8 +103,8 @@ class JacobianMeter:
             and row of J.
 
     Raises:
-        ValueError: If the model has no recurrent layer, a name is unknown, the probe does not fit the model, or a
-            number is out of range.
+        ValueError: If the model has no recurrent layer, a name is unknown, the probe or its targets do not fit the
+            model, or a number is out of range.
     """
 
     def __init__(
@@ -110,12 +114,13 @@ class JacobianMeter:
         *,
         layers: Iterable[str | keras.Layer] | str | keras.Layer | None = None,
         measures: Iterable[str] | str | None = None,
+        targets: Any = None,
         seed: int = 0,
         tolerance: float = 1e-2,
         max_rows: int | None = 256,
         spectra: int = 16,
         warm_start: bool = False,
-        flow_vectors: int = 4,
+        flow_vectors: int = 3,
         exact_flow: bool = False,
         exponents: int = 8,
         warmup: int | None = None,
@@ -158,6 +163,12 @@ class JacobianMeter:
         self._warm_start = warm_start
         self._max_bytes = max_bytes
         arrays = read_probe(probe)
+        self._targets = None if targets is None else read_targets(targets, arrays)
+        if targets is not None and not getattr(model, "compiled", False):
+            raise ValueError(
+                "Invalid value for argument `targets`. Expected None for a model that is not compiled, which has no "
+                f"loss. Received: targets of type {type(targets).__name__} for the model `{model.name}`"
+            )
         _build(model, arrays)
         self._layers = select_layers(find_recurrent_layers(model), layers)
         inputs = fit_probe(model, arrays)
@@ -248,7 +259,7 @@ class JacobianMeter:
     def _trace(self) -> None:
         self._memory: dict[str, tf.Variable] = {}
         self._traced: dict[bool, _Traced] = {}
-        specs = [tf.TensorSpec([], tf.int32), *(tf.TensorSpec(t.shape, t.dtype) for t in self._inputs)]
+        specs = [tf.TensorSpec([], tf.int32), *(tf.TensorSpec(t.shape, t.dtype) for t in self._tensors())]
         for which, selection in self._selections.items():
             calls: dict[str, CallFacts] = {}
             function = tf.function(partial(self._measure, selection, calls), autograph=False)
@@ -257,13 +268,16 @@ class JacobianMeter:
             own = {id(variable.value) for variable in self._model.variables}
             own |= {id(variable) for variable in self._memory.values()}
             foreign = [variable for variable in graph.graph.variables if id(variable) not in own]
-            self._traced[which] = _Traced(graph, calls, self._recording, foreign)
+            self._traced[which] = _Traced(graph, calls, self._recording, self._loss, foreign)
+
+    def _tensors(self) -> list[tf.Tensor]:
+        return [*self._inputs, *([] if self._targets is None else keras.tree.flatten(self._targets))]
 
     def _run(self, traced: "_Traced") -> dict[str, dict[str, tf.Tensor]]:
         # Keras' variables are shielded while tracing; a `tf.Variable` that a custom cell writes to is put back here.
         saved = [variable.read_value() for variable in traced.foreign]
         try:
-            return traced.graph(tf.constant(self._measurements), *self._inputs)
+            return traced.graph(tf.constant(self._measurements), *self._tensors())
         except tf.errors.OpError as error:
             raise RuntimeError(f"Measuring {self._culprit(error)} failed: {_essence(error)}") from error
         finally:
@@ -279,10 +293,10 @@ class JacobianMeter:
         return self._memory[name]
 
     def _measure(
-        self, selection: Selection, calls: dict[str, CallFacts], draw: tf.Tensor, *inputs: tf.Tensor
+        self, selection: Selection, calls: dict[str, CallFacts], draw: tf.Tensor, *tensors: tf.Tensor
     ) -> dict[str, Any]:
         with keras.StatelessScope(), without_masks(self._model):
-            packed = keras.tree.pack_sequence_as(self._structure, list(inputs))
+            packed = keras.tree.pack_sequence_as(self._structure, list(tensors[: len(self._inputs)]))
             try:
                 self._recording = record_calls(self._model, packed, self._layers)
             except Exception as error:
@@ -301,7 +315,23 @@ class JacobianMeter:
                         draw=draw,
                         remember=partial(self._remember, call.name) if self._warm_start else None,
                     )
+            self._loss = None
+            if self._targets is not None:
+                targets = keras.tree.pack_sequence_as(self._targets, list(tensors[len(self._inputs) :]))
+                self._loss = self._gradients_of_loss(packed, targets)
+                for name, gradient in self._loss.by_call.items():
+                    norms = MEASURES["loss_gradient"].function(gradient)
+                    nothing = tf.constant(float("nan"), norms.dtype)
+                    results[name]["hidden/loss_gradient"] = tf.where(results[name]["mask"], norms, nothing)
         return results
+
+    def _gradients_of_loss(self, inputs: Any, targets: Any) -> LossGradients:
+        measured = {call.layer for call in self._recording.calls}
+        layers = {position: item for position, item in enumerate(self._layers) if item.layer in measured}
+        # With the losses that layers add, such as activity regularizers; those of weights look for these in the scope.
+        weights = [(weight, tf.convert_to_tensor(weight.value)) for weight in self._model.trainable_variables]
+        with keras.StatelessScope(state_mapping=weights, collect_losses=True):
+            return loss_gradients(self._model, inputs, targets, layers)
 
     def _check_calls(self, *, required: bool) -> None:
         """Says which layers cannot be measured; an error if the user asked for one of them, or none is left."""

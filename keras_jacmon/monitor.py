@@ -11,7 +11,7 @@ import keras
 
 from keras_jacmon.events import EventWriter
 from keras_jacmon.meter import JacobianMeter, check_options
-from keras_jacmon.probe.data import read_probe
+from keras_jacmon.probe.data import read_probe, read_targets
 from keras_jacmon.report import Report
 
 
@@ -35,6 +35,7 @@ class JacobianMonitor(keras.callbacks.Callback):
         probe: A batch of model inputs: array, tensor, list or dict of them, or a dataset (its first batch).
         layers: Names of recurrent layers, or layers; None for all.
         measures: `"fast"`, `"standard"` (None) or `"full"`, or names of measures, as for `JacobianMeter`.
+        targets: Of the probe's samples, if `‖dLoss/dh_t‖` is to be measured too, of the loss in `compile`.
         update_freq: `"epoch"`, `"batch"` or an integer number of batches, as in `keras.callbacks.TensorBoard`.
         slow_freq: What only `"full"` has takes its time: it is measured at the first of so many measurements, and at
             the end. `logs` keep the newest values.
@@ -58,6 +59,7 @@ class JacobianMonitor(keras.callbacks.Callback):
         *,
         layers: Iterable[str | keras.Layer] | str | keras.Layer | None = None,
         measures: Iterable[str] | str | None = None,
+        targets: Any = None,
         update_freq: Literal["epoch", "batch"] | int = "epoch",
         slow_freq: int = 10,
         log_dir: str | os.PathLike[str] | None = "logs",
@@ -89,6 +91,7 @@ class JacobianMonitor(keras.callbacks.Callback):
         self._options: dict[str, Any] = {"measures": measures, "seed": seed, **options}
         check_options(**self._options)
         self._probe = read_probe(probe)
+        self._targets = None if targets is None else read_targets(targets, self._probe)
         self._layers = layers
         self._every = 1 if update_freq == "batch" else update_freq
         self._slow_every = slow_freq
@@ -104,14 +107,18 @@ class JacobianMonitor(keras.callbacks.Callback):
     def set_model(self, model: keras.Model) -> None:
         """Checks the probe against the model and traces the measurement, before any callback's `on_train_begin`."""
         super().set_model(model)
-        # A model that gained or lost a layer since the last `fit` is another model.
-        identity = (model, [id(variable) for variable in model.variables])
-        if self._meter is None or self._traced_for != identity:
-            self._meter = JacobianMeter(model, self._probe, layers=self._layers, **self._options)
+        if self._meter is None or self._traced_for != self._identity(model):
+            self._meter = JacobianMeter(model, self._probe, layers=self._layers, targets=self._targets, **self._options)
             # Building a model may have made variables.
-            self._traced_for = (model, [id(variable) for variable in model.variables])
+            self._traced_for = self._identity(model)
         if self._writer is None and self._log_dir is not None:
             self._writer = EventWriter(self._log_dir)
+
+    def _identity(self, model: keras.Model) -> tuple[Any, ...]:
+        """What makes a model another one for the measurement."""
+        # Each `compile` makes a new one.
+        loss = None if self._targets is None else getattr(model, "_compile_loss", None)
+        return model, loss, [id(variable) for variable in model.variables]
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         """Counts anew; nothing is measured yet, since other callbacks may still restore weights here."""

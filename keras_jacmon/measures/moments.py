@@ -160,3 +160,8 @@ def _estimated(operator: tf.linalg.LinearOperator, mean: tf.Tensor, options: Opt
 
 def _dimensions(operator: tf.linalg.LinearOperator) -> tuple[int, int]:
     return int(operator.shape[-2]), int(operator.shape[-1])
+
+
+def norms_by_step(gradients: tf.Tensor) -> tf.Tensor:
+    """The norms of vectors `(samples, time, units)`, `(time, samples)`."""
+    return tf.transpose(tf.norm(gradients, axis=-1))

@@ -35,7 +35,8 @@ class Measure:
         of: What it is a function of. `"step"`: the Jacobian of one step; `function` maps an operator and `Options` to
             `Measured`, `(rows,)`. `"spectrum"`: that too, but `function` maps an operator to `(rows, values)`.
             `"flow"`: the logarithms of the gains by span, `(spans, samples)`. `"exponents"`: the Lyapunov exponents
-            `(exponents, samples)`, and the units.
+            `(exponents, samples)`, and the units. `"loss"`: the gradient of the loss by the hidden state, `(samples,
+            time, units)`; it is measured where there are targets, and cannot be asked for by name.
         function: Gives its values.
         definition: In a formula or half a sentence.
         unit: Of the values.
@@ -51,7 +52,7 @@ class Measure:
     """
 
     name: str
-    of: Literal["step", "spectrum", "flow", "exponents"]
+    of: Literal["step", "spectrum", "flow", "exponents", "loss"]
     function: Callable[..., Any]
     definition: str
     unit: str
@@ -160,7 +161,7 @@ MEASURES = {
             "flow",
             "flow",
             lambda log_gain: log_gain,
-            definition="`log(‖J_T ... J_{T-k+1}‖ / sqrt(n))` for k = 1, 2, ..., Frobenius norm, from 4 "
+            definition="`log(‖J_T ... J_{T-k+1}‖ / sqrt(n))` for k = 1, 2, ..., Frobenius norm, from 3 "
             "random vectors (`flow_vectors`)",
             unit="nats",
             reference="0",
@@ -208,6 +209,17 @@ MEASURES = {
             reading="the dimension of what the states are drawn to; NaN if more exponents are needed to know it",
             cost="full",
         ),
+        Measure(
+            "loss_gradient",
+            "loss",
+            moments.norms_by_step,
+            definition="`‖dLoss/dh_t‖` of the compiled loss, times the number of samples; with `targets` only",
+            unit="loss per unit of state",
+            reference="",
+            reading="how much the loss feels of a step; if it is tiny at the early ones, they are not learnt from",
+            cost="fast",
+            views=("hidden",),
+        ),
     )
 }
 
@@ -216,7 +228,8 @@ def markdown_table() -> str:
     """The table of all measures that the README shows."""
     head = ["measure", "preset", "definition", "unit", "keeps", "reading"]
     rows = [
-        [f"`{m.name}`", f'`"{m.cost}"`', m.definition, m.unit, m.reference or "-", m.reading] for m in MEASURES.values()
+        [f"`{m.name}`", "-" if m.of == "loss" else f'`"{m.cost}"`', m.definition, m.unit, m.reference or "-", m.reading]
+        for m in MEASURES.values()
     ]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in [head, ["---"] * len(head), *rows])
 
@@ -233,13 +246,18 @@ def key_of(view: str, measure: str) -> str:
 # By key, in the order of reports.
 KEYS = {key_of(view, m.name): (view, m) for view in VIEWS for m in MEASURES.values() if view in m.views}
 
+# Those that can be asked for.
+_NAMES = [key for key, (_, measure) in KEYS.items() if measure.of != "loss"]
+
 
 def _preset(costs: tuple[str, ...], views: tuple[str, ...]) -> tuple[str, ...]:
     """The measures of some costs in some views; products over time of the joint view alone, which is the true step."""
     return tuple(
         key
         for key, (view, measure) in KEYS.items()
-        if measure.cost in costs and view in (("joint",) if measure.of in ("flow", "exponents") else views)
+        if key in _NAMES
+        and measure.cost in costs
+        and view in (("joint",) if measure.of in ("flow", "exponents") else views)
     )
 
 
@@ -261,9 +279,9 @@ def select_measures(names: Iterable[str] | str | None) -> Selection:
         ValueError: If a name is unknown, or there is none.
     """
     names = ["standard"] if names is None else [names] if isinstance(names, str) else list(names)
-    if not names or not all(name in KEYS or name in PRESETS for name in names):
+    if not names or not all(name in _NAMES or name in PRESETS for name in names):
         raise ValueError(
-            f"Invalid value for argument `measures`. Expected names out of {list(PRESETS)}, or of {list(KEYS)}. "
+            f"Invalid value for argument `measures`. Expected names out of {list(PRESETS)}, or of {_NAMES}. "
             f"Received: {names}"
         )
     wanted = {key for name in names for key in PRESETS.get(name, (name,))}

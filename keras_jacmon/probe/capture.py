@@ -1,6 +1,7 @@
 """What does each recurrent layer receive when the model runs on the probe?"""
 
 import contextlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -61,22 +62,22 @@ def record_calls(model: keras.Layer, inputs: Any, layers: Sequence[RecurrentLaye
         The calls.
     """
     calls: list[RecurrentCall] = []
-    counts: dict[str, int] = {}
+    counts: Counter[str] = Counter()
     reasons = {item.name: "it is not called when the model runs on the probe" for item in layers}
 
-    def record(item: RecurrentLayer, inputs: tf.Tensor, states: Any, mask: Any) -> None:
-        if inputs.graph is not graphs[0]:
+    def record(item: RecurrentLayer, loop: Callable[..., Any], inputs: tf.Tensor, states: Any, mask: Any,
+               **kwargs: Any) -> Any:  # fmt: skip
+        if inputs.graph is graphs[0]:
+            name = numbered(item.name, counts)
+            # Read now: the states of a stateful layer are variables, which the model has moved on once it has run.
+            held = keras.tree.map_structure(lambda state: tf.identity(tf.convert_to_tensor(state)), states)
+            calls.append(RecurrentCall(name, item.layer, inputs, held, _as_mask(mask)))
+        else:
             reasons[item.name] = (
                 "it is called inside a graph of its own (a loop, `vectorized_map` or `tf.function`), "
                 "where its states cannot be observed"
             )
-            return
-        count = counts.get(item.name, 0)
-        counts[item.name] = count + 1
-        name = f"{item.name}:{count}" if count else item.name
-        # Read now: the states of a stateful layer are variables, which the model has moved on once it has run.
-        states = keras.tree.map_structure(lambda state: tf.identity(tf.convert_to_tensor(state)), states)
-        calls.append(RecurrentCall(name, item.layer, inputs, states, _as_mask(mask)))
+        return loop(inputs, states, mask, **kwargs)
 
     observable: dict[int, RecurrentLayer] = {}
     for position, item in enumerate(layers):
@@ -90,7 +91,7 @@ def record_calls(model: keras.Layer, inputs: Any, layers: Sequence[RecurrentLaye
 
     def run(*flat: tf.Tensor) -> list[list[tf.Tensor]]:
         graphs.append(tf.compat.v1.get_default_graph())
-        with _recording(model, observable, record):
+        with shadowing(model, observable, record):
             model(keras.tree.pack_sequence_as(inputs, list(flat)), **training_argument(model))
         return [_tensors(call) for call in calls]
 
@@ -98,7 +99,7 @@ def record_calls(model: keras.Layer, inputs: Any, layers: Sequence[RecurrentLaye
     graph = TracedGraph(run, [tf.TensorSpec(tensor.shape, tensor.dtype) for tensor in flat])
     feeds = {inner.name: tensor for inner, tensor in zip(graph.inputs, flat, strict=True)}
     laid = iter(graph.lay(graph.outputs, feeds))
-    unmeasured = {name: reason for name, reason in reasons.items() if name not in counts}
+    unmeasured = {name: reason for name, reason in reasons.items() if not counts[name]}
     return Recording(tuple(_with_tensors(call, laid) for call in calls), unmeasured, graph)
 
 
@@ -130,14 +131,17 @@ def _as_mask(mask: Any) -> tf.Tensor | None:
     return tf.reshape(mask, tf.shape(mask)[:2])
 
 
+def numbered(name: str, counts: Counter[str]) -> str:
+    """The name of the next call of a layer: its own for the first one, then with `:1`, `:2`, ... behind it."""
+    counts[name] += 1
+    return name if counts[name] == 1 else f"{name}:{counts[name] - 1}"
+
+
 @contextlib.contextmanager
-def _recording(
-    model: keras.Layer,
-    layers: Mapping[int, RecurrentLayer],
-    record: Callable[[RecurrentLayer, tf.Tensor, Any, Any], None],
-) -> Iterator[None]:
+def shadowing(model: keras.Layer, layers: Mapping[int, RecurrentLayer], around: Callable[..., Any]) -> Iterator[None]:
     """Shadows `inner_loop` on the layers' instances while the model is traced.
 
+    What is called in its place is `around(item, inner_loop, sequences, initial_state, mask, **kwargs)`.
     The operations of the layer at position 2 get a name with `forward_of_layer_2` in it, which leads from one that
     fails at run time back to its layer.
     """
@@ -146,9 +150,8 @@ def _recording(
         original = item.layer.inner_loop
 
         def inner_loop(sequences: Any, initial_state: Any, mask: Any, **kwargs: Any) -> Any:
-            record(item, sequences, initial_state, mask)
             with tf.name_scope(f"forward_of_layer_{position}"):
-                return original(sequences, initial_state, mask, **kwargs)
+                return around(item, original, sequences, initial_state, mask, **kwargs)
 
         return inner_loop
 

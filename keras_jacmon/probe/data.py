@@ -36,6 +36,40 @@ def read_probe(probe: Any) -> Any:
     return arrays
 
 
+def read_targets(targets: Any, probe: Any) -> Any:
+    """Checks the targets of a probe.
+
+    Args:
+        targets: What the loss compares the outputs with: an array or tensor, a list, tuple or dict of them.
+        probe: What `read_probe` returned.
+
+    Returns:
+        Tensors in the same structure, floating-point ones of Keras' default type, as `fit` converts them.
+
+    Raises:
+        ValueError: If there is not one target for each sample.
+    """
+
+    def as_tensor(leaf: Any) -> tf.Tensor:
+        array = np.asarray(leaf)
+        if array.dtype.kind not in "biufV" or array.ndim == 0:
+            raise ValueError(
+                "Invalid value for argument `targets`. Expected arrays of numbers, the first axis of which counts the "
+                f"samples. Received: an array of dtype {array.dtype} and shape {array.shape}"
+            )
+        return _to_tensor(array)
+
+    tensors = keras.tree.map_structure(as_tensor, targets)
+    samples = keras.tree.flatten(probe)[0].shape[0]
+    counts = [int(tensor.shape[0]) for tensor in keras.tree.flatten(tensors)]
+    if not counts or set(counts) != {samples}:
+        raise ValueError(
+            f"Invalid value for argument `targets`. Expected those of the {samples} samples of the probe. Received: "
+            f"targets of {counts} samples"
+        )
+    return tensors
+
+
 def fit_probe(model: keras.Layer, arrays: Any) -> Any:
     """Checks a probe against the model's inputs and converts it to tensors of their types.
 
