@@ -131,7 +131,7 @@ def test_every_way_of_calling_a_layer() -> None:
     encoded, *states = encoder(x)
     decoder = keras.layers.LSTM(4, return_sequences=True, name="decoder")
     twice = keras.layers.GRU(4, return_sequences=True, name="twice")
-    both = keras.layers.Bidirectional(keras.layers.SimpleRNN(4), name="both")
+    both = keras.layers.Bidirectional(keras.layers.SimpleRNN(4, name="rnn"), name="both")
     stack = keras.layers.RNN([keras.layers.LSTMCell(3), keras.layers.GRUCell(4)], name="stack")
     decoded = twice(twice(decoder(x, initial_state=states)))
     images = keras.layers.Reshape((TIME, FEATURES, 1))(x)
@@ -141,7 +141,7 @@ def test_every_way_of_calling_a_layer() -> None:
     targets = [RNG.normal(size=(SAMPLES, n)) for n in (8, 4, 4, 4)]
     report = measure(model, PROBE, measures="variance", targets=targets)
     assert set(report) == {
-        "encoder", "decoder", "twice", "twice:1", "both/forward_simple_rnn", "both/backward_simple_rnn", "stack",
+        "encoder", "decoder", "twice", "twice:1", "both/forward_rnn", "both/backward_rnn", "stack",
         "images",
     }  # fmt: skip
     for name in report:

@@ -521,7 +521,8 @@ def invalid(argument: str, sentence: str) -> str:
 
 
 UPDATE_FREQ = "Expected 'epoch', 'batch' or a positive integer. Received: update_freq="
-MEASURES = f"Expected names out of {list(PRESETS)}, or of {list(KEYS)}. Received: "
+NAMES = [key for key in KEYS if key != "loss_gradient"]
+MEASURES = f"Expected names out of {list(PRESETS)}, or of {NAMES}. Received: "
 TOLERANCE = "Expected a relative tolerance from 0 up to, not including, 1. Received: tolerance="
 
 
