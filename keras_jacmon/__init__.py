@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from keras_jacmon.jacobians.views import state_jacobian
     from keras_jacmon.meter import JacobianMeter, measure
     from keras_jacmon.monitor import JacobianMonitor
+    from keras_jacmon.regularizer import JacobianRegularizer
     from keras_jacmon.report import LayerReport, Report
 
 __version__ = "0.1.0"
@@ -19,6 +20,7 @@ __version__ = "0.1.0"
 __all__ = [
     "JacobianMeter",
     "JacobianMonitor",
+    "JacobianRegularizer",
     "LayerReport",
     "Report",
     "explain",
@@ -30,6 +32,7 @@ __all__ = [
 _HOME = {
     "JacobianMeter": "keras_jacmon.meter",
     "JacobianMonitor": "keras_jacmon.monitor",
+    "JacobianRegularizer": "keras_jacmon.regularizer",
     "LayerReport": "keras_jacmon.report",
     "Report": "keras_jacmon.report",
     "explain": "keras_jacmon.explanation",

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -31,8 +32,13 @@ class EventWriter:
         self._writer: Any = None
         check_writable(log_dir, self.directory)
 
-    def write(self, report: Report, step: int) -> None:
+    def write(self, report: Report, step: int, others: Mapping[str, float] | None = None) -> None:
         """Writes a report and flushes, so that a killed training loses nothing that was measured.
+
+        Args:
+            report: The report.
+            step: Of the optimizer.
+            others: Further scalars, by tag.
 
         Raises:
             OSError: If TensorFlow cannot write, e.g. to a full disk, or the directory is gone; then the next report
@@ -47,6 +53,8 @@ class EventWriter:
                 try:
                     for name, layer in report.layers.items():
                         _write_layer(name, layer)
+                    for tag, value in (others or {}).items():
+                        tf.summary.scalar(tag, value)
                     self._writer.flush()
                 except tf.errors.OpError:
                     # A writer that is open would fail again when the context ends, and stay everybody's default.

@@ -16,7 +16,15 @@ from keras_jacmon.measurement import CallFacts, measure_call
 from keras_jacmon.measures.options import Options
 from keras_jacmon.measures.registry import MEASURES, Selection, filtered, select_measures
 from keras_jacmon.points import CERTIFICATE, DEPENDENCE
-from keras_jacmon.probe.capture import Recording, RecurrentCall, record_calls, training_argument, without_masks
+from keras_jacmon.probe.capture import (
+    Recording,
+    RecurrentCall,
+    foreign_variables,
+    put_back,
+    record_calls,
+    shielded,
+    training_argument,
+)
 from keras_jacmon.probe.data import fit_probe, read_probe, read_targets
 from keras_jacmon.probe.layers import find_recurrent_layers, select_layers, sublayers
 from keras_jacmon.probe.loss import LossGradients, loss_gradients
@@ -265,9 +273,7 @@ class JacobianMeter:
             function = tf.function(partial(self._measure, selection, calls), autograph=False)
             graph = function.get_concrete_function(*specs)
             self._traces += 1
-            own = {id(variable.value) for variable in self._model.variables}
-            own |= {id(variable) for variable in self._memory.values()}
-            foreign = [variable for variable in graph.graph.variables if id(variable) not in own]
+            foreign = foreign_variables(graph.graph, self._model, self._memory.values())
             self._traced[which] = _Traced(graph, calls, self._recording, self._loss, foreign)
 
     def _tensors(self) -> list[tf.Tensor]:
@@ -275,14 +281,11 @@ class JacobianMeter:
 
     def _run(self, traced: "_Traced") -> dict[str, dict[str, tf.Tensor]]:
         # Keras' variables are shielded while tracing; a `tf.Variable` that a custom cell writes to is put back here.
-        saved = [variable.read_value() for variable in traced.foreign]
-        try:
-            return traced.graph(tf.constant(self._measurements), *self._tensors())
-        except tf.errors.OpError as error:
-            raise RuntimeError(f"Measuring {self._culprit(error)} failed: {_essence(error)}") from error
-        finally:
-            for variable, value in zip(traced.foreign, saved, strict=True):
-                variable.assign(value)
+        with put_back(traced.foreign):
+            try:
+                return traced.graph(tf.constant(self._measurements), *self._tensors())
+            except tf.errors.OpError as error:
+                raise RuntimeError(f"Measuring {self._culprit(error)} failed: {_essence(error)}") from error
 
     def _remember(self, call: str, key: str, shape: Sequence[int], dtype: tf.DType) -> tf.Variable:
         """A variable of the meter's own that lives from one measurement to the next one."""
@@ -295,7 +298,7 @@ class JacobianMeter:
     def _measure(
         self, selection: Selection, calls: dict[str, CallFacts], draw: tf.Tensor, *tensors: tf.Tensor
     ) -> dict[str, Any]:
-        with keras.StatelessScope(), without_masks(self._model):
+        with shielded(self._model):
             packed = keras.tree.pack_sequence_as(self._structure, list(tensors[: len(self._inputs)]))
             try:
                 self._recording = record_calls(self._model, packed, self._layers)
@@ -452,7 +455,7 @@ def _build(model: keras.Layer, arrays: Any) -> None:
         return
     # Traced and not run: a cell may write to a `tf.Variable`, which the scope does not shield.
     inputs = fit_probe(model, arrays)
-    with keras.StatelessScope(), without_masks(model):
+    with shielded(model):
         build = tf.function(lambda: model(inputs, **training_argument(model)), autograph=False)
         try:
             build.get_concrete_function()

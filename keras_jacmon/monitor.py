@@ -12,7 +12,11 @@ import keras
 from keras_jacmon.events import EventWriter
 from keras_jacmon.meter import JacobianMeter, check_options
 from keras_jacmon.probe.data import read_probe, read_targets
+from keras_jacmon.regularizer import HeldModel, JacobianRegularizer
 from keras_jacmon.report import Report
+
+# Its key in the logs and its tag in TensorBoard.
+PENALTY = "jac_penalty"
 
 
 class JacobianMonitor(keras.callbacks.Callback):
@@ -21,7 +25,7 @@ class JacobianMonitor(keras.callbacks.Callback):
     Measures the state-to-state Jacobians `ds_t/ds_{t-1}` on a probe batch before the first batch of a training, then
     every `update_freq`, and at its end; writes them to TensorBoard event files and adds their means to the `logs`
     of each epoch, where `History`, the progress line and the callbacks that stand *after* this one see them. The
-    training itself stays as it is, to the bit.
+    training itself stays as it is, to the bit, unless a regularizer is given.
 
     Example:
 
@@ -41,6 +45,8 @@ class JacobianMonitor(keras.callbacks.Callback):
             the end. `logs` keep the newest values.
         log_dir: Event files go to `<log_dir>/jacobian`; None writes none.
         on_error: `"warn"`, the first time that a measurement or a file fails, and go on training; or `"raise"`.
+        regularizer: A `JacobianRegularizer` that holds the measured layers while `fit` runs. Its penalty, not scaled
+            by the strength, is `jac_penalty` in `logs` and event files, with the weights of that moment.
         seed: Integer, for random vectors.
         verbose: 1 prints each report.
         **options: As for `JacobianMeter`: `tolerance`, `max_rows`, `warm_start`, `max_bytes`, ...
@@ -64,6 +70,7 @@ class JacobianMonitor(keras.callbacks.Callback):
         slow_freq: int = 10,
         log_dir: str | os.PathLike[str] | None = "logs",
         on_error: Literal["warn", "raise"] = "warn",
+        regularizer: JacobianRegularizer | None = None,
         seed: int = 0,
         verbose: int = 0,
         **options: Any,
@@ -85,6 +92,11 @@ class JacobianMonitor(keras.callbacks.Callback):
                 "Invalid value for argument `slow_freq`. Expected a positive integer. Received: "
                 f"slow_freq={slow_freq!r}"
             )
+        if not isinstance(regularizer, (JacobianRegularizer, type(None))):
+            raise ValueError(
+                "Invalid value for argument `regularizer`. Expected a `JacobianRegularizer` or None. Received: "
+                f"regularizer={regularizer!r}"
+            )
         unknown = set(options) - set(inspect.signature(check_options).parameters)
         if unknown:
             raise TypeError(f"JacobianMonitor() got an unexpected keyword argument {min(unknown)!r}")
@@ -97,6 +109,8 @@ class JacobianMonitor(keras.callbacks.Callback):
         self._slow_every = slow_freq
         self._log_dir = log_dir
         self._on_error = on_error
+        self._regularizer = regularizer
+        self._held: HeldModel | None = None
         self._verbose = verbose
         self._writer: EventWriter | None = None
         self._meter: JacobianMeter | None = None
@@ -107,8 +121,13 @@ class JacobianMonitor(keras.callbacks.Callback):
     def set_model(self, model: keras.Model) -> None:
         """Checks the probe against the model and traces the measurement, before any callback's `on_train_begin`."""
         super().set_model(model)
+        if self._held is not None:
+            # A `fit` that has failed may not have come to its end.
+            self._held.detach()
         if self._meter is None or self._traced_for != self._identity(model):
             self._meter = JacobianMeter(model, self._probe, layers=self._layers, targets=self._targets, **self._options)
+            if self._regularizer is not None:
+                self._held = HeldModel(self._regularizer, model, self._probe, self._layers)
             # Building a model may have made variables.
             self._traced_for = self._identity(model)
         if self._writer is None and self._log_dir is not None:
@@ -118,7 +137,8 @@ class JacobianMonitor(keras.callbacks.Callback):
         """What makes a model another one for the measurement."""
         # Each `compile` makes a new one.
         loss = None if self._targets is None else getattr(model, "_compile_loss", None)
-        return model, loss, [id(variable) for variable in model.variables]
+        trained = [] if self._regularizer is None else model.trainable_variables
+        return model, loss, [id(variable) for variable in model.variables], [id(variable) for variable in trained]
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         """Counts anew; nothing is measured yet, since other callbacks may still restore weights here."""
@@ -130,6 +150,8 @@ class JacobianMonitor(keras.callbacks.Callback):
         self._scalars: dict[str, float] = {}
         self._failed: set[str] = set()
         self._broken: set[str] = set()
+        if self._held is not None:
+            self._held.attach()
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Keras numbers the batches from 0 in each epoch."""
@@ -139,7 +161,20 @@ class JacobianMonitor(keras.callbacks.Callback):
         """Measures before the first batch."""
         if self._start is None:
             self._start = self._iterations() or 0
+            self._hold(0)
             self._measure()
+        self._hold(self._done)
+
+    def on_test_batch_begin(self, batch: int, logs: dict[str, Any] | None = None) -> None:
+        """A validation has the penalty in its loss too."""
+        if self._held is not None:
+            self._held.announce()
+
+    def _hold(self, step: int) -> None:
+        """Prepares the penalty of the next batch."""
+        if self._held is not None:
+            self._held.announce()
+            self._attempt("Taking states for the regularizer", self._held.begin, (self._start or 0) + step)
 
     def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
         """Measures after every `update_freq` batches."""
@@ -155,12 +190,14 @@ class JacobianMonitor(keras.callbacks.Callback):
         if self._every == "epoch" and self._measured_at != self._done:
             self._measure(last=epoch + 1 == (self.params or {}).get("epochs"))
         if logs is not None:
-            logs.update(self._scalars)
+            logs.update(self._scalars | self._penalty())
 
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
         """Measures what the last batch has made of the model, and closes the event file."""
         if self._start is not None and self._measured_at != self._done:
             self._measure(last=True)
+        if self._held is not None:
+            self._held.detach()
         if self._writer is not None:
             self._attempt("Closing the event file", self._writer.close)
 
@@ -180,10 +217,17 @@ class JacobianMonitor(keras.callbacks.Callback):
         self.reports.append((step, report))
         self._scalars |= report.scalars()
         if self._writer is not None:
-            self._attempt("Writing the event file", self._writer.write, report, step)
+            self._attempt("Writing the event file", self._writer.write, report, step, self._penalty())
         if self._verbose:
             print(f"\nJacobians at step {step}\n{report}")  # noqa: T201 - what `verbose` asks for
         self._warn_of_nonfinite(report, step)
+
+    def _penalty(self) -> dict[str, float]:
+        """By its key; nothing without a regularizer."""
+        if self._held is None:
+            return {}
+        value = self._attempt("Evaluating the penalty", self._held.penalty)
+        return {PENALTY: float("nan") if value is None else value}
 
     def _attempt(self, what: str, function: Callable[..., Any], *args: Any) -> Any:
         """Calls the function; if it fails, warns the first time and returns None, or raises, as the user chose."""

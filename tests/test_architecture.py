@@ -25,6 +25,9 @@ STAGES = (
     "measurement",
     "meter",
     "explanation",
+    "penalty",
+    "attachment",
+    "regularizer",
     "monitor",
     "__main__",
 )

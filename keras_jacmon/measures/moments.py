@@ -72,34 +72,35 @@ def _moments(operator: tf.linalg.LinearOperator, options: Options) -> _Moments:
 
 def _moments_by_blocks(operator: tf.linalg.LinearOperator, options: Options) -> _Moments:
     m, n = _dimensions(operator)
-    blocks = _blocks(operator)
-    mean = tf.add_n([_entry_sum(block) for block in blocks]) / tf.cast(m * n, operator.dtype)
-    if len(blocks) == 1 and not _is_closed(blocks[0]):
+    blocks = closed_blocks(operator)
+    mean = tf.add_n([entry_sum(block) for block in blocks]) / tf.cast(m * n, operator.dtype)
+    if len(blocks) == 1 and not is_closed(blocks[0]):
         # Centred before squaring: the difference of two sums would cancel.
         return _Moments(mean, *_squares(blocks[0], mean, options))
     zero = tf.zeros_like(mean)
     squares, errors = [-m * n * mean**2], []
     for block in blocks:
-        value, error = (block.square_sum, None) if _is_closed(block) else _squares(block, zero, options)
+        value, error = (block.square_sum, None) if is_closed(block) else _squares(block, zero, options)
         squares.append(value)
         errors += [] if error is None else [error**2]
     return _Moments(mean, tf.maximum(tf.add_n(squares), zero), tf.sqrt(tf.add_n(errors)) if errors else None)
 
 
-def _blocks(operator: tf.linalg.LinearOperator) -> list[tf.linalg.LinearOperator]:
+def closed_blocks(operator: tf.linalg.LinearOperator) -> list[tf.linalg.LinearOperator]:
     """The operator, or as many of its blocks as it takes for closed forms."""
-    if _is_closed(operator) or not hasattr(operator, "blocks"):
+    if is_closed(operator) or not hasattr(operator, "blocks"):
         return [operator]
     blocks = operator.blocks()
-    return blocks if len(blocks) == 1 else [part for block in blocks for part in _blocks(block)]
+    return blocks if len(blocks) == 1 else [part for block in blocks for part in closed_blocks(block)]
 
 
-def _is_closed(operator: tf.linalg.LinearOperator) -> bool:
+def is_closed(operator: tf.linalg.LinearOperator) -> bool:
     """Whether the operator knows the sum of the squares of its entries without forming them."""
     return hasattr(type(operator), "square_sum") and not operator.is_chain
 
 
-def _entry_sum(operator: tf.linalg.LinearOperator) -> tf.Tensor:
+def entry_sum(operator: tf.linalg.LinearOperator) -> tf.Tensor:
+    """The sum of all entries, `(rows,)`."""
     if hasattr(type(operator), "entry_sum"):
         return operator.entry_sum
     ones = tf.ones([operator.batch_shape_tensor()[0], _dimensions(operator)[1]], operator.dtype)

@@ -106,6 +106,7 @@ MEASURES = {
             reading="the gain of the direction that grows most in one step",
             cost="standard",
             views=VIEWS,
+            differentiable=True,
             uncertainty="residual",
             expensive=True,
             vectors=spectrum.MAX_STEPS,

@@ -2,7 +2,7 @@
 
 import contextlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -170,6 +170,42 @@ def shadowing(model: keras.Layer, layers: Mapping[int, RecurrentLayer], around: 
             vars(item.layer).pop("inner_loop", None)
         for layer, value in zip(fused, use_cudnn, strict=True):
             layer.use_cudnn = value
+
+
+@contextlib.contextmanager
+def shielded(model: keras.Layer) -> Iterator[None]:
+    """Keeps what calls of a model would change: its variables, the masks of its cells and the losses of its layers.
+
+    A `tf.Variable` that a layer writes to past Keras is not shielded: see `put_back`.
+    """
+    # At the beginning of a call Keras forgets the losses that the last one has added.
+    layers = sublayers(model)
+    losses = [(list(layer._losses), set(layer._loss_ids)) for layer in layers]  # noqa: SLF001
+    try:
+        with keras.StatelessScope(), without_masks(model):
+            yield
+    finally:
+        for layer, (added, ids) in zip(layers, losses, strict=True):
+            layer._losses[:] = added  # noqa: SLF001
+            layer._loss_ids.clear()  # noqa: SLF001
+            layer._loss_ids.update(ids)  # noqa: SLF001
+
+
+def foreign_variables(graph: tf.Graph, model: keras.Layer, own: Iterable[tf.Variable]) -> list[tf.Variable]:
+    """The variables that a graph uses and that are neither the model's nor among some others."""
+    known = {id(variable.value) for variable in model.variables} | {id(variable) for variable in own}
+    return [variable for variable in graph.variables if id(variable) not in known]
+
+
+@contextlib.contextmanager
+def put_back(variables: Sequence[tf.Variable]) -> Iterator[None]:
+    """Gives variables their values back."""
+    saved = [variable.read_value() for variable in variables]
+    try:
+        yield
+    finally:
+        for variable, value in zip(variables, saved, strict=True):
+            variable.assign(value)
 
 
 @contextlib.contextmanager

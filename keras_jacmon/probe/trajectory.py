@@ -60,12 +60,15 @@ class Trajectory:
 
     `inputs` is `(time, batch, ...)`; `states` are the flat states *before* each step and `values` those of tensors of
     the cell's graph, by name, all `(time, batch, ...)`; `last` are the states behind the last step, `(batch, ...)`.
+    Where only some samples of each step are kept, their number stands for the batch, and `new` are the states that the
+    cell makes of them, whether the step is masked or not.
     """
 
     inputs: tf.Tensor
     states: tuple[tf.Tensor, ...]
     last: tuple[tf.Tensor, ...]
     values: dict[str, tf.Tensor] = field(default_factory=dict)
+    new: tuple[tf.Tensor, ...] = ()
 
     def copied(self) -> "Trajectory":
         """The same in tensors of their own, made under the control dependencies of this place."""
@@ -74,13 +77,14 @@ class Trajectory:
         return Trajectory(tf.identity(self.inputs), states, last, values)
 
 
-def unroll(step: CellStep, walk: Walk, shortcut: Shortcut | None = None) -> Trajectory:
+def unroll(step: CellStep, walk: Walk, shortcut: Shortcut | None = None, keep: tf.Tensor | None = None) -> Trajectory:
     """Leads a cell along a walk, in one graph loop.
 
     Args:
         step: The cell's step.
         walk: Where it is led.
         shortcut: If given, its graph is used and not the cell itself.
+        keep: `(time, k)`, the samples whose points are kept, other ones at each step; None for all.
 
     Returns:
         The trajectory, in float32 or better.
@@ -111,22 +115,34 @@ def unroll(step: CellStep, walk: Walk, shortcut: Shortcut | None = None) -> Traj
         t: tf.Tensor, states: list[tf.Tensor], arrays: list[tf.TensorArray]
     ) -> tuple[tf.Tensor, list[tf.Tensor], list[tf.TensorArray]]:
         new, values = advance(t, states)
-        arrays = [array.write(t, value) for array, value in zip(arrays, [*states, *values], strict=True)]
+        points = [*states, *values] if keep is None else [tf.gather(x, keep[t]) for x in (*states, *values, *new)]
+        arrays = [array.write(t, value) for array, value in zip(arrays, points, strict=True)]
         if mask is not None:
             new = [_keep_where(mask[t], value, old) for value, old in zip(new, states, strict=True)]
         new = [tf.ensure_shape(value, old.shape) for value, old in zip(new, states, strict=True)]
         return t + 1, new, arrays
 
-    wanted = [*walk.states, *kept]
-    arrays = [tf.TensorArray(t.dtype, time, element_shape=t.shape) for t in wanted]
-    _, last, arrays = tf.while_loop(lambda t, *_: t < time, body, [tf.constant(0), list(walk.states), arrays])
+    wanted = [*walk.states, *kept] if keep is None else [*walk.states, *kept, *walk.states]
+    width = inputs.shape[1] if keep is None else keep.shape[1]
+    arrays = [tf.TensorArray(t.dtype, time, element_shape=[width, *t.shape[1:]]) for t in wanted]
+    _, last, arrays = tf.while_loop(
+        lambda t, *_: t < time,
+        body,
+        [tf.constant(0), list(walk.states), arrays],
+        # Known beforehand, so that XLA can differentiate the loop.
+        maximum_iterations=inputs.shape[0],
+    )
     stacks = [
-        tf.ensure_shape(array.stack(), [inputs.shape[0], inputs.shape[1], *tensor.shape[1:]])
+        tf.ensure_shape(array.stack(), [inputs.shape[0], width, *tensor.shape[1:]])
         for array, tensor in zip(arrays, wanted, strict=True)
     ]
-    states, values = stacks[: len(walk.states)], stacks[len(walk.states) :]
-    kept_values = {tensor.name: value for tensor, value in zip(kept, values, strict=True)}
-    return Trajectory(inputs, tuple(states), tuple(last), {**hoisted, **kept_values})
+    count = len(walk.states)
+    states, values, new = stacks[:count], stacks[count : count + len(kept)], stacks[count + len(kept) :]
+    known = dict(zip((tensor.name for tensor in kept), values, strict=True))
+    if keep is not None:
+        inputs = tf.gather(inputs, keep, batch_dims=1)
+        hoisted = {name: tf.gather(value, keep, batch_dims=1) for name, value in hoisted.items()}
+    return Trajectory(inputs, tuple(states), tuple(last), {**hoisted, **known}, tuple(new))
 
 
 def as_rows(tensor: tf.Tensor) -> tf.Tensor:

@@ -1,0 +1,102 @@
+"""The measures of a step in a form that a tape can differentiate, and XLA can compile: what penalties are made of."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import tensorflow as tf
+
+from keras_jacmon.measures.moments import closed_blocks, entry_sum, is_closed
+
+# Below this a measure has no logarithm, and no square root with a finite derivative.
+TINY = 1e-12
+
+
+@dataclass(frozen=True, eq=False)
+class Directions:
+    """What a measure is differentiated with.
+
+    Attributes:
+        vectors: So many random vectors stand for a block of J that has no structure and more rows than that.
+        seed: `(2,)`, of these vectors.
+        leading: `(rows, n)`, leading right singular vectors, or what they were a little while ago.
+    """
+
+    vectors: int
+    seed: tf.Tensor
+    leading: tf.Tensor | None = None
+
+
+def variance(operator: tf.linalg.LinearOperator, directions: Directions) -> tf.Tensor:
+    """`n * Var(J)`, `(draws, rows)`: one draw if it is exact, otherwise independent unbiased estimates."""
+    m, n = int(operator.shape[-2]), int(operator.shape[-1])
+    mean, squares = _moments(operator, directions)
+    return n / (m * n) * (squares - m * n * mean**2)
+
+
+def rms_singular_value(operator: tf.linalg.LinearOperator, directions: Directions) -> tf.Tensor:
+    """`sqrt(‖J‖_F² / n)`, `(1, rows)`; from an unbiased estimate of the square where that is not exact."""
+    _, squares = _moments(operator, directions)
+    mean_square = tf.reduce_mean(squares, axis=0, keepdims=True) / int(operator.shape[-1])
+    # The derivative of the root has a pole at zero.
+    return tf.sqrt(tf.maximum(mean_square, TINY**2))
+
+
+def spectral_norm(operator: tf.linalg.LinearOperator, directions: Directions) -> tf.Tensor:
+    """`uᵀ J v`, `(1, rows)`, with the leading singular vectors u and v held: its derivative is that of the norm.
+
+    One step of the power method brings vectors of a little while ago up to date; the error is of second order in
+    what is left.
+
+    References:
+        T. Miyato et al., "Spectral Normalization for Generative Adversarial Networks", 2018.
+    """
+    if directions.leading is None:
+        raise ValueError("The spectral norm is differentiated along leading singular vectors, and there are none.")
+    v = _unit(operator.matvec(_unit(operator.matvec(directions.leading)), adjoint=True))
+    image = operator.matvec(v)
+    return tf.reduce_sum(_unit(image) * image, axis=-1)[None]
+
+
+# By the names of the registry.
+DIFFERENTIABLE: dict[str, Callable[[tf.linalg.LinearOperator, Directions], tf.Tensor]] = {
+    "variance": variance,
+    "rms_singular_value": rms_singular_value,
+    "spectral_norm": spectral_norm,
+}
+
+
+def _unit(vectors: tf.Tensor) -> tf.Tensor:
+    """Vectors of length one, or zero, through which no derivative flows."""
+    return tf.stop_gradient(tf.math.divide_no_nan(vectors, tf.norm(vectors, axis=-1, keepdims=True)))
+
+
+def _moments(operator: tf.linalg.LinearOperator, directions: Directions) -> tuple[tf.Tensor, tf.Tensor]:
+    """The mean of the entries, `(rows,)`, and the sum of their squares, `(draws, rows)`."""
+    m, n = int(operator.shape[-2]), int(operator.shape[-1])
+    blocks = closed_blocks(operator)
+    mean = tf.add_n([entry_sum(block) for block in blocks]) / (m * n)
+    squares = [
+        block.square_sum[None] if is_closed(block) else _squares(block, directions, stream)
+        for stream, block in enumerate(blocks)
+    ]
+    total = squares[0]
+    for part in squares[1:]:
+        total = total + part
+    return mean, total
+
+
+def _squares(operator: tf.linalg.LinearOperator, directions: Directions, stream: int) -> tf.Tensor:
+    """`‖J‖_F²` from products with Jᵀ, `(draws, rows)`: with all unit vectors if they are few, or with random ones.
+
+    `E ‖Jᵀ z‖² = ‖J‖_F²` for independent signs z (Hutchinson 1989).
+    """
+    m = int(operator.shape[-2])
+    rows = operator.batch_shape_tensor()[0]
+    if m <= directions.vectors:
+        images = operator.matmul(tf.eye(m, batch_shape=[rows], dtype=operator.dtype), adjoint=True)
+        return tf.reduce_sum(images**2, axis=[1, 2])[None]
+    seed = tf.random.experimental.stateless_fold_in(directions.seed, stream)
+    shape = [operator.shape[0] or rows, m, directions.vectors]
+    bits = tf.random.stateless_uniform(shape, seed, 0, 2, tf.int32)
+    images = operator.matmul(tf.cast(2 * bits - 1, operator.dtype), adjoint=True)
+    return tf.transpose(tf.reduce_sum(images**2, axis=1))
