@@ -8,6 +8,7 @@ whole `meter()` over a forward pass of the layer, and a loop over `GradientTape.
 """
 
 import argparse
+import contextlib
 import os
 import statistics
 import subprocess
@@ -22,7 +23,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_jacmon import JacobianMeter, JacobianMonitor
+from keras_jacmon import JacobianMeter, JacobianMonitor, JacobianRegularizer
 
 BATCH, STEPS, FEATURES = 32, 50, 64
 UNITS = (64, 256, 512, 1024)
@@ -199,6 +200,44 @@ def during_fit() -> None:
             row(f"`{measures}`, {name}", f"{statistics.median(found) / statistics.median(without):.3f}")
 
 
+def with_regularizer() -> None:
+    """Training with a penalty over the same without it: 50 batches at a time, new states for them included."""
+    steps, batches, turns = 100, 50, 5
+    head(
+        f"Training steps, 256 units, {BATCH} samples x {steps} steps, {batches} batches at a time; multiples of those "
+        "without a penalty, but for themselves",
+        "layer", "a step without", "`variance`", "`spectral_norm`", '`variance`, `states="fresh"`',
+    )  # fmt: skip
+    x, y = noise(BATCH, steps, FEATURES), noise(BATCH, 1)
+    kinds: list[dict[str, Any]] = [{}, {"measure": "spectral_norm"}, {"states": "fresh"}]
+    for kind in ("LSTM", "SimpleRNN"):
+        with contextlib.ExitStack() as stack:
+            trainings: list[Callable[[], object]] = []
+            for options in (None, *kinds):
+                model = keras.Sequential([keras.Input((steps, FEATURES)), LAYERS[kind](256), keras.layers.Dense(1)])
+                model.compile("adam", "mse")
+                held = None
+                if options is not None:
+                    held = stack.enter_context(JacobianRegularizer(1.0, 1e-2, **options).attached(model, x))
+
+                def train(model: keras.Model = model, held: Any = held) -> None:
+                    for step in range(batches):
+                        if held is not None:
+                            held.begin(step)
+                        model.train_on_batch(x, y)
+
+                trainings.append(train)
+            times: list[list[float]] = [[] for _ in trainings]
+            for turn in range(1 + turns):
+                for training, found in zip(trainings, times, strict=True):
+                    start = time.perf_counter()
+                    training()
+                    if turn:
+                        found.append(time.perf_counter() - start)
+            without, *others = map(statistics.median, times)
+            row(kind, f"{without / batches * 1e3:.0f} ms", *(f"{other / without:.2f}" for other in others))
+
+
 def once() -> None:
     """What is paid once."""
     head("Paid once", "what", "seconds")
@@ -226,7 +265,14 @@ def once() -> None:
         row(f"first report, LSTM, 256 units, `{measures}`", f"{time.perf_counter() - start:.2f}")
 
 
-TABLES = {"units": by_units, "time": over_time, "size": by_size, "fit": during_fit, "once": once}
+TABLES = {
+    "units": by_units,
+    "time": over_time,
+    "size": by_size,
+    "fit": during_fit,
+    "regularizer": with_regularizer,
+    "once": once,
+}
 
 
 def main() -> None:

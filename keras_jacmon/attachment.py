@@ -124,9 +124,9 @@ class _Fit:
         """Whether the `fit` that this was begun in does not run any more; False if it was begun elsewhere."""
         if self.announced or self._callbacks is None:
             return False
-        callbacks = self._callbacks()
+        begun = self._callbacks()
         # An `evaluate` in a callback is not announced either.
-        return callbacks is None or not any(x is callbacks for x in _locals_of_callers("callbacks"))
+        return begun is None or not any(running is begun for running in _locals_of_callers("callbacks"))
 
 
 _FITS: weakref.WeakKeyDictionary[keras.Layer, _Fit] = weakref.WeakKeyDictionary()

@@ -126,7 +126,11 @@ class CallFacts:
         certificate = float(arrays.pop(CERTIFICATE)) if CERTIFICATE in arrays else None
         arrays.pop(DEPENDENCE, None)
         helpers = {key.split("/")[1]: arrays.pop(key)[mask] for key in list(arrays) if key.split("/")[-1] in HELPERS}
-        facts = advice_facts(helpers, arrays["hidden/variance"][mask] if "hidden/variance" in arrays else [])
+        variances, gains = (
+            arrays[key][mask] if key in arrays else []
+            for key in ("hidden/variance", f"{self.joint or 'hidden/'}rms_singular_value")
+        )
+        facts = advice_facts(helpers, variances, gains)
         named = {key.removeprefix("hidden/"): array for key, array in arrays.items()}
         keys = [key for key in KEYS if key in named]
         uncertainties = {key: named[f"{key}/uncertainty"] for key in keys if f"{key}/uncertainty" in named}

@@ -109,7 +109,7 @@ class CallPenalty:
 
     def __call__(self) -> tf.Tensor:
         """The penalty, not scaled by any strength, with the weights of this moment."""
-        if not self._independent:
+        if not self.holds:
             return tf.zeros([])
         # A tape must know them before it meets a function that reads them.
         for weight in self._weights:
@@ -125,6 +125,11 @@ class CallPenalty:
     def variables(self) -> list[tf.Variable]:
         """Those of its own."""
         return [*self._points, *([] if self._leading is None else [self._leading])]
+
+    @property
+    def holds(self) -> bool:
+        """Whether there is a penalty, and not a zero in its place."""
+        return self._independent
 
     def refute(self, tests: Mapping[str, float]) -> str | None:
         """Changes how the Jacobian is taken if a test failed, and says so; None if none did."""
@@ -236,7 +241,8 @@ class ModelPenalty:
             call.share = 1.0 / len(self.calls)
         self.notes = self.refresh()
         for key, call in self.calls.items():
-            _try(key, call)
+            if call.holds:
+                _try(key, call)
 
     def refresh(self) -> list[str]:
         """Takes other points of the trajectories, with the weights of this moment.

@@ -63,7 +63,8 @@ def judge(
     Args:
         log_gain: Natural logarithms of the gains by span, `(spans, samples)`, NaN beyond a sample's length.
         mask: `(time, samples)`, False at steps that are skipped.
-        facts: What suggestions are computed from: `variance`, `kernel_gain`, `forget`; those that are known.
+        facts: What suggestions are computed from: `variance`, `kernel_gain`, `forget`, `step_gain`; those that are
+            known.
         go_backwards: Whether the layer runs from the last position of the input to the first.
         fall: A gain of this or less has vanished.
         rise: A gain of this or more has exploded.
@@ -103,7 +104,7 @@ def judge(
         float(gain),
         worst,
         float(worst_gain),
-        () if state == "stable" else _suggestions(state, facts, steps),
+        () if state == "stable" else _suggestions(state, facts, steps, _slope(curve)),
     )
 
 
@@ -142,7 +143,7 @@ def _by_position(log_gain: FloatArray, mask: npt.NDArray[np.bool_], *, go_backwa
     return _mean(local, axis=1)
 
 
-def _suggestions(state: str, facts: Mapping[str, float], steps: float) -> tuple[str, ...]:
+def _suggestions(state: str, facts: Mapping[str, float], steps: float, growth: float) -> tuple[str, ...]:
     found = []
     gain = facts.get("kernel_gain", math.nan)
     # A gain that makes a vanishing flow vanish faster, as a hidden variance above 1 would ask for, is no help; and with
@@ -159,5 +160,13 @@ def _suggestions(state: str, facts: Mapping[str, float], steps: float) -> tuple[
         found.append(
             f"raise the forget bias by {shift:.3g}: the forget gates let {forget:.3g} of the cell state through in a "
             f"step (geometric mean), so {forget**steps:.2g} in {steps:.0f}; {target:.3g} would leave {_RETAINED:.2g}"
+        )
+    step_gain = facts.get("step_gain", math.nan)
+    needed = step_gain * math.exp(-growth) if abs(growth) < math.log(_MOST_GAIN) else math.nan
+    if needed > 0:
+        found.append(
+            f'train with `JacobianRegularizer({needed:.3g}, measure="rms_singular_value", view="joint")`: that is '
+            f"{step_gain:.3g} now (geometric mean) while the flow has a gain of {math.exp(growth):.3g} in a step, and "
+            f"{math.exp(-growth):.3g} times as much would make that 1"
         )
     return tuple(found)

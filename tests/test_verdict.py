@@ -133,10 +133,28 @@ def test_the_gain_that_is_suggested_brings_the_variance_to_one(make: Any, scale:
     report = measure(model, probe)
     gain = report["rnn"].facts["kernel_gain"]
     if make is L.SimpleRNN:
-        (sentence,) = report.verdict["rnn"].suggestions
+        sentence = report.verdict["rnn"].suggestions[0]
         assert f"multiply the recurrent kernel by {gain:.3g}" in sentence
     layer.cell.recurrent_kernel.assign(gain * layer.cell.recurrent_kernel)
     np.testing.assert_allclose(measure(model, probe)["rnn"].mean("variance"), 1.0, rtol=1e-3)
+
+
+@pytest.mark.parametrize("scale", [0.5, 2.0])
+def test_the_gain_of_a_step_that_is_suggested_to_be_held_keeps_the_flow(scale: float) -> None:
+    layer = L.SimpleRNN(24, name="rnn")
+    model = keras.Sequential([keras.Input((30, 3)), layer])
+    # At states of zero the Jacobian is the kernel, whatever its gain.
+    probe = np.zeros((2, 30, 3), np.float32)
+    layer.cell.recurrent_kernel.assign(scale * layer.cell.recurrent_kernel)
+    report = measure(model, probe)
+    assert report.verdict["rnn"].state == ("vanishing" if scale < 1 else "exploding")
+    (sentence,) = [s for s in report.verdict["rnn"].suggestions if "JacobianRegularizer" in s]
+    target = float(sentence.split("JacobianRegularizer(")[1].split(",")[0])
+    layer.cell.recurrent_kernel.assign(target / report["rnn"].mean("rms_singular_value") * layer.cell.recurrent_kernel)
+    held = measure(model, probe)
+    np.testing.assert_allclose(held["rnn"].mean("rms_singular_value"), target, rtol=1e-3)
+    assert held.verdict["rnn"].state == "stable"
+    assert abs(held.verdict["rnn"].growth) < 0.01
 
 
 def test_print_leads_with_the_verdict() -> None:

@@ -19,7 +19,11 @@ Form = Callable[[Any, tf.Tensor, Any, str], tf.linalg.LinearOperator | None]
 
 _FORMS: dict[type, Form] = {}
 
+# Far below the least state or gradient that training could use.
 _NEGLIGIBLE = 1e-30
+
+# A gain of a step is known up to so many roundings of one: `1 - tanh²` of a unit that saturates is little else.
+_ROUNDINGS = 16
 
 # Relative. Rounding in float32 leaves about 1e-6.
 CERTIFICATE_TOLERANCE = 1e-3
@@ -212,7 +216,8 @@ class CellJacobian:
             )
             # A gather inside the cell gives a sparse gradient.
             flat = [tf.reshape(tf.convert_to_tensor(g), [-1, size(old)]) for g, old in zip(pulled, olds, strict=True)]
-            certificate.append(_difference(operator.matvec(w, adjoint=True), tf.concat(flat, axis=-1)))
+            rounding = _ROUNDINGS * np.finfo(w.dtype.as_numpy_dtype).eps * tf.norm(w, axis=-1)
+            certificate.append(_difference(operator.matvec(w, adjoint=True), tf.concat(flat, axis=-1), rounding))
         return _largest(dependence), _largest(certificate) if certificate else None
 
     def _certified(self, views: Sequence[str], rows: Rows) -> list[tuple[View, tf.linalg.LinearOperator]]:
@@ -305,18 +310,21 @@ def _sources(view: View) -> list[Base]:
     return [("state", old) for old in view.olds] or [("inputs", 0)]
 
 
-def _difference(found: tf.Tensor, expected: tf.Tensor) -> tf.Tensor:
+def _difference(found: tf.Tensor, expected: tf.Tensor, negligible: tf.Tensor | float = _NEGLIGIBLE) -> tf.Tensor:
     """How far vectors `(rows, n)` are apart, relative to the expected ones, `(rows,)`."""
-    return _relative(*(tf.norm(x, axis=-1) for x in (found - expected, expected, found)))
+    error, expected, found = (tf.norm(x, axis=-1) for x in (found - expected, expected, found))
+    return _relative(error, expected, found, negligible)
 
 
-def _relative(error: tf.Tensor, expected: tf.Tensor, found: tf.Tensor) -> tf.Tensor:
+def _relative(
+    error: tf.Tensor, expected: tf.Tensor, found: tf.Tensor, negligible: tf.Tensor | float = _NEGLIGIBLE
+) -> tf.Tensor:
     """The relative errors, from the norms of errors and of two vectors each, all `(rows,)`.
 
     Infinite where one of the two is finite and the other is not.
     """
-    # What is far below the least gradient that training could use is no disagreement, however it was rounded.
-    relative = tf.where(error < _NEGLIGIBLE, tf.zeros_like(error), error / expected)
+    # Errors as small as these are no disagreement.
+    relative = tf.where(error <= negligible, tf.zeros_like(error), error / expected)
     infinite = tf.fill(tf.shape(error), tf.constant(np.inf, error.dtype))
     one, other = tf.math.is_finite(expected), tf.math.is_finite(found)
     # Where both are NaN or infinite they agree: that is the network's own.

@@ -34,7 +34,7 @@ def with_advice(selection: Selection, *, forgets: bool) -> Selection:
     return advised
 
 
-def facts(helpers: Mapping[str, Any], variances: Any) -> dict[str, float]:
+def facts(helpers: Mapping[str, Any], variances: Any, gains: Any) -> dict[str, float]:
     """What suggestions are made from.
 
     With the kernels of the hidden block multiplied by g, at the states that were visited, `J = D + g K`, and the
@@ -43,15 +43,19 @@ def facts(helpers: Mapping[str, Any], variances: Any) -> dict[str, float]:
     Args:
         helpers: By name, the values of the measured rows.
         variances: The hidden `variance` of these rows; empty if it was not measured.
+        gains: The `rms_singular_value` of all states; empty if it was not measured.
 
     Returns:
         `variance`, the mean of the hidden variance; `kernel_gain`, the gain that would bring it to 1; `forget`, the
-        geometric mean of the forget gates. Those that are known.
+        geometric mean of the forget gates; `step_gain`, that of the gains. Those that are known.
     """
     found: dict[str, float] = {}
     if WITHOUT in helpers and np.size(variances):
         now, without, opposite = (float(np.mean(x)) for x in (variances, helpers[WITHOUT], helpers[OPPOSITE]))
         found = {"variance": now, "kernel_gain": _gain(without, (now - opposite) / 2, (now + opposite) / 2 - without)}
+    if np.size(gains):
+        with np.errstate(divide="ignore", invalid="ignore"):
+            found["step_gain"] = float(np.exp(np.mean(np.log(gains))))
     if np.size(helpers.get(FORGET, ())):
         found["forget"] = float(np.exp(np.mean(helpers[FORGET])))
     return {name: value for name, value in found.items() if math.isfinite(value)}

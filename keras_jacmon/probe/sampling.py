@@ -45,12 +45,12 @@ def sample(step: CellStep, walk: Walk, shortcut: Shortcut | None, count: int, dr
     time, samples = known_sizes(walk.inputs)[:2]
     width = max(1, count // time) if isinstance(time, int) else 1
     width = min(width, samples) if isinstance(samples, int) else 1
-    chosen, valid = _choose_samples(walk.mask, time, samples, width, draw)
+    # Every step has had its turn before another sample has.
+    stride = -(-time // count)
+    chosen, valid = _choose_samples(walk.mask, time, samples, width, draw // stride)
     trajectory = unroll(step, walk, shortcut, chosen)
     tensors = [trajectory.inputs, *trajectory.states, *trajectory.new, valid]
     if not isinstance(time, int) or time > count:
-        # The steps between two that are kept have their turn later.
-        stride = -(-time // count)
         steps = (tf.range(time // stride) * stride + draw) % time
         tensors = [tf.gather(tensor, steps) for tensor in tensors]
     inputs, *points, valid = map(as_rows, tensors)

@@ -1,0 +1,273 @@
+"""The penalty of `JacobianRegularizer` and its gradient, against a loop over the cell and finite differences of it."""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, Any
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from helpers import (
+    BY_ID,
+    VIEWS,
+    PartlyMixingCell,
+    call_cell,
+    floating,
+    initial_states,
+    normal,
+    rms_singular_value,
+    spectral_norm,
+    step_jacobians,
+    variance,
+)
+
+from keras_jacmon import JacobianRegularizer, measure
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from numpy.typing import NDArray
+
+BATCH, STEPS, FEATURES = 4, 5, 3
+PROBE = normal(BATCH, STEPS, FEATURES, seed=3)
+MEASURES = {"variance": variance, "rms_singular_value": rms_singular_value, "spectral_norm": spectral_norm}
+
+
+def float64_model(make: Callable[..., Any], **kwargs: Any) -> tuple[Any, Any]:
+    """A model of one recurrent layer with random weights, in float64."""
+    keras.utils.set_random_seed(3)
+    before = keras.config.dtype_policy()
+    keras.config.set_dtype_policy("float64")
+    try:
+        layer = make(**kwargs)
+        model = keras.Sequential([keras.Input((STEPS, FEATURES), dtype="float64"), layer])
+        model(PROBE.astype("float64"))
+    finally:
+        keras.config.set_dtype_policy(before)
+    for index, weight in enumerate(model.trainable_variables):
+        weight.assign(0.5 * np.random.default_rng(index).normal(size=weight.shape))
+    return model, layer
+
+
+def trajectory(layer: Any) -> list[tuple[Any, Any]]:
+    """The inputs and old states of each step, by a loop."""
+    states = tf.nest.map_structure(lambda state: tf.cast(state, tf.float64), initial_states(layer, BATCH))
+    points = []
+    for t in range(STEPS):
+        inputs = tf.constant(PROBE[:, t], tf.float64)
+        points.append((inputs, states))
+        states = list(call_cell(layer.cell, inputs, states))
+    return points
+
+
+def values_at(layer: Any, points: list[tuple[Any, Any]], view: str, name: str) -> NDArray[np.float64]:
+    """A measure at all points, by the tape and NumPy."""
+    return np.concatenate(
+        [MEASURES[name](step_jacobians(layer.cell, inputs, states, [view])[0][view]) for inputs, states in points]
+    )
+
+
+def slope(weights: list[Any], direction: list[Any], function: Callable[[], float], step: float = 1e-5) -> float:
+    """The derivative along a direction in the space of the weights, by a central difference of fourth order."""
+    start = [weight.numpy() for weight in weights]
+
+    def at(distance: float) -> float:
+        for weight, value, part in zip(weights, start, direction, strict=True):
+            weight.assign(value + distance * part)
+        return function()
+
+    far, near = at(2 * step) - at(-2 * step), at(step) - at(-step)
+    at(0.0)
+    return (8 * near - far) / (12 * step)
+
+
+CELLS: dict[str, Callable[..., Any]] = {
+    "simple_rnn": functools.partial(keras.layers.SimpleRNN, 4),
+    "simple_rnn_softplus": functools.partial(keras.layers.SimpleRNN, 4, activation="softplus"),
+    "lstm": functools.partial(keras.layers.LSTM, 3),
+    "gru": functools.partial(keras.layers.GRU, 3),
+    "gru_reset_before": functools.partial(keras.layers.GRU, 3, reset_after=False),
+    **{key: BY_ID[key].make for key in ("unequal_states", "while_loop", "map_fn", "partly_mixing", "stacked_lstm_gru")},
+}
+
+
+@pytest.mark.parametrize(
+    ("cell", "view"),
+    [(cell, view) for cell in CELLS for view in VIEWS if view == "hidden" or cell not in ("while_loop", "map_fn")],
+)
+def test_value_and_gradient_are_those_of_finite_differences(cell: str, view: str) -> None:
+    model, layer = float64_model(CELLS[cell])
+    if len(floating(initial_states(layer, BATCH))) == 1 and view == "joint":
+        view = "hidden"
+    points = trajectory(layer)
+    weights = model.trainable_variables
+    direction = [np.random.default_rng(9 + k).normal(size=weight.shape) for k, weight in enumerate(weights)]
+    for name in MEASURES:
+
+        def expected(name: str = name) -> float:
+            return float(np.mean((values_at(layer, points, view, name) - 0.7) ** 2))
+
+        regularizer = JacobianRegularizer(0.7, 1.0, measure=name, view=view)
+        with regularizer.attached(model, PROBE) as held:
+            with tf.GradientTape() as tape:
+                (loss,) = model.losses
+            gradients = tape.gradient(loss, [weight.value for weight in weights])
+            # The vectors of a norm are within its tolerance, and the error of the value is of second order in that.
+            tolerance = 1e-2 if name == "spectral_norm" else 1e-6
+            np.testing.assert_allclose(held.penalty(), expected(), rtol=tolerance)
+            np.testing.assert_allclose(loss, held.penalty(), rtol=1e-6)
+        found = sum(np.sum(g * d) for g, d in zip(gradients, direction, strict=True) if g is not None)
+        np.testing.assert_allclose(found, slope(weights, direction, expected), rtol=3 * tolerance, atol=1e-6)
+
+
+@pytest.mark.parametrize("through_states", [False, True])
+@pytest.mark.parametrize("name", MEASURES)
+def test_fresh_states_are_those_of_the_moment(name: str, *, through_states: bool) -> None:
+    """The gradient passes through them if asked, and through the layers below."""
+    _, layer = float64_model(CELLS["lstm"])
+    dense = keras.layers.Dense(FEATURES, activation="tanh", dtype="float64")
+    model = keras.Sequential([keras.Input((STEPS, FEATURES), dtype="float64"), dense, layer])
+    probe = PROBE.astype("float64")
+    weights = model.trainable_variables
+    direction = [np.random.default_rng(9 + k).normal(size=weight.shape) for k, weight in enumerate(weights)]
+    regularizer = JacobianRegularizer(
+        0.7, 1.0, measure=name, view="joint", states="fresh", through_states=through_states
+    )
+
+    def points() -> list[tuple[Any, Any]]:
+        inputs, states, found = dense(probe), initial_states(layer, BATCH), []
+        for t in range(STEPS):
+            found.append((inputs[:, t], states))
+            states = list(call_cell(layer.cell, inputs[:, t], states))
+        return found
+
+    held_points = points()
+
+    def expected() -> float:
+        here = points() if through_states else held_points
+        return float(np.mean((values_at(layer, here, "joint", name) - 0.7) ** 2))
+
+    tolerance = 1e-2 if name == "spectral_norm" else 1e-6
+    with regularizer.attached(model, probe) as held:
+        with tf.GradientTape() as tape:
+            (loss,) = model.losses
+        gradients = tape.gradient(loss, [weight.value for weight in weights])
+        np.testing.assert_allclose(loss, expected(), rtol=tolerance)
+        found = sum(np.sum(g * d) for g, d in zip(gradients, direction, strict=True) if g is not None)
+        np.testing.assert_allclose(found, slope(weights, direction, expected), rtol=3 * tolerance, atol=1e-6)
+        dense.kernel.assign(-dense.kernel)
+        held_points = points()
+        if name == "spectral_norm":
+            # Its vectors are found when points are taken, and only brought up to date in between.
+            held.begin(0)
+        np.testing.assert_allclose(held.penalty(), expected(), rtol=tolerance)
+
+
+TARGET = 0.4
+
+
+@pytest.mark.parametrize(
+    ("scale", "side", "distance"),
+    [
+        ("linear", "at_most", lambda v: np.maximum(v - TARGET, 0) ** 2),
+        ("linear", "at_least", lambda v: np.minimum(v - TARGET, 0) ** 2),
+        ("log", "both", lambda v: np.log(v / TARGET) ** 2),
+        ("log", "at_most", lambda v: np.maximum(np.log(v / TARGET), 0) ** 2),
+        ("log", "at_least", lambda v: np.minimum(np.log(v / TARGET), 0) ** 2),
+    ],
+)
+def test_scales_and_sides(scale: Any, side: Any, distance: Callable[[Any], Any]) -> None:
+    model, layer = float64_model(CELLS["simple_rnn"])
+    values = values_at(layer, trajectory(layer), "hidden", "rms_singular_value")
+    assert values.min() < TARGET < values.max()
+    regularizer = JacobianRegularizer(TARGET, 1.0, measure="rms_singular_value", scale=scale, side=side)
+    with regularizer.attached(model, PROBE) as held:
+        np.testing.assert_allclose(held.penalty(), distance(values).mean(), rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", MEASURES)
+@pytest.mark.parametrize("scale", ["linear", "log"])
+def test_a_jacobian_of_zeros_has_a_finite_gradient(name: str, scale: Any) -> None:
+    layer = keras.layers.SimpleRNN(3, activation="relu", bias_initializer=keras.initializers.Constant(-100.0))
+    model = keras.Sequential([keras.Input((STEPS, FEATURES)), layer])
+    with JacobianRegularizer(1.0, 1.0, measure=name, scale=scale).attached(model, PROBE):
+        with tf.GradientTape() as tape:
+            (loss,) = model.losses
+        gradients = tape.gradient(loss, [weight.value for weight in model.trainable_variables])
+    assert np.isfinite(loss)
+    assert all(np.isfinite(gradient).all() for gradient in gradients if gradient is not None)
+
+
+def test_estimates_are_unbiased_for_cells_without_structure() -> None:
+    model, layer = float64_model(lambda: keras.layers.RNN(PartlyMixingCell(12)))
+    values = values_at(layer, trajectory(layer), "hidden", "variance")
+    exact, estimated = (JacobianRegularizer(0.7, 1.0, vectors=vectors) for vectors in (12, 4))
+
+    def gradient() -> tuple[float, NDArray[np.float64]]:
+        with tf.GradientTape() as tape:
+            (loss,) = model.losses
+        gradients = tape.gradient(loss, [weight.value for weight in model.trainable_variables])
+        return float(loss), np.concatenate([np.ravel(g) for g in gradients if g is not None])
+
+    with exact.attached(model, PROBE):
+        value, expected = gradient()
+        np.testing.assert_allclose(value, np.mean((values - 0.7) ** 2), rtol=1e-6)
+    with estimated.attached(model, PROBE) as held:
+        found = []
+        for step in range(600):
+            # Other vectors at each batch, and the same points.
+            held.begin(step % 50)
+            held._penalty._step.assign(step)
+            found.append(np.concatenate([[x] if np.isscalar(x) else x for x in gradient()]))
+    mean, error = np.mean(found, axis=0), np.std(found, axis=0) / len(found) ** 0.5
+    assert (error > 0).any()
+    z = (mean - np.concatenate([[value], expected])) / np.maximum(error, 1e-12)
+    assert np.abs(z).max() < 4.5
+    assert np.mean(z**2) < 2
+
+
+def test_masked_steps_do_not_count() -> None:
+    probe = PROBE.copy()
+    probe[1, 2:], probe[3, :] = 0, 0
+    inputs = keras.Input((STEPS, FEATURES))
+    outputs = keras.layers.GRU(3, name="gru")(keras.layers.Masking()(inputs))
+    model = keras.Model(inputs, outputs)
+    values = measure(model, probe, measures=["variance"])["gru"]["variance"]
+    assert np.isnan(values).sum() == 2 * STEPS - 2
+    with JacobianRegularizer(0.7, 1.0).attached(model, probe) as held:
+        np.testing.assert_allclose(held.penalty(), np.nanmean((values - 0.7) ** 2), rtol=1e-5)
+
+
+@pytest.mark.parametrize(("rows", "steps"), [(7, 5), (4, 9), (1, 3)])
+def test_every_step_and_sample_has_its_turn(rows: int, steps: int) -> None:
+    model = keras.Sequential([keras.Input((steps, 1)), keras.layers.SimpleRNN(2)])
+    # Each input says which one it is.
+    probe = np.arange(3 * steps, dtype="float32").reshape(3, steps, 1)
+    with JacobianRegularizer(rows=rows, refresh=1).attached(model, probe) as held:
+        (call,) = held._penalty.calls.values()
+        seen = []
+        for step in range(3 * steps):
+            held.begin(step)
+            seen.append(call.variables[0].numpy().ravel())
+    assert all(len(points) == len(set(points)) <= rows for points in seen)
+    assert len({len(points) for points in seen}) == 1
+    assert set(np.concatenate(seen)) == set(probe.ravel())
+    with JacobianRegularizer(rows=rows, refresh=1).attached(model, probe) as held:
+        (call,) = held._penalty.calls.values()
+        for step, points in enumerate(seen[:2]):
+            held.begin(step)
+            np.testing.assert_array_equal(call.variables[0].numpy().ravel(), points)
+
+
+def test_states_that_are_not_finite_do_not_count() -> None:
+    model = keras.Sequential([keras.Input((STEPS, FEATURES)), keras.layers.SimpleRNN(3, activation="linear")])
+    model.layers[0].cell.recurrent_kernel.assign(np.full((3, 3), 1e30))
+    with JacobianRegularizer(1.0, 1.0).attached(model, PROBE) as held:
+        model.layers[0].cell.recurrent_kernel.assign(np.eye(3) * 0.5)
+        with tf.GradientTape() as tape:
+            (loss,) = model.losses
+        assert np.isfinite(held.penalty())
+        (gradient,) = tape.gradient(loss, [model.layers[0].cell.recurrent_kernel.value])
+        assert np.isfinite(gradient).all()

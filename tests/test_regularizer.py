@@ -1,0 +1,597 @@
+"""`JacobianRegularizer` in a training: it takes effect, it is gone afterwards, and nonsense is refused."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import gc
+import re
+import subprocess
+import sys
+import textwrap
+from typing import TYPE_CHECKING, Any
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from event_files import by_tag, read_summaries
+from helpers import WeightedCell, normal, randomize
+
+from keras_jacmon import JacobianMonitor, JacobianRegularizer, attachment, measure
+from keras_jacmon.penalty import CallPenalty
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+BATCH, STEPS, FEATURES, SAMPLES = 4, 5, 3, 32
+X, Y = normal(SAMPLES, STEPS, FEATURES, seed=1), normal(SAMPLES, 1, seed=2)
+PROBE = normal(BATCH, STEPS, FEATURES, seed=3)
+
+
+@pytest.fixture(autouse=True)
+def _no_leftovers() -> Iterator[None]:
+    yield
+    gc.collect()
+    assert not list(attachment._FITS)
+
+
+def compiled(*layers: Any, optimizer: Any = "adam", **arguments: Any) -> Any:
+    keras.utils.set_random_seed(4)
+    layers = layers or (keras.layers.LSTM(3, name="lstm"),)
+    model = keras.Sequential([keras.Input((STEPS, FEATURES)), *layers, keras.layers.Dense(1)])
+    randomize(model)
+    model.compile(optimizer, "mse", **arguments)
+    return model
+
+
+def fit(model: Any, *callbacks: Any, **arguments: Any) -> Any:
+    keras.utils.set_random_seed(8)
+    return model.fit(
+        X, Y, **({"batch_size": BATCH, "epochs": 2, "verbose": 0, "callbacks": list(callbacks)} | arguments)
+    )
+
+
+def holding(regularizer: JacobianRegularizer | None = None, **arguments: Any) -> JacobianMonitor:
+    regularizer = regularizer or JacobianRegularizer(1.0, 10.0)
+    return JacobianMonitor(
+        PROBE,
+        **({"measures": ["variance"], "log_dir": None, "on_error": "raise", "regularizer": regularizer} | arguments),
+    )
+
+
+def weights_of(model: Any) -> list[NDArray[Any]]:
+    return [weight.numpy() for weight in model.trainable_variables]
+
+
+def equal(left: list[NDArray[Any]], right: list[NDArray[Any]]) -> bool:
+    return all(np.array_equal(a, b) for a, b in zip(left, right, strict=True))
+
+
+@functools.cache
+def plain() -> tuple[list[NDArray[Any]], list[NDArray[Any]]]:
+    """The weights after one training, and after a second one."""
+    model = compiled()
+    fit(model)
+    once = weights_of(model)
+    fit(model)
+    return once, weights_of(model)
+
+
+def is_gone(model: Any) -> bool:
+    return not model.losses and all(variable.regularizer is None for variable in model.variables)
+
+
+def test_strength_zero_changes_no_bit_of_a_training() -> None:
+    model = compiled()
+    history = fit(model, holding(JacobianRegularizer(1.0, 0.0)))
+    assert equal(weights_of(model), plain()[0])
+    assert min(history.history["jac_penalty"]) > 0
+
+
+def test_a_model_that_was_fitted_before_is_held_and_let_go() -> None:
+    """Keras goes on using the training function of an earlier `fit`."""
+    model = compiled()
+    fit(model)
+    assert equal(weights_of(model), plain()[0])
+    fit(model, holding())
+    assert not equal(weights_of(model), plain()[1])
+    assert is_gone(model)
+
+    other = compiled()
+    fit(other, holding(JacobianRegularizer(1.0, 0.0)))
+    loss = other.evaluate(X, Y, verbose=0)
+    np.testing.assert_allclose(loss, np.mean((other.predict(X, verbose=0) - Y) ** 2), rtol=1e-5)
+    fit(other)
+    assert equal(weights_of(other), plain()[1])
+
+
+class Stop(keras.callbacks.Callback):
+    """Does something at a batch of the second epoch."""
+
+    def __init__(self, action: Callable[[], None], where: str = "on_train_batch_end") -> None:
+        super().__init__()
+        self.action, self.count = action, 0
+        setattr(self, where, self.act)
+
+    def act(self, *_: Any, **__: Any) -> None:
+        self.count += 1
+        if self.count == 10:
+            self.action()
+
+
+def raising(error: type[BaseException]) -> Callable[[], None]:
+    def action() -> None:
+        raise error("by the test")
+
+    return action
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+@pytest.mark.parametrize("where", ["on_train_batch_begin", "on_train_batch_end"])
+def test_a_callback_that_raises_leaves_nothing_behind(error: type[BaseException], where: str) -> None:
+    model = compiled()
+    fit(model)
+    with pytest.raises(error, match="by the test"):
+        fit(model, holding(), Stop(raising(error), where))
+    gc.collect()
+    # An interrupt is not filtered by Keras: its traceback holds on to the frame of `fit` for as long as it is kept.
+    assert is_gone(model) or error is KeyboardInterrupt
+    model.set_weights([*plain()[0]])
+    model.compile("adam", "mse")
+    before = weights_of(model)
+    fit(model)
+    other = compiled()
+    other.set_weights(before)
+    fit(other)
+    assert is_gone(model)
+    assert equal(weights_of(model), weights_of(other))
+
+
+def test_an_interrupt_that_is_kept_is_noticed_in_the_next_training() -> None:
+    model = compiled()
+    monitor = holding(JacobianRegularizer(1.0, 0.0))
+    try:
+        fit(model, monitor, Stop(raising(KeyboardInterrupt)))
+    except KeyboardInterrupt as error:
+        kept = error
+    assert not is_gone(model)
+    fit(model)
+    assert is_gone(model)
+    assert kept.__traceback__ is not None
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_data_and_steps_that_raise_leave_nothing_behind(error: type[BaseException]) -> None:
+    class Data(keras.utils.PyDataset):
+        def __len__(self) -> int:
+            return 8
+
+        def __getitem__(self, index: int) -> Any:
+            if index == 5:
+                raise ValueError("by the test")
+            return X[:BATCH], Y[:BATCH]
+
+    class Step(keras.Sequential):
+        def train_step(self, _: Any) -> Any:
+            raise error("by the test")
+
+    model = compiled()
+    with pytest.raises(Exception, match="by the test"):
+        model.fit(Data(), verbose=0, callbacks=[holding()])
+    assert is_gone(model)
+    model = Step([keras.Input((STEPS, FEATURES)), keras.layers.GRU(2), keras.layers.Dense(1)])
+    model.compile("sgd", "mse")
+    with pytest.raises(error) as kept:
+        fit(model, holding())
+    assert is_gone(model)
+    assert kept.value.args == ("by the test",)
+
+
+def test_a_callback_that_stops_the_training_leaves_nothing_behind() -> None:
+    model = compiled()
+
+    def stop() -> None:
+        model.stop_training = True
+
+    fit(model, holding(), Stop(stop))
+    assert is_gone(model)
+
+
+def test_an_evaluation_in_a_callback_does_not_end_it() -> None:
+    model = compiled()
+    found = []
+    evaluate = keras.callbacks.LambdaCallback(
+        on_epoch_end=lambda *_: found.append((model.evaluate(X, Y, verbose=0), len(model.losses)))
+    )
+    fit(model, holding(), evaluate, epochs=3)
+    assert [count for _, count in found] == [1, 1, 1]
+    assert is_gone(model)
+
+
+def test_monitors_share_a_model() -> None:
+    def trained(*targets: tuple[str, float]) -> list[NDArray[Any]]:
+        model = compiled(keras.layers.GRU(3, return_sequences=True, name="a"), keras.layers.GRU(3, name="b"))
+        fit(model, *(holding(JacobianRegularizer({name: target}, 5.0)) for name, target in targets))
+        assert is_gone(model)
+        return weights_of(model)
+
+    one, two = ("a", 1.0), ("b", 0.8)
+    both = trained(one, two)
+    assert not equal(both, trained(one))
+    assert not equal(both, trained(two))
+    same_cell = trained(one, ("a", 0.5))
+    assert not equal(same_cell, trained(one))
+
+
+def test_a_regularizer_that_was_there_stays() -> None:
+    def model() -> Any:
+        return compiled(keras.layers.LSTM(3, kernel_regularizer=keras.regularizers.L2(0.1), name="lstm"))
+
+    kept = model()
+    own = kept.layers[0].cell.kernel.regularizer
+    with JacobianRegularizer(1.0, 2.0).attached(kept, PROBE) as held:
+        np.testing.assert_allclose(
+            sum(kept.losses), 0.1 * np.sum(kept.layers[0].cell.kernel.numpy() ** 2) + 2 * held.penalty(), rtol=1e-6
+        )
+    assert kept.layers[0].cell.kernel.regularizer is own
+    fit(kept, holding(JacobianRegularizer(1.0, 0.0)))
+    assert kept.layers[0].cell.kernel.regularizer is own
+    other = model()
+    fit(other)
+    assert equal(weights_of(kept), weights_of(other))
+
+
+def test_the_saved_model_knows_nothing_of_it(tmp_path: Path) -> None:
+    model = compiled()
+    checkpoint = keras.callbacks.ModelCheckpoint(tmp_path / "at.keras")
+    fit(model, holding(), checkpoint)
+    loaded = keras.models.load_model(tmp_path / "at.keras")
+    assert is_gone(loaded)
+    assert equal(weights_of(loaded), weights_of(model))
+    np.testing.assert_array_equal(loaded.predict(X, verbose=0), model.predict(X, verbose=0))
+
+
+class CountedDense(keras.layers.Dense):
+    """Counts how often it is called by Python, which is while it is traced."""
+
+    calls = 0
+
+    def call(self, inputs: Any) -> Any:
+        type(self).calls += 1
+        return super().call(inputs)
+
+
+def test_strength_and_target_change_in_the_middle_of_an_epoch_without_a_trace() -> None:
+    regularizer = JacobianRegularizer(1.0, 0.0)
+    losses, traces = [], []
+
+    class Change(keras.callbacks.Callback):
+        def on_train_batch_begin(self, batch: int, **_: Any) -> None:
+            regularizer.strength = 100.0 if batch in (3, 4) else 0.0
+            regularizer.target = 5.0 if batch == 4 else 1.0
+
+        def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+            losses.append(logs["loss"] * (batch + 1))
+            traces.append(CountedDense.calls)
+
+    model = compiled(keras.layers.LSTM(3, name="lstm"), CountedDense(2), optimizer=keras.optimizers.SGD(0.0))
+    fit(model, holding(regularizer), Change(), epochs=1, shuffle=False)
+    variances = measure(model, PROBE, measures=["variance"])["lstm"]["variance"]
+    without = [float(np.mean((model(X[k : k + 4]) - Y[k : k + 4]) ** 2)) for k in range(0, SAMPLES, BATCH)]
+    expected = np.array(without)
+    expected[3] += 100 * np.mean((variances - 1) ** 2)
+    expected[4] += 100 * np.mean((variances - 5) ** 2)
+    # The logs hold the mean so far, in float32.
+    np.testing.assert_allclose(np.diff(losses, prepend=0), expected, rtol=1e-4, atol=1e-3)
+    assert traces[-1] == traces[0]
+
+
+def test_schedules_are_followed() -> None:
+    seen = []
+
+    class Look(keras.callbacks.Callback):
+        def on_train_batch_end(self, *_: Any, **__: Any) -> None:
+            seen.append((regularizer.strength, regularizer.target))
+
+    decay = keras.optimizers.schedules.ExponentialDecay(8.0, 1, 0.5)
+    regularizer = JacobianRegularizer(lambda step: 1 + step, decay)
+    fit(compiled(), holding(regularizer), Look(), epochs=1)
+    assert seen == [(8 * 0.5**step, 1 + step) for step in range(8)]
+    regularizer.strength = 0.5
+    with regularizer.attached(compiled(), PROBE) as held:
+        held.begin(3)
+        assert (regularizer.strength, regularizer.target) == (0.5, 4)
+
+
+def test_logs_events_and_validation_carry_the_penalty(tmp_path: Path) -> None:
+    model = compiled()
+    monitor = holding(JacobianRegularizer(1.0, 3.0), log_dir=tmp_path)
+    history = fit(model, monitor, validation_data=(X, Y), epochs=3).history
+    plain_loss = np.mean((model.predict(X, verbose=0) - Y) ** 2)
+    np.testing.assert_allclose(history["val_loss"][-1], plain_loss + 3 * history["jac_penalty"][-1], rtol=1e-5)
+    assert len(by_tag(read_summaries(tmp_path / "jacobian"), "jac_penalty")) == len(monitor.reports)
+    variances = monitor.reports[-1][1]["lstm"]["variance"]
+    np.testing.assert_allclose(history["jac_penalty"][-1], np.mean((variances - 1) ** 2), rtol=1e-4)
+
+
+def test_the_measure_moves_to_its_target() -> None:
+    model = compiled(keras.layers.SimpleRNN(16, name="rnn"), optimizer=keras.optimizers.Adam(1e-2))
+    monitor = holding(JacobianRegularizer(2.0, 100.0, refresh=4))
+    fit(model, monitor, epochs=40)
+    first, last = (monitor.reports[k][1]["rnn"].mean("variance") for k in (0, -1))
+    assert abs(first - 2) > 0.5
+    assert abs(last - 2) < 0.1
+
+
+def test_targets_by_layer() -> None:
+    model = compiled(keras.layers.GRU(3, return_sequences=True, name="a"), keras.layers.GRU(3, name="b"))
+    report = measure(model, PROBE, measures=["variance"])
+    a, b = (report[name]["variance"] for name in ("a", "b"))
+    regularizer = JacobianRegularizer({"a": 1.0, "b": 0.5}, 1.0)
+    with regularizer.attached(model, PROBE) as held:
+        expected = (np.mean((a - 1) ** 2) + np.mean((b - 0.5) ** 2)) / 2
+        np.testing.assert_allclose(held.penalty(), expected, rtol=1e-5)
+        regularizer.target = {"a": 0.25, "b": 0.5}
+        expected = (np.mean((a - 0.25) ** 2) + np.mean((b - 0.5) ** 2)) / 2
+        np.testing.assert_allclose(held.penalty(), expected, rtol=1e-5)
+        with pytest.raises(ValueError, match="targets for the layers \\['a', 'b'\\], as before"):
+            regularizer.target = 1.0
+    with JacobianRegularizer({"b": 0.5}, 1.0).attached(model, PROBE) as held:
+        np.testing.assert_allclose(held.penalty(), np.mean((b - 0.5) ** 2), rtol=1e-5)
+
+
+def test_a_layer_that_is_called_twice_counts_twice() -> None:
+    layer = keras.layers.SimpleRNN(FEATURES, return_sequences=True, name="rnn")
+    inputs = keras.Input((STEPS, FEATURES))
+    model = keras.Model(inputs, layer(layer(inputs)))
+    report = measure(model, PROBE, measures=["variance"])
+    values = [report[key]["variance"] for key in ("rnn", "rnn:1")]
+    with JacobianRegularizer(1.0, 1.0).attached(model, PROBE) as held:
+        np.testing.assert_allclose(held.penalty(), np.mean((np.array(values) - 1) ** 2), rtol=1e-5)
+    with JacobianRegularizer({"rnn:1": 1.0}, 1.0).attached(model, PROBE) as held:
+        np.testing.assert_allclose(held.penalty(), np.mean((values[1] - 1) ** 2), rtol=1e-5)
+
+
+# Kinds of trainings ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{"run_eagerly": True}, {"jit_compile": True}, {"steps_per_execution": 4}],
+    ids=lambda arguments: next(iter(arguments)),
+)
+@pytest.mark.parametrize("states", ["cached", "fresh"])
+def test_kinds_of_compilation_train_alike(arguments: dict[str, Any], states: Any) -> None:
+    def trained(**arguments: Any) -> list[NDArray[Any]]:
+        model = compiled(keras.layers.SimpleRNN(3, name="rnn"), optimizer="sgd", **arguments)
+        fit(model, holding(JacobianRegularizer(1.0, 10.0, measure="spectral_norm", states=states, refresh=100)))
+        assert is_gone(model)
+        return weights_of(model)
+
+    for one, other in zip(trained(), trained(**arguments), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
+def test_mixed_precision(policy: str) -> None:
+    before = keras.config.dtype_policy()
+    keras.config.set_dtype_policy(policy)
+    try:
+        model = compiled(keras.layers.GRU(4, name="gru"))
+    finally:
+        keras.config.set_dtype_policy(before)
+    monitor = holding(JacobianRegularizer(1.0, 100.0))
+    fit(model, monitor, epochs=4)
+    means = [report["gru"].mean("variance") for _, report in monitor.reports]
+    assert means[-1] > means[0] + 0.01
+    assert all(np.isfinite(weight).all() for weight in weights_of(model))
+
+
+def test_gradient_accumulation() -> None:
+    optimizer = keras.optimizers.SGD(0.1, gradient_accumulation_steps=2)
+    model = compiled(optimizer=optimizer)
+    monitor = holding(JacobianRegularizer(1.0, 30.0))
+    fit(model, monitor, epochs=4)
+    means = [report["lstm"].mean("variance") for _, report in monitor.reports]
+    assert means[-1] > means[0] + 0.01
+
+
+def test_a_train_step_of_ones_own() -> None:
+    class Model(keras.Model):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn, self.dense = keras.layers.LSTM(3, name="lstm"), keras.layers.Dense(1)
+
+        def call(self, inputs: Any) -> Any:
+            return self.dense(self.rnn(inputs))
+
+        def train_step(self, data: Any) -> Any:
+            x, y = data
+            with tf.GradientTape() as tape:
+                loss = self.compute_loss(x=x, y=y, y_pred=self(x, training=True))
+            gradients = tape.gradient(loss, self.trainable_variables)
+            self.optimizer.apply_gradients(zip(gradients, self.trainable_variables, strict=True))
+            return {"loss": loss}
+
+    model = Model()
+    model.compile("adam", "mse")
+    monitor = holding(JacobianRegularizer(1.0, 100.0))
+    fit(model, monitor, epochs=8)
+    means = [next(iter(report.layers.values())).mean("variance") for _, report in monitor.reports]
+    assert means[-1] > means[0] + 0.005
+    assert is_gone(model)
+
+
+def test_a_loop_of_ones_own() -> None:
+    model = compiled()
+    optimizer = keras.optimizers.SGD(0.1)
+    regularizer = JacobianRegularizer(1.0, 30.0, refresh=3)
+    with regularizer.attached(model, PROBE) as held:
+
+        @tf.function
+        def step() -> None:
+            with tf.GradientTape() as tape:
+                model(X[:BATCH])
+                loss = tf.add_n(model.losses)
+            optimizer.apply_gradients(
+                zip(
+                    tape.gradient(loss, model.layers[0].trainable_variables),
+                    model.layers[0].trainable_variables,
+                    strict=True,
+                )
+            )
+
+        before = held.penalty()
+        for batch in range(20):
+            held.begin(batch)
+            step()
+        after = held.penalty()
+    assert after < before - 1e-3
+    assert is_gone(model)
+
+
+@pytest.mark.parametrize("states", ["cached", "fresh"])
+def test_two_replicas_train_as_one(states: str) -> None:
+    """The penalty counts once, and its gradient reaches the weights of each replica."""
+    script = f"""
+        import keras, numpy as np, tensorflow as tf
+        from keras_jacmon import JacobianMonitor, JacobianRegularizer
+
+        cpu = tf.config.list_physical_devices("CPU")[0]
+        tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
+        x, y = np.random.default_rng(0).normal(size=(32, 5, 3)).astype("float32"), np.ones((32, 1), "float32")
+
+        def trained(strategy):
+            keras.utils.set_random_seed(1)
+            with strategy.scope():
+                layers = [keras.Input((5, 3)), keras.layers.SimpleRNN(3), keras.layers.Dense(1)]
+                model = keras.Sequential(layers)
+                model.compile(keras.optimizers.SGD(0.05), "mse")
+            regularizer = JacobianRegularizer(1.0, 2.0, states={states!r}, refresh=3)
+            monitor = JacobianMonitor(x[:4], measures=["variance"], log_dir=None, regularizer=regularizer)
+            history = model.fit(x, y, batch_size=8, epochs=2, shuffle=False, verbose=0, callbacks=[monitor])
+            assert not model.losses
+            return history.history["loss"], [w.numpy() for w in model.trainable_variables]
+
+        one = trained(tf.distribute.get_strategy())
+        two = trained(tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]))
+        np.testing.assert_allclose(one[0], two[0], rtol=1e-4)
+        for left, right in zip(one[1], two[1]):
+            np.testing.assert_allclose(left, right, rtol=1e-3, atol=1e-5)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(script)]
+    finished = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)  # noqa: S603 - our own
+    assert finished.returncode == 0, finished.stderr[-3000:]
+
+
+# What cannot be held --------------------------------------------------------------------------------
+
+
+def test_frozen_layers_have_no_penalty() -> None:
+    model = compiled(keras.layers.GRU(3, return_sequences=True, name="a"), keras.layers.GRU(3, name="b"))
+    model.layers[0].trainable = False
+    model.compile("adam", "mse")
+    variances = measure(model, PROBE, measures=["variance"])["b"]["variance"]
+    with contextlib.ExitStack() as stack:
+        with pytest.warns(UserWarning, match="Layer `a` has no weight that is trained, so it has no penalty"):
+            held = stack.enter_context(JacobianRegularizer(1.0, 1.0).attached(model, PROBE))
+        np.testing.assert_allclose(held.penalty(), np.mean((variances - 1) ** 2), rtol=1e-5)
+        np.testing.assert_allclose(sum(model.losses), held.penalty(), rtol=1e-5)
+    model.layers[1].trainable = False
+    model.compile("adam", "mse")
+    with pytest.warns(UserWarning, match="Layer `b` has no weight"), pytest.warns(UserWarning, match="Layer `a`"):
+        history = fit(model, holding()).history
+    assert history["jac_penalty"] == [0.0, 0.0]
+
+
+class Coupled(WeightedCell):
+    """Each sample feels the mean of all."""
+
+    def call(self, inputs: Any, states: Any) -> tuple[Any, list[Any]]:
+        z = self.preactivation(inputs, states[0])
+        new_h = tf.tanh(z - tf.reduce_mean(z, axis=0, keepdims=True))
+        return new_h, [new_h]
+
+
+def test_dependent_samples_have_no_penalty() -> None:
+    model = compiled(keras.layers.RNN(Coupled(3), name="rnn"))
+    with contextlib.ExitStack() as stack:
+        with pytest.warns(UserWarning, match="Layer `rnn`: what its cell makes of a sample depends on the other"):
+            held = stack.enter_context(JacobianRegularizer(1.0, 1.0).attached(model, PROBE))
+        assert held.penalty() == 0
+        assert float(sum(model.losses)) == 0
+
+
+def test_a_structure_that_is_wrong_is_refuted_and_the_training_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    refute = CallPenalty.refute
+
+    def once(self: CallPenalty, tests: dict[str, float]) -> str | None:
+        seen.append("certificate" in tests)
+        return refute(self, tests | ({"certificate": 1.0} if len(seen) == 3 else {}))
+
+    monkeypatch.setattr(CallPenalty, "refute", once)
+    model = compiled()
+    with pytest.warns(UserWarning, match="differs from autodiff .* so its penalty is taken by autodiff from now on"):
+        history = fit(model, holding(JacobianRegularizer(1.0, 10.0, refresh=4))).history
+    assert seen == [True, True, True, False, False]
+    variances = measure(model, PROBE, measures=["variance"])["lstm"]["variance"]
+    np.testing.assert_allclose(history["jac_penalty"][-1], np.mean((variances - 1) ** 2), rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"target": -1.0}, "`target`. Expected a number of at least 0. Received: target=-1.0"),
+        ({"target": 0.0, "scale": "log"}, "`target`. Expected a positive number"),
+        ({"target": float("nan")}, "`target`"),
+        ({"target": {}}, "`target`. Expected a target for at least one layer"),
+        ({"strength": -1.0}, "`strength`. Expected a number of at least 0"),
+        ({"strength": "much"}, "`strength`"),
+        ({"measure": "flow"}, "['variance', 'rms_singular_value', 'spectral_norm']. Received: measure='flow', which"),
+        ({"measure": "spectral_radius"}, "a derivative: ['variance', 'rms_singular_value', 'spectral_norm']"),
+        ({"measure": "nonsense"}, "Received: measure='nonsense'"),
+        ({"view": "cell"}, "`view`. Expected one of ['hidden', 'joint', 'inputs']"),
+        ({"scale": "square"}, "`scale`"),
+        ({"side": "below"}, "`side`"),
+        ({"states": "old"}, "`states`"),
+        ({"through_states": True}, "`through_states`. Expected False with `states='cached'`"),
+        ({"refresh": 0}, "`refresh`"),
+        ({"rows": 2.5}, "`rows`"),
+        ({"vectors": 1}, "`vectors`"),
+        ({"seed": "a"}, "`seed`"),
+    ],
+)
+def test_invalid_arguments(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError) as error:  # noqa: PT011 - the message is looked at below
+        JacobianRegularizer(**arguments)
+    assert message in str(error.value)
+    assert str(error.value).startswith("Invalid value for argument")
+
+
+def test_what_depends_on_the_model_fails_before_the_training() -> None:
+    model = compiled()
+    with pytest.raises(ValueError, match=re.escape("recurrent layers out of ['lstm']. Received: target=['gru']")):
+        fit(model, holding(JacobianRegularizer({"gru": 1.0})))
+    with pytest.raises(ValueError, match="Expected a `JacobianRegularizer` or None"):
+        JacobianMonitor(PROBE, regularizer=1.0)  # type: ignore[arg-type]
+    assert is_gone(model)
+
+
+def test_config() -> None:
+    decay = keras.optimizers.schedules.ExponentialDecay(8.0, 10, 0.5)
+    regularizer = JacobianRegularizer(
+        {"a": 0.1, "b": 2.0}, decay, measure="spectral_norm", view="joint", scale="log", side="at_most", states="fresh",
+        through_states=True, refresh=3, rows=17, vectors=5, seed=9,
+    )  # fmt: skip
+    config = regularizer.get_config()
+    again = JacobianRegularizer.from_config(config)
+    assert again.get_config() == config
+    assert (again.target, again.strength) == ({"a": 0.1, "b": 2.0}, 8.0)
+    saved = keras.saving.serialize_keras_object(JacobianRegularizer(0.1, 0.3))
+    loaded = keras.saving.deserialize_keras_object(saved)
+    assert (loaded.target, loaded.strength) == (0.1, 0.3)
