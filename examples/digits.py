@@ -32,8 +32,9 @@ def load() -> tuple[Data, Data]:
     return (x[train], y[train]), (x[test], y[test])
 
 
-def make_model(gain: float) -> keras.Model:
+def make_model(gain: float, seed: int) -> keras.Model:
     """Returns a compiled model whose recurrent kernel is Gaussian with this gain."""
+    keras.utils.set_random_seed(seed)
     # The variance of the entries times the units is the square of the gain.
     recurrent = keras.initializers.RandomNormal(stddev=gain / UNITS**0.5)
     layers = [
@@ -47,10 +48,8 @@ def make_model(gain: float) -> keras.Model:
     return model
 
 
-def train(gain: float, seed: int, strength: float, epochs: int, train: Data, test: Data) -> tuple[float, float, float]:
-    """Trains once; returns the variance before and after, and the accuracy on the test digits."""
-    keras.utils.set_random_seed(seed)
-    model = make_model(gain)
+def train(model: keras.Model, strength: float, epochs: int, train: Data, test: Data) -> tuple[float, float, float]:
+    """Trains a model; returns the variance before and after, and the accuracy on the test digits."""
     regularizer = JacobianRegularizer(TARGET, strength) if strength else None
     monitor = JacobianMonitor(train[0][:BATCH], measures=["variance"], log_dir=None, regularizer=regularizer)
     model.fit(*train, batch_size=BATCH, epochs=epochs, verbose=0, callbacks=[monitor])
@@ -69,7 +68,9 @@ def main() -> None:
     print("gain  regularizer  variance at first  at the end (each seed)                 accuracy (each seed)")
     for gain in GAINS:
         for strength in (0.0, arguments.strength):
-            found = [train(gain, seed, strength, arguments.epochs, *data) for seed in range(arguments.seeds)]
+            found = [
+                train(make_model(gain, seed), strength, arguments.epochs, *data) for seed in range(arguments.seeds)
+            ]
             first, last, accuracy = np.transpose(found)
             values = " ".join(f"{value:.3f}" for value in last)
             accuracies = " ".join(f"{value:.3f}" for value in accuracy)

@@ -10,10 +10,10 @@ from pathlib import Path
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
-def run(script: str, cwd: Path) -> str:
+def run(script: str, cwd: Path, *arguments: str) -> str:
     """Runs an example as a user does, somewhere else than in the source tree, and returns what it prints."""
     finished = subprocess.run(  # noqa: S603 - our own script
-        [sys.executable, str(EXAMPLES / script)],
+        [sys.executable, str(EXAMPLES / script), *arguments],
         cwd=cwd,
         env={**os.environ, "PYTHONPATH": str(EXAMPLES.parent)},
         capture_output=True,
@@ -26,7 +26,12 @@ def run(script: str, cwd: Path) -> str:
 
 
 def test_every_example_is_tested() -> None:
-    assert {path.name for path in EXAMPLES.glob("*.py")} == {"quickstart.py", "seed_check.py"}
+    assert {path.name for path in EXAMPLES.glob("*.py")} == {
+        "digits.py",
+        "quickstart.py",
+        "recall.py",
+        "seed_check.py",
+    }
 
 
 def test_quickstart(tmp_path: Path) -> None:
@@ -39,3 +44,18 @@ def test_quickstart(tmp_path: Path) -> None:
 def test_seed_check(tmp_path: Path) -> None:
     printed = run("seed_check.py", tmp_path)
     assert [line.split()[0] for line in printed.splitlines() if " mean " in line] == ["relu", "linear"]
+
+
+def test_digits(tmp_path: Path) -> None:
+    """With one of the five seeds."""
+    printed = run("digits.py", tmp_path, "--seeds", "1")
+    assert [line.split()[:2] for line in printed.splitlines()[1:]] == [
+        [gain, held] for gain in ("0.5", "1.5") for held in ("without", "with")
+    ]
+
+
+def test_recall(tmp_path: Path) -> None:
+    """With one of the five seeds, whose training without the regularizer fails."""
+    printed = run("recall.py", tmp_path, "--seeds", "1")
+    assert "without      0 of 1 recall it" in printed
+    assert "with         1 of 1 recall it" in printed

@@ -1,0 +1,74 @@
+"""Recall the first symbol of a long sequence: does it help to hold the Jacobian where gradients keep their size?
+
+The first step shows one of four symbols. A `SimpleRNN` with the initial weights that Keras gives it reads noise from
+then on, and is asked for the symbol after the last step. Each training is run without and with a `JacobianRegularizer`
+that holds `variance` at 1, for several seeds. A training has succeeded if it recalls 95 of 100 symbols of sequences
+that it has not seen.
+
+    python examples/recall.py               # 5 seeds, some minutes on two cores
+    python examples/recall.py --seeds 1     # a look
+"""
+
+import argparse
+
+import keras
+import numpy as np
+from numpy.typing import NDArray
+
+from keras_jacmon import JacobianMonitor, JacobianRegularizer
+
+UNITS, SYMBOLS, SUCCESS = 64, 4, 0.95
+
+Data = tuple[NDArray[np.float32], NDArray[np.int64]]
+
+
+def make_data(samples: int, steps: int, seed: int) -> Data:
+    """Returns sequences `(samples, steps, symbols + 1)` and the symbols that they begin with."""
+    random = np.random.default_rng(seed)
+    x = np.zeros((samples, steps, SYMBOLS + 1), np.float32)
+    x[:, :, -1] = random.normal(size=(samples, steps))
+    y = random.integers(0, SYMBOLS, samples)
+    x[np.arange(samples), 0, y] = 1
+    return x, y
+
+
+def train(seed: int, strength: float, epochs: int, train: Data, test: Data) -> tuple[float, float, float]:
+    """Trains once; returns the accuracy, and the mean of `variance` and of `growth` at the end."""
+    keras.utils.set_random_seed(seed)
+    rnn = keras.layers.SimpleRNN(UNITS, name="rnn")
+    model = keras.Sequential([keras.Input(train[0].shape[1:]), rnn, keras.layers.Dense(SYMBOLS)])
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(keras.optimizers.Adam(1e-3, clipnorm=1.0), loss, metrics=["accuracy"])
+    regularizer = JacobianRegularizer(target=1.0, strength=strength) if strength else None
+    monitor = JacobianMonitor(
+        train[0][:32], measures=["variance", "joint/growth"], log_dir=None, regularizer=regularizer
+    )
+    model.fit(*train, batch_size=64, epochs=epochs, verbose=0, callbacks=[monitor])
+    report = monitor.reports[-1][1]["rnn"]
+    return model.evaluate(*test, verbose=0)[1], report.mean("variance"), report.scalars()["growth"]
+
+
+def main() -> None:
+    """Prints the table, and asserts that more trainings succeed with the regularizer than without it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--epochs", type=int, default=8)
+    parser.add_argument("--strength", type=float, default=10.0)
+    arguments = parser.parse_args()
+    data = make_data(4096, arguments.steps, 0), make_data(1000, arguments.steps, 1)
+    successes = []
+    print(f"{arguments.steps} steps\nregularizer  seed  accuracy  variance  growth (nats per step)")
+    for strength in (0.0, arguments.strength):
+        name, count = "with" if strength else "without", 0
+        for seed in range(arguments.seeds):
+            accuracy, variance, growth = train(seed, strength, arguments.epochs, *data)
+            count += accuracy >= SUCCESS
+            print(f"{name:<11}  {seed:<4}  {accuracy:<8.3f}  {variance:<8.2f}  {growth:+.3f}", flush=True)
+        successes.append(count)
+        print(f"{name:<11}  {count} of {arguments.seeds} recall it", flush=True)
+    assert successes[1] > successes[0], "the regularizer was no help"
+
+
+if __name__ == "__main__":
+    main()
