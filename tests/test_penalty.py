@@ -12,7 +12,7 @@ import tensorflow as tf
 from helpers import (
     BY_ID,
     VIEWS,
-    PartlyMixingCell,
+    WhileLoopCell,
     call_cell,
     floating,
     initial_states,
@@ -206,9 +206,10 @@ def test_a_jacobian_of_zeros_has_a_finite_gradient(name: str, scale: Any) -> Non
 
 
 def test_estimates_are_unbiased_for_cells_without_structure() -> None:
-    model, layer = float64_model(lambda: keras.layers.RNN(PartlyMixingCell(12)))
+    # Its Jacobians are large, so that the square of an estimate would be far from the square of the value.
+    model, layer = float64_model(lambda: keras.layers.RNN(WhileLoopCell(12)))
     values = values_at(layer, trajectory(layer), "hidden", "variance")
-    exact, estimated = (JacobianRegularizer(0.7, 1.0, vectors=vectors) for vectors in (12, 4))
+    exact, estimated = (JacobianRegularizer(0.7, 1.0, vectors=vectors) for vectors in (12, 2))
 
     def gradient() -> tuple[float, NDArray[np.float64]]:
         with tf.GradientTape() as tape:
@@ -221,7 +222,7 @@ def test_estimates_are_unbiased_for_cells_without_structure() -> None:
         np.testing.assert_allclose(value, np.mean((values - 0.7) ** 2), rtol=1e-6)
     with estimated.attached(model, PROBE) as held:
         found = []
-        for step in range(600):
+        for step in range(250):
             # Other vectors at each batch, and the same points.
             held.begin(step % 50)
             held._penalty._step.assign(step)
