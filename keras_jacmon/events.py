@@ -1,14 +1,16 @@
 """Report -> TensorBoard event file."""
 
 import contextlib
+import itertools
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import tensorflow as tf
 
+from keras_jacmon.measures.registry import VIEWS
 from keras_jacmon.report import LayerReport, Report
 
 
@@ -52,7 +54,7 @@ class EventWriter:
             with self._writer.as_default(step), tf.summary.record_if(True):  # noqa: FBT003 - positional only
                 try:
                     for name, layer in report.layers.items():
-                        _write_layer(name, layer)
+                        _write_layer(_prefix(name, report.layers), layer)
                     for tag, value in (others or {}).items():
                         tf.summary.scalar(tag, value)
                     self._writer.flush()
@@ -105,6 +107,15 @@ def _try_writing(directory: str) -> None:
     finally:
         if tf.io.gfile.exists(trial):
             tf.io.gfile.remove(trial)
+
+
+def _prefix(name: str, names: Collection[str]) -> str:
+    """What the tags of a layer begin with: its name, unless it is that of another one with a view behind it."""
+    above, _, last = name.rpartition("/")
+    if above not in names or last not in VIEWS:
+        return name
+    numbered = (f"{name}_{number}" for number in itertools.count(1))
+    return next(candidate for candidate in numbered if candidate not in names)
 
 
 def _write_layer(name: str, layer: LayerReport) -> None:

@@ -265,6 +265,30 @@ def measure_call(
     return facts, results
 
 
+def merged(parts: Sequence[dict[str, Results]], offsets: Sequence[int]) -> dict[str, Results]:
+    """What was measured of parts of a probe, as of the whole, by name of the call.
+
+    Args:
+        parts: Of each, by name of the call.
+        offsets: By part, the number of its first sample.
+    """
+
+    def together(key: str, tensors: Sequence[tf.Tensor]) -> tf.Tensor:
+        if key in (CERTIFICATE, DEPENDENCE):
+            # The worst one, or NaN if there is one, which a maximum may lose.
+            return tf.reduce_max(tensors) + 0.0 * tf.add_n(tensors)
+        if key == SPECTRA_AT:
+            return tf.concat(
+                [at + tf.constant([0, n], at.dtype) for at, n in zip(tensors, offsets, strict=True)], axis=0
+            )
+        # Samples are the last axis of all that is no spectrum, which is a row for each place.
+        return tf.concat(tensors, axis=0 if key.rpartition("/")[-1] in _NOT_OF_STEPS else -1)
+
+    return {
+        name: {key: together(key, [part[name][key] for part in parts]) for key in parts[0][name]} for name in parts[0]
+    }
+
+
 def _in_order_of_input(
     results: Results, mask: tf.Tensor | None, shape: Sequence[int | tf.Tensor], *, go_backwards: bool
 ) -> Results:

@@ -12,12 +12,11 @@ import numpy as np
 import tensorflow as tf
 
 from keras_jacmon.jacobians.resolve import CERTIFICATE_TOLERANCE, Choice
-from keras_jacmon.measurement import CallFacts, measure_call
+from keras_jacmon.measurement import CallFacts, measure_call, merged
 from keras_jacmon.measures.options import Options
 from keras_jacmon.measures.registry import MEASURES, Selection, filtered, select_measures
-from keras_jacmon.points import CERTIFICATE, DEPENDENCE
+from keras_jacmon.points import CERTIFICATE, DEPENDENCE, Results
 from keras_jacmon.probe.capture import (
-    Recording,
     RecurrentCall,
     foreign_variables,
     put_back,
@@ -28,6 +27,7 @@ from keras_jacmon.probe.capture import (
 from keras_jacmon.probe.data import fit_probe, read_probe, read_targets
 from keras_jacmon.probe.layers import find_recurrent_layers, select_layers, sublayers
 from keras_jacmon.probe.loss import LossGradients, loss_gradients
+from keras_jacmon.probe.replicas import Shards, check_distribution
 from keras_jacmon.report import Report
 
 
@@ -57,12 +57,11 @@ def measure(model: keras.Layer, probe: Any, **options: Any) -> Report:
 
 
 class _Traced(NamedTuple):
-    """The pipeline for some measures; `calls` are filled while it is traced. What was recorded must live as long."""
+    """The pipeline for some measures; `calls` and what must live as long as the graph are filled while it is traced."""
 
     graph: Any
     calls: dict[str, CallFacts]
-    recording: Recording
-    loss: LossGradients | None
+    alive: list[Any]
     foreign: list[Any]
 
 
@@ -105,7 +104,9 @@ class JacobianMeter:
         exponents: So many Lyapunov exponents, from the largest on; at most n.
         warmup: So many steps of each sample do not count for them; None for a tenth of the sequence.
         qr_every: Steps between two QRs; more than 1 is faster, and loses directions that fall fast.
-        max_bytes: Bounds the memory of the derivatives, through chunks over (step, sample).
+        shard_probe: Whether each replica of a model that was made in the scope of a `tf.distribute.MirroredStrategy`
+            measures a part of the probe's samples; otherwise the first one measures all of them.
+        max_bytes: Bounds the memory of the derivatives, through chunks over (step, sample); on each replica.
         max_entries: Variance and RMS singular value are exact as long as steps * samples * n² is at most this, and
             above it unbiased estimates with a standard error. They take one derivative of the cell per step, sample
             and row of J.
@@ -133,6 +134,7 @@ class JacobianMeter:
         exponents: int = 8,
         warmup: int | None = None,
         qr_every: int = 1,
+        shard_probe: bool = False,
         max_bytes: int = 2**30,
         max_entries: int = 2**26,
     ) -> None:
@@ -148,9 +150,11 @@ class JacobianMeter:
             exponents=exponents,
             warmup=warmup,
             qr_every=qr_every,
+            shard_probe=shard_probe,
             max_bytes=max_bytes,
             max_entries=max_entries,
         )
+        check_distribution(model)
         self._model = model
         everything = select_measures(measures)
         quick = filtered(everything, lambda measure: measure.cost != "full")
@@ -181,6 +185,8 @@ class JacobianMeter:
         self._layers = select_layers(find_recurrent_layers(model), layers)
         inputs = fit_probe(model, arrays)
         self._inputs = keras.tree.flatten(inputs)
+        samples = int(self._inputs[0].shape[0])
+        self._shards = Shards(model, samples) if shard_probe else None
         self._structure = keras.tree.map_structure(lambda _: 0, inputs)
         self._distrusted: set[str] = set()
         self._dependent: set[str] = set()
@@ -270,11 +276,12 @@ class JacobianMeter:
         specs = [tf.TensorSpec([], tf.int32), *(tf.TensorSpec(t.shape, t.dtype) for t in self._tensors())]
         for which, selection in self._selections.items():
             calls: dict[str, CallFacts] = {}
-            function = tf.function(partial(self._measure, selection, calls), autograph=False)
+            alive: list[Any] = []
+            function = tf.function(partial(self._measure, selection, calls, alive), autograph=False)
             graph = function.get_concrete_function(*specs)
             self._traces += 1
             foreign = foreign_variables(graph.graph, self._model, self._memory.values())
-            self._traced[which] = _Traced(graph, calls, self._recording, self._loss, foreign)
+            self._traced[which] = _Traced(graph, calls, alive, foreign)
 
     def _tensors(self) -> list[tf.Tensor]:
         return [*self._inputs, *([] if self._targets is None else keras.tree.flatten(self._targets))]
@@ -296,36 +303,64 @@ class JacobianMeter:
         return self._memory[name]
 
     def _measure(
-        self, selection: Selection, calls: dict[str, CallFacts], draw: tf.Tensor, *tensors: tf.Tensor
-    ) -> dict[str, Any]:
+        self, selection: Selection, calls: dict[str, CallFacts], alive: list[Any], draw: tf.Tensor, *tensors: tf.Tensor
+    ) -> dict[str, Results]:
+        inputs, targets = tensors[: len(self._inputs)], tensors[len(self._inputs) :]
+        if self._shards is None:
+            results = self._measure_calls(inputs, selection, self._options, draw, calls=calls, alive=alive)
+        else:
+            slices, samples = self._shards.slices, int(inputs[0].shape[0])
+
+            def on_replica(index: int) -> dict[str, Results]:
+                part = [tensor[slices[index]] for tensor in inputs]
+                options = self._options.for_part(index, slices[index].stop - slices[index].start, samples)
+                return self._measure_calls(part, selection, options, draw, calls=calls, alive=alive)
+
+            results = merged(self._shards.map(on_replica), [part.start for part in slices])
+        if self._targets is not None:
+            packed = keras.tree.pack_sequence_as(self._structure, list(inputs))
+            with shielded(self._model):
+                wanted = keras.tree.pack_sequence_as(self._targets, list(targets))
+                loss = self._gradients_of_loss(packed, wanted)
+            alive.append(loss)
+            for name, gradient in loss.by_call.items():
+                norms = MEASURES["loss_gradient"].function(gradient)
+                nothing = tf.constant(float("nan"), norms.dtype)
+                results[name]["hidden/loss_gradient"] = tf.where(results[name]["mask"], norms, nothing)
+        return results
+
+    def _measure_calls(
+        self,
+        inputs: Sequence[tf.Tensor],
+        selection: Selection,
+        options: Options,
+        draw: tf.Tensor,
+        *,
+        calls: dict[str, CallFacts],
+        alive: list[Any],
+    ) -> dict[str, Results]:
         with shielded(self._model):
-            packed = keras.tree.pack_sequence_as(self._structure, list(tensors[: len(self._inputs)]))
+            packed = keras.tree.pack_sequence_as(self._structure, list(inputs))
             try:
                 self._recording = record_calls(self._model, packed, self._layers)
             except Exception as error:
-                raise self._refusal(error) from error
-            results: dict[str, Any] = {}
+                raise self._refusal(inputs, error) from error
+            alive.append(self._recording)
+            results: dict[str, Results] = {}
             for call in self._recording.calls:
                 # The scope's name leads from a failing operation back to its layer.
                 with _naming(call), tf.name_scope(f"jacobian_of_call_{len(results)}"):
                     calls[call.name], results[call.name] = measure_call(
                         call,
                         selection,
-                        self._options,
+                        options,
                         max_bytes=self._max_bytes,
                         trusted=call.name not in self._distrusted,
                         independent=call.name not in self._dependent,
                         draw=draw,
                         remember=partial(self._remember, call.name) if self._warm_start else None,
                     )
-            self._loss = None
-            if self._targets is not None:
-                targets = keras.tree.pack_sequence_as(self._targets, list(tensors[len(self._inputs) :]))
-                self._loss = self._gradients_of_loss(packed, targets)
-                for name, gradient in self._loss.by_call.items():
-                    norms = MEASURES["loss_gradient"].function(gradient)
-                    nothing = tf.constant(float("nan"), norms.dtype)
-                    results[name]["hidden/loss_gradient"] = tf.where(results[name]["mask"], norms, nothing)
+                alive.append(calls[call.name])
         return results
 
     def _gradients_of_loss(self, inputs: Any, targets: Any) -> LossGradients:
@@ -351,8 +386,8 @@ class JacobianMeter:
             for note in facts.notes:
                 warnings.warn(f"Layer `{name}`: {note}", stacklevel=4)
 
-    def _refusal(self, error: Exception) -> ValueError:
-        shapes = keras.tree.map_structure(lambda t: tuple(t.shape), self._inputs)
+    def _refusal(self, inputs: Sequence[tf.Tensor], error: Exception) -> ValueError:
+        shapes = [tuple(tensor.shape) for tensor in inputs]
         fixed = {
             item.name: int(keras.tree.flatten(item.layer.states)[0].shape[0])
             for item in self._layers
@@ -360,7 +395,7 @@ class JacobianMeter:
         }
         expected = "a batch that the model can be called on"
         for name, samples in fixed.items():
-            if samples != self._inputs[0].shape[0]:
+            if samples != inputs[0].shape[0]:
                 expected = f"a batch of {samples} samples, as the stateful layer `{name}` was built for"
         return ValueError(
             f"Invalid value for argument `probe`. Expected {expected}. Received: shapes {shapes}, for which the model "
@@ -388,6 +423,7 @@ def check_options(
     exponents: int = 1,
     warmup: int | None = None,
     qr_every: int = 1,
+    shard_probe: bool = False,
     max_bytes: int = 1,
     max_entries: int = 0,
 ) -> None:
@@ -409,11 +445,16 @@ def check_options(
             "Invalid value for argument `max_rows`. Expected a positive integer, or None for all. Received: "
             f"max_rows={max_rows}"
         )
-    for name, switch in (("warm_start", warm_start), ("exact_flow", exact_flow)):
+    for name, switch in (("warm_start", warm_start), ("exact_flow", exact_flow), ("shard_probe", shard_probe)):
         if not isinstance(switch, bool):
             raise ValueError(
                 f"Invalid value for argument `{name}`. Expected True or False. Received: {name}={switch!r}"
             )
+    if warm_start and shard_probe:
+        raise ValueError(
+            "Invalid value for argument `warm_start`. Expected False with `shard_probe=True`, since no replica keeps "
+            "vectors of its own. Received: warm_start=True"
+        )
     for name, value, least in (
         ("spectra", spectra, 1),
         ("flow_vectors", flow_vectors, 2),

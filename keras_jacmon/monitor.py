@@ -14,6 +14,7 @@ from keras_jacmon.meter import JacobianMeter, check_options
 from keras_jacmon.probe.data import read_probe, read_targets
 from keras_jacmon.regularizer import HeldModel, JacobianRegularizer
 from keras_jacmon.report import Report
+from keras_jacmon.thinning import is_kept, thin
 
 # Its key in the logs and its tag in TensorBoard.
 PENALTY = "jac_penalty"
@@ -44,7 +45,12 @@ class JacobianMonitor(keras.callbacks.Callback):
         slow_freq: What only `"full"` has takes its time: it is measured at the first of so many measurements, and at
             the end. `logs` keep the newest values.
         log_dir: Event files go to `<log_dir>/jacobian`; None writes none.
-        on_error: `"warn"`, the first time that a measurement or a file fails, and go on training; or `"raise"`.
+        thin_after: Bounds the event files of long trainings: so many reports are all written, then so many of every
+            second one, so many of every fourth one, and so on, and the last one of each training. None writes all.
+        max_reports: Bounds `reports` (and `failures`): when there are more, every second one is taken out, but never
+            the first one and the newest, so that the older they are the sparser they get. At least 2.
+        on_error: `"warn"`, the first time that a measurement or a file fails, and go on training; or `"raise"`. What
+            is invalid when the first `fit` begins is always raised.
         regularizer: A `JacobianRegularizer` that holds the measured layers while `fit` runs. Its penalty, not scaled
             by the strength, is `jac_penalty` in `logs` and event files, with the weights of that moment.
         seed: Integer, for random vectors.
@@ -52,8 +58,8 @@ class JacobianMonitor(keras.callbacks.Callback):
         **options: As for `JacobianMeter`: `tolerance`, `max_rows`, `warm_start`, `max_bytes`, ...
 
     Attributes:
-        reports: `(step, Report)` for each measurement; step is the optimizer's iteration count.
-        failures: A sentence for each measurement or file that failed, with `on_error="warn"`.
+        reports: `(step, Report)` for each measurement, up to `max_reports`; step is the optimizer's iteration count.
+        failures: A sentence for each measurement or file that failed, with `on_error="warn"`, up to `max_reports`.
 
     Raises:
         ValueError: If an argument is invalid; what depends on the model when `fit` begins, before the first batch.
@@ -69,6 +75,8 @@ class JacobianMonitor(keras.callbacks.Callback):
         update_freq: Literal["epoch", "batch"] | int = "epoch",
         slow_freq: int = 10,
         log_dir: str | os.PathLike[str] | None = "logs",
+        thin_after: int | None = None,
+        max_reports: int = 1000,
         on_error: Literal["warn", "raise"] = "warn",
         regularizer: JacobianRegularizer | None = None,
         seed: int = 0,
@@ -87,11 +95,16 @@ class JacobianMonitor(keras.callbacks.Callback):
             raise ValueError(
                 f"Invalid value for argument `on_error`. Expected 'warn' or 'raise'. Received: on_error={on_error!r}"
             )
-        if isinstance(slow_freq, bool) or not isinstance(slow_freq, int) or slow_freq < 1:
-            raise ValueError(
-                "Invalid value for argument `slow_freq`. Expected a positive integer. Received: "
-                f"slow_freq={slow_freq!r}"
-            )
+        for name, value, least in (
+            ("slow_freq", slow_freq, 1),
+            ("thin_after", 1 if thin_after is None else thin_after, 1),
+            ("max_reports", max_reports, 2),
+        ):
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(
+                    f"Invalid value for argument `{name}`. Expected an integer of at least {least}. Received: "
+                    f"{name}={value!r}"
+                )
         if not isinstance(regularizer, (JacobianRegularizer, type(None))):
             raise ValueError(
                 "Invalid value for argument `regularizer`. Expected a `JacobianRegularizer` or None. Received: "
@@ -108,13 +121,16 @@ class JacobianMonitor(keras.callbacks.Callback):
         self._every = 1 if update_freq == "batch" else update_freq
         self._slow_every = slow_freq
         self._log_dir = log_dir
+        self._thin_after = thin_after
+        self._max_reports = max_reports
         self._on_error = on_error
         self._regularizer = regularizer
         self._held: HeldModel | None = None
         self._verbose = verbose
         self._writer: EventWriter | None = None
         self._meter: JacobianMeter | None = None
-        self._traced_for: Any = None
+        self._traced_for: list[Any] = []
+        self._reported = 0
         self.reports: list[tuple[int, Report]] = []
         self.failures: list[str] = []
 
@@ -124,21 +140,25 @@ class JacobianMonitor(keras.callbacks.Callback):
         if self._held is not None:
             # A `fit` that has failed may not have come to its end.
             self._held.detach()
-        if self._meter is None or self._traced_for != self._identity(model):
-            self._meter = JacobianMeter(model, self._probe, layers=self._layers, targets=self._targets, **self._options)
-            if self._regularizer is not None:
-                self._held = HeldModel(self._regularizer, model, self._probe, self._layers)
-            # Building a model may have made variables.
-            self._traced_for = self._identity(model)
+        if not _same(self._traced_for, _identity(model)):
+            if self._traced_for and self.reports:
+                # In the middle of a program that may have run for days.
+                self._attempt("Preparing for a model that has changed", self._prepare, model)
+            else:
+                self._prepare(model)
         if self._writer is None and self._log_dir is not None:
             self._writer = EventWriter(self._log_dir)
 
-    def _identity(self, model: keras.Model) -> tuple[Any, ...]:
-        """What makes a model another one for the measurement."""
-        # Each `compile` makes a new one.
-        loss = None if self._targets is None else getattr(model, "_compile_loss", None)
-        trained = [] if self._regularizer is None else model.trainable_variables
-        return model, loss, [id(variable) for variable in model.variables], [id(variable) for variable in trained]
+    def _prepare(self, model: keras.Model) -> None:
+        self._meter = self._held = None
+        # Until it is known that it can be measured.
+        self._traced_for = [model]
+        meter = JacobianMeter(model, self._probe, layers=self._layers, targets=self._targets, **self._options)
+        if self._regularizer is not None:
+            self._held = HeldModel(self._regularizer, model, self._probe, self._layers)
+        self._meter = meter
+        # Building a model may have made variables.
+        self._traced_for = _identity(model)
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         """Counts anew; nothing is measured yet, since other callbacks may still restore weights here."""
@@ -147,6 +167,7 @@ class JacobianMonitor(keras.callbacks.Callback):
         self._batch = -1
         self._measured_at: int | None = None
         self._measurements = 0
+        self._unwritten: tuple[Report, int, dict[str, float]] | None = None
         self._scalars: dict[str, float] = {}
         self._failed: set[str] = set()
         self._broken: set[str] = set()
@@ -199,11 +220,16 @@ class JacobianMonitor(keras.callbacks.Callback):
         if self._held is not None:
             self._held.detach()
         if self._writer is not None:
+            if self._unwritten is not None:
+                self._write(*self._unwritten)
             self._attempt("Closing the event file", self._writer.close)
 
     def _measure(self, *, last: bool = False) -> None:
         """Measures once; the report goes to the event file, to `reports` and, at the end of the epoch, to the logs."""
         if self._meter is None:
+            if self._traced_for:
+                # It cannot be measured, which the user has been told.
+                return
             raise RuntimeError("JacobianMonitor has no model yet. Call `set_model(model)` before `on_train_begin()`.")
         self._measured_at = self._done
         slow = last or self._measurements % self._slow_every == 0
@@ -215,12 +241,21 @@ class JacobianMonitor(keras.callbacks.Callback):
             return
         step = self._step()
         self.reports.append((step, report))
+        thin(self.reports, self._max_reports)
         self._scalars |= report.scalars()
         if self._writer is not None:
-            self._attempt("Writing the event file", self._writer.write, report, step, self._penalty())
+            self._unwritten = (report, step, self._penalty())
+            if self._thin_after is None or is_kept(self._reported, self._thin_after):
+                self._write(*self._unwritten)
+        self._reported += 1
         if self._verbose:
             print(f"\nJacobians at step {step}\n{report}")  # noqa: T201 - what `verbose` asks for
         self._warn_of_nonfinite(report, step)
+
+    def _write(self, report: Report, step: int, others: dict[str, float]) -> None:
+        self._unwritten = None
+        if self._writer is not None:
+            self._attempt("Writing the event file", self._writer.write, report, step, others)
 
     def _penalty(self) -> dict[str, float]:
         """By its key; nothing without a regularizer."""
@@ -238,6 +273,7 @@ class JacobianMonitor(keras.callbacks.Callback):
                 raise
             sentence = f"{what} at step {self._step()} failed. {type(error).__name__}: {error}"
             self.failures.append(sentence)
+            thin(self.failures, self._max_reports)
             if what not in self._failed:
                 self._failed.add(what)
                 warnings.warn(
@@ -271,3 +307,15 @@ class JacobianMonitor(keras.callbacks.Callback):
     def _iterations(self) -> int | None:
         iterations = getattr(getattr(self.model, "optimizer", None), "iterations", None)
         return None if iterations is None else int(keras.ops.convert_to_numpy(iterations))
+
+
+def _identity(model: keras.Model) -> list[Any]:
+    """What makes a model another one for the measurement."""
+    # Each `compile` makes a new one, and Keras traces the model anew then too.
+    loss = getattr(model, "_compile_loss", None)
+    return [model, loss, *model.variables, None, *model.trainable_variables]
+
+
+def _same(left: list[Any], right: list[Any]) -> bool:
+    """Whether two lists have the same objects; `==` of variables is that of their values."""
+    return len(left) == len(right) and all(one is other for one, other in zip(left, right, strict=True))

@@ -28,6 +28,7 @@ STAGES = (
     "penalty",
     "attachment",
     "regularizer",
+    "thinning",
     "monitor",
     "__main__",
 )

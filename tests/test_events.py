@@ -11,7 +11,7 @@ import tensorflow as tf
 from event_files import by_tag, names, read_summaries
 from helpers import KEYS, WeightedCell, normal
 
-from keras_jacmon import JacobianMonitor
+from keras_jacmon import JacobianMonitor, Report
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -251,3 +251,88 @@ def test_nan_everywhere(tmp_path: Path) -> None:
         for suffix in ("", "/min", "/max"):
             assert [summary.step for summary in by_tag(summaries, f"{tag}{suffix}")] == [0, 4, 8]
             assert all(np.isnan(summary.value) for summary in by_tag(summaries, f"{tag}{suffix}"))
+
+
+# Names that were not made for it -------------------------------------------------------------------------------------
+
+
+class Holder(keras.Model):
+    """Holds layers under any names, where a functional model would refuse two of the same."""
+
+    def __init__(self, *layers: Any) -> None:
+        super().__init__(name="holder")
+        self.held = list(layers)
+        self.dense = keras.layers.Dense(1)
+
+    def call(self, x: Any) -> Any:
+        for layer in self.held:
+            x = layer(x)
+        return self.dense(x[:, -1])
+
+
+def gru(name: str) -> Any:
+    return keras.layers.GRU(2, return_sequences=True, name=name)
+
+
+@pytest.mark.parametrize(
+    "layer_names",
+    [
+        # All that TensorFlow allows in the name of a layer.
+        ["..", "a>b", "1-2_3.4", "Layer-"],
+        ["x" * 1000, "x" * 999],
+        ["a", "a_1", "A"],
+    ],
+    ids=["odd", "long", "similar"],
+)
+def test_names_of_any_kind_keep_tags_keys_and_reports_apart(tmp_path: Path, layer_names: list[str]) -> None:
+    held = [gru(name) for name in layer_names]
+    # The first one twice.
+    model = Holder(*held, held[0])
+    model.compile("sgd", "mse")
+    monitor = JacobianMonitor(PROBE, measures=["variance"], log_dir=tmp_path, on_error="raise")
+    history = model.fit(X[:, :, :2], Y, verbose=0, callbacks=[monitor]).history
+    report = monitor.reports[-1][1]
+    assert len(report) == len(layer_names) + 1
+    assert {name for name in report if name in layer_names} == set(layer_names)
+    values = {f"{name}/variance": layer.mean("variance") for name, layer in report.layers.items()}
+    assert len(set(values.values())) == len(values)
+    summaries = read_summaries(tmp_path)
+    assert {tag for _, tag in names(summaries) if tag.endswith("/variance")} == set(values)
+    for tag, value in values.items():
+        assert float(by_tag(summaries, tag)[-1].value) == np.float32(value)
+    keys = [key for key in history if key.endswith("_jac_variance")]
+    assert sorted(history[key][-1] for key in keys) == sorted(values.values())
+    report.save(tmp_path / "report.npz")
+    loaded = Report.load(tmp_path / "report.npz")
+    assert list(loaded) == list(report)
+    assert loaded.scalars() == report.scalars()
+
+
+def test_paths_that_collide_keep_tags_and_keys_apart(tmp_path: Path) -> None:
+    """`a/joint` is a layer and a view of another one, and in `logs` both `a/b` and `a_b` are `a_b`."""
+    model = Holder(
+        keras.layers.LSTM(2, return_sequences=True, name="a"),
+        keras.Sequential([gru("joint"), gru("joint_1"), gru("b")], name="a"),
+        gru("a_b"),
+    )
+    model.compile("sgd", "mse")
+    keys = ["variance", "joint/variance"]
+    monitor = JacobianMonitor(PROBE, measures=keys, log_dir=tmp_path, on_error="raise")
+    history = model.fit(X[:, :, :2], Y, verbose=0, callbacks=[monitor]).history
+    report = monitor.reports[-1][1]
+    assert list(report) == ["a", "a/joint", "a/joint_1", "a/b", "a_b"]
+    summaries = read_summaries(tmp_path)
+    for tag, name, key in [
+        ("a/variance", "a", "variance"),
+        ("a/joint/variance", "a", "joint/variance"),
+        ("a/joint_2/variance", "a/joint", "variance"),
+        ("a/joint_1/variance", "a/joint_1", "variance"),
+        ("a/b/variance", "a/b", "variance"),
+        ("a_b/variance", "a_b", "variance"),
+    ]:
+        assert [float(summary.value) for summary in by_tag(summaries, tag)] == [
+            np.float32(before[name].mean(key)) for _, before in monitor.reports
+        ]
+    logged = sorted(values[-1] for key, values in history.items() if "_jac_" in key)
+    assert logged == sorted(report.scalars().values())
+    assert len(set(logged)) == 6

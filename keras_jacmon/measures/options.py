@@ -1,5 +1,6 @@
 """What a measure is given beside the operator, and what it gives back."""
 
+import dataclasses
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -89,6 +90,21 @@ class Options:
         """Whether the entries of all Jacobians together are few enough to be looked at one by one."""
         rows = self.rows or operator.shape[0] or UNKNOWN_ROWS
         return int(rows * operator.shape[-2] * operator.shape[-1]) <= self.max_entries
+
+    def for_part(self, index: int, samples: int, of: int) -> "Options":
+        """Those of a part of a probe, so many of its samples: what is taken of all of it is shared out."""
+
+        def share(number: int) -> int:
+            return max(1, number * samples // of)
+
+        # As exact as the whole would be: entries and rows are in proportion to the samples.
+        return dataclasses.replace(
+            self,
+            seed=self.seed + index,
+            max_entries=self.max_entries * samples // of,
+            max_rows=None if self.max_rows is None else share(self.max_rows),
+            spectra=share(self.spectra),
+        )
 
     def seeds(self, purpose: int, draw: tf.Tensor | int = 0) -> tf.Tensor:
         """The seed of a stateless draw: a stream of its own for each purpose, chunk of rows and draw."""

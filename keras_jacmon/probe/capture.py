@@ -193,7 +193,9 @@ def shielded(model: keras.Layer) -> Iterator[None]:
 
 def foreign_variables(graph: tf.Graph, model: keras.Layer, own: Iterable[tf.Variable]) -> list[tf.Variable]:
     """The variables that a graph uses and that are neither the model's nor among some others."""
-    known = {id(variable.value) for variable in model.variables} | {id(variable) for variable in own}
+    # A graph knows a variable that is mirrored by that of its replica.
+    parts = [part for variable in model.variables for part in getattr(variable.value, "values", [variable.value])]
+    known = {id(variable) for variable in [*parts, *own]}
     return [variable for variable in graph.variables if id(variable) not in known]
 
 

@@ -1,0 +1,78 @@
+"""On which devices is the probe measured?"""
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+
+def check_distribution(model: keras.Layer) -> None:
+    """Refuses what is not known to train, or to be measured, in the way that it says.
+
+    Raises:
+        ValueError: If the model belongs to a strategy other than `MirroredStrategy` and `OneDeviceStrategy`, or a
+            `keras.distribution` is set, with which Keras distributes nothing on TensorFlow.
+    """
+    if keras.distribution.distribution() is not None:
+        raise ValueError(
+            "Expected no `keras.distribution`: on TensorFlow Keras does not distribute anything with it. Use "
+            f"`tf.distribute.MirroredStrategy`. Received: {type(keras.distribution.distribution()).__name__}"
+        )
+    strategy = getattr(model, "distribute_strategy", None)
+    alone = strategy is None or strategy is _default_strategy()
+    if not alone and not isinstance(strategy, (tf.distribute.MirroredStrategy, tf.distribute.OneDeviceStrategy)):
+        raise ValueError(
+            "Invalid value for argument `model`. Expected a model made without a strategy of `tf.distribute`, or in "
+            f"the scope of a `MirroredStrategy` or `OneDeviceStrategy`. Received: model={model.name}, made in the "
+            f"scope of a {type(strategy).__name__}"
+        )
+
+
+class Shards:
+    """Parts of a probe, one for each replica of a model.
+
+    Args:
+        model: The model.
+        samples: Of the probe.
+
+    Attributes:
+        slices: Of the samples, by replica.
+
+    Raises:
+        ValueError: If there are more replicas than samples.
+    """
+
+    def __init__(self, model: keras.Layer, samples: int) -> None:
+        self._strategy: Any = getattr(model, "distribute_strategy", None) or tf.distribute.get_strategy()
+        replicas = self._strategy.num_replicas_in_sync
+        if samples < replicas:
+            raise ValueError(
+                "Invalid value for argument `shard_probe`. Expected False for a probe with fewer samples than the "
+                f"{replicas} replicas of the model. Received: shard_probe=True, with {samples} sample(s)"
+            )
+        bounds = [samples * replica // replicas for replica in range(replicas + 1)]
+        self.slices = [slice(*pair) for pair in itertools.pairwise(bounds)]
+
+    def map(self, function: Callable[[int], Any]) -> list[Any]:
+        """Calls the function on each replica, with its number, in the graph that is being traced.
+
+        Returns:
+            What it gave, by replica.
+        """
+
+        def here() -> Any:
+            return function(int(tf.get_static_value(tf.distribute.get_replica_context().replica_id_in_sync_group)))
+
+        together = self._strategy.run(here)
+        return [
+            tf.nest.map_structure(lambda value: self._strategy.experimental_local_results(value)[replica], together)  # noqa: B023 - used at once
+            for replica in range(len(self.slices))
+        ]
+
+
+def _default_strategy() -> Any:
+    """That of a model which was made in no scope."""
+    with tf.Graph().as_default():
+        return tf.distribute.get_strategy()

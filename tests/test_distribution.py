@@ -1,0 +1,189 @@
+"""Models of several replicas: the values are right, there is one writer, and what is not supported is refused.
+
+In processes of their own, since TensorFlow splits a CPU into several devices before its first operation or never.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import textwrap
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+PRELUDE = """
+    import pathlib, sys
+    import keras, numpy as np, tensorflow as tf
+    from keras_jacmon import JacobianMeter, JacobianMonitor, measure
+
+    cpu = tf.config.list_physical_devices("CPU")[0]
+    tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
+    SAMPLES, STEPS = 5, 6
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(32, STEPS, 3)).astype("float32"), rng.normal(size=(32, 1)).astype("float32")
+    probe, targets = x[:SAMPLES], y[:SAMPLES]
+
+    class CountingCell(keras.layers.SimpleRNNCell):
+        '''Has a tf.Variable of its own.'''
+        def build(self, shape):
+            super().build(shape)
+            self.calls = tf.Variable(0.0, trainable=False)
+
+        def call(self, inputs, states, training=False):
+            self.calls.assign_add(1.0)
+            return super().call(inputs, states)
+
+    def make(strategy, **arguments):
+        keras.utils.set_random_seed(1)
+        with strategy.scope():
+            model = keras.Sequential([
+                keras.Input((STEPS, 3)),
+                keras.layers.Masking(),
+                keras.layers.LSTM(3, return_sequences=True, dropout=0.2, name="lstm"),
+                keras.layers.GRU(4, reset_after=False, return_sequences=True, name="gru"),
+                keras.layers.RNN(CountingCell(3), name="rnn"),
+                keras.layers.Dense(1),
+            ])
+            model.compile("adam", "mse", **arguments)
+        return model
+
+    def refusal(function):
+        try:
+            function()
+        except ValueError as error:
+            return str(error)
+        raise AssertionError("not refused")
+
+    default, mirrored = tf.distribute.get_strategy(), tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+"""
+
+
+def run(script: str, *arguments: str) -> None:
+    command = [sys.executable, "-W", "error::UserWarning", "-c", textwrap.dedent(PRELUDE) + textwrap.dedent(script)]
+    finished = subprocess.run([*command, *arguments], capture_output=True, text=True, check=False, timeout=600)  # noqa: S603 - our own words
+    assert finished.returncode == 0, finished.stderr[-5000:]
+
+
+def test_values_are_those_without_a_strategy() -> None:
+    run("""
+        probe[1, 4:] = 0
+        one, two = make(default), make(mirrored)
+        two.set_weights(one.get_weights())
+        expected = measure(one, probe, measures="full", targets=targets, tolerance=1e-4)
+        for shard_probe in (False, True):
+            meter = JacobianMeter(
+                two, probe, measures="full", targets=targets, tolerance=1e-4, shard_probe=shard_probe
+            )
+            found = meter()
+            devices = {op.device for op in meter._traced[True].graph.graph.get_operations() if op.type == "MatMul"}
+            assert any("CPU:1" in device for device in devices) == shard_probe, devices
+            # Weights are read and never written: only the own variable of a cell is put back, on each replica.
+            assert len(meter._traced[True].foreign) == 2, meter._traced[True].foreign
+            assert list(found) == list(expected)
+            for name, layer in expected.layers.items():
+                assert list(found[name].values) == list(layer.values)
+                assert list(found[name].sequences) == list(layer.sequences)
+                assert found[name].certificate < 1e-5
+                np.testing.assert_array_equal(found[name].mask, layer.mask)
+                for key, values in layer.values.items():
+                    if "condition" not in key:
+                        np.testing.assert_allclose(found[name][key], values, rtol=1e-3, atol=1e-5, err_msg=key)
+                for key, values in layer.sequences.items():
+                    assert found[name][key].shape == values.shape, key
+                    # From other random vectors.
+                    if key.endswith("flow"):
+                        np.testing.assert_allclose(np.nanmean(found[name][key] - values), 0, atol=0.3)
+                for key, values in layer.spectra.items():
+                    for at, row in zip(found[name].spectra_at, found[name][key], strict=True):
+                        step, sample = at
+                        if key == "singular_values":
+                            largest = expected[name]["spectral_norm"][step, sample]
+                            np.testing.assert_allclose(row.max(), largest, rtol=1e-3)
+        """)
+
+
+def test_a_shard_is_as_exact_as_the_whole() -> None:
+    run("""
+        one, two = make(default), make(mirrored)
+        two.set_weights(one.get_weights())
+        # Just enough, and not quite enough, for exact moments, and for norms at all steps and samples.
+        for entries in (STEPS * SAMPLES * 16, STEPS * SAMPLES * 16 - 1):
+            for rows in (STEPS * SAMPLES, STEPS * SAMPLES - 1, 7):
+                options = {"measures": ["variance", "spectral_norm"], "max_entries": entries, "max_rows": rows}
+                whole = measure(one, probe, **options)["gru"]
+                sharded = measure(two, probe, shard_probe=True, **options)["gru"]
+                assert whole.estimated == sharded.estimated
+                count = sharded.measured("spectral_norm").sum()
+                assert whole.measured("spectral_norm").sum() - 1 <= count <= rows
+        """)
+
+
+def test_fit_with_two_replicas(tmp_path: Path) -> None:
+    run(
+        """
+        directory = pathlib.Path(sys.argv[1])
+
+        def train(*callbacks):
+            model = make(mirrored)
+            history = model.fit(x, y, batch_size=8, epochs=2, shuffle=False, verbose=0, callbacks=callbacks).history
+            left = [*model.variables, *model.optimizer.variables, model.layers[3].cell.calls]
+            return model, history, [np.array(value) for value in left]
+
+        _, history, without = train()
+        for shard_probe in (False, True):
+            logs = directory / str(shard_probe)
+            monitor = JacobianMonitor(
+                probe, measures="fast", targets=targets, log_dir=logs, update_freq=3, on_error="raise",
+                shard_probe=shard_probe,
+            )
+            model, seen, with_monitor = train(monitor)
+            for left, right in zip(without, with_monitor, strict=True):
+                np.testing.assert_array_equal(left, right)
+            assert seen["loss"] == history["loss"]
+            assert [step for step, _ in monitor.reports] == [0, 3, 6, 8]
+            assert len(list(logs.rglob("*.tfevents.*"))) == 1
+            alone = make(default)
+            alone.set_weights(model.get_weights())
+            expected = measure(alone, probe, measures="fast", targets=targets)
+            last = monitor.reports[-1][1].scalars()
+            assert set(last) < set(seen)
+            for key, value in expected.scalars().items():
+                np.testing.assert_allclose(last[key], value, rtol=1e-4, err_msg=key)
+        """,
+        str(tmp_path),
+    )
+
+
+def test_what_is_not_supported_is_refused() -> None:
+    run("""
+        workers = tf.distribute.MultiWorkerMirroredStrategy()
+        sentence = refusal(lambda: make(workers).fit(x, y, callbacks=[JacobianMonitor(probe, log_dir=None)]))
+        assert sentence.startswith(
+            "Invalid value for argument `model`. Expected a model made without a strategy of `tf.distribute`, or in the "
+            "scope of a `MirroredStrategy` or `OneDeviceStrategy`. Received: model=sequential"
+        ), sentence
+        measure(make(tf.distribute.OneDeviceStrategy("CPU:1")), probe, measures=["variance"])
+
+        with keras.distribution.DataParallel(devices=["cpu:0", "cpu:1"]).scope():
+            sentence = refusal(lambda: measure(make(default), probe))
+        assert sentence == (
+            "Expected no `keras.distribution`: on TensorFlow Keras does not distribute anything with it. Use "
+            "`tf.distribute.MirroredStrategy`. Received: DataParallel"
+        ), sentence
+
+        model = make(mirrored)
+        sentence = refusal(lambda: measure(model, probe[:1], shard_probe=True))
+        assert sentence == (
+            "Invalid value for argument `shard_probe`. Expected False for a probe with fewer samples than the 2 "
+            "replicas of the model. Received: shard_probe=True, with 1 sample(s)"
+        ), sentence
+        sentence = refusal(lambda: JacobianMonitor(probe, shard_probe=True, warm_start=True))
+        assert sentence == (
+            "Invalid value for argument `warm_start`. Expected False with `shard_probe=True`, since no replica keeps "
+            "vectors of its own. Received: warm_start=True"
+        ), sentence
+        # Without replicas there is nothing to split.
+        measure(make(default), probe[:1], measures=["variance"], shard_probe=True)
+        """)
