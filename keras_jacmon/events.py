@@ -51,12 +51,12 @@ class EventWriter:
                 _try_writing(self.directory)
                 self._writer = tf.summary.create_file_writer(self.directory)
             # `record_if`: another callback's `TensorBoard(update_freq=...)` switches summaries off between its own.
-            with self._writer.as_default(step), tf.summary.record_if(True):  # noqa: FBT003 - positional only
+            with self._writer.as_default(np.int64(step)), tf.summary.record_if(True):  # noqa: FBT003 - positional only
                 try:
                     for name, layer in report.layers.items():
                         _write_layer(_prefix(name, report.layers), layer)
                     for tag, value in (others or {}).items():
-                        tf.summary.scalar(tag, value)
+                        _scalar(tag, value)
                     self._writer.flush()
                 except tf.errors.OpError:
                     # A writer that is open would fail again when the context ends, and stay everybody's default.
@@ -122,17 +122,22 @@ def _write_layer(name: str, layer: LayerReport) -> None:
     for key in layer.values:
         tag = f"{name}/{key}"
         low, high = layer.extremes(key)
-        tf.summary.scalar(tag, layer.mean(key))
-        tf.summary.scalar(f"{tag}/min", low)
-        tf.summary.scalar(f"{tag}/max", high)
+        _scalar(tag, layer.mean(key))
+        _scalar(f"{tag}/min", low)
+        _scalar(f"{tag}/max", high)
         values = layer.valid(key)
         _histogram(tag, values)
     for key, value in layer.scalars().items():
         if key not in layer.values:
-            tf.summary.scalar(f"{name}/{key}", value)
+            _scalar(f"{name}/{key}", value)
     for key, array in {**layer.sequences, **layer.spectra}.items():
         # Over samples; of the flow over spans too, of the exponents and the spectra over all of them.
         _histogram(f"{name}/{key}", np.abs(array) if np.iscomplexobj(array) else array)
+
+
+def _scalar(tag: str, value: float) -> None:
+    # Of numbers of Python TensorFlow keeps a copy on the device, for ever.
+    tf.summary.scalar(tag, np.float32(value))
 
 
 def _histogram(tag: str, values: npt.NDArray[Any]) -> None:

@@ -290,7 +290,8 @@ class JacobianMeter:
         # Keras' variables are shielded while tracing; a `tf.Variable` that a custom cell writes to is put back here.
         with put_back(traced.foreign):
             try:
-                return traced.graph(tf.constant(self._measurements), *self._tensors())
+                # Of numbers of Python TensorFlow keeps a copy on the device, for ever.
+                return traced.graph(tf.constant(np.int32(self._measurements)), *self._tensors())
             except tf.errors.OpError as error:
                 raise RuntimeError(f"Measuring {self._culprit(error)} failed: {_essence(error)}") from error
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from keras_jacmon.jacobians.resolve import CERTIFICATE_TOLERANCE, CellJacobian, Rows
@@ -264,7 +265,8 @@ class ModelPenalty:
 
     def begin(self, step: int) -> None:
         """Says which batch is the next one."""
-        self._step.assign(step)
+        # Of numbers of Python TensorFlow keeps a copy on the device, for ever.
+        self._step.assign(np.int32(step))
 
     def __call__(self) -> float:
         """The sum of the penalties, with the weights of this moment."""

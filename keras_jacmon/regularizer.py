@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from keras_jacmon.attachment import Attachment
@@ -335,7 +336,7 @@ class _Setting:
 
     def _assign(self, value: Any) -> None:
         self.value = self._checked(value)
-        self.variable.assign(self.value)
+        self.variable.assign(np.float32(self.value))
 
     def config(self) -> Any:
         return self.value if self._schedule is None else keras.saving.serialize_keras_object(self._schedule)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from event_files import by_tag, read_summaries
@@ -13,28 +13,36 @@ from event_files import by_tag, read_summaries
 if TYPE_CHECKING:
     from pathlib import Path
 
-MEASUREMENTS, THIN_AFTER, MAX_REPORTS = 100_000, 100, 50
+MAX_REPORTS = 50
 
 # In a process of its own, whose memory nothing else moves.
 SCRIPT = f"""
 import json, pathlib, sys
 import keras, numpy as np
-from keras_jacmon import JacobianMonitor
+from keras_jacmon import JacobianMonitor, JacobianRegularizer
 
+directory, batches, thin_after, held = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]) or None, sys.argv[4] == "held"
 model = keras.Sequential([keras.Input((5, 3)), keras.layers.SimpleRNN(3, name="rnn"), keras.layers.Dense(1)])
 model.compile("sgd", "mse")
+schedule = lambda step: 1e-2 + 1e-6 * step
 monitor = JacobianMonitor(
-    np.ones((4, 5, 3)), measures=["variance"], update_freq="batch", log_dir=sys.argv[1], on_error="raise",
-    thin_after={THIN_AFTER}, max_reports={MAX_REPORTS},
+    np.ones((4, 5, 3)), measures=["variance"], update_freq="batch", log_dir=directory, on_error="raise",
+    thin_after=thin_after, max_reports={MAX_REPORTS},
+    regularizer=JacobianRegularizer(1.0, schedule, refresh=7) if held else None,
 )
 monitor.set_model(model)
 monitor.on_train_begin()
 monitor.on_epoch_begin(0)
-monitor.on_train_batch_begin(0)
 resident = []
-for batch in range({MEASUREMENTS}):
+kernel = model.layers[0].cell.recurrent_kernel
+start = kernel.numpy()
+for batch in range(batches):
+    # Other values each time, as in a training.
+    kernel.assign((1 + np.float32(batch / batches)) * start)
+    monitor.on_train_batch_begin(batch)
+    model.optimizer.iterations.assign_add(1)
     monitor.on_train_batch_end(batch)
-    if batch % 500 == 0:
+    if batch % 100 == 0:
         pages = int(pathlib.Path("/proc/self/statm").read_text().split()[1])
         resident.append(pages * 4096)
 monitor.on_epoch_end(0, {{}})
@@ -46,22 +54,36 @@ json.dump(
 """
 
 
-def test_a_hundred_thousand_measurements(tmp_path: Path) -> None:
-    command = [sys.executable, "-W", "error::UserWarning", "-c", SCRIPT, str(tmp_path)]
+def run(directory: Path, measurements: int, thin_after: int | None, held: str) -> Any:
+    """Takes so many measurements; in the result, `growth` is in bytes for each of the last four fifths of them."""
+    arguments = [str(directory), str(measurements), str(thin_after or 0), held]
+    command = [sys.executable, "-W", "error::UserWarning", "-c", SCRIPT, *arguments]
     finished = subprocess.run(command, capture_output=True, text=True, check=False, timeout=1800)  # noqa: S603 - our own words
     assert finished.returncode == 0, finished.stderr[-3000:]
     found = json.loads(finished.stdout.splitlines()[-1])
-    assert found["traces"] == 1
-    assert found["steps"][0] == 0
-    assert found["steps"][-1] == MEASUREMENTS
-    assert len(found["steps"]) <= MAX_REPORTS
-    # After warm-up, bytes for each measurement: a report alone has thousands.
     resident = np.array(found["resident"][len(found["resident"]) // 5 :])
-    slope = np.polyfit(500.0 * np.arange(resident.size), resident, 1)[0]
-    assert abs(slope) < 20, resident
+    found["growth"] = np.polyfit(100.0 * np.arange(resident.size), resident, 1)[0]
+    assert found["traces"] == 1
+    assert len(found["steps"]) <= MAX_REPORTS
+    assert found["steps"][0] == 0
+    assert found["steps"][-1] == measurements
+    return found
+
+
+def test_a_hundred_thousand_measurements(tmp_path: Path) -> None:
+    measurements, thin_after = 100_000, 100
+    found = run(tmp_path, measurements, thin_after, "observed")
+    # A report has thousands of bytes, and one number that stays behind has hundreds.
+    assert abs(found["growth"]) < 20, found["resident"]
     written = [summary.step for summary in by_tag(read_summaries(tmp_path), "rnn/variance")]
-    assert written[:THIN_AFTER] == list(range(THIN_AFTER))
-    assert written[-1] == MEASUREMENTS
-    assert len(written) <= THIN_AFTER * (np.log2(MEASUREMENTS / THIN_AFTER) + 1) + 1
+    assert written[:thin_after] == list(range(thin_after))
+    assert written[-1] == measurements
+    assert len(written) <= thin_after * (np.log2(measurements / thin_after) + 1) + 1
     (file,) = tmp_path.rglob("*.tfevents.*")
     assert file.stat().st_size < 2**20
+
+
+def test_memory_is_flat_where_each_report_is_written_and_the_model_is_held(tmp_path: Path) -> None:
+    found = run(tmp_path, 4000, None, "held")
+    assert abs(found["growth"]) < 200, found["resident"]
+    assert [summary.step for summary in by_tag(read_summaries(tmp_path), "jac_penalty")] == list(range(4001))

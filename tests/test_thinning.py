@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -18,7 +19,7 @@ def test_a_list_stays_bounded_with_its_ends(most: int) -> None:
         assert len(series) <= most
         assert series[0] == 0
         assert series[-1] == number
-    gaps = [after - before for before, after in zip(series, series[1:], strict=False)]
+    gaps = [after - before for before, after in itertools.pairwise(series)]
     # The older the sparser, but for the newest, which may have lost a neighbour.
     assert gaps[:-2] == sorted(gaps[:-2], reverse=True)
 
