@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import warnings
 from pathlib import Path
@@ -72,6 +73,16 @@ def test_each_supported_row(example: str, layers: list[str], names: dict[str, An
     assert set(report.layers) == set(layers)
     for layer in report.layers.values():
         assert layer["variance"].shape == (STEPS, BATCH)
+
+
+PROMISES = [codes(test)[0].split("::") for _, test in rows(section("What you can rely on"), "| promise | test |")]
+
+
+def test_each_promise_has_its_test() -> None:
+    assert len(PROMISES) >= 20
+    for file, name in PROMISES:
+        tree = ast.parse((Path(__file__).parent / file).read_text(encoding="utf-8"))
+        assert name in [node.name for node in tree.body if isinstance(node, ast.FunctionDef)], f"{file}::{name}"
 
 
 def test_usage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
