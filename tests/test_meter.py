@@ -129,6 +129,19 @@ def test_a_batch_of_one() -> None:
     assert_layer(report[layer.name], layer, PROBE[:1])
 
 
+@pytest.mark.parametrize("case_id", ["gru_reset_before", "partly_mixing", "while_loop"])
+def test_a_single_step_of_a_single_sample(case_id: str) -> None:
+    model, layer = make_model(BY_ID[case_id], PROBE[:1, :1])
+    report = measure(model, PROBE[:1, :1], measures=MOMENTS)
+    assert_layer(report[layer.name], layer, PROBE[:1, :1], measures=MOMENTS)
+
+
+def test_an_lstm_that_mixes_its_units() -> None:
+    layer = L.LSTM(4, activation="softmax", name="lstm")
+    model = functional([layer])
+    assert_layer(measure(model, PROBE, measures=KEYS)["lstm"], layer, PROBE)
+
+
 def test_one_unit() -> None:
     layer = L.SimpleRNN(1, name="rnn")
     model = functional([layer])

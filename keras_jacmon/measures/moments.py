@@ -130,7 +130,9 @@ def _exact(operator: tf.linalg.LinearOperator, mean: tf.Tensor, options: Options
         basis = tf.one_hot(tf.range(start, tf.minimum(start + width, side)), side, axis=0, dtype=operator.dtype)
         basis = tf.broadcast_to(basis, [rows, side, tf.shape(basis)[1]])
         images = operator.matmul(basis, adjoint=adjoint)
-        return start + width, total + tf.reduce_sum((images - mean[:, None, None]) ** 2, axis=[1, 2])
+        squares = tf.reduce_sum((images - mean[:, None, None]) ** 2, axis=[1, 2])
+        # Of a single row the mean may know that it is one where the images do not.
+        return start + width, total + tf.ensure_shape(squares, mean.shape)
 
     _, total = tf.while_loop(lambda start, _: start < side, body, [tf.constant(0), tf.zeros_like(mean)])
     return total, None
