@@ -55,7 +55,9 @@ def spectral_norm(operator: tf.linalg.LinearOperator, options: Options) -> Measu
         start, _ = _normalised(last + 0.1 * start)
         warm = tf.reduce_all(tf.norm(last, axis=-1) > 0)
         least = tf.where(warm, LEAST_STEPS_FROM_MEMORY, LEAST_STEPS)
-    separable = _take(operator, tf.zeros([0], tf.int32)) is not None
+    every = tf.range(tf.cast(rows, tf.int64))
+    # Asked with all rows: Keras cannot trace an LSTM for none.
+    separable = _take(operator, every) is not None
 
     def unfinished(value: tf.Tensor, residual: tf.Tensor) -> tf.Tensor:
         # Half: what still changes after the whole tolerance is often the second singular value giving way to the first.
@@ -85,7 +87,7 @@ def spectral_norm(operator: tf.linalg.LinearOperator, options: Options) -> Measu
     _, _, found, _ = tf.while_loop(
         lambda _, active, *__: tf.size(active) > 0,
         some_steps,
-        (tf.convert_to_tensor(least), tf.range(tf.cast(rows, tf.int64)), found, progress),
+        (tf.convert_to_tensor(least), every, found, progress),
         shape_invariants=(
             tf.TensorShape([]),
             tf.TensorShape([None]),
