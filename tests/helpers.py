@@ -406,15 +406,6 @@ def floating(states: Any) -> list[Any]:
     return [state for state in tf.nest.flatten(states) if state.dtype.is_floating]
 
 
-def _block(tape: tf.GradientTape, new: Any, old: Any) -> NDArray[np.floating[Any]]:
-    if new.shape[0] == 0:
-        # Where `batch_jacobian` divides by the rows.
-        return np.zeros([0, *(int(np.prod(state.shape[1:])) for state in (new, old))], new.dtype.as_numpy_dtype)
-    block = tape.batch_jacobian(new, old, experimental_use_pfor=False)
-    rows = new.shape[0]
-    return tf.reshape(block, (rows, int(np.prod(new.shape[1:])), int(np.prod(old.shape[1:])))).numpy()
-
-
 def step_jacobians(
     cell: Any, inputs: Any, states: Any, views: Iterable[str] = VIEWS
 ) -> tuple[dict[str, NDArray[np.floating[Any]]], Any]:
@@ -422,17 +413,26 @@ def step_jacobians(
     inputs = tf.convert_to_tensor(inputs)
     # Copies: a tensor that serves as two states would get the sum of two derivatives.
     states = tf.nest.map_structure(tf.identity, states)
-    old = floating(states)
+    sources = [*floating(states), inputs]
     with tf.GradientTape(persistent=True) as tape:
-        tape.watch([*old, inputs])
+        tape.watch(sources)
         new_states = call_cell(cell, inputs, states)
         new = floating(new_states)
-        take: dict[str, Callable[[], NDArray[np.floating[Any]]]] = {
-            "hidden": lambda: _block(tape, new[0], old[0]),
-            "joint": lambda: np.block([[_block(tape, p, q) for q in old] for p in new]),
-            "inputs": lambda: _block(tape, new[0], inputs),
-        }
-    return {view: take[view]() for view in views}, new_states
+        units = [unit for state in new for unit in tf.unstack(_flat(state), axis=1)]
+    m, n, *_ = (_flat(state[0]).shape[1] for state in (new, sources))
+    gradients = [
+        tape.gradient(unit, sources, unconnected_gradients="zero")
+        for unit in (units if "joint" in views else units[:m])
+    ]
+    # (rows, new, old and inputs)
+    J = np.stack([np.concatenate([_flat(tf.convert_to_tensor(g)) for g in row], axis=1) for row in gradients], axis=1)
+    olds = sum(_flat(state).shape[1] for state in sources[:-1])
+    parts = {"hidden": J[:, :m, :n], "joint": J[:, :, :olds], "inputs": J[:, :m, olds:]}
+    return {view: parts[view] for view in views}, new_states
+
+
+def _flat(tensor: Any) -> Any:
+    return tf.reshape(tensor, (tensor.shape[0], int(np.prod(tensor.shape[1:]))))
 
 
 def reference_jacobians(
