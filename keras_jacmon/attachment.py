@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 Term = Callable[[], tf.Tensor]
 
 
-class Terms:
+class Terms(keras.regularizers.Regularizer):
     """Stands in the place of a variable's regularizer: what was there before, and some terms more.
 
     Keras adds what the regularizers of trainable variables return to `model.losses`, and does not save them with it.

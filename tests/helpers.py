@@ -424,7 +424,7 @@ def step_jacobians(
         tape.gradient(unit, sources, unconnected_gradients="zero")
         for unit in (units if "joint" in views else units[:m])
     ]
-    # (rows, new, old and inputs)
+    # The rows first, then the new states, then the old ones and the inputs.
     J = np.stack([np.concatenate([_flat(tf.convert_to_tensor(g)) for g in row], axis=1) for row in gradients], axis=1)
     olds = sum(_flat(state).shape[1] for state in sources[:-1])
     parts = {"hidden": J[:, :m, :n], "joint": J[:, :, :olds], "inputs": J[:, :m, olds:]}

@@ -147,6 +147,7 @@ def test_initial_epoch_goes_on_where_it_stopped(tmp_path: Path) -> None:
     assert [step for step, _ in monitors[1].reports] == [0, 8, 16, 24, 32]
     assert first["gru_jac_variance"] + second["gru_jac_variance"] == together["gru_jac_variance"]
     # At the end of the training all is measured, whatever number its last epoch has.
-    np.testing.assert_array_equal(*(monitor.reports[-1][1]["gru"]["lyapunov"] for monitor in monitors))
+    left, right = (monitor.reports[-1][1]["gru"]["lyapunov"] for monitor in monitors)
+    np.testing.assert_array_equal(left, right)
     written = by_tag(read_summaries(tmp_path / "parts"), "gru/variance")
     assert sorted(summary.step for summary in written) == [0, 8, 16, 16, 24, 32]
