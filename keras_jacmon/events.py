@@ -137,7 +137,7 @@ def _write_layer(name: str, layer: LayerReport) -> None:
 
 def _scalar(tag: str, value: float) -> None:
     # Of numbers of Python TensorFlow keeps a copy on the device, for ever.
-    tf.summary.scalar(tag, np.float32(value))
+    tf.summary.scalar(tag, np.asarray(value))
 
 
 def _histogram(tag: str, values: npt.NDArray[Any]) -> None:
