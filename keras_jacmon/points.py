@@ -124,8 +124,14 @@ def vectors_to_remember(
 
 
 def _indices(mask: tf.Tensor) -> tf.Tensor:
-    """The indices of the rows that a mask `(time, batch)` chooses."""
-    return tf.cast(tf.where(tf.reshape(mask, [-1]))[:, 0], tf.int32)
+    """The indices of the rows that a mask `(time, batch)` chooses; that of the first row if it chooses none.
+
+    TensorFlow does not compute all cells for no rows at all: its optimizer gets the shapes of empty convolutions wrong.
+    What is measured there is left out with all that is masked.
+    """
+    flat = tf.reshape(mask, [-1])
+    stand_in = ~tf.reduce_any(flat) & (tf.range(tf.size(flat)) == 0)
+    return tf.cast(tf.where(flat | stand_in)[:, 0], tf.int32)
 
 
 @dataclass(frozen=True)
@@ -198,8 +204,16 @@ class Points:
         rows = rows.behind(results.values())
         if places.spectra is not None:
             operators = self.jacobian.operators(list(spectra), rows.take(_indices(places.spectra)))
-            results |= {f"{v}/{m.name}": m.function(operators[v]) for v, chosen in spectra.items() for m in chosen}
-        return {**results, **self._certificates(trajectory, rows, valid)} if self.independent else results
+            count = tf.math.count_nonzero(places.spectra)
+            results |= {
+                f"{v}/{m.name}": m.function(operators[v])[:count] for v, found in spectra.items() for m in found
+            }
+        if self.independent:
+            tests = self._certificates(trajectory, rows, valid)
+            # Of a row that stands in for none, the state behind it is not what the cell makes of it.
+            exists = True if places.mask is None else tf.reduce_any(places.mask)
+            results |= {name: tf.where(exists, residual, tf.zeros_like(residual)) for name, residual in tests.items()}
+        return results
 
     def _at(self, valid: tf.Tensor | None, wanted: tf.Tensor | None) -> list[tuple[Selection, tf.Tensor | None]]:
         """Which measures are taken at which rows."""

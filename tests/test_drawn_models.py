@@ -53,7 +53,6 @@ def for_each_draw(part: int, draws: int, check: Callable[..., None], *strategies
     )
     @hypothesis.given(st.tuples(*strategies))
     def draw(drawn: tuple[Any, ...]) -> None:
-        hypothesis.assume(repr(drawn) not in seen)
         seen.add(repr(drawn))
         keras.backend.clear_session()
         gc.collect()

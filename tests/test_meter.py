@@ -192,6 +192,35 @@ def test_a_mask_given_by_hand(case_id: str) -> None:
     assert_layer(measure(model, [probe, MASK], measures=QUICK)[layer.name], layer, probe, mask=MASK, measures=QUICK)
 
 
+# TensorFlow's optimizer takes an empty convolution from one channel to two for one to one channel.
+MASKED = {"lstm": BY_ID["lstm"], "conv": Case("conv", lambda **kw: L.ConvLSTM1D(2, 2, padding="same", **kw), (3, 1))}
+
+
+@pytest.mark.parametrize("case", MASKED.values(), ids=MASKED)
+@pytest.mark.parametrize("steps", [1, 5])
+def test_a_mask_that_skips_everything(case: Case, steps: int) -> None:
+    probe = make_probe(case, batch=2, steps=steps)
+    mask = np.zeros([2, steps], bool)
+    layer = case.make()
+    inputs, given = keras.Input(probe.shape[1:]), keras.Input(mask.shape[1:], dtype="bool")
+    model = build(keras.Model([inputs, given], layer(inputs, mask=given)), [probe, mask])
+    report = measure(model, [probe, mask], measures=[*QUICK, "singular_values"])[layer.name]
+    assert len(report["singular_values"]) == len(report.spectra_at) == 0
+    report = measure(model, [probe, mask], measures=QUICK)[layer.name]
+    assert_layer(report, layer, probe, mask=mask, measures=QUICK)
+
+
+def test_a_segment_that_is_all_padding() -> None:
+    case = MASKED["conv"]
+    probe = make_probe(case, batch=2, steps=4)
+    mask = np.array([[True, False, False, False], [True, True, False, False]])
+    layer = case.make()
+    inputs, given = keras.Input(probe.shape[1:]), keras.Input(mask.shape[1:], dtype="bool")
+    model = build(keras.Model([inputs, given], layer(inputs, mask=given)), [probe, mask])
+    report = measure(model, [probe, mask], measures=QUICK, max_bytes=1)[layer.name]
+    assert_layer(report, layer, probe, mask=mask, measures=QUICK)
+
+
 def test_a_mask_reaches_both_directions() -> None:
     embedding, wrapper = L.Embedding(8, FEATURES, mask_zero=True), L.Bidirectional(L.LSTM(3, name="lstm"), name="both")
     model = keras.Sequential([keras.Input(IDS.shape[1:], dtype="int32"), embedding, wrapper])
