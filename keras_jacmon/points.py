@@ -127,7 +127,7 @@ def _indices(mask: tf.Tensor) -> tf.Tensor:
     """The indices of the rows that a mask `(time, batch)` chooses; that of the first row if it chooses none.
 
     TensorFlow does not compute all cells for no rows at all: its optimizer gets the shapes of empty convolutions wrong.
-    What is measured there is left out with all that is masked.
+    What is measured there must be left out afterwards.
     """
     flat = tf.reshape(mask, [-1])
     stand_in = ~tf.reduce_any(flat) & (tf.range(tf.size(flat)) == 0)
@@ -192,14 +192,13 @@ class Points:
         valid = None if places.mask is None or not self.independent else _indices(places.mask)
         options = dataclasses.replace(self.options, stream=segment * _STREAMS)
         results: Results = {}
-        for measures, chosen in self._at(valid, None if places.expensive is None else _indices(places.expensive)):
+        for measures, chosen, place in self._at(valid, places.expensive):
             rows = rows.behind(results.values())
             source = self._source(rows, list(measures), chosen, memory)
             chunk = self._chunk(rows, measures) if self.independent else known_sizes(trajectory.inputs)[1]
             for key, (value, uncertainty) in measure_rows(source, measures, options, chunk).items():
-                results[key] = value
-                if uncertainty is not None:
-                    results[f"{key}/uncertainty"] = uncertainty
+                found = {key: value} if uncertainty is None else {key: value, f"{key}/uncertainty": uncertainty}
+                results |= found if place is None else {name: _where(place, array) for name, array in found.items()}
         spectra = filtered(self.measures, lambda measure: measure.of == "spectrum")
         rows = rows.behind(results.values())
         if places.spectra is not None:
@@ -215,16 +214,18 @@ class Points:
             results |= {name: tf.where(exists, residual, tf.zeros_like(residual)) for name, residual in tests.items()}
         return results
 
-    def _at(self, valid: tf.Tensor | None, wanted: tf.Tensor | None) -> list[tuple[Selection, tf.Tensor | None]]:
-        """Which measures are taken at which rows."""
+    def _at(
+        self, valid: tf.Tensor | None, expensive: tf.Tensor | None
+    ) -> list[tuple[Selection, tf.Tensor | None, tf.Tensor | None]]:
+        """Which measures are taken at which rows, and, if these are not all, where `(time, batch)` they are wanted."""
         of_steps = filtered(self.measures, lambda measure: measure.of == "step")
-        split = [(of_steps, valid)]
-        if wanted is not None:
-            split = [
-                (filtered(of_steps, lambda measure: not measure.expensive), valid),
-                (filtered(of_steps, lambda measure: measure.expensive), wanted),
-            ]
-        return [(measures, rows) for measures, rows in split if measures]
+        if expensive is None:
+            return [(of_steps, valid, None)] if of_steps else []
+        split = [
+            (filtered(of_steps, lambda measure: not measure.expensive), valid, None),
+            (filtered(of_steps, lambda measure: measure.expensive), _indices(expensive), expensive),
+        ]
+        return [part for part in split if part[0]]
 
     def _chunk(self, rows: Rows, measures: Selection) -> int:
         """The most rows at once."""
@@ -301,6 +302,11 @@ def in_segments(
     results = {key: arrays[key].concat() for key in sorted(widths)}
     results = {key: tf.reduce_max(x) if key in (CERTIFICATE, DEPENDENCE) else x for key, x in results.items()}
     return {key: tf.reshape(x, [-1, widths[key]]) if widths[key] else x for key, x in results.items()}
+
+
+def _where(mask: tf.Tensor, values: tf.Tensor) -> tf.Tensor:
+    """The values `(time * batch,)` where a mask `(time, batch)` is True, and NaN elsewhere."""
+    return tf.where(tf.reshape(mask, [-1]), values, tf.constant(float("nan"), values.dtype))
 
 
 def _complex(real: tf.DType) -> tf.DType:

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import keras
 import numpy as np
+import tensorflow as tf
 from event_files import read_summaries
-from helpers import normal
+from helpers import WeightedCell, normal
 
-from keras_jacmon import JacobianMonitor, JacobianRegularizer
+from keras_jacmon import JacobianMonitor, JacobianRegularizer, measure
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -66,6 +67,23 @@ def test_two_models_in_two_threads(tmp_path: Path) -> None:
             for where in ("alone", "together")
         )
         assert left == right
+
+
+def test_measuring_changes_nothing_that_holds_for_all_threads() -> None:
+    """A training in another thread would run without its graph meanwhile, and be rounded in another way."""
+    eagerly = []
+
+    class Cell(WeightedCell):
+        def call(self, inputs: Any, states: Any) -> tuple[Any, list[Any]]:
+            eagerly.append(tf.config.functions_run_eagerly())
+            new_h = tf.tanh(self.preactivation(inputs, states[0]))
+            return new_h, [new_h]
+
+    model = keras.Sequential([keras.Input((5, 3)), keras.layers.RNN(Cell(4))])
+    before = len(eagerly)
+    measure(model, X[:4], measures="fast")
+    assert len(eagerly) > before
+    assert not any(eagerly)
 
 
 def test_a_running_tensorboard_in_the_same_process(tmp_path: Path) -> None:

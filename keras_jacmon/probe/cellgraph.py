@@ -1,7 +1,6 @@
 """One step of a cell as a graph of TensorFlow operations."""
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import tensorflow as tf
 
@@ -18,7 +17,7 @@ ROWS = 8191
 class CellGraph(TracedGraph):
     """The operations between a cell's inputs and old states and its new states, for any number of rows.
 
-    Every `tf.function` in the cell is traced into the graph itself, so that its operations are seen.
+    What a `tf.function` in the cell does stands in the graph itself, and is seen.
 
     Args:
         step: The cell's step.
@@ -36,13 +35,9 @@ class CellGraph(TracedGraph):
     """
 
     def __init__(self, step: CellStep, inputs: tf.Tensor, states: Sequence[tf.Tensor]) -> None:
-        def trace(inputs: tf.Tensor, *states: tf.Tensor) -> list[tf.Tensor]:
-            with _inlined_functions():
-                return step(inputs, states)
-
         specs = [tf.TensorSpec([None, *t.shape[1:]], t.dtype) for t in (inputs, *states)]
         try:
-            super().__init__(trace, specs)
+            super().__init__(lambda inputs, *states: step(inputs, states), specs, inline=True)
         except Exception as error:
             raise NotImplementedError(f"it cannot be traced for any number of rows ({type(error).__name__})") from error
         self.step_inputs, *self.states = self.inputs
@@ -86,13 +81,3 @@ class CellGraph(TracedGraph):
             tensor.name: None if copy.shape.rank is None else tuple(copy.shape)
             for tensor, copy in zip(tensors, copies, strict=True)
         }
-
-
-@contextlib.contextmanager
-def _inlined_functions() -> Iterator[None]:
-    before = tf.config.functions_run_eagerly()
-    try:
-        tf.config.run_functions_eagerly(True)  # noqa: FBT003 - positional only
-        yield
-    finally:
-        tf.config.run_functions_eagerly(before)

@@ -1,6 +1,8 @@
 """A piece of computation as a graph of TensorFlow operations, to be laid out again, whole or in part."""
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import tensorflow as tf
@@ -8,6 +10,9 @@ from tensorflow.python.framework import ops as framework_ops
 
 # Around a user's gradient TensorFlow puts two functions; some more may be found in their closures.
 _MOST_WRAPPERS = 20
+
+# Calls of a `tf.function`.
+_CALLS = ("PartitionedCall", "StatefulPartitionedCall")
 
 
 class TracedGraph:
@@ -19,6 +24,7 @@ class TracedGraph:
     Args:
         function: From tensors to any structure of tensors.
         specs: What it is traced for.
+        inline: Whether what a `tf.function` does shall stand in the graph itself, and not a call of it.
 
     Attributes:
         inputs: The tensors of the graph that stand for the arguments.
@@ -26,9 +32,13 @@ class TracedGraph:
         operations: In an order in which they can be computed.
     """
 
-    def __init__(self, function: Callable[..., Any], specs: Sequence[tf.TensorSpec]) -> None:
-        self._function = tf.function(function, autograph=False).get_concrete_function(*specs)
-        graph = self._function.graph
+    def __init__(self, function: Callable[..., Any], specs: Sequence[tf.TensorSpec], *, inline: bool = False) -> None:
+        self._functions = [tf.function(function, autograph=False).get_concrete_function(*specs)]
+        if inline and any(map(_is_call, self._functions[0].graph.get_operations())):
+            # Not by `tf.config.run_functions_eagerly`, which holds for all threads.
+            function = partial(_without_calls, self._functions[0].graph)
+            self._functions.append(tf.function(function, autograph=False).get_concrete_function(*specs))
+        graph = self._functions[-1].graph
         self.inputs: list[tf.Tensor] = list(graph.inputs[: len(specs)])
         # In front of the identities that wait for everything that has an effect, wanted or not.
         self.outputs: list[tf.Tensor] = [tensor.op.inputs[0] for tensor in graph.outputs]
@@ -74,6 +84,37 @@ class TracedGraph:
             )
         made = iter(results)
         return [here[tensor.name] if tensor.name in feeds else next(made) for tensor in fetches]
+
+
+def _is_call(operation: tf.Operation) -> bool:
+    return operation.type in _CALLS
+
+
+def _without_calls(graph: Any, *inputs: tf.Tensor) -> list[tf.Tensor]:
+    """Lays out a graph in the present one, with the operations of the functions that it calls instead of the calls."""
+    known = {inner.name: tensor for inner, tensor in zip(graph.inputs, inputs, strict=False)}
+    known |= {inner.name: _captured(outer) for outer, inner in graph.captures if inner.name not in known}
+    definition = graph.as_graph_def()
+    nodes = {node.name: node for node in definition.node}
+    for is_call, run in itertools.groupby(graph.get_operations(), _is_call):
+        operations = [operation for operation in run if operation.type != "Placeholder"]
+        if is_call:
+            for operation in operations:
+                body = graph._get_function(operation.get_attr("f").name).graph  # noqa: SLF001 - there is no other way
+                results = _without_calls(body, *(known[tensor.name] for tensor in operation.inputs))
+                known |= {tensor.name: result for tensor, result in zip(operation.outputs, results, strict=True)}
+            continue
+        here = {operation.name for operation in operations}
+        part = tf.compat.v1.GraphDef(versions=definition.versions, library=definition.library)
+        part.node.extend(nodes[operation.name] for operation in operations)
+        for node in part.node:
+            # A step that waits for what has an effect is refused anyway.
+            for name in [name for name in node.input if name.startswith("^") and name[1:] not in here]:
+                node.input.remove(name)
+        feeds = {t.name: known[t.name] for op in operations for t in op.inputs if t.op.name not in here}
+        names = [tensor.name for operation in operations for tensor in operation.outputs]
+        known |= zip(names, tf.graph_util.import_graph_def(part, feeds, names, name="inlined"), strict=True)
+    return [known[tensor.name] for tensor in graph.outputs]
 
 
 def has_custom_gradient(operation: tf.Operation) -> bool:

@@ -101,6 +101,16 @@ class FunctionCell(WeightedCell):
         return new_h, [new_h]
 
 
+@tf.function(autograph=False)
+def smooth(cell: Any, z: Any) -> Any:
+    return tf.nn.silu(z) @ cell.V
+
+
+@tf.function(autograph=False)
+def with_another_function(cell: Any, x: Any, h: Any) -> Any:
+    return tf.tanh(x + smooth(cell, h @ cell.U)) + smooth(cell, h)
+
+
 def gates(cell: Any, x: Any, h: Any) -> Any:
     a, b, c = tf.split(tf.concat([x, h], axis=-1) @ tf.convert_to_tensor(cell.tall), 3, axis=-1)
     return tf.sigmoid(a) * h + tf.tanh(b) * tf.nn.gelu(c)
@@ -135,6 +145,7 @@ STRUCTURED: dict[str, Callable[[Any, Any, Any], Any]] = {
     "padded": lambda c, x, h: tf.tanh(x + tf.pad(h[:, 1:], [[0, 0], [0, 1]]) @ c.U) + h,
     "stacked": lambda c, x, h: tf.reshape(tf.stack([tf.tanh(h[:, :2]), (x + h @ c.U)[:, 2:]], axis=1), [-1, 4]),
     "function": tf.function(lambda c, x, h: tf.tanh(x + h @ c.U), autograph=False),
+    "function_in_a_function": with_another_function,
     "twice": lambda c, x, h: tf.tanh(x + h @ c.U + h @ c.U) + h + h,
     "padded_with_zeros": lambda c, x, h: tf.tanh(
         x + (tf.concat([tf.zeros([tf.shape(h)[0], 4]), h], -1) @ tf.convert_to_tensor(c.tall))[:, :4]
