@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import sys
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         report = _measured(options)
         if options.save:
             report.save(options.save)
-    except (ValueError, OSError, TypeError, ImportError) as error:
+    except (ValueError, OSError, TypeError, ImportError, RuntimeError) as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
     sys.stdout.write(json.dumps(report.to_dict()) if options.json else str(report))
     sys.stdout.write("\n")
@@ -56,9 +57,13 @@ def _measured(options: argparse.Namespace) -> Any:
     from keras_jacmon.meter import measure  # noqa: PLC0415
 
     # Never code out of a file: no pickle in the probe, no lambdas in the model.
-    probe = np.load(options.probe, allow_pickle=False)
-    if isinstance(probe, np.lib.npyio.NpzFile):
-        probe = {name: probe[name] for name in probe.files}
+    try:
+        with Path(options.probe).open("rb") as file:
+            probe = np.load(file, allow_pickle=False)
+            if isinstance(probe, np.lib.npyio.NpzFile):
+                probe = {name: probe[name] for name in probe.files}
+    except (ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{options.probe} is no array that can be read: {error}") from error
     model = keras.saving.load_model(options.model, compile=False, safe_mode=True)
     return measure(model, probe, layers=options.layers, measures=options.measures)
 

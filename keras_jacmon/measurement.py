@@ -212,7 +212,8 @@ def measure_call(
     memory = {}
     if remember is not None:
         memory = vectors_to_remember(walk, of_steps, places.expensive, options.max_rows, remember)
-    forgets = isinstance(call.layer.cell, keras.layers.LSTMCell)
+    # Not a subclass, which may do something else with its gates.
+    forgets = type(call.layer.cell) is keras.layers.LSTMCell
     options = dataclasses.replace(options, rows=walk.inputs.shape[:2].num_elements(), dtype=dtype)
     points = Points(
         jacobian,

@@ -150,8 +150,8 @@ def _suggestions(state: str, facts: Mapping[str, float], steps: float, growth: f
     # one far from 1 the states would not be those of this probe any more.
     if 1 / _MOST_GAIN <= gain <= _MOST_GAIN and (gain > 1) == (state == "vanishing"):
         found.append(
-            f"multiply the recurrent kernel by {gain:.3g}: at the states of this probe that brings the variance of the "
-            f"hidden view from {facts['variance']:.3g} to 1"
+            f"multiply the recurrent kernel by {gain:.3g}: with states and slopes of activations as they are on this "
+            f"probe, that brings the variance of the hidden view from {facts['variance']:.3g} to 1"
         )
     forget = facts.get("forget", math.nan)
     target = _RETAINED ** (1 / steps)

@@ -11,7 +11,7 @@ import tensorflow as tf
 from helpers import step_jacobians
 
 from keras_jacmon.jacobians.discovery import Base, Structure
-from keras_jacmon.jacobians.linearise import fixed_values, kernel_matrices, structured_jacobian
+from keras_jacmon.jacobians.linearise import fixed_values, kernels_of, structured_jacobian
 from keras_jacmon.probe.cellgraph import CellGraph
 from keras_jacmon.probe.step import CellStep
 
@@ -55,7 +55,7 @@ def structured_blocks(cell: Any, inputs: Any, states: Any) -> tuple[dict[Any, tu
         graph = CellGraph(CellStep(cell, states), inputs, flat)
         structure = Structure(graph)
         fixed = fixed_values(structure)
-        kernels = kernel_matrices(structure, fixed)
+        kernels = kernels_of(structure, fixed, flat[floating[0]].dtype)
         values = {**fixed, graph.step_inputs.name: inputs}
         values |= {tensor.name: state for tensor, state in zip(graph.states, flat, strict=True)}
         results = {}

@@ -1,5 +1,6 @@
 """The Jacobian of any differentiable function of rows, as a linear operator."""
 
+import functools
 from collections.abc import Callable
 
 import tensorflow as tf
@@ -28,6 +29,8 @@ class AutodiffJacobian(tf.linalg.LinearOperator):
         range_dimension: m.
         independent: Whether each row of the function is a function of the same row of the point. Otherwise rows are
             never repeated, and products hold for all rows changing together.
+        for_many: Whether products with more than one vector will be asked for, so that the function had better be
+            evaluated now, once for all of them.
 
     References:
         The forward product from two backward ones: J. Townsend, "A new trick for calculating Jacobian vector
@@ -42,6 +45,7 @@ class AutodiffJacobian(tf.linalg.LinearOperator):
         range_dimension: int,
         *,
         independent: bool = True,
+        for_many: bool = True,
     ) -> None:
         parameters = {
             "function": function,
@@ -49,6 +53,7 @@ class AutodiffJacobian(tf.linalg.LinearOperator):
             "context": context,
             "range_dimension": range_dimension,
             "independent": independent,
+            "for_many": for_many,
         }
         super().__init__(dtype=point.dtype, parameters=parameters, name="autodiff_jacobian")
         self._function = function
@@ -56,7 +61,7 @@ class AutodiffJacobian(tf.linalg.LinearOperator):
         self._context = context
         self._range_dimension = range_dimension
         self._independent = independent
-        self._products = None if tf.executing_eagerly() else self._linearised()
+        self._products = self._linearised() if for_many and not tf.executing_eagerly() else None
 
     def _shape(self) -> tf.TensorShape:
         return tf.TensorShape([self._point.shape[0], self._range_dimension, self._point.shape[1]])
@@ -125,6 +130,14 @@ class AutodiffJacobian(tf.linalg.LinearOperator):
 
     def _push(self) -> Product:
         """The product with J: (rows, n) -> (rows, m)."""
+        if self.twice is None:
+            dense = self.to_dense()
+            return lambda vectors: tf.linalg.matvec(dense, vectors)
+        return self.twice
+
+    @functools.cached_property
+    def twice(self) -> Product | None:
+        """The product with J by the tape applied twice; None where that cannot be, and J is formed for the product."""
         try:
             with tf.GradientTape(persistent=True, watch_accessed_variables=False) as outer:
                 with tf.GradientTape(watch_accessed_variables=False) as inner:
@@ -134,8 +147,7 @@ class AutodiffJacobian(tf.linalg.LinearOperator):
                 outer.watch(covector)
                 pulled = _gradient(inner, value, self._point, covector)
         except (NotImplementedError, LookupError):
-            dense = self.to_dense()
-            return lambda vectors: tf.linalg.matvec(dense, vectors)
+            return None
         return lambda vectors: _gradient(outer, pulled, covector, vectors)
 
 

@@ -1,16 +1,15 @@
 """The sums of the entries, and of their squares, of a block of diagonals and kernels, without forming the block."""
 
-import contextlib
 import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import tensorflow as tf
 
 from keras_jacmon.jacobians.diagonal import Diagonal, take
+from keras_jacmon.jacobians.kernel import graph_of
 
 
 @dataclass(frozen=True)
@@ -28,26 +27,26 @@ class _Factor:
     def entry_sum(self) -> tf.Tensor:
         """The sum of all entries, `(rows,)`, or `()` without any derivative."""
         if self.a is None:
-            with _where(self.V):
+            with graph_of(self.V):
                 per_source = tf.reduce_sum(self.V, axis=1)
                 everything = tf.reduce_sum(per_source)
             return everything if self.b is None else tf.linalg.matvec(self.b, per_source)
         if self.b is not None:
             return tf.reduce_sum(self.a * (self.b @ self.V), axis=-1)
-        with _where(self.V):
+        with graph_of(self.V):
             per_unit = tf.reduce_sum(self.V, axis=0)
         return tf.linalg.matvec(self.a, per_unit)
 
     def times(self, other: "_Factor", weight: float) -> "_Factor":
         """The product entry by entry, times a number."""
-        with _where(self.V):
+        with graph_of(self.V):
             V = weight * self.V * other.V
         return _Factor(_product_or_one(self.a, other.a), V, _product_or_one(self.b, other.b))
 
 
 def _factors(into: Diagonal, kernel: tf.Tensor, out: Diagonal) -> list[_Factor]:
     """What a kernel gives, with what leads to it and from it."""
-    with _where(kernel):
+    with graph_of(kernel):
         rows = take(kernel, into.link.targets, axis=0)
         parts = [take(rows, slot) for slot in out.link.slots]
     return [_Factor(out.at(slot), V, into.values) for slot, V in zip(out.link.slots, parts, strict=True)]
@@ -99,17 +98,12 @@ def _direct_sums(
     d = tf.ones([1, units.size], dtype) if derivatives is None else derivatives
     sums = [tf.reduce_sum(d**2, axis=-1)]
     for factor in factors:
-        with _where(factor.V):
+        with graph_of(factor.V):
             V = 2 * tf.gather_nd(factor.V, np.stack([places, units], axis=1))
         a = None if factor.a is None else take(factor.a, units)
         weights = _product_or_one(a, None if factor.b is None else take(factor.b, places))
         sums.append(tf.linalg.matvec(d if weights is None else d * weights, V))
     return sums
-
-
-def _where(kernel: tf.Tensor) -> contextlib.AbstractContextManager[Any]:
-    """The graph that a kernel stands in: what is made of kernels alone is made once, and not for each chunk of rows."""
-    return contextlib.nullcontext() if tf.executing_eagerly() else kernel.graph.as_default()
 
 
 def _product_or_one(left: tf.Tensor | None, right: tf.Tensor | None) -> tf.Tensor | None:

@@ -337,6 +337,8 @@ class Structure:
         if len(operands) != 1:
             raise NotImplementedError(f"both sides of `{operation.name}` depend on the states or the inputs")
         (y,), (z,) = operands, operation.outputs
+        if z.dtype.size < max(state.dtype.size for state in self.graph.states if state.dtype.is_floating):
+            raise NotImplementedError(f"`{operation.name}` computes in {z.dtype.name}, which is less than its states")
         size, units = int(np.prod(self.units(y))), self.units(z)
         if not is_row_by_row(operation, operation.inputs[0] is y, len(self.units(y)) + 1, len(units) + 1):
             raise NotImplementedError

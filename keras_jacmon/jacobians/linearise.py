@@ -7,6 +7,7 @@ import tensorflow as tf
 
 from keras_jacmon.jacobians.diagonal import Diagonal, take
 from keras_jacmon.jacobians.discovery import Base, Link, Piece, Product, Structure
+from keras_jacmon.jacobians.kernel import Kernel
 from keras_jacmon.jacobians.structured import StructuredJacobian
 
 
@@ -16,15 +17,18 @@ def fixed_values(structure: Structure) -> dict[str, tf.Tensor]:
     return {tensor.name: value for tensor, value in zip(structure.fixed, values, strict=True)}
 
 
-def kernel_matrices(structure: Structure, fixed: Mapping[str, tf.Tensor]) -> dict[Base, tf.Tensor]:
-    """The kernels of the products as matrices `(units in, units out)`."""
-    return {("product", k): _matrix(structure, product, fixed) for k, product in enumerate(structure.products)}
+def kernels_of(structure: Structure, fixed: Mapping[str, tf.Tensor], dtype: tf.DType) -> dict[Base, Kernel]:
+    """The kernels of the products, in the type of the states."""
+    return {
+        ("product", k): Kernel(tf.cast(_matrix(structure, product, fixed), dtype))
+        for k, product in enumerate(structure.products)
+    }
 
 
 def structured_jacobian(
     structure: Structure,
     values: Mapping[str, tf.Tensor],
-    kernels: Mapping[Base, tf.Tensor],
+    kernels: Mapping[Base, Kernel],
     news: Sequence[int],
     sources: Sequence[Base],
 ) -> StructuredJacobian:
@@ -34,14 +38,14 @@ def structured_jacobian(
         structure: Of the cell; the blocks must have one.
         values: What tensors of the cell's graph, by their names, are at these rows: inputs and states, and whatever
             need not be computed again.
-        kernels: From `kernel_matrices`.
+        kernels: From `kernels_of`.
         news: Positions of new states.
         sources: `("state", q)` or `("inputs", 0)`.
 
     Returns:
         The operator, batch shape `(rows,)`.
     """
-    graph = structure.graph
+    graph, point = structure.graph, values[structure.tensor(sources[0]).name]
     # What leads to a new state, or to what a product multiplies; the latter before the former only in the graph.
     links: dict[Base, dict[Base, Link]] = {}
     pending: list[Base] = [("new", new) for new in news]
@@ -78,8 +82,8 @@ def structured_jacobian(
             if link.unchanged:
                 diagonals[target, base] = Diagonal(link, None)
             elif any(derivative is not None for _, derivative in by_base[base]):
-                diagonals[target, base] = _diagonal(link, by_base[base], [feeds[p.tensor.name] for p in pieces[base]])
-    point = values[structure.tensor(sources[0]).name]
+                like = [feeds[piece.tensor.name] for piece in pieces[base]]
+                diagonals[target, base] = _diagonal(link, by_base[base], like, point.dtype)
     return StructuredJacobian(
         rows=point.shape[0] if point.shape[0] is not None else tf.shape(point)[0],
         news={new: structure.size(graph.new_states[new]) for new in news},
@@ -91,10 +95,13 @@ def structured_jacobian(
     )
 
 
-def _diagonal(link: Link, found: Sequence[tuple[Piece, tf.Tensor | None]], like: Sequence[tf.Tensor]) -> Diagonal:
+def _diagonal(
+    link: Link, found: Sequence[tuple[Piece, tf.Tensor | None]], like: Sequence[tf.Tensor], dtype: tf.DType
+) -> Diagonal:
     """The diagonal with the derivatives that were found for each piece of its base, None for zeros."""
     parts = [
-        tf.reshape(tf.zeros_like(value) if derivative is None else derivative, [-1, piece.units.size])
+        # A product may be computed in another type than the states have.
+        tf.cast(tf.reshape(tf.zeros_like(value) if derivative is None else derivative, [-1, piece.units.size]), dtype)
         for (piece, derivative), value in zip(found, like, strict=True)
     ]
     units = np.concatenate([piece.units for piece, _ in found])

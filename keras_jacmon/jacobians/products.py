@@ -16,6 +16,8 @@ def is_row_by_row(operation: tf.Operation, first: bool, rank: int, output_rank: 
     if operation.type == "Einsum":
         left, result = operation.get_attr("equation").decode().replace(" ", "").split("->")
         parts = left.split(",")
+        if len(parts) == 1:
+            return False
         own, other = parts if first else parts[::-1]
         if "..." in own or "..." in other:
             return own.startswith("...") and result.startswith("...") and "..." not in other

@@ -9,7 +9,7 @@ import tensorflow as tf
 
 from keras_jacmon.jacobians.blocks import BlockJacobian, Part
 from keras_jacmon.jacobians.discovery import Base, Structure
-from keras_jacmon.jacobians.linearise import fixed_values, kernel_matrices, structured_jacobian
+from keras_jacmon.jacobians.linearise import fixed_values, kernels_of, structured_jacobian
 from keras_jacmon.jacobians.views import View, floating_states, size, view_function
 from keras_jacmon.probe.cellgraph import CellGraph
 from keras_jacmon.probe.step import CellStep
@@ -24,6 +24,9 @@ _NEGLIGIBLE = 1e-30
 
 # A gain of a step is known up to so many roundings of one: `1 - tanh²` of a unit that saturates is little else.
 _ROUNDINGS = 16
+
+# One row in twenty may differ by itself, so that a part must be tested in more than one.
+_LEAST_TURNS = 4
 
 # Relative. Rounding in float32 leaves about 1e-6.
 CERTIFICATE_TOLERANCE = 1e-3
@@ -132,7 +135,7 @@ class CellJacobian:
         independent: bool = True,
     ) -> None:
         self._step = step
-        self._states = list(states)
+        self._inputs, self._states = inputs, list(states)
         self._independent = independent
         self._form = _FORMS.get(type(step.cell)) if trusted and independent else None
         self._structure: Structure | None = None
@@ -142,9 +145,11 @@ class CellJacobian:
                 self._structure = Structure(CellGraph(step, inputs, states))
             except NotImplementedError as error:
                 self._reason = str(error)
+            except Exception as error:  # noqa: BLE001 - autodiff takes over, and `explain` shows what went wrong
+                self._reason = f"its graph is not understood ({type(error).__name__}: {error})"
         if self._structure:
             self._fixed = fixed_values(self._structure)
-            self._kernels = kernel_matrices(self._structure, self._fixed)
+            self._kernels = kernels_of(self._structure, self._fixed, self._states[floating_states(states)[0]].dtype)
 
     def shortcut(self) -> Shortcut | None:
         """How the cell can be unrolled at a lower cost; None if nothing is known of its graph."""
@@ -189,35 +194,26 @@ class CellJacobian:
             How far the new states of these rows by themselves are from those that the cell gave them among others,
             relative to their size: rows of all steps and samples are put together for the derivatives, which is right
             only if each row is a function of itself. And how far a structure that was found, or a registered form, is
-            from the derivative of the cell: `‖Jᵀw - (Jᵀw by autodiff)‖ / ‖Jᵀw by autodiff‖`; None if all rests on
-            autodiff. Each is the largest of the rows but for one in twenty (see `_largest`), a scalar.
+            from the derivative of the cell: `‖J w - (J w by autodiff)‖ / ‖J w by autodiff‖`, for each new state and, in
+            turns, each old one, so that no block hides behind larger ones; None if all rests on autodiff. Each is the
+            largest of the rows but for one in twenty (see `_largest`), a scalar.
         """
         floating = floating_states(rows.states)
-        # Tensors of their own: two states may be one tensor, and the derivatives must tell them apart.
-        states, inputs = [tf.identity(state) for state in rows.states], tf.identity(rows.inputs)
-        with tf.GradientTape(persistent=True, watch_accessed_variables=False) as tape:
-            tape.watch([*(states[q] for q in floating), *([inputs] if "inputs" in views else [])])
-            alone = self._step(inputs, states)
+        alone = self._step(rows.inputs, rows.states)
         dependence = [
-            _difference(*(tf.reshape(x[p], [-1, size(states[p])]) for x in (alone, new_states))) for p in floating
+            _difference(*(tf.reshape(x[p], [-1, size(rows.states[p])]) for x in (alone, new_states))) for p in floating
         ]
         certificate = []
         for view, operator in self._certified(views, rows):
-            sizes = [size(states[p]) for p in view.news]
-            shape = [known_sizes(states[0])[0], sum(sizes)]
-            w = tf.random.stateless_normal(shape, seed, dtype=states[floating[0]].dtype)
-            pieces = zip(tf.split(w, sizes, axis=-1), view.news, strict=True)
-            olds = [states[q] for q in view.olds] or [inputs]
-            pulled = tape.gradient(
-                [alone[p] for p in view.news],
-                olds,
-                [tf.reshape(piece, tf.shape(alone[p])) for piece, p in pieces],
-                unconnected_gradients="zero",
-            )
-            # A gather inside the cell gives a sparse gradient.
-            flat = [tf.reshape(tf.convert_to_tensor(g), [-1, size(old)]) for g, old in zip(pulled, olds, strict=True)]
+            reference = view_function(self._step, rows.inputs, rows.states, view).jacobian(for_many=False)
+            # Jᵀ takes a product with the transposed kernel, which TensorFlow transposes each time.
+            adjoint = reference.twice is None
+            ends = [[size(rows.states[k]) for k in view.olds] or [size(rows.inputs)]]
+            ends = [*ends, [size(rows.states[k]) for k in view.news]][:: -1 if adjoint else 1]
+            w = _in_turns(known_sizes(rows.inputs)[0], ends[0], seed, operator.dtype)
             rounding = _ROUNDINGS * np.finfo(w.dtype.as_numpy_dtype).eps * tf.norm(w, axis=-1)
-            certificate.append(_difference(operator.matvec(w, adjoint=True), tf.concat(flat, axis=-1), rounding))
+            products = [tf.split(J.matvec(w, adjoint=adjoint), ends[1], axis=-1) for J in (operator, reference)]
+            certificate += [_difference(found, expected, rounding) for found, expected in zip(*products, strict=True)]
         return _largest(dependence), _largest(certificate) if certificate else None
 
     def _certified(self, views: Sequence[str], rows: Rows) -> list[tuple[View, tf.linalg.LinearOperator]]:
@@ -235,11 +231,12 @@ class CellJacobian:
     def choices(self, name: str) -> list[Choice]:
         """How each block of a view is taken."""
         view = View.of(name, self._states)
-        return [self._choice(new, source) for new in view.news for source in _sources(view)]
+        registered = self._registered(name, Rows(self._inputs, tuple(self._states), {})) is not None
+        return [self._choice(new, source, registered=registered) for new in view.news for source in _sources(view)]
 
-    def _choice(self, new: int, source: Base) -> Choice:
+    def _choice(self, new: int, source: Base, *, registered: bool) -> Choice:
         old = source[1] if source[0] == "state" else None
-        if self._form is not None:
+        if registered:
             return Choice(new, old, "registered form", getattr(self._form, "__name__", repr(self._form)))
         reason = self._reason_against(new, source)
         if reason is not None or self._structure is None:
@@ -308,6 +305,16 @@ class CellJacobian:
 def _sources(view: View) -> list[Base]:
     """What the columns of a view are."""
     return [("state", old) for old in view.olds] or [("inputs", 0)]
+
+
+def _in_turns(rows: int | tf.Tensor, sizes: Sequence[int], seed: tf.Tensor, dtype: tf.DType) -> tf.Tensor:
+    """Random vectors, in each row for one of some parts and zero for the others; of few rows for all parts."""
+    w = tf.random.stateless_normal([rows, sum(sizes)], seed, dtype=dtype)
+    if len(sizes) == 1:
+        return w
+    part = tf.repeat(tf.range(len(sizes)), sizes)
+    turn = tf.equal(tf.range(rows)[:, None] % len(sizes), part) | (rows < _LEAST_TURNS * len(sizes))
+    return tf.where(turn, w, tf.zeros_like(w))
 
 
 def _difference(found: tf.Tensor, expected: tf.Tensor, negligible: tf.Tensor | float = _NEGLIGIBLE) -> tf.Tensor:

@@ -9,6 +9,7 @@ import tensorflow as tf
 from keras_jacmon.jacobians.closed_forms import entry_sums, square_sums
 from keras_jacmon.jacobians.diagonal import Diagonal, total
 from keras_jacmon.jacobians.discovery import Base
+from keras_jacmon.jacobians.kernel import Kernel
 
 
 class StructuredJacobian(tf.linalg.LinearOperator):
@@ -22,7 +23,7 @@ class StructuredJacobian(tf.linalg.LinearOperator):
         rows: How many there are, a scalar.
         news: New states and their sizes, in the order of J's rows.
         sources: Old states (or the inputs) and their sizes, in the order of J's columns.
-        kernels: By product, in the order in which they are computed: `(units in, units out)`.
+        kernels: By product, in the order in which they are computed.
         outer: What leads to a new state, by that and the base.
         inner: What leads to what a product multiplies, by that product and the base.
         dtype: Of the entries.
@@ -37,7 +38,7 @@ class StructuredJacobian(tf.linalg.LinearOperator):
         rows: tf.Tensor | int,
         news: Mapping[int, int],
         sources: Mapping[Base, int],
-        kernels: Mapping[Base, tf.Tensor],
+        kernels: Mapping[Base, Kernel],
         outer: Mapping[tuple[int, Base], Diagonal],
         inner: Mapping[tuple[Base, Base], Diagonal],
         dtype: tf.DType,
@@ -83,7 +84,7 @@ class StructuredJacobian(tf.linalg.LinearOperator):
         tangents = dict(zip(self._sources, tf.split(v, list(self._sources.values()), axis=-1), strict=True))
         for product, kernel in self._kernels.items():
             ways = [d.forward(tangents[base]) for (into, base), d in self._inner.items() if into == product]
-            tangents[product] = _times(total(ways), kernel)
+            tangents[product] = _times(total(ways), kernel.matrix)
         ways_to = {
             new: [d.forward(tangents[base]) for (into, base), d in self._outer.items() if into == new]
             for new in self._news
@@ -97,7 +98,7 @@ class StructuredJacobian(tf.linalg.LinearOperator):
         for (new, base), diagonal in self._outer.items():
             ways[base].append(diagonal.backward(cotangents[new]))
         for product, kernel in reversed(list(self._kernels.items())):
-            pulled = _times(total(ways[product]), kernel, transposed=True)
+            pulled = _times(total(ways[product]), kernel.transposed)
             for (into, base), diagonal in self._inner.items():
                 if into == product:
                     ways[base].append(diagonal.backward(pulled))
@@ -115,7 +116,9 @@ class StructuredJacobian(tf.linalg.LinearOperator):
         """The operator with all kernels multiplied by a number; the same one if that changes nothing but its sign."""
         if gain == -1 and not self.is_chain and not any(base in self._sources for _, base in self._outer):
             return self
-        return StructuredJacobian(**{**self._given, "kernels": {p: gain * k for p, k in self._kernels.items()}})
+        return StructuredJacobian(
+            **{**self._given, "kernels": {p: kernel.scaled(gain) for p, kernel in self._kernels.items()}}
+        )
 
     def block(self, new: int, source: Base) -> "StructuredJacobian":
         """The derivative of one new state by one source; the same operator each time."""
@@ -162,7 +165,7 @@ class StructuredJacobian(tf.linalg.LinearOperator):
         ((new, _),) = self._news.items()
         ((source, _),) = self._sources.items()
         ways = [
-            (self._inner[product, source], kernel, self._outer[new, product])
+            (self._inner[product, source], kernel.matrix, self._outer[new, product])
             for product, kernel in self._kernels.items()
             if (product, source) in self._inner and (new, product) in self._outer
         ]
@@ -176,10 +179,10 @@ class StructuredJacobian(tf.linalg.LinearOperator):
 
 def _needed(
     sources: Mapping[Base, int],
-    kernels: Mapping[Base, tf.Tensor],
+    kernels: Mapping[Base, Kernel],
     outer: Mapping[tuple[int, Base], Diagonal],
     inner: Mapping[tuple[Base, Base], Diagonal],
-) -> tuple[dict[Base, tf.Tensor], dict[tuple[int, Base], Diagonal], dict[tuple[Base, Base], Diagonal]]:
+) -> tuple[dict[Base, Kernel], dict[tuple[int, Base], Diagonal], dict[tuple[Base, Base], Diagonal]]:
     """The products and diagonals on a way from a source to a new state."""
     begun = set(sources)
     for product in kernels:
@@ -195,12 +198,10 @@ def _needed(
     return kernels, outer, inner
 
 
-def _times(vectors: tf.Tensor, kernel: tf.Tensor, *, transposed: bool = False) -> tf.Tensor:
-    """Products of vectors `(rows, ..., units)` with a kernel, as one product of two matrices."""
+def _times(vectors: tf.Tensor, matrix: tf.Tensor) -> tf.Tensor:
+    """Products of vectors `(rows, ..., units)` with a matrix, as one product of two matrices."""
     *leading, units = vectors.shape
-    flat = tf.reshape(vectors, [-1, units])
-    # `matmul(..., transpose_b=True)` transposes the kernel first, which takes longer than the product of few rows.
-    flat = tf.einsum("ru,vu->rv", flat, kernel) if transposed else flat @ kernel
+    flat = tf.reshape(vectors, [-1, units]) @ matrix
     if len(leading) == 1:
         return flat
     return tf.reshape(flat, tf.concat([tf.shape(vectors)[:-1], [flat.shape[-1]]], axis=0))

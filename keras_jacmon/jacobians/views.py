@@ -96,9 +96,9 @@ class ViewFunction:
     context: list[tf.Tensor]
     range_dimension: int
 
-    def jacobian(self, *, independent: bool = True) -> AutodiffJacobian:
-        """Its Jacobian at the point."""
-        return AutodiffJacobian(self.function, self.point, self.context, self.range_dimension, independent=independent)
+    def jacobian(self, **options: bool) -> AutodiffJacobian:
+        """Its Jacobian at the point; options as for `AutodiffJacobian`."""
+        return AutodiffJacobian(self.function, self.point, self.context, self.range_dimension, **options)
 
 
 def view_function(step: CellStep, inputs: tf.Tensor, states: Sequence[tf.Tensor], view: View) -> ViewFunction:

@@ -156,6 +156,9 @@ STRUCTURED: dict[str, Callable[[Any, Any, Any], Any]] = {
     "unstacked": lambda c, x, h: tf.stack(tf.unstack(tf.tanh(x + h @ c.U), axis=1)[::-1], axis=1),
     "convolution": lambda c, x, h: tf.nn.conv1d(h[..., None], tf.reshape(c.U[:3, 0], [3, 1, 1]), 1, "SAME")[..., 0] + x,
     "no_product": lambda _, x, h: tf.tanh(x + h),
+    "product_in_double_precision": lambda c, x, h: tf.cast(
+        tf.tanh(tf.cast(x, tf.float64) + tf.cast(tf.sin(h), tf.float64) @ tf.cast(c.U, tf.float64)), tf.float32
+    ),
 }
 
 
@@ -194,6 +197,7 @@ DECEIVING: dict[str, tuple[Callable[[Any, Any, Any], Any], str]] = {
         lambda c, x, h: tf.tanh(x + tf.gather(h @ c.U, tf.argsort(h, axis=-1), batch_dims=1, axis=1)),
         "Gather",
     ),
+    "einsum_of_one": (lambda c, x, h: tf.tanh(x + h @ c.U) * tf.einsum("bi->b", h)[:, None], "Einsum"),
 }
 # The products there have two operands with rows: it is the general reason that is given.
 DECEIVING["kernel_of_inputs"] = (DECEIVING["kernel_of_inputs"][0], "")
@@ -227,6 +231,17 @@ def test_cells_made_to_deceive(name: str) -> None:
     report = meter()["rnn"]
     assert report.certificate is None
     assert_layer(report, layer, PROBE, measures=MOMENTS)
+
+
+def test_a_product_in_half_precision_is_left_to_autodiff() -> None:
+    """The slopes that the cell has in training have three digits then."""
+    model, layer = layer_of(
+        lambda c, x, h: tf.tanh(x + tf.cast(tf.cast(h, tf.float16) @ tf.cast(c.U, tf.float16), x.dtype))
+    )
+    (choice,) = explain(model, PROBE).choices["rnn"]["hidden"]
+    assert (choice.how, "computes in float16" in choice.why) == ("autodiff", True)
+    report = measure(model, PROBE, measures=MOMENTS)["rnn"]
+    assert_layer(report, layer, PROBE, measures=MOMENTS, rtol=dict.fromkeys(MOMENTS, 2e-3))
 
 
 # The branch is the same for all samples of a step, and another one at other steps.
@@ -411,6 +426,8 @@ def test_a_form_may_leave_a_view_to_discovery() -> None:
     register_jacobian(RegisteredCell, lambda *_: None)
     model, layer = registered_model(RegisteredCell())
     assert_layer(measure(model, PROBE)["rnn"], layer, PROBE)
+    (choice,) = explain(model, PROBE).choices["rnn"]["hidden"]
+    assert choice.how == "structure"
 
 
 @pytest.mark.parametrize(
