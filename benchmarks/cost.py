@@ -27,10 +27,14 @@ from keras_jacmon import JacobianMeter, JacobianMonitor, JacobianRegularizer
 
 BATCH, STEPS, FEATURES = 32, 50, 64
 UNITS = (64, 256, 512, 1024)
-# From so many units on, the loop takes minutes.
-MOST_UNITS_OF_THE_LOOP = 512
 # So often is each of several calls timed, in turns, and before that not timed.
 TURNS, WARM_UP = 15, 2
+# Batches of an epoch, and epochs with and without a monitor.
+FIT_BATCHES, FIT_TURNS = 300, 7
+# Units and steps of which the memory is measured.
+MEMORY_SIZES = ((256, 50), (256, 2000), (1024, 2000))
+# What takes longer is timed once.
+MOST_SECONDS = 10.0
 
 
 class SeedCell(keras.layers.Layer):
@@ -84,8 +88,8 @@ def make_model(kind: str, units: int, steps: int | None = STEPS) -> tuple[keras.
     return model, layer
 
 
-def jacobian_loop(layer: keras.layers.RNN) -> Callable[[tf.Tensor], tf.Tensor]:
-    """Returns a function of the inputs: the hidden variance at each step, by the tape alone."""
+def seconds_of_loop(layer: keras.layers.RNN, probe: tf.Tensor) -> float:
+    """Returns the median time of a loop over the steps that takes the hidden variance at each, by the tape alone."""
 
     @tf.function
     def variances(inputs: tf.Tensor) -> tf.Tensor:
@@ -101,7 +105,12 @@ def jacobian_loop(layer: keras.layers.RNN) -> Callable[[tf.Tensor], tf.Tensor]:
             states = new
         return values.stack()
 
-    return variances
+    graph = variances.get_concrete_function(probe)
+    start = time.perf_counter()
+    graph(probe).numpy()
+    seconds = time.perf_counter() - start
+    # Some minutes at 1024 units, where the first time is told from others by less than the noise.
+    return seconds if seconds > MOST_SECONDS else median_seconds(lambda: graph(probe).numpy(), 3)
 
 
 def row(*cells: object) -> None:
@@ -148,8 +157,8 @@ def by_units() -> None:
             forward, *ratios = ratios_to_forward(layer, probe, meters)
             ratios.append(median_seconds(everywhere, 2) / forward)
             loop = "-"
-            if kind == "LSTM" and units <= MOST_UNITS_OF_THE_LOOP:
-                loop = f"{median_seconds(partial(jacobian_loop(layer), probe), 2) / (ratios[0] * forward):.0f}"
+            if kind == "LSTM":
+                loop = f"{seconds_of_loop(layer, probe) / (ratios[0] * forward):.0f}"
             row(kind, units, f"{forward * 1e3:.1f} ms", *(f"{ratio:.2f}" for ratio in ratios), loop)
 
 
@@ -179,25 +188,72 @@ def by_size() -> None:
 
 
 def during_fit() -> None:
-    """A training with the monitor over the same without it, and the first report."""
-    head("`fit` of an LSTM with 256 units, 400 batches of 32 x 50 steps in 2 epochs", "monitor", "time / time without")
-    x, y = noise(200 * BATCH, STEPS, FEATURES), noise(200 * BATCH, 1)
+    """A training with the monitor over the same without it: median of the ratios of trainings next to each other."""
+    batches = FIT_BATCHES
+    head(
+        f"`fit` of an LSTM with 256 units, {batches} batches of {BATCH} x {STEPS} steps an epoch; what is traced once "
+        "and the report before the first batch are not counted",
+        "monitor", "time / time without", "a measurement / a batch",
+    )  # fmt: skip
+    x, y = noise(batches * BATCH, STEPS, FEATURES), noise(batches * BATCH, 1)
     layers = [keras.Input((STEPS, FEATURES)), keras.layers.LSTM(256), keras.layers.Dense(1)]
     model = keras.Sequential(layers)
     model.compile("adam", "mse")
 
-    def seconds(**options: Any) -> float:
-        callbacks = [JacobianMonitor(x[:BATCH], log_dir=None, **options)] if options else []
-        start = time.perf_counter()
-        model.fit(x, y, batch_size=BATCH, epochs=2, verbose=0, callbacks=callbacks)
-        return time.perf_counter() - start
+    def seconds(monitor: JacobianMonitor | None) -> float:
+        clock = Clock()
+        callbacks = [clock] if monitor is None else [monitor, clock]
+        model.fit(x, y, batch_size=BATCH, verbose=0, callbacks=callbacks)
+        return clock.seconds
 
-    seconds()
-    without = [seconds() for _ in range(3)]
+    seconds(None)
     for measures in ("fast", "standard"):
-        for name, update_freq in (("every epoch", "epoch"), ("every 100 batches", 100)):
-            found = [seconds(update_freq=update_freq, measures=measures) for _ in range(3)]
-            row(f"`{measures}`, {name}", f"{statistics.median(found) / statistics.median(without):.3f}")
+        rhythms: dict[str, dict[str, Any]] = {"every epoch": {}, "every 100 batches": {"update_freq": 100}}
+        for name, rhythm in rhythms.items():
+            monitor = JacobianMonitor(x[:BATCH], log_dir=None, measures=measures, **rhythm)
+            seconds(monitor)
+            pairs = [(seconds(None), seconds(monitor)) for _ in range(FIT_TURNS)]
+            meter = JacobianMeter(model, x[:BATCH], measures=measures)
+            batch = statistics.median(without for without, _ in pairs) / batches
+            ratio = statistics.median(found / without for without, found in pairs)
+            row(f"`{measures}`, {name}", f"{ratio:.3f}", f"{median_seconds(meter, 5) / batch:.1f}")
+
+
+class Clock(keras.callbacks.Callback):
+    """Times an epoch from behind its first batch to its end, what the callbacks before it do at its end included."""
+
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        """Starts."""
+        if batch == 0:
+            self._start = time.perf_counter()
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        """Stops."""
+        self.seconds = time.perf_counter() - self._start
+
+
+def memory() -> None:
+    """The peak of the memory of a process that has run a model on a long sequence, and how much measuring adds."""
+    head("LSTM, 32 samples, peak of the resident memory", "units", "steps", "measures", "model", "measuring adds")
+    script = """if True:
+        import resource, sys
+        import keras, numpy as np, tensorflow as tf
+        from keras_jacmon import JacobianMeter
+        units, steps, features, measures = int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+        model = keras.Sequential([keras.Input((steps, features)), keras.layers.LSTM(units)])
+        probe = tf.constant(np.random.default_rng(0).normal(size=(32, steps, features)), tf.float32)
+        peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        tf.function(model)(probe)
+        before = peak()
+        JacobianMeter(model, probe, measures=measures)()
+        print(before, peak() - before)
+    """
+    for units, steps in MEMORY_SIZES:
+        for measures in ("fast", "standard"):
+            command = [sys.executable, "-c", script, str(units), str(steps), str(FEATURES), measures]
+            out = subprocess.run(command, capture_output=True, text=True, check=True)  # noqa: S603 - our own words
+            model, added = map(float, out.stdout.split())
+            row(units, steps, f"`{measures}`", f"{model:.2f} GiB", f"{added:.2f} GiB")
 
 
 def with_regularizer() -> None:
@@ -270,6 +326,7 @@ TABLES = {
     "time": over_time,
     "size": by_size,
     "fit": during_fit,
+    "memory": memory,
     "regularizer": with_regularizer,
     "once": once,
 }
