@@ -202,7 +202,11 @@ class PlainCell:
 
     state_size = 3
     output_size = 3
-    compute_dtype = "float32"  # Keras' RNN asks for it
+
+    @property
+    def compute_dtype(self) -> str:
+        """Keras' RNN asks for it."""
+        return str(keras.config.floatx())
 
     def __call__(self, inputs: Any, states: Any) -> tuple[Any, list[Any]]:
         return self.call(inputs, states)
@@ -227,9 +231,9 @@ class LinearCell(keras.layers.Layer):
         self.built = True
 
     def call(self, inputs: Any, states: Any) -> tuple[Any, list[Any]]:
-        new_h = states[0] @ self.U
+        new_h = states[0] @ tf.cast(self.U, states[0].dtype)
         if self.W is not None:
-            new_h += inputs @ self.W
+            new_h += inputs @ tf.cast(self.W, inputs.dtype)
         return new_h, [new_h]
 
 

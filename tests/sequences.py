@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -42,6 +43,22 @@ def pieces(steps: Steps, length: int) -> Iterator[Steps]:
 
 def _from(steps: Steps, start: int) -> Callable[[tf.Tensor], tf.linalg.LinearOperator]:
     return lambda t: steps.at(t + start)
+
+
+@dataclass(frozen=True)
+class MapCell:
+    """A map `h -> function(x, h)` of states `(samples, n)` as a cell, in the precision of the states it starts from."""
+
+    function: Callable[[Any, Any], Any]
+    start: NDArray[Any]
+
+    def get_initial_state(self, batch_size: int) -> list[Any]:
+        assert batch_size == len(self.start)
+        return [tf.constant(self.start)]
+
+    def __call__(self, inputs: Any, states: Any) -> tuple[Any, list[Any]]:
+        new = self.function(inputs, states[0])
+        return new, [new]
 
 
 def of_cell(cell: Any, inputs: NDArray[Any], *, structured: bool) -> Steps:

@@ -6,12 +6,14 @@ Every value comes from outside the project: an exact identity, a published formu
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any
 
 import helpers
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 from helpers import LinearCell, SeedCell, normal
 
 from keras_jacmon import JacobianMeter, measure
@@ -52,11 +54,10 @@ def gate(kernel: Any, index: int) -> NDArray[np.float32]:
 
 
 def test_simple_rnn_with_keras_defaults_keeps_norms_at_the_origin() -> None:
-    layer = at_the_origin(L.SimpleRNN(16, seed=1))
-    np.testing.assert_allclose(layer["spectral_norm"], filled(layer["spectral_norm"], 1.0), rtol=1e-5, strict=True)
-    np.testing.assert_allclose(
-        layer["rms_singular_value"], filled(layer["rms_singular_value"], 1.0), rtol=1e-5, strict=True
-    )
+    keys = ["spectral_norm", "spectral_radius", "rms_singular_value"]
+    layer = at_the_origin(L.SimpleRNN(16, seed=1), measures=keys)
+    for key in keys:
+        np.testing.assert_allclose(layer[key], np.ones((1, 1), np.float32), rtol=1e-5, strict=True, err_msg=key)
 
 
 @pytest.mark.parametrize("initializer", ["identity", "orthogonal"])
@@ -155,12 +156,17 @@ def test_the_fixed_point_of_a_scalar_map() -> None:
 # Random weights --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("q", "expected"), [(0.01, 0.98067), (0.1, 0.84921), (0.5, 0.59243), (1.0, 0.46440), (2.0, 0.34951)]
-)
-def test_tanh_at_a_known_preactivation_variance(q: float, expected: float) -> None:
+# Mean of the squared slope at a pre-activation of variance q; of the sine it is (1 + e^(-2q)) / 2.
+SLOPES = [
+    ("tanh", q, slope) for q, slope in ((0.01, 0.98067), (0.1, 0.84921), (0.5, 0.59243), (1.0, 0.46440), (2.0, 0.34951))
+]
+SLOPES += [("sin", q, slope) for q, slope in ((0.1, 0.90937), (1.0, 0.56767))]
+
+
+@pytest.mark.parametrize(("activation", "q", "expected"), SLOPES)
+def test_a_slope_at_a_known_preactivation_variance(activation: str, q: float, expected: float) -> None:
     # Rows of an orthogonal kernel have norm one, so ‖J‖²/n is the mean of φ'(z)², z ~ N(0, q).
-    layer = L.SimpleRNN(64, kernel_initializer="identity", seed=1)
+    layer = L.SimpleRNN(64, getattr(keras.ops, activation), kernel_initializer="identity", seed=1)
     report = measured(layer, normal(64, 1, 64, scale=float(np.sqrt(q))), measures=["rms_singular_value"])
     # 4096 values of φ'² in [0, 1], whose sd is below 0.35.
     np.testing.assert_allclose(np.mean(report["rms_singular_value"] ** 2), expected, atol=4 * 0.35 / 64)
@@ -193,6 +199,27 @@ def test_simple_rnn_of_64_units(activation: str, initializer: str, expected: flo
     assert abs(np.mean(values) - expected) < 4 * spread / np.sqrt(draws)
 
 
+@functools.cache
+def gated_meter() -> tuple[JacobianMeter, dict[str, Any]]:
+    """A meter of layers of 128 units that stay at x = h = 0, and the layers by name.
+
+    Their Jacobians are the kernel of their candidate: Uᵀ, U_hᵀ, and of the LSTM i o U_gᵀ = U_gᵀ / 4.
+    """
+    n = 128
+    options = {"kernel_initializer": "zeros", "return_sequences": True}
+    layers = {
+        "simple": L.SimpleRNN(n, name="simple", **options),
+        "gru": L.GRU(n, name="gru", **options),
+        "lstm": L.LSTM(n, name="lstm", unit_forget_bias=False, **options),
+    }
+    model = keras.Sequential([keras.Input((1, 2)), *layers.values()])
+    bias = np.zeros((2, 3 * n), np.float32)
+    bias[0, :n], bias[0, n : 2 * n] = -50.0, 50.0  # update gate shut, reset gate open: J = U_hᵀ
+    layers["gru"].cell.bias.assign(bias)
+    measures = ["variance", "spectral_norm", "spectral_radius"]
+    return JacobianMeter(model, np.zeros((1, 1, 2), np.float32), measures=measures), layers
+
+
 @pytest.mark.parametrize(
     ("initializer", "simple", "gru", "lstm"),
     [
@@ -205,31 +232,20 @@ def test_simple_rnn_of_64_units(activation: str, initializer: str, expected: flo
 def test_gate_blocks_are_not_what_the_initializer_says(
     initializer: str, simple: float, gru: float, lstm: float
 ) -> None:
-    keras.utils.set_random_seed(1)
-    n = 128
-    layers = {
-        "simple": L.SimpleRNN(n, recurrent_initializer=initializer, name="simple", return_sequences=True),
-        "gru": L.GRU(n, recurrent_initializer=initializer, name="gru", return_sequences=True),
-        "lstm": L.LSTM(n, recurrent_initializer=initializer, name="lstm", unit_forget_bias=False),
-    }
-    # Zero input kernels hold every layer at x = h = 0.
-    for layer in layers.values():
-        layer.cell.kernel_initializer = keras.initializers.Zeros()
-    model = keras.Sequential([keras.Input((1, 2)), *layers.values()])
-    bias = np.zeros((2, 3 * n), np.float32)
-    bias[0, :n], bias[0, n : 2 * n] = -50.0, 50.0  # update gate shut, reset gate open: J = U_hᵀ
-    layers["gru"].cell.bias.assign(bias)
-    measures = ["variance", "spectral_norm"] if initializer == "orthogonal" else ["variance"]
-    report = measure(model, np.zeros((1, 1, 2), np.float32), measures=measures)
-    # The LSTM's J is i o U_gᵀ = U_gᵀ / 4.
-    found = {
-        "simple": report["simple"]["variance"][0, 0],
-        "gru": report["gru"]["variance"][0, 0],
-        "lstm": 16 * report["lstm"]["variance"][0, 0],
-    }
+    meter, layers = gated_meter()
+    for seed, layer in enumerate(layers.values()):
+        # As the layer itself does: all gates at once.
+        kernel = layer.cell.recurrent_kernel
+        kernel.assign(type(keras.initializers.get(initializer))(seed=seed)(kernel.shape))
+    report = meter()
     for name, expected in (("simple", simple), ("gru", gru), ("lstm", lstm)):
+        part = 4 if name == "lstm" else 1
         # The spread of a Gaussian matrix of 128 is 0.010, times its variance.
-        np.testing.assert_allclose(found[name], expected, rtol=0.05, err_msg=name)
+        np.testing.assert_allclose(part**2 * report[name]["variance"][0, 0], expected, rtol=0.05, err_msg=name)
+        # That of its radius is 0.035 about 1.047, times the root of its variance; a whole orthogonal one has radius 1.
+        radius, whole = part * report[name]["spectral_radius"][0, 0], (initializer, name) == ("orthogonal", "simple")
+        mean, spread = (1.0, 1e-6) if whole else (1.047, 0.035)
+        np.testing.assert_allclose(radius / np.sqrt(expected), mean, atol=4 * spread, rtol=0, err_msg=name)
     if initializer == "orthogonal":
         norms = {"gru": 2 * np.sqrt(2) / 3, "lstm": SQRT3 / 2}
         np.testing.assert_allclose(report["gru"]["spectral_norm"][0, 0], norms["gru"], rtol=0.04)
@@ -283,20 +299,46 @@ def test_the_seeds_table(activation: str, expected: float, spread: float) -> Non
 # Where the hidden view misleads ----------------------------------------------------------------------
 
 
+def gain_of_a_layer(layer: Any, probe: NDArray[np.float32]) -> float:
+    """‖dh_T/dh_0‖ for the one sample of a probe, by one backward pass through the LSTM layer itself."""
+    n = layer.units
+    # Sample i tells row i: the gradient of its own unit i.
+    start = tf.zeros((n, n))
+    with tf.GradientTape() as tape:
+        tape.watch(start)
+        total = tf.linalg.trace(layer(np.repeat(probe, n, axis=0), initial_state=[start, tf.zeros((n, n))]))
+    return float(np.linalg.norm(tape.gradient(total, start), ord=2))
+
+
 def test_the_hidden_view_is_blind_to_the_forget_bias() -> None:
-    # maths.md, 64 units, T = 40: forget bias 1 -> 4 leaves variance(hidden) at 0.0143 -> 0.0128, while the joint
-    # one-step map goes from contracting to expanding (radius 0.884 -> 1.080).
+    # maths.md, 64 units, T = 40: forget bias 1 -> 4 leaves variance(hidden) at 0.0143 -> 0.0128, while the radius of
+    # the joint one-step map goes 0.884 -> 1.080 and the true ‖dh_T/dh_0‖ 2.3e-4 -> 2.85. Its weights and its probe are
+    # not known: others have other numbers, products of 40 steps more so than single ones.
     keras.utils.set_random_seed(0)
-    layer = L.LSTM(64, name="lstm")
-    model = keras.Sequential([keras.Input((40, 2)), layer])
-    probe = normal(1, 40, 2)
-    before = measure(model, probe, measures=["variance", "joint/rms_singular_value"])["lstm"]
-    bias = layer.cell.bias.numpy()
-    np.testing.assert_array_equal(bias[64:128], np.ones(64, np.float32), strict=True)
-    bias[64:128] = 4.0
-    layer.cell.bias.assign(bias)
-    after = measure(model, probe, measures=["variance", "joint/rms_singular_value"])["lstm"]
-    np.testing.assert_allclose(before.mean("variance"), 0.0143, rtol=0.15)
-    np.testing.assert_allclose(after.mean("variance"), 0.0128, rtol=0.15)
+    layer, probe = L.LSTM(64, name="lstm"), normal(1, 40, 8)
+    measures = ["variance", "flow", "joint/rms_singular_value", "joint/spectral_radius", "joint/flow"]
+    meter = JacobianMeter(keras.Sequential([keras.Input((40, 8)), layer]), probe, measures=measures)
+    reports, gains = [], []
+    for forget_bias in (1.0, 4.0):
+        bias = layer.cell.bias.numpy()
+        bias[64:128] = forget_bias
+        layer.cell.bias.assign(bias)
+        reports.append(meter())
+        gains.append(gain_of_a_layer(layer, probe))
+    before, after = (report["lstm"] for report in reports)
+
+    np.testing.assert_allclose([before.mean("variance"), after.mean("variance")], [0.0143, 0.0128], rtol=0.1)
+    for blind in (before, after):
+        assert blind["flow"][-1, 0] < np.log(1e-20)
+    radii = [before.mean("joint/spectral_radius"), after.mean("joint/spectral_radius")]
+    np.testing.assert_allclose(radii, [0.884, 1.080], rtol=0.05)
+    assert radii[0] < 1 < radii[1]
     # dc'/dc = Diag(f) makes up most of the joint view: σ(1) = 0.73 -> σ(4) = 0.98.
     assert after.mean("joint/rms_singular_value") > 1.2 * before.mean("joint/rms_singular_value")
+    np.testing.assert_allclose(np.log(gains), np.log([2.3e-4, 2.85]), rtol=0, atol=np.log(2))
+    # The joint flow is the RMS gain of both states, to a factor of some units; that is what the verdict goes by.
+    found = [before["joint/flow"][-1, 0], after["joint/flow"][-1, 0]]
+    np.testing.assert_allclose(found, np.log(gains), rtol=0, atol=np.log(4))
+    verdicts = [report.verdict["lstm"] for report in reports]
+    assert [verdict.state for verdict in verdicts] == ["vanishing", "stable"]
+    np.testing.assert_allclose([np.log(verdict.gain) for verdict in verdicts], found, rtol=1e-5)

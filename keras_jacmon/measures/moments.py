@@ -25,7 +25,7 @@ def variance(operator: tf.linalg.LinearOperator, options: Options) -> Measured:
     """
     moments = _moments(operator, options)
     m, n = _dimensions(operator)
-    scale = tf.cast(n / (m * n), operator.dtype)
+    scale = tf.constant(n / (m * n), operator.dtype)
     error = None if moments.error is None else scale * moments.error
     return Measured(scale * moments.centred, error)
 

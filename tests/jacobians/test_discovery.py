@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 from typing import TYPE_CHECKING, Any
 
 import keras
@@ -29,6 +31,8 @@ from keras_jacmon import JacobianMeter, explain, measure, register_jacobian
 from keras_jacmon.jacobians import discovery
 from keras_jacmon.jacobians.elementwise import ELEMENTWISE
 from keras_jacmon.jacobians.resolve import _largest, _relative
+from keras_jacmon.probe.cellgraph import CellGraph
+from keras_jacmon.probe.step import CellStep
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -42,8 +46,8 @@ PROBE = normal(BATCH, STEPS, FEATURES, seed=3)
 # What the structure gives ----------------------------------------------------------------------------------------
 
 
-# A loop with variables in it counts as one that may do something else each time; two cells have float32 constants.
-SEEN_THROUGH = [case for case in CASES if case.id not in ("while_loop", "plain_object", "linear_2x2")]
+# A loop with variables in it counts as one that may do something else each time.
+SEEN_THROUGH = [case for case in CASES if case.id != "while_loop"]
 
 
 @pytest.fixture
@@ -60,6 +64,8 @@ def test_structured_is_autodiff_in_float64(case: Case) -> None:
     states = tf.nest.map_structure(lambda s: tf.cast(s, tf.float64) if s.dtype.is_floating else s, states)
     reasons = assert_structured_as_autodiff(cell, inputs, states, 1e-10)
     without = {"custom_gradient": 2, "map_fn": 2, "tf_function": 2, "bare_state": 2, "partly_mixing": 3}
+    # It adds its inputs up.
+    without["plain_object"] = 1
     assert sum(reason is not None for reason in reasons.values()) == without.get(case.id, 0)
 
 
@@ -242,6 +248,49 @@ def test_a_product_in_half_precision_is_left_to_autodiff() -> None:
     assert (choice.how, "computes in float16" in choice.why) == ("autodiff", True)
     report = measure(model, PROBE, measures=MOMENTS)["rnn"]
     assert_layer(report, layer, PROBE, measures=MOMENTS, rtol=dict.fromkeys(MOMENTS, 2e-3))
+
+
+NO_ACTIVATIONS = {"deserialize", "get", "serialize"}
+MIXING = {"log_softmax", "softmax", "sparsemax"}
+# `glu` halves the units.
+ACTIVATIONS: dict[str, Callable[[Any], Any]] = {
+    name: function
+    for name, function in sorted(inspect.getmembers(keras.activations, callable))
+    if name not in {*NO_ACTIVATIONS, *MIXING, "glu"}
+}
+ACTIVATIONS["threshold"] = functools.partial(keras.activations.threshold, threshold=0.1, default_value=0.0)
+
+
+def structure_of(function: Callable[[Any, Any, Any], Any]) -> discovery.Structure:
+    """The structure of a cell's step; no number is computed."""
+    cell, h = FunctionCell(function), tf.zeros((3, 4))
+    cell.build((1, FEATURES))
+    return discovery.Structure(CellGraph(CellStep(cell, [h]), tf.zeros((3, FEATURES)), [h]))
+
+
+@pytest.mark.parametrize("name", [*ACTIVATIONS, *sorted(MIXING)])
+def test_what_activations_do_to_units_is_known(name: str) -> None:
+    function = getattr(keras.activations, name) if name in MIXING else ACTIVATIONS[name]
+    structure = structure_of(lambda c, x, h: function(x + h @ c.U))
+    assert structure.depends(0, ("state", 0))
+    for source in (("state", 0), ("inputs", 0)):
+        reason = structure.reason(0, source)
+        assert (reason is not None) == (name in MIXING), reason
+
+
+def test_each_unit_may_have_an_activation_of_its_own() -> None:
+    """All activations at once, each with its own slopes."""
+    units = len(ACTIVATIONS)
+
+    def each(cell: Any, x: Any, h: Any) -> Any:
+        columns = tf.split(x + h @ cell.U, units, axis=-1)
+        return tf.concat([f(column) for f, column in zip(ACTIVATIONS.values(), columns, strict=True)], axis=-1)
+
+    with double_precision():
+        cell = FunctionCell(each, units)
+        cell.build((1, FEATURES))
+        inputs, h = (tf.constant(normal(7, n), tf.float64) for n in (FEATURES, units))
+        assert set(assert_structured_as_autodiff(cell, inputs, [h], 1e-10).values()) == {None}
 
 
 # The branch is the same for all samples of a step, and another one at other steps.
@@ -472,30 +521,75 @@ def tensors_of(graph: Any) -> Iterator[Any]:
                 yield from tensors_of(graph._get_function(name).graph)
 
 
-@pytest.mark.parametrize(
-    "layer",
-    [
-        keras.layers.SimpleRNN(11, name="rnn"),
-        keras.layers.LSTM(11, name="rnn"),
-        keras.layers.GRU(11, name="rnn"),
-        keras.layers.RNN(FunctionCell(STRUCTURED["seed"], 11), name="rnn"),
-        keras.layers.RNN(FunctionCell(STRUCTURED["two_kernels"], 11), name="rnn"),
-    ],
-    ids=["simple_rnn", "lstm", "gru", "seed", "two_kernels"],
-)
-def test_no_matrix_for_each_row_on_the_way_to_the_variance(layer: Any) -> None:
-    rows, units = 5 * 7, 11
-    probe = normal(5, 7, FEATURES)
-    model = build(keras.Sequential([keras.Input((7, FEATURES)), layer]), probe)
-    meter = JacobianMeter(model, probe, measures=["variance"])
-    assert meter()["rnn"].certificate is not None
-    sizes = [
-        int(np.prod([rows if size is None else size for size in tensor.shape]))
-        for tensor in tensors_of(meter._traced[True].graph.graph)
-        if tensor.shape.rank
-    ]
+# Each measure for the layer with the most blocks, and the variance for others.
+LEAN: dict[str, tuple[Callable[[], Any], str]] = {
+    "simple_rnn": (lambda: keras.layers.SimpleRNN(11, name="rnn"), "variance"),
+    "gru": (lambda: keras.layers.GRU(11, name="rnn"), "variance"),
+    "seed": (lambda: keras.layers.RNN(FunctionCell(STRUCTURED["seed"], 11), name="rnn"), "variance"),
+    "two_kernels": (lambda: keras.layers.RNN(FunctionCell(STRUCTURED["two_kernels"], 11), name="rnn"), "variance"),
+}
+LEAN |= {
+    f"lstm-{key}": (lambda: keras.layers.LSTM(11, name="rnn"), key)
+    for key in (
+        "variance",
+        "joint/variance",
+        "joint/rms_singular_value",
+        "joint/spectral_norm",
+        "joint/flow",
+        "joint/lyapunov",
+    )
+}
+
+
+@pytest.mark.parametrize(("make", "key"), LEAN.values(), ids=LEAN)
+def test_no_matrix_for_each_row_on_the_way_to_a_measure(make: Callable[[], Any], key: str) -> None:
+    samples, time, units = 5, 7, 11
+    probe = normal(samples, time, FEATURES)
+    model = build(keras.Sequential([keras.Input((time, FEATURES)), make()]), probe)
+    meter = JacobianMeter(model, probe, measures=[key])
+    assert {c.how for choices in meter.choices["rnn"].values() for c in choices} <= {"structure", "zero"}
+
+    def entries(shape: Any) -> int:
+        # Rows, and of what is iterated the number of vectors so far, which is no matter of units.
+        unknown = [samples * time, *[1 if "spectral" in key else samples * time] * len(shape)]
+        return int(np.prod([unknown.pop(0) if size is None else size for size in shape]))
+
+    sizes = [entries(t.shape) for t in tensors_of(meter._traced[True].graph.graph) if t.shape.rank]
     assert len(sizes) > 100
-    assert max(sizes) < rows * units * units
+    # All steps of the hidden view, or one step of the joint one.
+    assert max(sizes) < min(samples * time * units**2, samples * (2 * units) ** 2)
+
+
+def products_of(graph: Any, *, in_loop: bool = False) -> Iterator[tuple[bool, tuple[int | None, ...], tuple[int, ...]]]:
+    """Of every product of two matrices in a graph whether it stands in a loop, and the shapes of both."""
+    for operation in graph.get_operations():
+        if operation.type == "MatMul":
+            left, right = operation.inputs
+            yield in_loop, tuple(left.shape), tuple(right.shape)
+        for attribute in operation.op_def.attr:
+            if attribute.type == "func":
+                body = graph._get_function(operation.get_attr(attribute.name).name).graph
+                yield from products_of(body, in_loop=in_loop or operation.type.endswith("While"))
+
+
+@pytest.mark.parametrize(
+    ("make", "gates"), [(keras.layers.LSTM, 4), (keras.layers.GRU, 3), (keras.layers.SimpleRNN, 1)]
+)
+def test_inputs_are_projected_beforehand_and_what_the_steps_computed_is_kept(make: Any, gates: int) -> None:
+    samples, time, features, units = 5, 6, 7, 11
+    probe = normal(samples, time, features)
+    model = build(keras.Sequential([keras.Input((time, features)), make(units, name="rnn")]), probe)
+    meter = JacobianMeter(model, probe, measures=["variance", "joint/flow"], flow_vectors=3)
+    products = list(products_of(meter._traced[True].graph.graph))
+    wide = gates * units
+    # A step multiplies its states, and the flow its vectors; no step multiplies its inputs, nor the flow any states.
+    assert sorted(product[1:] for product in products if product[0]) == [
+        ((samples, units), (units, wide)),
+        ((3 * samples, wide), (wide, units)),
+    ]
+    # All steps together: the inputs, once, and no states. Products with single vectors are those of the variance.
+    at_once = [product[1:] for product in products if product[1][0] == samples * time and product[2][1] > 1]
+    assert at_once == [((samples * time, features), (features, wide))]
 
 
 @pytest.mark.parametrize("go_backwards", [False, True])

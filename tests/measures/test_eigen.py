@@ -137,20 +137,25 @@ def test_an_orthogonal_matrix_has_radius_one(n: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "expected", "spread"),
+    ("name", "n", "expected", "spread"),
     # The table gives a spread for the first; for the others it is that of their own draws.
     [
-        ("gaussian", 1.060, 0.055),
-        ("gaussian_relu", 0.751, None),
-        ("he_relu", 1.071, None),
-        ("orthogonal_relu", 1.062, None),
+        ("gaussian", 64, 1.060, 0.055),
+        ("gaussian", 128, 1.047, 0.035),
+        ("gaussian_relu", 64, 0.751, None),
+        ("gaussian_relu", 128, 0.751, None),
+        ("he_relu", 64, 1.071, None),
+        ("he_relu", 128, 1.054, None),
+        ("orthogonal_relu", 64, 1.062, None),
+        ("orthogonal_relu", 128, 1.050, None),
     ],
 )
-def test_random_matrices_have_their_known_radius(name: str, expected: float, spread: float | None) -> None:
-    values = radius(ENSEMBLES[name](100, 64))
+def test_random_matrices_have_their_known_radius(name: str, n: int, expected: float, spread: float | None) -> None:
+    # 200 and 100 draws made the table.
+    draws, table = (100, 200) if n == 64 else (40, 100)
+    values = radius(ENSEMBLES[name](draws, n))
     spread = spread or values.std(ddof=1)
-    # 200 draws made the table.
-    assert abs(values.mean() - expected) < 4 * spread * math.sqrt(1 / 100 + 1 / 200)
+    assert abs(values.mean() - expected) < 4 * spread * math.sqrt(1 / draws + 1 / table)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import TYPE_CHECKING, Any
 
@@ -11,9 +12,11 @@ import pytest
 import tensorflow as tf
 from helpers import normal, reference_jacobians
 from sequences import built, in_graph, of_cell, of_matrices, pieces, rotations
+from structure_laws import double_precision
 
 from keras_jacmon.measures.flow import (
     Flow,
+    FlowCarry,
     exact_flow_segment,
     flow_by_span,
     flow_segment,
@@ -29,6 +32,7 @@ if TYPE_CHECKING:
     from keras_jacmon.measures.steps import Steps
 
 NAN, INF = math.nan, math.inf
+both = pytest.mark.parametrize("structured", [True, False], ids=["structure", "autodiff"])
 
 
 def estimated(steps: Steps, vectors: int = 4, seed: int = 0) -> Flow:
@@ -106,7 +110,7 @@ def test_the_exact_norm_is_that_of_the_product(dtype: Any) -> None:
     np.testing.assert_allclose(run_exact(J), log_norm(J), rtol=tolerance, atol=tolerance, strict=True)
 
 
-@pytest.mark.parametrize("structured", [True, False], ids=["structure", "autodiff"])
+@both
 @pytest.mark.parametrize("make", [keras.layers.LSTM, keras.layers.GRU])
 def test_of_a_cell_it_is_that_of_its_jacobians(make: Any, structured: bool) -> None:  # noqa: FBT001 - a parameter of the test
     layer = make(3)
@@ -156,6 +160,18 @@ def test_ten_thousand_steps_neither_overflow_nor_underflow(gain: float) -> None:
     np.testing.assert_array_equal(steps, np.full(2, 3.0))
 
 
+@pytest.mark.parametrize("gain", [5.0, 0.2])
+def test_ten_thousand_steps_of_a_cell_neither_overflow_nor_underflow(gain: float) -> None:
+    cell = built(keras.layers.SimpleRNNCell(3, activation="linear"), 1)
+    cell.recurrent_kernel.assign(gain * rotations(1, 3)[0])
+    # From states of zero and without inputs the states stay zero, at any gain.
+    inputs = np.zeros((10_000, 2, 1), np.float32)
+    flow = in_graph(lambda: estimated(of_cell(cell, inputs, structured=True), vectors=2))
+    expected = np.arange(1, 10_001)[:, None] * np.full((1, 2), math.log(gain))
+    np.testing.assert_allclose(flow.log_gain, expected, rtol=1e-6, strict=True)
+    np.testing.assert_array_equal(horizon(flow.log_gain), np.full(2, 3.0))
+
+
 @pytest.mark.parametrize("gain", [1e30, 1e-30])
 def test_a_single_step_may_be_as_large_or_small_as_a_float(gain: float) -> None:
     J = (gain * rotations(8, 3)).astype(np.float32).reshape(4, 2, 3, 3)
@@ -199,6 +215,34 @@ def test_a_stack_of_scalar_recurrences_has_binomial_gradients(rho: float, total:
     expected = [rho ** (d + layers) * math.comb(d + layers - 1, layers - 1) for d in range(time)]
     np.testing.assert_allclose(gradients, expected, rtol=1e-10)
     np.testing.assert_allclose(gradients.sum(), total, rtol=1e-10)
+
+
+@both
+def test_a_stack_of_cells_with_one_unit_has_binomial_gradients(structured: bool) -> None:  # noqa: FBT001 - a parameter of the test
+    layers, time = 10, 100
+    # As above, but from `RNN` itself. The gradient of the last layer's output is led back through D steps, which is all
+    # that sample D does not skip, and meets dh/dx there.
+    with double_precision():
+        cells = [keras.layers.SimpleRNNCell(1, activation="linear", use_bias=False) for _ in range(layers)]
+        rnn = keras.layers.RNN(cells)
+        rnn(np.zeros((1, 1, 1)))
+    mask = np.arange(time - 1)[:, None] >= time - 1 - np.arange(time)
+
+    @tf.function(autograph=False)
+    def graph() -> FlowCarry:
+        steps = of_cell(rnn.cell, np.zeros((time - 1, time, 1)), structured=structured)
+        at_the_end = tf.one_hot([[layers - 1]] * time, layers, dtype=tf.float64)
+        start = FlowCarry(at_the_end, tf.zeros([time, 1], tf.float64))
+        return flow_segment(dataclasses.replace(steps, mask=tf.constant(mask)), start)[1]
+
+    for rho, total in ((1.0, 42_634_215_112_710), (0.5, 1.0)):
+        for weight in rnn.trainable_weights:
+            weight.assign([[rho]])
+        vectors, logs = (part.numpy() for part in graph())
+        gradients = (np.exp(logs)[..., None] * vectors)[:, 0] @ rho ** np.arange(1.0, layers + 1)
+        expected = [rho ** (d + layers) * math.comb(d + layers - 1, layers - 1) for d in range(time)]
+        np.testing.assert_allclose(gradients, expected, rtol=1e-10)
+        np.testing.assert_allclose(gradients.sum(), total, rtol=1e-10)
 
 
 def test_products_of_gaussian_matrices_grow_as_the_square_of_their_norm() -> None:

@@ -9,12 +9,14 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from helpers import normal
-from sequences import built, in_graph, of_cell, of_matrices, pieces, rotations
+from helpers import normal, randomize, reference_jacobians
+from sequences import MapCell, built, in_graph, of_cell, of_matrices, pieces, rotations
 
 from keras_jacmon.measures.lyapunov import kaplan_yorke, lyapunov_exponents, lyapunov_segment, start_lyapunov
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from numpy.typing import NDArray
 
     from keras_jacmon.measures.steps import Steps
@@ -31,6 +33,11 @@ def exponents(steps: Steps, k: int | None = None, *, warmup: int = 0, qr_every: 
 def run(J: Any, mask: Any = None, **kwargs: Any) -> NDArray[np.float64]:
     found: NDArray[np.float64] = in_graph(lambda: exponents(of_matrices(J, mask), **kwargs))
     return found
+
+
+def of_map(function: Callable[[Any, Any], Any], start: Any, time: int, *, structured: bool) -> Steps:
+    """Steps of a map that has no inputs, from given states `(samples, n)`."""
+    return of_cell(MapCell(function, start), np.zeros((time, len(start), 1)), structured=structured)
 
 
 def repeated(J: Any, time: int) -> NDArray[np.float64]:
@@ -55,11 +62,8 @@ def test_a_linear_orthogonal_rnn_has_exponents_zero(initializer: str, structured
     np.testing.assert_allclose(found, np.zeros((6, 3), np.float32), atol=1e-6, strict=True)
 
 
-@pytest.mark.parametrize(
-    ("bias", "expected", "structured"),
-    [(1.0, -0.313262, True), (5.0, -0.006715, False)],
-    ids=["structure", "autodiff"],
-)
+@both
+@pytest.mark.parametrize(("bias", "expected"), [(1.0, -0.313262), (5.0, -0.006715)])
 def test_a_gru_without_recurrent_kernel_forgets_by_its_update_gate(
     bias: float,
     expected: float,
@@ -71,11 +75,8 @@ def test_a_gru_without_recurrent_kernel_forgets_by_its_update_gate(
     np.testing.assert_allclose(found, np.full((4, 2), expected, np.float32), atol=2e-6, strict=True)
 
 
-@pytest.mark.parametrize(
-    ("bias", "expected", "structured"),
-    [(1.0, -0.313262, True), (5.0, -0.006715, False)],
-    ids=["structure", "autodiff"],
-)
+@both
+@pytest.mark.parametrize(("bias", "expected"), [(1.0, -0.313262), (5.0, -0.006715)])
 def test_an_lstm_without_recurrent_kernel_forgets_by_its_forget_gate(
     bias: float,
     expected: float,
@@ -99,30 +100,37 @@ def test_the_fixed_point_of_a_scalar_map(structured: bool) -> None:  # noqa: FBT
     np.testing.assert_allclose(found, [[-1.793529]], atol=1e-5)
 
 
-def test_the_logistic_map() -> None:
-    h = np.random.default_rng(0).uniform(size=100)
-    J = []
-    for _ in range(600):
-        J.append(4 - 8 * h)
-        h = 4 * h * (1 - h)
-    assert_mean(run(np.stack(J)[..., None, None], warmup=100), math.log(2), 2e-3)
+@both
+def test_the_logistic_map(structured: bool) -> None:  # noqa: FBT001 - a parameter of the test
+    start = np.random.default_rng(0).uniform(size=(100, 1))
+    found = in_graph(
+        lambda: exponents(of_map(lambda _, h: 4 * h * (1 - h), start, 600, structured=structured), warmup=100)
+    )
+    assert_mean(found, math.log(2), 2e-3)
 
 
+@both
 @pytest.mark.parametrize("qr_every", [1, 7])
-def test_the_cat_map(qr_every: int) -> None:
-    found = run(repeated([[[2, 1], [1, 1]]], 200), warmup=20, qr_every=qr_every)
-    np.testing.assert_allclose(found, [[0.962424], [-0.962424]], atol=1e-6)
+def test_the_cat_map(qr_every: int, structured: bool) -> None:  # noqa: FBT001 - a parameter of the test
+    start, A = np.random.default_rng(0).uniform(size=(2, 2)), np.array([[2.0, 1.0], [1.0, 1.0]])
+
+    def cat(_: Any, h: Any) -> Any:
+        return tf.math.floormod(h @ A, tf.constant(1.0, h.dtype))
+
+    found = in_graph(lambda: exponents(of_map(cat, start, 200, structured=structured), warmup=20, qr_every=qr_every))
+    np.testing.assert_allclose(found, [[0.962424] * 2, [-0.962424] * 2], atol=1e-6)
 
 
-def test_the_henon_map() -> None:
-    x, y = np.random.default_rng(0).uniform(-0.1, 0.1, (2, 500))
-    J = []
-    for _ in range(500):
-        J.append(
-            np.stack([np.stack([-2.8 * x, np.ones(500)], -1), np.stack([np.full(500, 0.3), np.zeros(500)], -1)], -2)
-        )
-        x, y = 1 - 1.4 * x**2 + y, 0.3 * x
-    found = run(np.stack(J), warmup=100)
+@both
+def test_the_henon_map(structured: bool) -> None:  # noqa: FBT001 - a parameter of the test
+    # x' = 1 - 1.4 x² + y, y' = 0.3 x.
+    start = np.random.default_rng(0).uniform(-0.1, 0.1, (500, 2))
+    of_squares, of_states = np.array([[-1.4, 0.0], [0.0, 0.0]]), np.array([[0.0, 0.3], [1.0, 0.0]])
+
+    def henon(_: Any, h: Any) -> Any:
+        return np.array([1.0, 0.0]) + (h * h) @ of_squares + h @ of_states
+
+    found = in_graph(lambda: exponents(of_map(henon, start, 500, structured=structured), warmup=100))
     assert_mean(found[0], 0.4192, 3e-3)
     assert_mean(found[1], -1.6231, 3e-3)
     np.testing.assert_allclose(found.sum(axis=0), np.full(500, math.log(0.3)), rtol=1e-10)
@@ -144,17 +152,48 @@ def test_all_exponents_together_are_the_mean_log_determinant(qr_every: int) -> N
     np.testing.assert_allclose(found, np.linalg.slogdet(J)[1].mean(axis=0), rtol=1e-9, strict=True)
 
 
-def test_a_periodic_product_has_the_exponents_of_its_eigenvalues() -> None:
+@both
+def test_all_exponents_of_a_cell_together_are_the_mean_log_determinant(structured: bool) -> None:  # noqa: FBT001 - a parameter of the test
+    layer, probe = keras.layers.GRU(3), normal(2, 12, 2)
+    layer(probe)
+    randomize(layer)
+    J = reference_jacobians(layer, probe)["hidden"]
+    found = in_graph(lambda: exponents(of_cell(layer.cell, probe.transpose(1, 0, 2), structured=structured)))
+    expected = np.linalg.slogdet(J.astype(np.float64))[1].mean(axis=0)
+    np.testing.assert_allclose(found.sum(axis=0), expected, rtol=1e-4)
+
+
+@both
+def test_a_periodic_product_has_the_exponents_of_its_eigenvalues(structured: bool) -> None:  # noqa: FBT001 - a parameter of the test
     # Transposed, the product of one period would be that of the other order, with other eigenvalues.
     A, B, C = normal(3, 4, 4, seed=5).astype(np.float64)
-    J = np.tile(np.stack([A, B, C])[:, None], (400, 1, 1, 1))
     expected, wrong = (np.sort(np.log(np.abs(np.linalg.eigvals(P))))[::-1] / 3 for P in (C @ B @ A, A @ B @ C))
     assert np.all(np.diff(expected) < -0.05)
     assert np.abs(expected - wrong).max() > 0.1
-    np.testing.assert_allclose(run(J, warmup=300)[:, 0], expected, atol=1e-8)
+    # The cell multiplies from the right; its inputs say whose turn it is.
+    kernels = [A.T, B.T, C.T]
+    cell = MapCell(lambda x, h: tf.add_n([x[:, k : k + 1] * (h @ W) for k, W in enumerate(kernels)]), np.zeros((1, 4)))
+    turns = np.tile(np.eye(3), (400, 1))[:, None]
+    found = in_graph(lambda: exponents(of_cell(cell, turns, structured=structured), warmup=300))
+    np.testing.assert_allclose(found[:, 0], expected, atol=1e-8)
 
 
 # Random matrices and networks ------------------------------------------------------------------------------------
+
+
+def newmans_z(means: NDArray[np.float64], s: float, steps: int) -> NDArray[np.float64]:
+    """How far the exponents of products of Gaussian matrices, `(n, samples)`, are from Newman's, in their spreads.
+
+    Args:
+        means: Of each sample, over some steps.
+        s: Entries are of variance s²/n.
+        steps: How many.
+    """
+    n, samples = means.shape
+    half = (n - np.arange(n)) / 2
+    expected = math.log(s) + 0.5 * (math.log(2 / n) + tf.math.digamma(half).numpy())
+    variance = tf.math.polygamma(np.ones(n), half).numpy() / (4 * steps * samples)
+    return np.asarray((means.mean(axis=1) - expected) / np.sqrt(variance))
 
 
 @pytest.mark.parametrize("qr_every", [1, 2])
@@ -162,39 +201,49 @@ def test_products_of_gaussian_matrices_obey_newmans_law(qr_every: int) -> None:
     n, s, time, warmup, samples = 16, 1.2, 120, 20, 20
     J = normal(time, samples, n, n, scale=s / math.sqrt(n))
     found = run(J, warmup=warmup, qr_every=qr_every).astype(np.float64)
-    half = (n - np.arange(n)) / 2
-    expected = math.log(s) + 0.5 * (math.log(2 / n) + tf.math.digamma(half).numpy())
-    variance = tf.math.polygamma(np.ones(n), half).numpy() / (4 * (time - warmup) * samples)
-    z = (found.mean(axis=1) - expected) / np.sqrt(variance)
-    assert np.all(np.abs(z) < 4)
+    assert np.all(np.abs(newmans_z(found, s, time - warmup)) < 4)
 
 
-@pytest.mark.parametrize(
-    ("gain", "noise", "expected"),
-    [(2.0, 0.0, 0.1547), (4.0, 0.0, 0.4329), (1.0, 1.0, -0.4595), (1.5, 1.0, -0.1418), (2.0, 1.0, 0.0460)],
-)
-def test_a_random_tanh_network_has_the_exponent_of_mean_field_theory(
-    gain: float, noise: float, expected: float
-) -> None:
+@both
+def test_a_cell_of_gaussian_kernels_obeys_newmans_law(structured: bool) -> None:  # noqa: FBT001 - a parameter of the test
+    # A kernel of its own for each step, chosen by the inputs. Gaussian matrices know no direction: there is no warm-up.
+    n, s, time = 16, 1.2, 400
+    kernels = normal(n, time * n, scale=s / math.sqrt(n))
+    summing = np.tile(np.eye(n, dtype=np.float32), (time, 1))
+
+    def chosen(x: Any, h: Any) -> Any:
+        return tf.reshape(x[:, :, None] * tf.reshape(h @ kernels, [-1, time, n]), [-1, time * n]) @ summing
+
+    cell, turns = MapCell(chosen, np.zeros((1, n), np.float32)), np.eye(time, dtype=np.float32)[:, None]
+    found = in_graph(lambda: exponents(of_cell(cell, turns, structured=structured)))
+    assert np.all(np.abs(newmans_z(found.astype(np.float64), s, time)) < 4)
+
+
+# By gain and noise: all of the table.
+TANH_NETWORKS = {
+    (2.0, 0.0): 0.1547,
+    (3.0, 0.0): 0.3102,
+    (4.0, 0.0): 0.4329,
+    (5.0, 0.0): 0.5324,
+    (10.0, 0.0): 0.8564,
+    (1.0, 1.0): -0.4595,
+    (1.5, 1.0): -0.1418,
+    (2.0, 1.0): 0.0460,
+}
+
+
+@both
+def test_random_tanh_networks_have_the_exponents_of_mean_field_theory(structured: bool) -> None:  # noqa: FBT001 - a parameter of the test
+    # One cell: each sample is a network, with a gain, and noise, that it is given at each step.
     n, time, warmup = 512, 400, 100
+    gains, noises = np.array(list(TANH_NETWORKS), np.float32).T
     rng = np.random.default_rng(1)
-    W = (gain / math.sqrt(n) * rng.standard_normal((n, n))).astype(np.float32)
-    x, slopes = rng.standard_normal(n).astype(np.float32), []
-    for _ in range(time):
-        slopes.append(1 - np.tanh(x) ** 2)
-        x = W @ np.tanh(x) + noise * rng.standard_normal(n).astype(np.float32)
-    slopes_in_graph, weights = tf.constant(np.stack(slopes)), tf.constant(W)
-    template = of_matrices(np.zeros((1, 1, n, n), np.float32))
-    steps = type(template)(
-        time,
-        lambda t: tf.linalg.LinearOperatorFullMatrix((weights * slopes_in_graph[t])[None]),
-        None,
-        1,
-        n,
-        tf.float32,
-    )
-    found = in_graph(lambda: exponents(steps, 1, warmup=warmup))
-    assert abs(found[0, 0] - expected) < 0.03
+    W = (rng.standard_normal((n, n)) / math.sqrt(n)).astype(np.float32)
+    start, noise = (rng.standard_normal((*shape, len(gains), n)).astype(np.float32) for shape in ((), (time,)))
+    inputs = np.concatenate([np.tile(gains[:, None], (time, 1, 1)), noises[:, None] * noise], axis=-1)
+    cell = MapCell(lambda x, h: x[:, :1] * (tf.tanh(h) @ W) + x[:, 1:], start)
+    found = in_graph(lambda: exponents(of_cell(cell, inputs, structured=structured), 1, warmup=warmup))
+    np.testing.assert_allclose(found[0], list(TANH_NETWORKS.values()), rtol=0, atol=0.03)
 
 
 # Rounding and range ----------------------------------------------------------------------------------------------

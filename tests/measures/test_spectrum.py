@@ -11,7 +11,7 @@ import tensorflow as tf
 from helpers import normal
 
 from keras_jacmon.measures.options import Memory, Options
-from keras_jacmon.measures.spectrum import _orthogonal, spectral_norm
+from keras_jacmon.measures.spectrum import LEAST_STEPS, _orthogonal, spectral_norm
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -186,6 +186,19 @@ def products_of(J: NDArray[Any], memory: Memory) -> int:
     return sum(operator.counts)
 
 
+def test_rows_that_have_converged_cost_nothing_more() -> None:
+    # One direction that leads by far, and in row 17 none.
+    J = np.tile(np.diag([2.0, *np.linspace(0, 0.1, 63)]).astype(np.float32), (40, 1, 1))
+    J[17] = normal(64, 64)
+    operator = Counted(tf.constant(J), [])
+    value = spectral_norm(operator, Options(tolerance=1e-4)).value.numpy()
+    np.testing.assert_allclose(value, helpers.spectral_norm(J), rtol=1e-4)
+    # A step takes a product with J and one with Jᵀ.
+    least = 2 * LEAST_STEPS
+    assert operator.counts[:least] == [40] * least
+    assert set(operator.counts[least:]) == {1}
+
+
 def test_a_warm_start_needs_fewer_products_as_long_as_little_changes() -> None:
     memory = Memory(tf.Variable(tf.zeros([9, 64])), tf.constant([8, 6, 4, 2, 0]))
     J = normal(5, 64, 64)
@@ -227,11 +240,16 @@ def test_gaussian_matrices_have_their_known_norm(n: int, mean: float, spread: fl
     assert abs(values.mean() - mean) < 4 * spread * np.sqrt(1 / 60 + 1 / 100)
 
 
-def test_masked_gaussian_matrices_have_their_known_norm() -> None:
-    mask = (normal(60, 64, 1, seed=5) > 0).astype(np.float32)
-    values = measured(mask * normal(60, 64, 64, scale=1 / 8), tolerance=1e-3)
+@pytest.mark.parametrize(
+    ("s", "n", "mean"),
+    [(1, 32, 1.591), (1, 64, 1.650), (1, 128, 1.668), (2, 32, 2.255), (2, 64, 2.327), (2, 128, 2.354)],
+)
+def test_masked_matrices_have_their_known_norm(s: int, n: int, mean: float) -> None:
+    # Of variance s/n, Glorot and He, behind the mask of a ReLU.
+    mask = (normal(60, n, 1, seed=5) > 0).astype(np.float32)
+    values = measured(mask * normal(60, n, n, seed=s, scale=np.sqrt(s / n)), tolerance=1e-3)
     # The table gives no spread for it; that of 60 draws is known from the draws themselves.
-    assert abs(values.mean() - 1.650) < 4 * values.std(ddof=1) * np.sqrt(1 / 60 + 1 / 200)
+    assert abs(values.mean() - mean) < 4 * values.std(ddof=1) * np.sqrt(1 / 60 + 1 / 100)
 
 
 def test_masked_orthogonal_matrices_have_norm_root_two() -> None:
