@@ -1,10 +1,9 @@
 """Dicts of arrays and plain values in a file, and as JSON knows them. Nothing is ever pickled."""
 
-import contextlib
 import json
 import math
 import os
-import tempfile
+import uuid
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -58,16 +57,13 @@ def write(path: str | os.PathLike[str], records: Mapping[str, Mapping[str, Any]]
     rest = {name: {field: packed(value) for field, value in record.items()} for name, record in records.items()}
     arrays[_REST] = np.array(json.dumps({"format": _FORMAT, "records": rest}))
     # Beside it, and then in one step to its place: a full disk leaves no half of a report.
-    handle, beside = tempfile.mkstemp(prefix=f".{Path(path).name}.", dir=Path(path).parent)
+    beside = Path(path).parent / f".{Path(path).name}.{uuid.uuid4().hex}"
     try:
-        with os.fdopen(handle, "wb") as file:
+        with beside.open("xb") as file:
             np.savez_compressed(file, allow_pickle=False, **arrays)
-        # As any other file that the user writes, and not for the user alone as temporary ones.
-        Path(beside).chmod(0o666 & ~_umask())
-        Path(beside).replace(path)
+        beside.replace(path)
     finally:
-        with contextlib.suppress(FileNotFoundError):
-            Path(beside).unlink()
+        beside.unlink(missing_ok=True)
 
 
 def read(path: str | os.PathLike[str]) -> dict[str, dict[str, Any]]:
@@ -86,7 +82,7 @@ def read(path: str | os.PathLike[str]) -> dict[str, dict[str, Any]]:
                     for name, record in found["records"].items()
                 }
             reason = f"format {found['format']}"
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as error:
+    except (LookupError, ValueError, TypeError, AttributeError, EOFError, RecursionError, zipfile.BadZipFile) as error:
         # ValueError is NumPy's for a pickle, and json's.
         reason = f"{type(error).__name__}: {error}"
     raise ValueError(
@@ -100,10 +96,3 @@ def _unpacked(packed: Any, arrays: Any) -> Any:
     if kind == "dict":
         return {key: _unpacked(part, arrays) for key, part in value.items()}
     return {"array": arrays.__getitem__, "tuple": tuple, "frozenset": frozenset, "value": lambda x: x}[kind](value)
-
-
-def _umask() -> int:
-    """That of the process, which can only be read by setting it."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

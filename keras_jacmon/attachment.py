@@ -13,6 +13,9 @@ if TYPE_CHECKING:
 
 Term = Callable[[], tf.Tensor]
 
+# What Keras traces of a model with losses, and keeps.
+_FUNCTIONS = ("train_function", "test_function")
+
 
 class Terms(keras.regularizers.Regularizer):
     """Stands in the place of a variable's regularizer: what was there before, and some terms more.
@@ -42,9 +45,11 @@ class Attachment:
         self._model = model
         self._terms = list(terms)
         self.attached = False
+        # By name, what Keras had traced without the terms and what it has traced with them, and none besides.
+        self._kept: dict[str, tuple[Any, Any]] = {}
 
     def attach(self) -> None:
-        """Puts the terms in; what Keras has traced of the model without them is traced anew."""
+        """Puts the terms in; what Keras has traced of the model without them is put aside, or comes back from there."""
         if self.attached:
             return
         self.attached = True
@@ -52,8 +57,20 @@ class Attachment:
             if not isinstance(variable.regularizer, Terms):
                 variable.regularizer = Terms(variable.regularizer)
             variable.regularizer.terms.append(term)
-        _FITS.setdefault(self._model, _Fit()).enter(self)
-        self.trace_anew()
+        fit = _FITS.setdefault(self._model, _Fit())
+        fit.enter(self)
+        if fit.held != [self]:
+            self.trace_anew()
+            return
+        fit.plain = {name: getattr(self._model, name, None) for name in _FUNCTIONS}
+        # Unless Keras has made others since.
+        if all(self._kept[name][0] is plain for name, plain in fit.plain.items() if name in self._kept):
+            fit.made = {name: held for name, (_, held) in self._kept.items()}
+        for name in _FUNCTIONS:
+            if name in fit.made:
+                setattr(self._model, name, fit.made[name])
+            else:
+                self._make(name)
 
     def announce(self) -> None:
         """Says, in `fit`, that a batch begins."""
@@ -72,21 +89,37 @@ class Attachment:
                 terms.terms.remove(term)
                 if not terms.terms:
                     variable.regularizer = terms.own
-        _FITS[self._model].leave(self)
-        if not _FITS[self._model].held:
-            del _FITS[self._model]
-        self.trace_anew()
+        fit = _FITS[self._model]
+        fit.leave(self)
+        if fit.held:
+            self.trace_anew()
+            return
+        del _FITS[self._model]
+        for name in _FUNCTIONS:
+            function = getattr(self._model, name, None)
+            if function is not None and fit.alone and function is fit.made.get(name, function):
+                # So that the next training need not trace it again.
+                self._kept[name] = fit.plain[name], function
+                setattr(self._model, name, fit.plain[name])
+            else:
+                self._make(name)
 
     def trace_anew(self) -> None:
         """Replaces what Keras has traced of the model; it would go on using the losses of that time.
 
         Also in the middle of `fit`, which looks the function up at each step.
         """
-        for name in ("train_function", "test_function"):
-            if getattr(self._model, name, None) is not None:
-                getattr(self._model, f"make_{name}")(force=True)
-                if self._model in _FITS:
-                    setattr(self._model, name, _Guarded(self._model, name))
+        self._kept.clear()
+        for name in _FUNCTIONS:
+            self._make(name)
+
+    def _make(self, name: str) -> None:
+        if getattr(self._model, name, None) is None:
+            return
+        getattr(self._model, f"make_{name}")(force=True)
+        if self._model in _FITS:
+            _FITS[self._model].made[name] = _Guarded(self._model, name)
+            setattr(self._model, name, _FITS[self._model].made[name])
 
 
 class _Fit:
@@ -99,12 +132,18 @@ class _Fit:
 
     def __init__(self) -> None:
         self.held: list[Attachment] = []
+        # Whether there was never more than one of them.
+        self.alone = True
+        # By name, what Keras had traced before, and what it has traced since.
+        self.plain: dict[str, Any] = {}
+        self.made: dict[str, Any] = {}
         self.announced = False
         self._callbacks: weakref.ref[keras.callbacks.CallbackList] | None = None
         self._finalizer: Any = None
 
     def enter(self, attachment: Attachment) -> None:
         self.held.append(attachment)
+        self.alone = len(self.held) == 1 and self.alone
         callbacks = next((x for x in _locals_of_callers("self") if isinstance(x, keras.callbacks.CallbackList)), None)
         if callbacks is not None and self._finalizer is None:
             self._callbacks = weakref.ref(callbacks)
@@ -147,7 +186,7 @@ class _Guarded:
             return self._function(iterator)
         if fit.is_over():
             fit.end()
-            return getattr(model, self._name)(iterator)
+            return getattr(model, f"make_{self._name}")()(iterator)
         fit.announced = False
         try:
             return self._function(iterator)

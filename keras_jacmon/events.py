@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import os
+import uuid
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -32,6 +33,7 @@ class EventWriter:
     def __init__(self, log_dir: str | os.PathLike[str]) -> None:
         self.directory = tf.io.gfile.join(os.fspath(log_dir), "jacobian")
         self._writer: Any = None
+        self._suffix = ""
         check_writable(log_dir, self.directory)
 
     def write(self, report: Report, step: int, others: Mapping[str, float] | None = None) -> None:
@@ -49,7 +51,9 @@ class EventWriter:
         try:
             if self._writer is None:
                 _try_writing(self.directory)
-                self._writer = tf.summary.create_file_writer(self.directory)
+                # By its name the file is known from those that others write there.
+                self._suffix = f".{uuid.uuid4().hex[:8]}.v2"
+                self._writer = tf.summary.create_file_writer(self.directory, filename_suffix=self._suffix)
             # `record_if`: another callback's `TensorBoard(update_freq=...)` switches summaries off between its own.
             with self._writer.as_default(np.int64(step)), tf.summary.record_if(True):  # noqa: FBT003 - positional only
                 try:
@@ -67,9 +71,15 @@ class EventWriter:
             # A file that cannot grow is an `OutOfRangeError`, which Keras would take for the end of the data.
             raise OSError(error.message) from error
         # A removed file is still open: TensorFlow would go on writing to nowhere, without an error.
-        if not tf.io.gfile.exists(self.directory):
+        if not self._is_there():
             self.close()
-            raise FileNotFoundError(f"{self.directory} was removed, and the events in it are lost")
+            raise FileNotFoundError(f"the event file in {self.directory} was removed, and the events in it are lost")
+
+    def _is_there(self) -> bool:
+        try:
+            return any(name.endswith(self._suffix) for name in tf.io.gfile.listdir(self.directory))
+        except tf.errors.NotFoundError:
+            return False
 
     def close(self) -> None:
         """Closes the event file; a later `write` begins another one in the same directory."""
@@ -99,7 +109,8 @@ def check_writable(log_dir: str | os.PathLike[str], directory: str) -> None:
 def _try_writing(directory: str) -> None:
     # TensorFlow's file system also knows buckets.
     tf.io.gfile.makedirs(directory)
-    trial = tf.io.gfile.join(directory, ".keras_jacmon")
+    # Of its own, since others may try at the same time.
+    trial = tf.io.gfile.join(directory, f".keras_jacmon.{uuid.uuid4().hex}")
     try:
         with tf.io.gfile.GFile(trial, "w") as file:
             # An empty file fits on a full disk.

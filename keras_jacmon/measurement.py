@@ -10,7 +10,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_jacmon.jacobians.resolve import CellJacobian, Choice
-from keras_jacmon.jacobians.views import Connections, find_connections, floating_states, size
+from keras_jacmon.jacobians.views import Connections, View, find_connections, floating_states, size
 from keras_jacmon.measures.advice import HELPERS, with_advice
 from keras_jacmon.measures.advice import facts as advice_facts
 from keras_jacmon.measures.options import Memory, Options
@@ -61,6 +61,8 @@ class CallFacts:
         choices: By view, how each of its blocks is taken.
         notes: What a reader of the numbers must know.
         jacobian: Must live as long as what it has given operators to.
+        columns: By view, those of its Jacobians.
+        options: How it is measured.
     """
 
     cell: str
@@ -71,6 +73,8 @@ class CallFacts:
     choices: dict[str, list[Choice]]
     notes: tuple[str, ...]
     jacobian: CellJacobian
+    columns: dict[str, int]
+    options: Options
 
     @classmethod
     def of(
@@ -79,9 +83,11 @@ class CallFacts:
         states: Sequence[tf.Tensor],
         jacobian: CellJacobian,
         connections: Connections,
+        *,
         asked: Iterable[str],
+        options: Options,
     ) -> "CallFacts":
-        """The facts of a call; `asked` are the views that numbers are wanted of.
+        """The facts of a call; `asked` are the views that numbers are wanted of, and `options` how.
 
         Raises:
             ValueError: If no state has a derivative.
@@ -108,6 +114,7 @@ class CallFacts:
         elif "inputs" in asked:
             notes.append("no gradient connects the new state with the inputs, so the inputs view is left out")
         choices = {view: jacobian.choices(view) for view in views}
+        columns = {view: View.of(view, states).columns(call.inputs[:, 0], states) for view in views}
         return cls(
             type(call.layer.cell).__name__,
             size(states[floating[0]]),
@@ -117,7 +124,40 @@ class CallFacts:
             choices,
             tuple(notes),
             jacobian,
+            columns,
+            options,
         )
+
+    def _method(self, key: str, values: Any, uncertainty: Any) -> str:
+        """How it was found, in words, and of how many values the tolerance was not reached."""
+        view, measure = KEYS[key]
+        # The loss is differentiated by a hidden state that need not have a view.
+        how = measure.how(self.options, self.columns.get(view, self.units), uncertain=uncertainty is not None)
+        if measure.uncertainty == "residual" and uncertainty is not None:
+            unreached, total = uncertainty > self.options.tolerance * values, np.sum(~np.isnan(values))
+        elif measure.of == "spectrum" and how != "exact":
+            unreached, total = np.isnan(values), values.size
+        else:
+            return how
+        return f"{how}, not reached by {unreached.sum()} of {total}" if unreached.any() else how
+
+    def _undecided(self, layer: LayerReport) -> list[str]:
+        """What a reader must know of Kaplan-Yorke dimensions that are NaN."""
+        time = len(layer.mask)
+        # A sample that ends before has no exponents at all.
+        after_warmup = layer.mask.sum(axis=0) > (time // 10 if self.options.warmup is None else self.options.warmup)
+        notes = []
+        for key in layer.sequences:
+            view, measure = KEYS[key]
+            undecided = int(np.isnan(layer[key][after_warmup]).sum()) if measure.name == "kaplan_yorke" else 0
+            # All of them always decide it, unless a state is NaN.
+            if undecided and self.options.exponents < self.columns[view]:
+                notes.append(
+                    f"`{key}` is NaN, and not in its mean, for {undecided} of {after_warmup.sum()} samples: their "
+                    f"{self.options.exponents} largest exponents do not decide it; `exponents={self.columns[view]}` "
+                    "would"
+                )
+        return notes
 
     def report(self, results: Results) -> LayerReport:
         """The report of the numbers."""
@@ -156,12 +196,11 @@ class CallFacts:
             facts,
             self.go_backwards,
             self.notes,
+            {key: self._method(key, named[key], uncertainties.get(key)) for key in keys},
         )
-        broken = layer.nonfinite()
-        if not broken:
-            return layer
-        counts = ", ".join(f"{count} of `{key}`" for key, count in broken.items())
-        return dataclasses.replace(layer, notes=(*self.notes, f"NaN or Inf among the values: {counts}"))
+        counts = ", ".join(f"{count} of `{key}`" for key, count in layer.nonfinite().items())
+        notes = [f"NaN or Inf among the values: {counts}"] if counts else self._undecided(layer)
+        return dataclasses.replace(layer, notes=(*self.notes, *notes))
 
 
 def measure_call(
@@ -200,7 +239,7 @@ def measure_call(
         raise ValueError(f"None of its {len(walk.states)} states is floating-point, so there is no derivative")
     jacobian = CellJacobian(step, walk.inputs[0], walk.states, trusted=trusted, independent=independent)
     connections = find_connections(step, walk.inputs[0], walk.states)
-    facts = CallFacts.of(call, walk.states, jacobian, connections, measures)
+    facts = CallFacts.of(call, walk.states, jacobian, connections, asked=measures, options=options)
     shortcut = jacobian.shortcut()
 
     dtype = walk.states[floating_states(walk.states)[0]].dtype

@@ -16,18 +16,18 @@ from keras_jacmon.measurement import CallFacts, measure_call, merged
 from keras_jacmon.measures.options import Options
 from keras_jacmon.measures.registry import MEASURES, Selection, filtered, select_measures
 from keras_jacmon.points import CERTIFICATE, DEPENDENCE, Results
+from keras_jacmon.probe.building import build
 from keras_jacmon.probe.capture import (
     RecurrentCall,
     foreign_variables,
     put_back,
     record_calls,
     shielded,
-    training_argument,
 )
 from keras_jacmon.probe.data import fit_probe, read_probe, read_targets
-from keras_jacmon.probe.layers import find_recurrent_layers, select_layers, sublayers
+from keras_jacmon.probe.layers import find_recurrent_layers, select_layers
 from keras_jacmon.probe.loss import LossGradients, loss_gradients
-from keras_jacmon.probe.replicas import Shards, check_distribution
+from keras_jacmon.probe.replicas import Shards, check_distribution, own_variable
 from keras_jacmon.report import Report
 
 
@@ -126,7 +126,7 @@ class JacobianMeter:
         targets: Any = None,
         seed: int = 0,
         tolerance: float = 1e-2,
-        max_rows: int | None = 256,
+        max_rows: int | None = 64,
         spectra: int = 16,
         warm_start: bool = False,
         flow_vectors: int = 3,
@@ -181,7 +181,7 @@ class JacobianMeter:
                 "Invalid value for argument `targets`. Expected None for a model that is not compiled, which has no "
                 f"loss. Received: targets of type {type(targets).__name__} for the model `{model.name}`"
             )
-        _build(model, arrays)
+        build(model, arrays)
         self._layers = select_layers(find_recurrent_layers(model), layers)
         inputs = fit_probe(model, arrays)
         self._inputs = keras.tree.flatten(inputs)
@@ -300,7 +300,9 @@ class JacobianMeter:
         # TensorFlow traces a function that makes variables a second time.
         name = f"{call}/{key}"
         if name not in self._memory:
-            self._memory[name] = tf.Variable(tf.zeros(shape, dtype), trainable=False)
+            with tf.init_scope():
+                nothing = tf.zeros(shape, dtype)
+            self._memory[name] = own_variable(nothing)
         return self._memory[name]
 
     def _measure(
@@ -489,26 +491,3 @@ def _naming(call: RecurrentCall) -> Iterator[None]:
             f"The Jacobians of layer `{call.name}` ({type(call.layer.cell).__name__}) cannot be taken; name the other "
             f"layers in `layers` to leave it out. {type(error).__name__}: {error}"
         ) from error
-
-
-def _build(model: keras.Layer, arrays: Any) -> None:
-    """Lets layers that make their weights at the first call make them, without moving any state."""
-    if model.built and all(layer.built for layer in _cells(model)):
-        return
-    # Traced and not run: a cell may write to a `tf.Variable`, which the scope does not shield.
-    inputs = fit_probe(model, arrays)
-    with shielded(model):
-        build = tf.function(lambda: model(inputs, **training_argument(model)), autograph=False)
-        try:
-            build.get_concrete_function()
-        except Exception as error:
-            shapes = keras.tree.map_structure(lambda array: array.shape, arrays)
-            raise ValueError(
-                "Invalid value for argument `probe`. Expected a batch that the model can be built with. Received: "
-                f"shapes {shapes}, for which the model raised {type(error).__name__}: {error}"
-            ) from error
-
-
-def _cells(model: keras.Layer) -> list[Any]:
-    recurrent = [layer for layer in sublayers(model) if isinstance(layer, keras.layers.RNN)]
-    return [part for layer in recurrent for part in sublayers(layer.cell)]

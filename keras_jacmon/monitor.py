@@ -1,6 +1,7 @@
 """The Keras callback: when to measure, and what becomes of it."""
 
 import inspect
+import itertools
 import os
 import warnings
 from collections.abc import Callable, Iterable
@@ -166,6 +167,8 @@ class JacobianMonitor(keras.callbacks.Callback):
         self._done = 0
         self._batch = -1
         self._measured_at: int | None = None
+        self._measured_slow = True
+        self._batches_before = 0
         self._measurements = 0
         self._unwritten: tuple[Report, int, dict[str, float]] | None = None
         self._scalars: dict[str, float] = {}
@@ -182,6 +185,8 @@ class JacobianMonitor(keras.callbacks.Callback):
         """Measures before the first batch."""
         if self._start is None:
             self._start = self._iterations() or 0
+            # Of the trainings before this one, too.
+            self._batches_before = self._start * self._batches_per_iteration()
             self._hold(0)
             self._measure()
         self._hold(self._done)
@@ -195,7 +200,7 @@ class JacobianMonitor(keras.callbacks.Callback):
         """Prepares the penalty of the next batch."""
         if self._held is not None:
             self._held.announce()
-            self._attempt("Taking states for the regularizer", self._held.begin, (self._start or 0) + step)
+            self._attempt("Taking states for the regularizer", self._held.begin, self._batches_before + step)
 
     def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
         """Measures after every `update_freq` batches."""
@@ -211,11 +216,16 @@ class JacobianMonitor(keras.callbacks.Callback):
         if self._every == "epoch" and self._measured_at != self._done:
             self._measure(last=epoch + 1 == (self.params or {}).get("epochs"))
         if logs is not None:
-            logs.update(self._scalars | self._penalty())
+            logs.update(self._scalars)
+            names = itertools.chain([PENALTY], (f"{PENALTY}_{number}" for number in itertools.count(1)))
+            # Another monitor may hold the same model.
+            key = next(name for name in names if name not in logs)
+            for value in self._penalty().values():
+                logs[key] = value
 
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
         """Measures what the last batch has made of the model, and closes the event file."""
-        if self._start is not None and self._measured_at != self._done:
+        if self._start is not None and (self._measured_at != self._done or not self._measured_slow):
             self._measure(last=True)
         if self._held is not None:
             self._held.detach()
@@ -231,8 +241,10 @@ class JacobianMonitor(keras.callbacks.Callback):
                 # It cannot be measured, which the user has been told.
                 return
             raise RuntimeError("JacobianMonitor has no model yet. Call `set_model(model)` before `on_train_begin()`.")
+        again = self._measured_at == self._done
         self._measured_at = self._done
         slow = last or self._measurements % self._slow_every == 0
+        self._measured_slow = slow or not self._meter.has_slow_measures
         self._measurements += 1
         report = self._attempt("Measuring the Jacobians", partial(self._meter, slow=slow))
         if report is None:
@@ -240,6 +252,9 @@ class JacobianMonitor(keras.callbacks.Callback):
             self._scalars = dict.fromkeys(self._scalars, float("nan"))
             return
         step = self._step()
+        if again and self.reports:
+            # Without the slow measures, when it was not known that the training would end there.
+            self.reports.pop()
         self.reports.append((step, report))
         thin(self.reports, self._max_reports)
         self._scalars |= report.scalars()
@@ -299,10 +314,12 @@ class JacobianMonitor(keras.callbacks.Callback):
         """The optimizer's iteration count, or the batches seen if a custom `train_step` does not use that optimizer."""
         start = self._start or 0
         iterations = self._iterations()
-        accumulated = getattr(getattr(self.model, "optimizer", None), "gradient_accumulation_steps", None) or 1
-        if iterations is None or (iterations == start and self._done >= 2 * accumulated):
+        if iterations is None or (iterations == start and self._done >= 2 * self._batches_per_iteration()):
             return start + self._done
         return iterations
+
+    def _batches_per_iteration(self) -> int:
+        return getattr(getattr(self.model, "optimizer", None), "gradient_accumulation_steps", None) or 1
 
     def _iterations(self) -> int | None:
         iterations = getattr(getattr(self.model, "optimizer", None), "iterations", None)

@@ -17,9 +17,13 @@ from keras_jacmon.measures.registry import MEASURES
 from keras_jacmon.points import CERTIFICATE, CERTIFIED_ROWS, DEPENDENCE
 from keras_jacmon.probe.capture import RecurrentCall, foreign_variables, put_back, record_calls, shielded
 from keras_jacmon.probe.layers import RecurrentLayer
+from keras_jacmon.probe.replicas import own_variable
 from keras_jacmon.probe.sampling import Sample, sample, without_values
 from keras_jacmon.probe.step import CellStep
 from keras_jacmon.probe.trajectory import Walk, known_sizes
+
+# Beside the tests of what a penalty rests on: at how many points it is not finite.
+LEFT_OUT = "left_out"
 
 # What the unrolling may hold at once, in numbers.
 _MOST_HOISTED = 2**24
@@ -67,11 +71,17 @@ def squared_distance(draws: tf.Tensor, target: tf.Tensor, aim: Aim) -> tf.Tensor
     return tf.where(wrong, square, tf.zeros_like(square))
 
 
+def _are_finite(distances: tf.Tensor) -> tf.Tensor:
+    """Whether there is a mean of them, `(rows,)`."""
+    return tf.math.is_finite(distances * tf.cast(tf.size(distances), distances.dtype))
+
+
 class CallPenalty:
     """The penalty on one call of a recurrent layer: called, it gives a scalar with derivatives by the weights.
 
     Args:
         aim: What is held.
+        model: Whose variables a cell may write to, since that is undone by others.
         call: Of which the states are kept, but no tensor.
         target: Of the measure, a scalar.
         weights: Those that it has a derivative by.
@@ -86,6 +96,7 @@ class CallPenalty:
     def __init__(
         self,
         aim: Aim,
+        model: keras.Model,
         call: RecurrentCall,
         *,
         target: tf.Variable,
@@ -97,6 +108,7 @@ class CallPenalty:
         self.layer, self.target = call.layer, target
         # What its mean over the rows counts for beside those of other calls.
         self.share = 1.0
+        self._model = model
         self._aim, self._weights, self._record, self._turn, self._step = aim, weights, record, turn, step
         self._cell_step = CellStep(call.layer.cell, call.states)
         self._view = _view_of(aim.view, self._cell_step, call)
@@ -116,16 +128,20 @@ class CallPenalty:
         for weight in self._weights:
             tf.convert_to_tensor(weight)
         if tf.executing_eagerly():
-            self._eager = self._eager or self._traced()
-            return self._eager()
-        # Not once for all: each replica of a distributed training has variables of its own. And not without a function
-        # around it: a tape does not see operations that are laid out from another graph.
-        return self._traced()()
+            self._eager = graph = self._eager or self._traced()
+        else:
+            # Not once for all: each replica of a distributed training has variables of its own. And not without a
+            # function around it: a tape does not see operations that are laid out from another graph.
+            graph = self._traced()
+        # A cell may count its calls.
+        with put_back(foreign_variables(graph.graph, self._model, self.variables)):
+            return graph()
 
     @property
     def variables(self) -> list[tf.Variable]:
         """Those of its own."""
-        return [*self._points, *([] if self._leading is None else [self._leading])]
+        given = [self.target, self._turn, self._step]
+        return [*given, *self._points, *([] if self._leading is None else [self._leading])]
 
     @property
     def holds(self) -> bool:
@@ -151,7 +167,7 @@ class CallPenalty:
         """Takes other points of the trajectory, in the graph that is being traced.
 
         Returns:
-            Tests, at some of them, of what the Jacobians rest on.
+            Tests, at some of them, of what the Jacobians rest on; and at how many the penalty is not finite.
         """
         points, jacobian = self._sampled(call)
         tensors = (points.inputs, *points.states, points.weights)
@@ -171,7 +187,10 @@ class CallPenalty:
         new = [tf.gather(state, chosen) for state in points.new]
         seed = tf.random.experimental.stateless_fold_in([self._aim.seed, 4], self._turn)
         dependence, certificate = jacobian.tests([self._view], rows.take(chosen), new, seed)
-        return {DEPENDENCE: dependence} | ({} if certificate is None else {CERTIFICATE: certificate})
+        finite = _are_finite(self._distances(jacobian, rows, self._leading))
+        left_out = tf.math.count_nonzero((points.weights > 0) & ~finite)
+        tests = {DEPENDENCE: dependence} | ({} if certificate is None else {CERTIFICATE: certificate})
+        return {LEFT_OUT: left_out, **tests}
 
     def _traced(self) -> Any:
         graph = tf.function(self._value, autograph=False).get_concrete_function()
@@ -188,14 +207,33 @@ class CallPenalty:
             inputs, states, weights = points.inputs, list(points.states), points.weights
             if not self._aim.through_states:
                 inputs, *states = map(tf.stop_gradient, (inputs, *states))
-        operator = jacobian.operators([self._view], Rows(inputs, tuple(states), {}))[self._view]
-        seed = tf.random.experimental.stateless_fold_in([self._aim.seed, 5], self._step)
-        draws = DIFFERENTIABLE[self._aim.measure](operator, Directions(self._aim.vectors, seed, self._leading))
-        distances = squared_distance(draws, tf.cast(self.target, draws.dtype), self._aim)
-        weights = tf.cast(weights, distances.dtype)
-        mean = tf.reduce_sum(weights * distances) / tf.maximum(tf.reduce_sum(weights), 1)
+        rows = Rows(inputs, tuple(states), {})
+        finite = _are_finite(tf.stop_gradient(self._distances(jacobian, rows, self._leading)))
+
+        def mean() -> tf.Tensor:
+            # One that is not finite would make the gradient of all of them NaN, also with a weight of zero.
+            stand_in = tf.argmax(finite)
+
+            def mended(tensor: tf.Tensor) -> tf.Tensor:
+                keep = tf.reshape(finite, [-1] + [1] * (tensor.shape.rank - 1))
+                return tf.where(keep, tensor, tensor[stand_in])
+
+            leading = None if self._leading is None else mended(self._leading.read_value())
+            safe = Rows(mended(inputs), tuple(map(mended, states)), {})
+            distances = self._distances(jacobian, safe, leading)
+            shares = tf.cast(weights, distances.dtype) * tf.cast(finite, distances.dtype)
+            return self.share * tf.reduce_sum(shares * distances) / tf.maximum(tf.reduce_sum(shares), 1)
+
+        total = tf.cond(tf.reduce_any(finite), mean, lambda: tf.zeros([], inputs.dtype))
         # Of the type of Keras' own losses, but not of half precision.
-        return tf.cast(self.share * mean, tf.float64 if keras.config.floatx() == "float64" else tf.float32)
+        return tf.cast(total, tf.float64 if keras.config.floatx() == "float64" else tf.float32)
+
+    def _distances(self, jacobian: CellJacobian, rows: Rows, leading: tf.Tensor | None) -> tf.Tensor:
+        """How far the measure is from the target, `(rows,)`."""
+        operator = jacobian.operators([self._view], rows)[self._view]
+        seed = tf.random.experimental.stateless_fold_in([self._aim.seed, 5], self._step)
+        draws = DIFFERENTIABLE[self._aim.measure](operator, Directions(self._aim.vectors, seed, leading))
+        return squared_distance(draws, tf.cast(self.target, draws.dtype), self._aim)
 
     def _sampled(self, call: RecurrentCall) -> tuple[Sample, CellJacobian]:
         walk = Walk.of(call)
@@ -233,40 +271,54 @@ class ModelPenalty:
     ) -> None:
         self._model, self._inputs, self._layers, self._aim, self._target = model, inputs, layers, aim, target
         self.calls: dict[str, CallPenalty] = {}
-        # Of calls and layers, with or without a penalty.
-        self.names: set[str] = set()
-        self._turn, self._step = tf.Variable(-1, trainable=False), tf.Variable(0, trainable=False)
+        # Of calls and layers, with or without a penalty; and why a layer has no call.
+        self.names: dict[str, None] = {}
+        self.unmeasured: dict[str, str] = {}
+        self._told: set[str] = set()
+        self._turn, self._step = own_variable(-1), own_variable(0)
         self._alive: list[Any] = []
         self._traced = self._trace()
         for call in self.calls.values():
             call.share = 1.0 / len(self.calls)
-        self.notes = self.refresh()
+        self.notes, _ = self.refresh()
         for key, call in self.calls.items():
             if call.holds:
                 _try(key, call)
 
-    def refresh(self) -> list[str]:
+    def refresh(self) -> tuple[list[str], bool]:
         """Takes other points of the trajectories, with the weights of this moment.
 
         Returns:
-            Sentences on the layers whose Jacobians are taken in another way from now on; what contains a penalty must
-            be traced anew then.
+            Sentences on what is not as it was thought to be, and whether Jacobians are taken in another way from now
+            on, so that what contains a penalty must be traced anew.
         """
         self._turn.assign_add(1)
         with put_back(self._foreign):
             tests = self._traced()
-        notes = []
+        notes, changed = [], False
         for key, found in tests.items():
-            note = self.calls[key].refute({name: float(residual) for name, residual in found.items()})
-            notes += [] if note is None else [f"Layer `{key}`: {note}"]
-        if notes:
+            residuals = {name: float(residual) for name, residual in found.items()}
+            left_out = residuals.pop(LEFT_OUT)
+            note = self.calls[key].refute(residuals)
+            if note is not None:
+                notes.append(f"Layer `{key}`: {note}")
+                changed = True
+            elif left_out and key not in self._told:
+                self._told.add(key)
+                notes.append(
+                    f"Layer `{key}`: at {left_out:.0f} points of its trajectory the penalty is not finite. Such points "
+                    "are left out; later ones of this layer are not warned of."
+                )
+        if changed:
             self._traced = self._trace()
-        return notes
+        return notes, changed
 
     def begin(self, step: int) -> None:
         """Says which batch is the next one."""
         # Of numbers of Python TensorFlow keeps a copy on the device, for ever.
         self._step.assign(np.int32(step))
+        if self._aim.states == "fresh":
+            self._turn.assign_add(1)
 
     def __call__(self) -> float:
         """The sum of the penalties, with the weights of this moment."""
@@ -274,7 +326,7 @@ class ModelPenalty:
 
     def _trace(self) -> Any:
         graph = tf.function(self._refresh, autograph=False).get_concrete_function()
-        own = [self._turn, *(variable for call in self.calls.values() for variable in call.variables)]
+        own = [variable for call in self.calls.values() for variable in call.variables]
         self._foreign = foreign_variables(graph.graph, self._model, own)
         return graph
 
@@ -284,7 +336,7 @@ class ModelPenalty:
         with shielded(self._model):
             for recorded in self._recorded(self._layers):
                 name = names[id(recorded.layer)]
-                self.names |= {recorded.name, name}
+                self.names |= dict.fromkeys([name, recorded.name])
                 if recorded.name not in self.calls and not self._add(recorded, name):
                     continue
                 with _naming(recorded.name):
@@ -306,6 +358,7 @@ class ModelPenalty:
         with _naming(call.name):
             self.calls[call.name] = CallPenalty(
                 self._aim,
+                self._model,
                 call,
                 target=target,
                 weights=owner.trainable_variables,
@@ -317,6 +370,7 @@ class ModelPenalty:
 
     def _recorded(self, layers: Sequence[RecurrentLayer]) -> tuple[RecurrentCall, ...]:
         recording = record_calls(self._model, self._inputs, layers)
+        self.unmeasured |= recording.unmeasured
         self._alive.append(recording)
         return recording.calls
 
@@ -341,8 +395,8 @@ def _view_of(name: str, step: CellStep, call: RecurrentCall) -> str:
 
 def _variable_like(tensor: tf.Tensor) -> tf.Variable:
     with tf.init_scope():
-        sizes = [size or 0 for size in tensor.shape]
-        return tf.Variable(tf.zeros(sizes, tensor.dtype), trainable=False, shape=tensor.shape)
+        nothing = tf.zeros([size or 0 for size in tensor.shape], tensor.dtype)
+    return own_variable(nothing, tensor.shape)
 
 
 def _try(key: str, call: CallPenalty) -> None:

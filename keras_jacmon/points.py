@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import tensorflow as tf
 
 from keras_jacmon.jacobians.resolve import CellJacobian, Rows
-from keras_jacmon.jacobians.views import View
+from keras_jacmon.jacobians.views import View, size
 from keras_jacmon.measures.options import Memory, Options
 from keras_jacmon.measures.registry import Selection, filtered
 from keras_jacmon.measures.rows import RowSource, measure_rows, spread_evenly
@@ -202,11 +202,9 @@ class Points:
         spectra = filtered(self.measures, lambda measure: measure.of == "spectrum")
         rows = rows.behind(results.values())
         if places.spectra is not None:
-            operators = self.jacobian.operators(list(spectra), rows.take(_indices(places.spectra)))
+            found = self._spectra(spectra, rows, _indices(places.spectra), options)
             count = tf.math.count_nonzero(places.spectra)
-            results |= {
-                f"{v}/{m.name}": m.function(operators[v])[:count] for v, found in spectra.items() for m in found
-            }
+            results |= {key: values[:count] for key, values in found.items()}
         if self.independent:
             tests = self._certificates(trajectory, rows, valid)
             # Of a row that stands in for none, the state behind it is not what the cell makes of it.
@@ -227,13 +225,36 @@ class Points:
         ]
         return [part for part in split if part[0]]
 
+    def _spectra(self, measures: Selection, rows: Rows, indices: tf.Tensor, options: Options) -> Results:
+        """The spectra `(k, values)` of rows with these indices `(k,)`, one by one, since each takes a matrix."""
+
+        def at(chosen: tf.Tensor) -> Results:
+            operators = self.jacobian.operators(list(measures), rows.take(chosen))
+            return {f"{v}/{m.name}": m.function(operators[v], options) for v, found in measures.items() for m in found}
+
+        if not self.independent:
+            return at(indices)
+        types = self.types()
+        signature = {
+            f"{v}/{m.name}": tf.TensorSpec([m.values(*self._shape(v, rows))], types[f"{v}/{m.name}"])
+            for v, found in measures.items()
+            for m in found
+        }
+        return tf.map_fn(
+            lambda index: {key: values[0] for key, values in at(index[None]).items()},
+            indices,
+            fn_output_signature=signature,
+            parallel_iterations=1,
+        )
+
+    def _shape(self, name: str, rows: Rows) -> tuple[int, int]:
+        """Rows and columns of the Jacobians of a view."""
+        view = View.of(name, rows.states)
+        return sum(size(rows.states[new]) for new in view.news), view.columns(rows.inputs, rows.states)
+
     def _chunk(self, rows: Rows, measures: Selection) -> int:
         """The most rows at once."""
-        kept = [
-            measure.vectors * View.of(view, rows.states).columns(rows.inputs, rows.states)
-            for view, chosen in measures.items()
-            for measure in chosen
-        ]
+        kept = [measure.kept(*self._shape(view, rows)) for view, chosen in measures.items() for measure in chosen]
         bytes_per_row = self.bytes_per_row + max(kept, default=0) * self.options.dtype.size
         return max(1, min(self.bytes_allowed // bytes_per_row, _MOST_ROWS))
 

@@ -14,8 +14,10 @@ from keras_jacmon.attachment import Attachment
 from keras_jacmon.measures.differentiable import DIFFERENTIABLE
 from keras_jacmon.measures.registry import KEYS, VIEWS
 from keras_jacmon.penalty import Aim, ModelPenalty
+from keras_jacmon.probe.building import build
 from keras_jacmon.probe.data import fit_probe, read_probe
 from keras_jacmon.probe.layers import RecurrentLayer, find_recurrent_layers, select_layers
+from keras_jacmon.probe.replicas import check_distribution, check_outside_of_scopes, own_variable
 
 # A number, or what gives one from the number of the batch.
 Schedule = float | Callable[[int], Any]
@@ -236,8 +238,10 @@ class HeldModel:
         layers: Iterable[str | keras.Layer] | str | keras.Layer | None,
     ) -> None:
         self._regularizer = regularizer
+        check_distribution(model)
+        check_outside_of_scopes()
+        build(model, probe)
         found = select_layers(find_recurrent_layers(model), layers)
-        self._check_names(found)
         trained = {id(variable) for variable in model.trainable_variables}
         holders: dict[int, keras.Variable] = {}
         for item in found:
@@ -253,6 +257,7 @@ class HeldModel:
             regularizer._aim,  # noqa: SLF001 - two classes of one file
             regularizer._target_of,  # noqa: SLF001
         )
+        self._check_calls(found, required=layers is not None)
         self._warn(self._penalty.notes)
         strength = regularizer._strength.variable  # noqa: SLF001
 
@@ -286,9 +291,9 @@ class HeldModel:
         self._penalty.begin(step)
         if self._refreshed is None or not 0 <= step - self._refreshed < self._regularizer._refresh:  # noqa: SLF001
             self._refreshed = step
-            notes = self._penalty.refresh()
-            if notes:
-                self._warn(notes)
+            notes, changed = self._penalty.refresh()
+            self._warn(notes)
+            if changed:
                 self._attachment.trace_anew()
 
     def announce(self) -> None:
@@ -299,21 +304,24 @@ class HeldModel:
         """The penalty with the weights of this moment, not scaled by the strength."""
         return self._penalty()
 
+    def _check_calls(self, found: Iterable[RecurrentLayer], *, required: bool) -> None:
+        """Says which layers cannot be held; an error if the user asked for one of them, or none is left."""
+        targets = [layer for layer in self._regularizer._targets if layer is not None]  # noqa: SLF001
+        names = list(dict.fromkeys([*(item.name for item in found), *self._penalty.names]))
+        unknown = [layer for layer in targets if layer not in names]
+        if unknown:
+            raise _invalid("target", f"targets for recurrent layers out of {names}", unknown)
+        unmeasured = self._penalty.unmeasured
+        reasons = "; ".join(f"layer `{name}`: {reason}" for name, reason in unmeasured.items())
+        if unmeasured and (required or unmeasured.keys() & targets or not self._penalty.calls):
+            raise _invalid("layers", "recurrent layers that the model calls on the probe", reasons)
+        if unmeasured:
+            self._warn([f"Some recurrent layers have no penalty. {reasons}"])
+
     @staticmethod
     def _warn(notes: Iterable[str]) -> None:
         for note in notes:
             warnings.warn(note, stacklevel=4)
-
-    def _check_names(self, found: Iterable[RecurrentLayer]) -> None:
-        names = [item.name for item in found]
-        # A later call of a layer has its name with `:1` and so on behind it.
-        unknown = [
-            layer
-            for layer in self._regularizer._targets  # noqa: SLF001
-            if layer is not None and layer.rpartition(":")[0] not in names and layer not in names
-        ]
-        if unknown:
-            raise _invalid("target", f"targets for recurrent layers out of {names}", unknown)
 
 
 class _Setting:
@@ -322,7 +330,7 @@ class _Setting:
     def __init__(self, name: str, value: Schedule, least: float) -> None:
         self._name, self._least = name, least
         self._schedule: Callable[[int], Any] | None = None
-        self.variable = tf.Variable(0.0, trainable=False, name=name)
+        self.variable = own_variable(0.0)
         self.value = 0.0
         self.set(value)
 

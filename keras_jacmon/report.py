@@ -3,7 +3,7 @@
 import dataclasses
 import importlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,6 +39,7 @@ class LayerReport:
         facts: What the verdict's suggestions are computed from.
         go_backwards: Whether the layer reads its input from the end.
         notes: What a reader of the numbers must know, e.g. a state without influence.
+        methods: By key how the values were found, in words: `"exact"`, `"Arnoldi, to 0.01"`, `"3 random vectors"`.
     """
 
     cell: str
@@ -56,6 +57,7 @@ class LayerReport:
     facts: dict[str, float] = field(default_factory=dict)
     go_backwards: bool = False
     notes: tuple[str, ...] = ()
+    methods: dict[str, str] = field(default_factory=dict)
 
     def __getitem__(self, key: str) -> npt.NDArray[Any]:
         everything = {**self.values, **self.sequences, **self.spectra}
@@ -225,7 +227,7 @@ class Report:
             ValueError: If it is no report, or one of another version.
         """
         try:
-            return Report({name: LayerReport(**record) for name, record in archive.read(path).items()})
+            return Report({name: _layer(record) for name, record in archive.read(path).items()})
         except TypeError as error:
             raise ValueError(
                 "Invalid value for argument `path`. Expected a report of this version. Received: "
@@ -270,6 +272,20 @@ def _record(layer: LayerReport) -> dict[str, Any]:
     return {field.name: getattr(layer, field.name) for field in dataclasses.fields(LayerReport)}
 
 
+def _layer(record: Mapping[str, Any]) -> LayerReport:
+    """The opposite of `_record`.
+
+    Raises:
+        TypeError: If fields are missing, unknown or of another type.
+    """
+    layer, empty = LayerReport(**record), LayerReport("", 0, {}, np.ones((0, 0), bool), certificate=0.0)
+    for name, value in _record(layer).items():
+        expected = type(getattr(empty, name))
+        if not isinstance(value, expected) and not (name == "certificate" and value is None):
+            raise TypeError(f"{name} is of type {type(value).__name__} and not {expected.__name__}")
+    return layer
+
+
 def _nonfinite(values: FloatArray) -> npt.NDArray[np.bool_]:
     return ~np.isfinite(values)
 
@@ -298,6 +314,10 @@ def _log_names(names: list[str]) -> dict[str, str]:
     return taken
 
 
+def _method(layer: LayerReport, key: str) -> list[str]:
+    return [method for method in [layer.methods.get(key, "exact")] if method != "exact"]
+
+
 def _table(name: str, layer: LayerReport) -> str:
     time, batch = layer.mask.shape
     measured = int(layer.mask.sum())
@@ -307,7 +327,9 @@ def _table(name: str, layer: LayerReport) -> str:
     rows = [("", "mean", "least step", "greatest step", "")]
     for key in layer.values:
         low, high = layer.extremes(key)
-        remarks = [f"estimate, ± {layer.standard_error(key):.2g}"] if key in layer.estimated else []
+        remarks = _method(layer, key)
+        if key in layer.estimated:
+            remarks = [f"estimate, ± {layer.standard_error(key):.2g}", *remarks]
         count = layer.measured(key).sum()
         remarks += [f"at {count} of {measured}"] if count < measured else []
         rows.append((key, f"{layer.mean(key):.4g}", f"{low:.4g}", f"{high:.4g}", ", ".join(remarks)))
@@ -319,8 +341,15 @@ def _table(name: str, layer: LayerReport) -> str:
         samples = array[0] if array.ndim > 1 else array
         known = samples[~np.isnan(samples)]
         low, high = (known.min(), known.max()) if known.size else (np.nan, np.nan)
-        remark = "median" if key.endswith("horizon") else ""
-        rows.append((key, f"{value:.4g}", f"{low:.4g}", f"{high:.4g}", remark))
+        remarks = [*(["median"] if key.endswith("horizon") else []), *_method(layer, key.removesuffix("_1"))]
+        rows.append((key, f"{value:.4g}", f"{low:.4g}", f"{high:.4g}", ", ".join(remarks)))
+    if layer.spectra:
+        rows.append(("", "", "least modulus", "greatest modulus", ""))
+    for key, spectrum in layer.spectra.items():
+        moduli = np.abs(spectrum)[~np.isnan(spectrum)]
+        edges = (f"{moduli.min():.4g}", f"{moduli.max():.4g}") if moduli.size else ("nan", "nan")
+        remarks = [*_method(layer, key), f"at {len(layer.spectra_at)} of {measured}"]
+        rows.append((key, "", *edges, ", ".join(remarks)))
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
     lines = [
         f"  {row[0]:<{widths[0]}}  " + "  ".join(f"{row[c]:>{widths[c]}}" for c in (1, 2, 3)) + f"  {row[4]}".rstrip()

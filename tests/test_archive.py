@@ -103,15 +103,20 @@ def test_what_is_no_report_is_refused(tmp_path: Path) -> None:
     np.savez(tmp_path / "objects.npz", report=np.array([Trap()], object))
     np.savez(tmp_path / "later.npz", report=np.array(json.dumps({"format": 99, "records": {}})))
     np.savez(tmp_path / "list.npz", report=np.array("[]"))
+    np.savez(tmp_path / "deep.npz", report=np.array("[" * 100_000 + "]" * 100_000))
     np.save(tmp_path / "array.npy", np.ones(3))
-    for name in (*wrong, "others.npz", "objects.npz", "later.npz", "list.npz", "array.npy"):
+    for name in (*wrong, "others.npz", "objects.npz", "later.npz", "list.npz", "deep.npz", "array.npy"):
         with pytest.raises(ValueError, match=r"Expected a file that `Report.save` of this version has written"):
             Report.load(tmp_path / name)
     with pytest.raises(FileNotFoundError):
         Report.load(tmp_path / "none")
     archive.write(tmp_path / "other fields", {"lstm": {"cells": "LSTM"}})
-    with pytest.raises(ValueError, match="Expected a report of this version"):
-        Report.load(tmp_path / "other fields")
+    archive.write(
+        tmp_path / "other types", {"lstm": {"cell": "LSTM", "units": 3, "values": (), "mask": np.ones((1, 1))}}
+    )
+    for name in ("other fields", "other types"):
+        with pytest.raises(ValueError, match="Expected a report of this version"):
+            Report.load(tmp_path / name)
 
 
 def test_a_report_that_cannot_be_written_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

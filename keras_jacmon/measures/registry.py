@@ -1,5 +1,6 @@
 """Which measures are there?"""
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -25,6 +26,24 @@ VIEWS = ("hidden", "joint", "inputs")
 
 _SQUARE = ("hidden", "joint")
 
+# Of a matrix that is formed: products with kernels, their sum, its transpose, and what a decomposition works in. For
+# cells of 128 to 512 units 8 to 9 were measured.
+_COPIES = 10
+
+
+def _estimate(*_: object) -> str:
+    return f"{moments.ESTIMATE_VECTORS} random vectors"
+
+
+def _backwards(options: Options, _: int) -> str:
+    return "exact" if options.exact_flow else f"{options.flow_vectors} random vectors"
+
+
+def _qr(options: Options, columns: int) -> str:
+    warmup = "a tenth of the sequence" if options.warmup is None else f"{options.warmup} steps"
+    every = "step" if options.qr_every == 1 else f"{options.qr_every} steps"
+    return f"{min(options.exponents, columns)} of {columns} directions, QR every {every}, warm-up {warmup}"
+
 
 @dataclass(frozen=True)
 class Measure:
@@ -33,7 +52,7 @@ class Measure:
     Attributes:
         name: Its key in reports, logs and TensorBoard tags.
         of: What it is a function of. `"step"`: the Jacobian of one step; `function` maps an operator and `Options` to
-            `Measured`, `(rows,)`. `"spectrum"`: that too, but `function` maps an operator to `(rows, values)`.
+            `Measured`, `(rows,)`. `"spectrum"`: that too, but `function` gives `(rows, values)`.
             `"flow"`: the logarithms of the gains by span, `(spans, samples)`. `"exponents"`: the Lyapunov exponents
             `(exponents, samples)`, and the units. `"loss"`: the gradient of the loss by the hidden state, `(samples,
             time, units)`; it is measured where there are targets, and cannot be asked for by name.
@@ -44,10 +63,14 @@ class Measure:
         reading: What a value means, in a sentence.
         cost: The first of the presets that has it; measures that only `"full"` has are slow.
         views: Of which Jacobians it makes sense.
-        differentiable: Whether a gradient of the values may be asked for.
+        method: From `Options` and the columns of J to how it is found, in words, unless J is formed or there is no
+            uncertainty where there could be one: then it is exact.
+        differentiable: Whether a gradient of the values may be asked for, so that a `JacobianRegularizer` can hold it.
         uncertainty: What the second array of `Measured` is: `"standard error"` or `"residual"`.
         expensive: Whether `max_rows` bounds the rows that it is measured at.
-        vectors: How many vectors it keeps for each row while it is computed.
+        dense_up_to: J itself is formed if it has so many columns at most; 0 for never, inf for always.
+        vectors: How many vectors it keeps for each row while it is computed, where J is not formed.
+        values: Of a spectrum, from the rows and columns of J to how many values it has.
         warm_start: Whether it can start from vectors of the last time.
     """
 
@@ -60,11 +83,29 @@ class Measure:
     reading: str
     cost: Literal["fast", "standard", "full"]
     views: tuple[str, ...] = _SQUARE
+    method: Callable[[Options, int], str] = lambda *_: "exact"
     differentiable: bool = False
     uncertainty: Literal["standard error", "residual"] | None = None
     expensive: bool = False
+    dense_up_to: float = 0
     vectors: int = 0
+    values: Callable[[int, int], int] = min
     warm_start: bool = False
+
+    def kept(self, rows: int, columns: int) -> int:
+        """How many numbers it keeps for each J `(rows, columns)` while it is computed."""
+        return _COPIES * rows * columns if columns <= self.dense_up_to else self.vectors * columns
+
+    def how(self, options: Options, columns: int, *, uncertain: bool) -> str:
+        """How it is found, in words.
+
+        Args:
+            options: As it was measured with.
+            columns: Of J.
+            uncertain: Whether the values have an uncertainty.
+        """
+        exact = columns <= self.dense_up_to or (self.of == "step" and not uncertain)
+        return "exact" if exact else self.method(options, columns)
 
 
 MEASURES = {
@@ -80,6 +121,7 @@ MEASURES = {
             reading="1 keeps the gradient's size if the entries have mean zero",
             cost="fast",
             views=VIEWS,
+            method=_estimate,
             differentiable=True,
             uncertainty="standard error",
         ),
@@ -93,6 +135,7 @@ MEASURES = {
             reading="the gain of a random direction",
             cost="fast",
             views=VIEWS,
+            method=_estimate,
             differentiable=True,
             uncertainty="standard error",
         ),
@@ -106,6 +149,7 @@ MEASURES = {
             reading="the gain of the direction that grows most in one step",
             cost="standard",
             views=VIEWS,
+            method=lambda options, _: f"Golub-Kahan-Lanczos, to {options.tolerance:g}",
             differentiable=True,
             uncertainty="residual",
             expensive=True,
@@ -121,8 +165,10 @@ MEASURES = {
             reference="1",
             reading="the gain of each step if the same one were repeated for ever",
             cost="full",
+            method=lambda options, _: f"Arnoldi, to {options.tolerance:g}",
             uncertainty="residual",
             expensive=True,
+            dense_up_to=eigen.EXACT_SIZE,
             vectors=2 * eigen.KRYLOV,
         ),
         Measure(
@@ -136,27 +182,34 @@ MEASURES = {
             cost="full",
             views=VIEWS,
             expensive=True,
+            dense_up_to=math.inf,
         ),
         Measure(
             "singular_values",
             "spectrum",
-            eigen.singular_values,
+            lambda operator, _: eigen.singular_values(operator),
             definition="all singular values of J, at 16 steps and samples (`spectra`)",
             unit="dimensionless",
             reference="1",
             reading="the gains of all directions; all near 1 is dynamical isometry",
             cost="full",
             views=VIEWS,
+            dense_up_to=math.inf,
         ),
         Measure(
             "eigenvalues",
             "spectrum",
-            eigen.eigenvalues,
-            definition="all eigenvalues of J, at 16 steps and samples (`spectra`)",
+            eigen.leading_eigenvalues,
+            definition="all eigenvalues of J, at 16 steps and samples (`spectra`); above 512 columns the 16 largest by "
+            "Arnoldi's method, NaN if not found to `tolerance`",
             unit="dimensionless",
             reference="",
             reading="outside of the unit circle a repeated step grows, inside it falls",
             cost="full",
+            method=lambda options, _: f"Arnoldi, the {eigen.LEADING} largest, to {options.tolerance:g}",
+            values=lambda _, columns: columns if columns <= eigen.SPECTRUM_SIZE else eigen.LEADING,
+            dense_up_to=eigen.SPECTRUM_SIZE,
+            vectors=2 * eigen.SPECTRUM_KRYLOV,
         ),
         Measure(
             "flow",
@@ -168,6 +221,7 @@ MEASURES = {
             reference="0",
             reading="the logarithm of what is left of a gradient after 1, 2, ... steps from the end of the sequence",
             cost="standard",
+            method=_backwards,
             uncertainty="standard error",
         ),
         Measure(
@@ -179,6 +233,7 @@ MEASURES = {
             reference="0",
             reading="how fast a gradient grows (> 0) or falls (< 0)",
             cost="standard",
+            method=_backwards,
         ),
         Measure(
             "horizon",
@@ -189,6 +244,7 @@ MEASURES = {
             reference="inf",
             reading="after so many steps a gradient has fallen to 1 %, or grown 100-fold; inf beyond the sequence",
             cost="standard",
+            method=_backwards,
         ),
         Measure(
             "lyapunov",
@@ -199,6 +255,7 @@ MEASURES = {
             reference="0",
             reading="how fast nearby states part (> 0, chaos) or meet (< 0, forgetting), in the leading directions",
             cost="full",
+            method=_qr,
         ),
         Measure(
             "kaplan_yorke",
@@ -209,6 +266,7 @@ MEASURES = {
             reference="",
             reading="the dimension of what the states are drawn to; NaN if more exponents are needed to know it",
             cost="full",
+            method=_qr,
         ),
         Measure(
             "loss_gradient",
@@ -227,9 +285,17 @@ MEASURES = {
 
 def markdown_table() -> str:
     """The table of all measures that the README shows."""
-    head = ["measure", "preset", "definition", "unit", "keeps", "reading"]
+    head = ["measure", "preset", "definition", "unit", "keeps", "can be held", "reading"]
     rows = [
-        [f"`{m.name}`", "-" if m.of == "loss" else f'`"{m.cost}"`', m.definition, m.unit, m.reference or "-", m.reading]
+        [
+            f"`{m.name}`",
+            "-" if m.of == "loss" else f'`"{m.cost}"`',
+            m.definition,
+            m.unit,
+            m.reference or "-",
+            "yes" if m.differentiable else "-",
+            m.reading,
+        ]
         for m in MEASURES.values()
     ]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in [head, ["---"] * len(head), *rows])

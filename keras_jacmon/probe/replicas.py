@@ -6,6 +6,7 @@ from typing import Any
 
 import keras
 import tensorflow as tf
+from tensorflow.python.ops.resource_variable_ops import ResourceVariable
 
 
 def check_distribution(model: keras.Layer) -> None:
@@ -28,6 +29,29 @@ def check_distribution(model: keras.Layer) -> None:
             f"the scope of a `MirroredStrategy` or `OneDeviceStrategy`. Received: model={model.name}, made in the "
             f"scope of a {type(strategy).__name__}"
         )
+
+
+def check_outside_of_scopes() -> None:
+    """Refuses to trace what reads the variables of replicas where that is only possible on each of them.
+
+    Raises:
+        ValueError: In the scope of a `tf.distribute` strategy with replicas.
+    """
+    if tf.distribute.has_strategy() and tf.distribute.in_cross_replica_context():
+        raise ValueError(
+            "Expected `fit`, or `attached`, of a model with a `JacobianRegularizer` outside of the scope of a "
+            "strategy; making and compiling the model belong in it. Received: the scope of a "
+            f"{type(tf.distribute.get_strategy()).__name__}"
+        )
+
+
+def own_variable(value: Any, shape: tf.TensorShape | None = None) -> tf.Variable:
+    """A variable of ours, which no optimizer trains and which is a single one in the scope of a strategy too.
+
+    `tf.Variable` would make one for each replica there, that can only be read inside of them.
+    """
+    with tf.init_scope():
+        return ResourceVariable(value, trainable=False, shape=shape)
 
 
 class Shards:

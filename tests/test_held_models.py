@@ -1,0 +1,273 @@
+"""Models that are hard to hold: a penalty may do no harm, whatever the cell, the training or the strategy."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import textwrap
+from typing import TYPE_CHECKING, Any
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from helpers import SeedCell, WeightedCell, normal, randomize
+from keras import layers as L  # noqa: N812 - as in the other tests
+
+from keras_jacmon import JacobianMonitor, JacobianRegularizer, measure
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+STEPS, FEATURES = 5, 3
+X, Y = normal(32, STEPS, FEATURES, seed=1), normal(32, 1, seed=2)
+PROBE = normal(4, STEPS, FEATURES, seed=3)
+
+
+def compiled(layer: Any, **arguments: Any) -> Any:
+    keras.utils.set_random_seed(4)
+    model = keras.Sequential([keras.Input((STEPS, FEATURES)), layer, L.Dense(1)])
+    randomize(model)
+    model.compile(**({"optimizer": "adam", "loss": "mse"} | arguments))
+    return model
+
+
+def monitor_of(regularizer: JacobianRegularizer, **arguments: Any) -> JacobianMonitor:
+    defaults = {"measures": ["variance"], "log_dir": None, "on_error": "raise", "regularizer": regularizer}
+    return JacobianMonitor(PROBE, **(defaults | arguments))
+
+
+def fit(model: Any, *callbacks: Any, **arguments: Any) -> Any:
+    keras.utils.set_random_seed(8)
+    defaults = {"batch_size": 4, "epochs": 2, "shuffle": False, "verbose": 0}
+    return model.fit(X, Y, **(defaults | arguments), callbacks=list(callbacks))
+
+
+def variables_of(model: Any) -> list[NDArray[Any]]:
+    return [variable.numpy() for variable in model.variables]
+
+
+def assert_equal(left: list[NDArray[Any]], right: list[NDArray[Any]]) -> None:
+    for one, other in zip(left, right, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+class NormCell(WeightedCell):
+    """Its derivative is NaN at the zeros that a sequence begins with."""
+
+    def call(self, inputs: Any, states: Any) -> tuple[Any, list[Any]]:
+        (h,) = states
+        new_h = tf.tanh(self.preactivation(inputs, h / (1.0 + tf.norm(h, axis=-1, keepdims=True))))
+        return new_h, [new_h]
+
+
+@pytest.mark.parametrize(
+    ("measured", "states"), [("variance", "cached"), ("variance", "fresh"), ("spectral_norm", "cached")]
+)
+def test_points_without_a_finite_penalty_are_left_out(measured: str, states: Any) -> None:
+    model = compiled(L.RNN(NormCell(4), name="rnn"))
+    regularizer = JacobianRegularizer(1.0, 1.0, measure=measured, states=states)
+    with pytest.warns(UserWarning, match="the penalty is not finite") as caught:
+        history = fit(model, monitor_of(regularizer)).history
+    (sentence,) = [str(w.message) for w in caught if "the penalty" in str(w.message)]
+    assert sentence == (
+        "Layer `rnn`: at 4 points of its trajectory the penalty is not finite. Such points are left out; later ones of "
+        "this layer are not warned of."
+    )
+    assert np.isfinite(history["loss"]).all()
+    assert np.isfinite(np.concatenate([variable.ravel() for variable in variables_of(model)])).all()
+    values = measure(model, PROBE, measures=[measured], max_rows=None)["rnn"][measured]
+    np.testing.assert_allclose(history["jac_penalty"][-1], np.mean((values[1:] - 1) ** 2), rtol=0.05)
+
+
+@pytest.mark.filterwarnings("ignore:Layer `rnn`. at .* points")
+@pytest.mark.filterwarnings("ignore:Layer `rnn` has NaN or Inf")
+def test_strength_zero_changes_no_bit_where_the_penalty_overflows() -> None:
+    def trained(*callbacks: Any) -> list[NDArray[Any]]:
+        keras.utils.set_random_seed(1)
+        model = compiled(L.SimpleRNN(3, activation="linear", name="rnn"), optimizer=keras.optimizers.SGD(0.0))
+        model.layers[0].cell.recurrent_kernel.assign(1e15 * np.eye(3, dtype=np.float32)[::-1])
+        fit(model, *callbacks, epochs=1)
+        return variables_of(model)
+
+    assert_equal(trained(monitor_of(JacobianRegularizer(1.0, 0.0))), trained())
+
+
+class CountingCell(WeightedCell):
+    """Counts its calls in a variable that Keras does not know, and feels how many there were."""
+
+    def __init__(self, units: int) -> None:
+        super().__init__(units)
+        self.counter = tf.Variable(0.0, trainable=False)
+
+    def call(self, inputs: Any, states: Any) -> tuple[Any, list[Any]]:
+        count = self.counter.assign_add(1.0)
+        new_h = tf.tanh(self.preactivation(inputs, states[0]) + 1e-3 * count)
+        return new_h, [new_h]
+
+
+@pytest.mark.filterwarnings("ignore:Layer `rnn`. what its cell makes of a sample depends")
+@pytest.mark.parametrize("states", ["cached", "fresh"])
+@pytest.mark.parametrize("run_eagerly", [False, True])
+def test_what_a_cell_writes_is_put_back(states: Any, run_eagerly: bool) -> None:  # noqa: FBT001 - pytest passes it by name
+    def trained(*callbacks: Any) -> tuple[float, list[NDArray[Any]]]:
+        model = compiled(L.RNN(CountingCell(3), name="rnn"), run_eagerly=run_eagerly)
+        fit(model, *callbacks, epochs=1)
+        return float(model.layers[0].cell.counter), variables_of(model)
+
+    held, alone = trained(monitor_of(JacobianRegularizer(1.0, 0.0, states=states, refresh=3))), trained()
+    assert held[0] == alone[0]
+    assert_equal(held[1], alone[1])
+
+
+class CountedDense(L.Dense):
+    """Counts how often it is called by Python, which is while it is traced."""
+
+    calls = 0
+
+    def call(self, inputs: Any) -> Any:
+        type(self).calls += 1
+        return super().call(inputs)
+
+
+def test_later_trainings_are_not_traced_again() -> None:
+    keras.utils.set_random_seed(4)
+    model = keras.Sequential([keras.Input((STEPS, FEATURES)), L.SimpleRNN(3, name="rnn"), CountedDense(1)])
+    model.compile(keras.optimizers.SGD(0.0), "mse")
+    regularizer = JacobianRegularizer(1.0, 2.0)
+    monitor = monitor_of(regularizer)
+    variances = measure(model, PROBE, measures=["variance"])["rnn"]["variance"]
+    penalty = 2.0 * np.mean((variances - 1) ** 2)
+    plain = float(np.mean((model.predict(X, verbose=0) - Y) ** 2))
+    traces = []
+    for _ in range(4):
+        history = fit(model, monitor, epochs=1, validation_data=(X, Y)).history
+        np.testing.assert_allclose([history["loss"], history["val_loss"]], plain + penalty, rtol=1e-4)
+        # Without the penalty in between.
+        np.testing.assert_allclose(model.evaluate(X, Y, verbose=0), plain, rtol=1e-4)
+        np.testing.assert_allclose(fit(model, epochs=1).history["loss"], plain, rtol=1e-4)
+        traces.append(CountedDense.calls)
+    assert traces[1:] == traces[1:2] * 3
+    model.compile(keras.optimizers.SGD(0.0), "mae")
+    history = fit(model, monitor, epochs=1, validation_data=(X, Y)).history
+    plain = float(np.mean(np.abs(model.predict(X, verbose=0) - Y)))
+    np.testing.assert_allclose([history["loss"], history["val_loss"]], plain + penalty, rtol=1e-4)
+    np.testing.assert_allclose(model.evaluate(X, Y, verbose=0), plain, rtol=1e-4)
+
+
+def test_several_monitors_have_a_key_each() -> None:
+    model = compiled(L.SimpleRNN(3, name="rnn"))
+    first, second = (monitor_of(JacobianRegularizer(target, 0.0, states="fresh")) for target in (1.0, 5.0))
+    history = fit(model, first, second).history
+    variances = second.reports[-1][1]["rnn"]["variance"]
+    for key, target in (("jac_penalty", 1.0), ("jac_penalty_1", 5.0)):
+        np.testing.assert_allclose(history[key][-1], np.mean((variances - target) ** 2), rtol=1e-5)
+
+
+def test_schedules_count_batches_also_where_gradients_are_accumulated() -> None:
+    seen = []
+
+    def schedule(step: int) -> float:
+        seen.append(step)
+        return 1.0
+
+    model = compiled(L.SimpleRNN(3, name="rnn"), optimizer=keras.optimizers.SGD(0.01, gradient_accumulation_steps=2))
+    monitor = monitor_of(JacobianRegularizer(1.0, schedule))
+    for _ in range(2):
+        fit(model, monitor, epochs=1)
+    # Zeros are from before the trainings.
+    assert [step for step, before in zip(seen[1:], seen, strict=False) if step != before] == [*range(1, 16)]
+
+
+@pytest.mark.filterwarnings("ignore:.*was called on layer 'seed_cell'")
+def test_a_model_that_is_not_built_is_built_and_held() -> None:
+    class Model(keras.Model):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn = L.RNN(SeedCell(3), name="rnn")
+
+        def call(self, inputs: Any) -> Any:
+            return self.rnn(inputs)
+
+    model = Model()
+    with JacobianRegularizer(1.0, 1.0).attached(model, PROBE) as held:
+        (report,) = measure(model, PROBE, measures=["variance"]).layers.values()
+        variances = report["variance"]
+        np.testing.assert_allclose(held.penalty(), np.mean((variances - 1) ** 2), rtol=1e-5)
+
+
+class Mapped(keras.Model):
+    """Calls its recurrent layer for each sample by itself, where it cannot be seen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn = L.GRU(3, name="rnn")
+
+    def call(self, inputs: Any) -> Any:
+        return tf.map_fn(lambda x: self.rnn(x[None])[0], inputs, fn_output_signature=tf.float32)
+
+
+def test_what_cannot_be_held_is_said_before_the_training() -> None:
+    model = compiled(L.SimpleRNN(3, name="rnn"))
+    with (
+        pytest.raises(ValueError, match=r"recurrent layers out of \['rnn'\]. Received: target=\['rnn:7'\]"),
+        JacobianRegularizer({"rnn:7": 1.0}).attached(model, PROBE),
+    ):
+        pass
+    with (
+        pytest.raises(ValueError, match=r"Expected recurrent layers that the model calls on the probe.*of its own"),
+        JacobianRegularizer(1.0).attached(Mapped(), PROBE),
+    ):
+        pass
+    assert not model.losses
+
+
+def test_within_the_scope_of_a_strategy() -> None:
+    script = """
+        import keras, numpy as np, tensorflow as tf
+        from keras_jacmon import JacobianMonitor, JacobianRegularizer
+
+        cpu = tf.config.list_physical_devices("CPU")[0]
+        tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
+        x, y = np.random.default_rng(0).normal(size=(32, 5, 3)).astype("float32"), np.ones((32, 1), "float32")
+
+        def trained(strategy):
+            keras.utils.set_random_seed(1)
+            with strategy.scope():
+                layers = [keras.Input((5, 3)), keras.layers.SimpleRNN(3), keras.layers.Dense(1)]
+                model = keras.Sequential(layers)
+                model.compile(keras.optimizers.SGD(0.05), "mse")
+                # A monitor that is made, and one that fits, in the scope of a strategy.
+                regularizer = JacobianRegularizer(1.0, lambda step: 2.0 + step, measure="spectral_norm", refresh=3)
+                options = {"measures": ["spectral_norm"], "log_dir": None, "warm_start": True, "on_error": "raise"}
+                observing = JacobianMonitor(x[:4], **options)
+                held = JacobianMonitor(x[:4], regularizer=regularizer, **options)
+                model.fit(x, y, batch_size=8, shuffle=False, verbose=0, callbacks=[observing])
+                if strategy is mirrored:
+                    try:
+                        model.fit(x, y, verbose=0, callbacks=[held])
+                        raise AssertionError("it was not refused")
+                    except ValueError as error:
+                        assert "outside of the scope of a strategy; making and compiling" in str(error), error
+            history = model.fit(x, y, batch_size=8, epochs=2, shuffle=False, verbose=0, callbacks=[held])
+            assert regularizer.strength == 2.0 + 11
+            return history.history["loss"], [w.numpy() for w in model.trainable_variables]
+
+        mirrored = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+        one, two = trained(tf.distribute.get_strategy()), trained(mirrored)
+        np.testing.assert_allclose(one[0], two[0], rtol=1e-4)
+        for left, right in zip(one[1], two[1]):
+            np.testing.assert_allclose(left, right, rtol=1e-3, atol=1e-5)
+
+        workers = tf.distribute.MultiWorkerMirroredStrategy()
+        with workers.scope():
+            model = keras.Sequential([keras.Input((5, 3)), keras.layers.SimpleRNN(3)])
+        try:
+            with JacobianRegularizer(1.0).attached(model, x[:4]):
+                raise AssertionError("it was not refused")
+        except ValueError as error:
+            assert "in the scope of a `MirroredStrategy` or `OneDeviceStrategy`. Received" in str(error), error
+    """
+    command = [sys.executable, "-c", textwrap.dedent(script)]
+    finished = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)  # noqa: S603 - our own
+    assert finished.returncode == 0, finished.stderr[-3000:]
