@@ -428,7 +428,7 @@ def test_a_train_step_of_ones_own() -> None:
 def test_a_loop_of_ones_own() -> None:
     model = compiled()
     optimizer = keras.optimizers.SGD(0.1)
-    regularizer = JacobianRegularizer(1.0, 30.0, refresh=3)
+    regularizer = JacobianRegularizer(1.0, 3.0, refresh=3)
     with regularizer.attached(model, PROBE) as held:
 
         @tf.function
@@ -449,7 +449,7 @@ def test_a_loop_of_ones_own() -> None:
             held.begin(batch)
             step()
         after = held.penalty()
-    assert after < before - 1e-3
+    assert after < 0.2 * before
     assert is_gone(model)
 
 
