@@ -311,13 +311,19 @@ def test_slow_measures_have_a_rhythm_of_their_own() -> None:
     monitor = silent(measures=["variance", "lyapunov"], update_freq="batch", slow_freq=3)
     history = fit(gru_model(), monitor, epochs=1).history
     assert steps_of(monitor) == [*range(9)]
-    assert [step for step, report in monitor.reports if report["gru"].sequences] == [0, 3, 6]
+    assert [step for step, report in monitor.reports if report["gru"].sequences] == [0, 3, 6, 8]
     assert all("variance" in report["gru"].values for _, report in monitor.reports)
     newest = monitor.reports[6][1].scalars()["gru_jac_lyapunov_1"]
     assert history["gru_jac_lyapunov_1"] == [newest]
     by_epoch = silent(measures=["variance", "lyapunov"])
     fit(gru_model(), by_epoch, epochs=3)
     assert [bool(report["gru"].sequences) for _, report in by_epoch.reports] == [True, False, False, True]
+    # Also if nobody knew that the training would end there.
+    stopped = silent(measures=["variance", "lyapunov"])
+    fit(gru_model(), Calls(12, lambda: setattr(stopped.model, "stop_training", True)), stopped, epochs=5)
+    assert [(step, bool(report["gru"].sequences)) for step, report in stopped.reports] == [
+        (0, True), (8, False), (12, True),
+    ]  # fmt: skip
 
 
 class CountingCell(WeightedCell):
@@ -858,11 +864,22 @@ def test_a_full_disk_warns_once_and_training_goes_on(tmp_path: Path) -> None:
     assert np.isfinite(history["gru_jac_variance"]).all()
 
 
-def test_a_log_directory_that_is_removed_warns_once(tmp_path: Path) -> None:
-    monitor = silent(update_freq="batch", log_dir=tmp_path)
+@pytest.mark.parametrize("what", ["directory", "directory, and made again", "file"])
+def test_a_log_directory_that_is_removed_warns_once(tmp_path: Path, what: str) -> None:
+    monitor, directory = silent(update_freq="batch", log_dir=tmp_path), tmp_path / "jacobian"
+
+    def remove() -> None:
+        if what == "file":
+            (file,) = directory.iterdir()
+            file.unlink()
+            return
+        shutil.rmtree(directory)
+        if what != "directory":
+            directory.mkdir()
+
     with pytest.warns(UserWarning, match="Writing the event file") as caught:
-        fit(gru_model(), Calls(3, lambda: shutil.rmtree(tmp_path / "jacobian")), monitor)
-    lost = f"FileNotFoundError: {tmp_path / 'jacobian'} was removed, and the events in it are lost"
+        fit(gru_model(), Calls(3, remove), monitor)
+    lost = f"FileNotFoundError: the event file in {directory} was removed, and the events in it are lost"
     assert_warned_once(caught, monitor, "Writing the event file", 1, re.escape(lost))
     # From the next report on there is a new file.
     assert steps_of(monitor) == list(range(17))
