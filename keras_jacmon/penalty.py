@@ -141,7 +141,7 @@ class CallPenalty:
     def variables(self) -> list[tf.Variable]:
         """Those of its own."""
         given = [self.target, self._turn, self._step]
-        return [*given, *self._points, *([] if self._leading is None else [self._leading])]
+        return [*self._points, *([] if self._leading is None else [self._leading]), *given]
 
     @property
     def holds(self) -> bool:

@@ -83,24 +83,21 @@ def slope(weights: list[Any], direction: list[Any], function: Callable[[], float
     return (8 * near - far) / (12 * step)
 
 
+_CASES = ("unequal_states", "while_loop", "partly_mixing", "stacked_lstm_gru", "map_fn", "matrix_state", "bare_state")
+
 CELLS: dict[str, Callable[..., Any]] = {
     "simple_rnn": functools.partial(keras.layers.SimpleRNN, 4),
     "simple_rnn_softplus": functools.partial(keras.layers.SimpleRNN, 4, activation="softplus"),
     "lstm": functools.partial(keras.layers.LSTM, 3),
     "gru": functools.partial(keras.layers.GRU, 3),
     "gru_reset_before": functools.partial(keras.layers.GRU, 3, reset_after=False),
-    **{key: BY_ID[key].make for key in ("unequal_states", "while_loop", "partly_mixing", "stacked_lstm_gru")},
+    **{key: BY_ID[key].make for key in _CASES},
 }
 
 
 @pytest.mark.parametrize(
     ("cell", "view"),
-    [
-        (cell, view)
-        for cell in CELLS
-        for view in VIEWS
-        if view == "hidden" or cell not in ("while_loop", "stacked_lstm_gru")
-    ],
+    [(cell, view) for cell in CELLS for view in VIEWS if view == "hidden" or cell not in ("while_loop", *_CASES[3:])],
 )
 def test_value_and_gradient_are_those_of_finite_differences(cell: str, view: str) -> None:
     model, layer = float64_model(CELLS[cell])
@@ -188,8 +185,20 @@ def test_scales_and_sides(scale: Any, side: Any, distance: Callable[[Any], Any])
     values = values_at(layer, trajectory(layer), "hidden", "rms_singular_value")
     assert values.min() < TARGET < values.max()
     regularizer = JacobianRegularizer(TARGET, 1.0, measure="rms_singular_value", scale=scale, side=side)
+    weights = model.trainable_variables
+    direction = [np.random.default_rng(9 + k).normal(size=weight.shape) for k, weight in enumerate(weights)]
+    points = trajectory(layer)
+
+    def expected() -> float:
+        return float(np.mean(distance(values_at(layer, points, "hidden", "rms_singular_value"))))
+
     with regularizer.attached(model, PROBE) as held:
         np.testing.assert_allclose(held.penalty(), distance(values).mean(), rtol=1e-6)
+        with tf.GradientTape() as tape:
+            (loss,) = model.losses
+        gradients = tape.gradient(loss, [weight.value for weight in weights])
+    found = sum(np.sum(g * d) for g, d in zip(gradients, direction, strict=True) if g is not None)
+    np.testing.assert_allclose(found, slope(weights, direction, expected), rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", MEASURES)

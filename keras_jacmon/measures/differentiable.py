@@ -57,7 +57,8 @@ def spectral_norm(operator: tf.linalg.LinearOperator, directions: Directions) ->
     return tf.reduce_sum(_unit(image) * image, axis=-1)[None]
 
 
-# By the names of the registry.
+# By the names of the registry. Measures over time, such as the flow and the Lyapunov exponents, are functions of whole
+# trajectories and not of points: they belong in a table of their own, of functions of `Steps`.
 DIFFERENTIABLE: dict[str, Callable[[tf.linalg.LinearOperator, Directions], tf.Tensor]] = {
     "variance": variance,
     "rms_singular_value": rms_singular_value,
