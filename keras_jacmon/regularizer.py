@@ -175,7 +175,10 @@ class JacobianRegularizer:
             held.detach()
 
     def get_config(self) -> dict[str, Any]:
-        """The arguments, with the values of this moment; schedules as Keras serializes them."""
+        """The arguments, with the values of this moment; schedules as Keras serializes them.
+
+        A function as a schedule comes back if `keras.saving.register_keras_serializable` knows it.
+        """
         if None in self._targets:
             target = self._targets[None].config()
         else:

@@ -69,14 +69,15 @@ def take(tensor: tf.Tensor, index: npt.NDArray[np.int64], axis: int = -1) -> tf.
         # The zero stands behind the last unit.
         padded = tf.pad(tensor, [[0, int(k == axis)] for k in range(tensor.shape.rank)])
         return tf.gather(padded, np.where(index < 0, size, index), axis=axis)
-    before = [slice(None)] * axis
+    before = (slice(None),) * axis
     pieces = []
     for run in runs:
         if run[0] < 0:
             shape = tf.concat([tf.shape(tensor)[:axis], [run.size], tf.shape(tensor)[axis + 1 :]], axis=0)
             pieces.append(tf.zeros(shape, tensor.dtype))
         else:
-            pieces.append(tensor[(*before, slice(int(run[0]), int(run[-1]) + 1))])
+            window = (*before, slice(int(run[0]), int(run[-1]) + 1))
+            pieces.append(tensor[window])
     return pieces[0] if len(pieces) == 1 else tf.concat(pieces, axis=axis)
 
 

@@ -201,8 +201,9 @@ def _slice(op: tf.Operation, operand: _Operand) -> list[Labels]:
     begin, size = _constant(op, 1), _constant(op, 2)
     if begin[0] != 0 or size[0] != -1:
         raise NotImplementedError
-    window = tuple(slice(b, None if s == -1 else b + s) for b, s in zip(begin[1:], size[1:], strict=True))
-    return [x[(slice(None), *window)]]
+    units = [slice(b, None if s == -1 else b + s) for b, s in zip(begin[1:], size[1:], strict=True)]
+    window = (slice(None), *units)
+    return [x[window]]
 
 
 def _strided_slice(op: tf.Operation, operand: _Operand) -> list[Labels]:
