@@ -69,15 +69,16 @@ def take(tensor: tf.Tensor, index: npt.NDArray[np.int64], axis: int = -1) -> tf.
         # The zero stands behind the last unit.
         padded = tf.pad(tensor, [[0, int(k == axis)] for k in range(tensor.shape.rank)])
         return tf.gather(padded, np.where(index < 0, size, index), axis=axis)
-    before = (slice(None),) * axis
+    rank = tensor.shape.rank
     pieces = []
     for run in runs:
         if run[0] < 0:
             shape = tf.concat([tf.shape(tensor)[:axis], [run.size], tf.shape(tensor)[axis + 1 :]], axis=0)
             pieces.append(tf.zeros(shape, tensor.dtype))
         else:
-            window = (*before, slice(int(run[0]), int(run[-1]) + 1))
-            pieces.append(tensor[window])
+            begin, sizes = np.zeros(rank, np.int32), np.full(rank, -1, np.int32)
+            begin[axis], sizes[axis] = run[0], run.size
+            pieces.append(tf.slice(tensor, begin, sizes))
     return pieces[0] if len(pieces) == 1 else tf.concat(pieces, axis=axis)
 
 

@@ -208,8 +208,8 @@ def _leading_singular_value(
     gram = tf.matmul(bidiagonal, bidiagonal, transpose_b=True)
     power = gram
     for _ in range(squarings):
-        # The trace of a positive semidefinite matrix bounds its norm.
-        power = tf.math.divide_no_nan(power, tf.linalg.trace(power)[:, None, None])
+        # The largest entry of a positive semidefinite matrix is on its diagonal, and a bound of its norm but for k.
+        power = tf.math.divide_no_nan(power, tf.reduce_max(power, axis=[1, 2], keepdims=True))
         power = power @ power
     column = tf.argmax(tf.linalg.diag_part(power), axis=-1)
     p, _ = _normalised(tf.gather(power, column, axis=2, batch_dims=1))
