@@ -50,7 +50,7 @@ def make_model(gain: float, seed: int) -> keras.Model:
 
 def train(model: keras.Model, strength: float, epochs: int, train: Data, test: Data) -> tuple[float, float, float]:
     """Trains a model; returns the variance before and after, and the accuracy on the test digits."""
-    regularizer = JacobianRegularizer(TARGET, strength) if strength else None
+    regularizer = JacobianRegularizer(TARGET, strength, rows=256) if strength else None
     monitor = JacobianMonitor(train[0][:BATCH], measures=["variance"], log_dir=None, regularizer=regularizer)
     model.fit(*train, batch_size=BATCH, epochs=epochs, verbose=0, callbacks=[monitor])
     variances = [report["rnn"].mean("variance") for _, report in (monitor.reports[0], monitor.reports[-1])]

@@ -39,7 +39,7 @@ def train(seed: int, strength: float, epochs: int, train: Data, test: Data) -> t
     model = keras.Sequential([keras.Input(train[0].shape[1:]), rnn, keras.layers.Dense(SYMBOLS)])
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     model.compile(keras.optimizers.Adam(1e-3, clipnorm=1.0), loss, metrics=["accuracy"])
-    regularizer = JacobianRegularizer(target=1.0, strength=strength) if strength else None
+    regularizer = JacobianRegularizer(target=1.0, strength=strength, rows=256) if strength else None
     monitor = JacobianMonitor(
         train[0][:32], measures=["variance", "joint/growth"], log_dir=None, regularizer=regularizer
     )

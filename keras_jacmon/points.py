@@ -319,7 +319,13 @@ def in_segments(
         return index + 1, list(last), arrays
 
     empty = {key: tf.TensorArray(dtype, count, infer_shape=False, element_shape=[None]) for key, dtype in types.items()}
-    _, _, arrays = tf.while_loop(lambda index, *_: index < count, body, [tf.constant(0), list(walk.states), empty])
+    _, _, arrays = tf.while_loop(
+        lambda index, *_: index < count,
+        body,
+        [tf.constant(0), list(walk.states), empty],
+        # The next segment could be unrolled while this one is measured, and would need its memory beside it.
+        parallel_iterations=1,
+    )
     results = {key: arrays[key].concat() for key in sorted(widths)}
     results = {key: tf.reduce_max(x) if key in (CERTIFICATE, DEPENDENCE) else x for key, x in results.items()}
     return {key: tf.reshape(x, [-1, widths[key]]) if widths[key] else x for key, x in results.items()}

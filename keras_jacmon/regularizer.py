@@ -78,7 +78,7 @@ class JacobianRegularizer:
         states: Literal["cached", "fresh"] = "cached",
         through_states: bool = False,
         refresh: int = 50,
-        rows: int = 256,
+        rows: int = 128,
         vectors: int = 16,
         seed: int = 0,
     ) -> None:

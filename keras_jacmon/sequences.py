@@ -142,7 +142,10 @@ def _in_segments(sequence: Sequence, carry: _Carry, options: Options) -> tuple[d
 
     starts = [tf.TensorArray(s.dtype, count, element_shape=s.shape, clear_after_read=False) for s in walk.states]
     _, _, starts, exponents = tf.while_loop(
-        lambda index, *_: index < count, forwards, [tf.constant(0), list(walk.states), starts, carry.exponents]
+        lambda index, *_: index < count,
+        forwards,
+        [tf.constant(0), list(walk.states), starts, carry.exponents],
+        parallel_iterations=1,
     )
     if not carry.flow:
         return {}, exponents
@@ -155,7 +158,9 @@ def _in_segments(sequence: Sequence, carry: _Carry, options: Options) -> tuple[d
         return index - 1, {view: known for view, (_, known) in found.items()}, arrays
 
     empty = {view: tf.TensorArray(tf.float64, count, infer_shape=False, element_shape=[None]) for view in carry.flow}
-    _, _, arrays = tf.while_loop(lambda index, *_: index >= 0, backwards, [count - 1, carry.flow, empty])
+    _, _, arrays = tf.while_loop(
+        lambda index, *_: index >= 0, backwards, [count - 1, carry.flow, empty], parallel_iterations=1
+    )
     logs = {
         view: tf.reshape(array.concat(), [time, carry.flow[view].logs.shape[1], samples])
         for view, array in arrays.items()

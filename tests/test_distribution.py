@@ -107,14 +107,15 @@ def test_a_shard_is_as_exact_as_the_whole() -> None:
         one, two = make(default), make(mirrored)
         two.set_weights(one.get_weights())
         # Just enough, and not quite enough, for exact moments, and for norms at all steps and samples.
-        for entries in (STEPS * SAMPLES * 16, STEPS * SAMPLES * 16 - 1):
-            for rows in (STEPS * SAMPLES, STEPS * SAMPLES - 1, 7):
-                options = {"measures": ["variance", "spectral_norm"], "max_entries": entries, "max_rows": rows}
-                whole = measure(one, probe, **options)["gru"]
-                sharded = measure(two, probe, shard_probe=True, **options)["gru"]
-                assert whole.estimated == sharded.estimated
-                count = sharded.measured("spectral_norm").sum()
-                assert whole.measured("spectral_norm").sum() - 1 <= count <= rows
+        points = STEPS * SAMPLES
+        for entries, rows in ((16 * points, points), (16 * points - 1, points - 1), (16 * points, 7)):
+            limits = {"max_entries": entries, "max_rows": rows}
+            options = {"layers": ["gru"], "measures": ["variance", "spectral_norm"], **limits}
+            whole = measure(one, probe, **options)["gru"]
+            sharded = measure(two, probe, shard_probe=True, **options)["gru"]
+            assert whole.estimated == sharded.estimated
+            count = sharded.measured("spectral_norm").sum()
+            assert whole.measured("spectral_norm").sum() - 1 <= count <= rows
         """)
 
 

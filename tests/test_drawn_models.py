@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-# Of the values; of the trainings a fifth of these.
+# Of the values; of the trainings a tenth of these.
 DRAWS = int(os.environ.get("JACMON_DRAWS", "100"))
 PARTS = 10
 # The spectral norm takes long to trace.
-KEYS = st.sampled_from([MOMENTS] * 6 + [("spectral_norm",), ("joint/spectral_norm",)])
+KEYS = st.sampled_from([MOMENTS] * 10 + [("spectral_norm",), ("joint/spectral_norm",)])
 TOLERANCE = 1e-3
 
 pytestmark = [
@@ -71,7 +71,7 @@ def assert_values(drawn: DrawnModel, keys: tuple[str, ...]) -> None:
     # Builds it, and moves the states of stateful layers away from zero.
     model(drawn.inputs(seed=2))
     randomize(model)
-    report = measure(model, probe, measures=keys, tolerance=TOLERANCE)
+    report = measure(model, probe, measures=keys, tolerance=TOLERANCE, max_rows=None)
     exact = model
     if any(piece.dtype in HALF for piece in drawn.pieces):
         exact = drawn.make(widened=True)
@@ -102,8 +102,8 @@ def assert_close(actual: Any, jacobians: Mapping[str, NDArray[Any]], keys: tuple
         slack = 1e-6 * scale + (TOLERANCE if "spectral_norm" in key else 1e-4) * value
         if "variance" in key:
             slack = 2e-6 * gain * scale + 1e-6 * scale**2 + 1e-4 * value
-        wrong = np.abs(actual[key] - value)[actual.mask] > slack[actual.mask]
-        assert not np.any(wrong), f"{key}: {actual[key]}, expected {value}"
+        right = np.abs(actual[key] - value)[actual.mask] <= slack[actual.mask]
+        assert np.all(right), f"{key}: {actual[key]}, expected {value}"
 
 
 @pytest.mark.parametrize("part", range(PARTS))
@@ -154,4 +154,4 @@ def assert_same_training(drawn: DrawnModel) -> None:
 @pytest.mark.filterwarnings("ignore:Layer `.*`. what its cell makes of a sample depends")
 @pytest.mark.parametrize("part", range(PARTS))
 def test_watching_changes_no_training(part: int) -> None:
-    for_each_draw(part, DRAWS // 5, assert_same_training, models(felt=0.01))
+    for_each_draw(part, DRAWS // PARTS, assert_same_training, models(felt=0.01))

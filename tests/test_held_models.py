@@ -61,6 +61,7 @@ class NormCell(WeightedCell):
         return new_h, [new_h]
 
 
+@pytest.mark.filterwarnings("ignore:Layer `rnn` has NaN or Inf")
 @pytest.mark.parametrize(
     ("measured", "states"), [("variance", "cached"), ("variance", "fresh"), ("spectral_norm", "cached")]
 )
@@ -179,7 +180,7 @@ def test_schedules_count_batches_also_where_gradients_are_accumulated() -> None:
     assert [step for step, before in zip(seen[1:], seen, strict=False) if step != before] == [*range(1, 16)]
 
 
-@pytest.mark.filterwarnings("ignore:.*was called on layer 'seed_cell'")
+@pytest.mark.filterwarnings("ignore:(?s).*was called on layer 'seed_cell")
 def test_a_model_that_is_not_built_is_built_and_held() -> None:
     class Model(keras.Model):
         def __init__(self) -> None:

@@ -116,9 +116,8 @@ class StructuredJacobian(tf.linalg.LinearOperator):
         """The operator with all kernels multiplied by a number; the same one if that changes nothing but its sign."""
         if gain == -1 and not self.is_chain and not any(base in self._sources for _, base in self._outer):
             return self
-        return StructuredJacobian(
-            **{**self._given, "kernels": {p: kernel.scaled(gain) for p, kernel in self._kernels.items()}}
-        )
+        kernels = {product: kernel.scaled(gain) for product, kernel in self._kernels.items()} if gain else {}
+        return StructuredJacobian(**{**self._given, "kernels": kernels})
 
     def block(self, new: int, source: Base) -> "StructuredJacobian":
         """The derivative of one new state by one source; the same operator each time."""

@@ -134,7 +134,9 @@ def _exact(operator: tf.linalg.LinearOperator, mean: tf.Tensor, options: Options
         # Of a single row the mean may know that it is one where the images do not.
         return start + width, total + tf.ensure_shape(squares, mean.shape)
 
-    _, total = tf.while_loop(lambda start, _: start < side, body, [tf.constant(0), tf.zeros_like(mean)])
+    _, total = tf.while_loop(
+        lambda start, _: start < side, body, [tf.constant(0), tf.zeros_like(mean)], parallel_iterations=1
+    )
     return total, None
 
 
@@ -155,7 +157,9 @@ def _estimated(operator: tf.linalg.LinearOperator, mean: tf.Tensor, options: Opt
         return draw + 1, draws.write(draw, tf.reduce_sum(image**2, axis=-1))
 
     draws = tf.TensorArray(operator.dtype, ESTIMATE_VECTORS, element_shape=mean.shape)
-    _, draws = tf.while_loop(lambda draw, _: draw < ESTIMATE_VECTORS, body, [tf.constant(0), draws])
+    _, draws = tf.while_loop(
+        lambda draw, _: draw < ESTIMATE_VECTORS, body, [tf.constant(0), draws], parallel_iterations=1
+    )
     samples = draws.stack()
     spread = tf.math.reduce_variance(samples, axis=0) / (ESTIMATE_VECTORS - 1)
     return tf.reduce_mean(samples, axis=0), tf.sqrt(spread)

@@ -93,6 +93,8 @@ def measure_rows(
         lambda index, _: index < chunks,
         body,
         [tf.constant(0), {f"{view}/{m.name}": (empty, empty) for view, chosen in measures.items() for m in chosen}],
+        # Several chunks at a time would need the memory of all of them.
+        parallel_iterations=1,
     )
     return {
         key: Measured(value, uncertainty if has_uncertainty[key] else None)

@@ -1,0 +1,136 @@
+"""What the registry promises: presets, methods in words, memory of measures that form J, and what can be held."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from helpers import normal, reference_jacobians
+
+from keras_jacmon import JacobianRegularizer, Report, measure
+from keras_jacmon.measures import eigen
+from keras_jacmon.measures.differentiable import DIFFERENTIABLE
+from keras_jacmon.measures.options import Options
+from keras_jacmon.measures.registry import MEASURES, PRESETS
+
+PROBE = normal(3, 6, 2, seed=11)
+
+
+def model_of(*layers: Any, steps: int = 6) -> Any:
+    keras.utils.set_random_seed(4)
+    return keras.Sequential([keras.Input((steps, 2)), *layers])
+
+
+def test_presets_nest() -> None:
+    fast, standard, full = (set(PRESETS[name]) for name in ("fast", "standard", "full"))
+    assert fast < standard < full
+    # Each measure that can be asked for has a preset.
+    assert {key.rpartition("/")[-1] for key in full} == set(MEASURES) - {"loss_gradient"}
+
+
+def test_what_can_be_held_is_what_has_a_derivative() -> None:
+    assert {name for name, measure in MEASURES.items() if measure.differentiable} == set(DIFFERENTIABLE)
+    for name in MEASURES:
+        if name in DIFFERENTIABLE:
+            JacobianRegularizer(measure=name)
+        else:
+            with pytest.raises(ValueError, match=r"variance.*rms_singular_value.*spectral_norm"):
+                JacobianRegularizer(measure=name)
+
+
+def test_the_report_says_how_each_measure_is_found(tmp_path: Any) -> None:
+    model = model_of(keras.layers.LSTM(4, name="lstm"))
+    report = measure(model, PROBE, measures="full", warmup=2, exponents=3)
+    layer, methods = report["lstm"], report["lstm"].methods
+    assert set(methods) == {*layer.values, *layer.sequences, *layer.spectra}
+    assert methods["variance"] == methods["joint/eigenvalues"] == methods["spectral_radius"] == "exact"
+    assert methods["spectral_norm"] == "Golub-Kahan-Lanczos, to 0.01"
+    assert methods["joint/flow"] == methods["joint/growth"] == "3 random vectors"
+    assert methods["joint/lyapunov"] == "3 of 8 directions, QR every step, warm-up 2 steps"
+    report.save(tmp_path / "report.npz")
+    assert Report.load(tmp_path / "report.npz")["lstm"].methods == methods
+    assert "Golub-Kahan-Lanczos, to 0.01" in str(report)
+
+
+def test_a_tolerance_that_was_not_reached_is_counted() -> None:
+    model = model_of(keras.layers.LSTM(4, name="lstm"))
+    # To rounding nothing converges.
+    (layer,) = measure(model, PROBE, measures=["spectral_norm"], tolerance=0.0).layers.values()
+    assert layer.methods["spectral_norm"].startswith("Golub-Kahan-Lanczos, to 0, not reached by ")
+    assert layer.methods["spectral_norm"].endswith(" of 18")
+
+
+def test_the_inputs_view_of_the_spectrum_is_that_of_lapack() -> None:
+    layer = keras.layers.LSTM(4, return_sequences=True, name="lstm")
+    found = measure(model_of(layer), PROBE, measures=["inputs/singular_values"], spectra=1000)["lstm"]
+    expected = np.linalg.svd(reference_jacobians(layer, PROBE, by_inputs=True)["inputs"], compute_uv=False)
+    places = tuple(found.spectra_at.T)
+    np.testing.assert_allclose(found["inputs/singular_values"], expected[places], rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "name", ["joint/spectral_radius", "joint/condition_number", "joint/singular_values", "joint/eigenvalues"]
+)
+def test_max_bytes_bounds_what_is_formed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    to_dense = tf.linalg.LinearOperator.to_dense
+
+    def watched(operator: Any, *args: Any, **kwargs: Any) -> Any:
+        dense = to_dense(operator, *args, **kwargs)
+        with tf.control_dependencies([tf.py_function(lambda rows: seen.append(int(rows)), [tf.shape(dense)[0]], [])]):
+            return tf.identity(dense)
+
+    monkeypatch.setattr(tf.linalg.LinearOperator, "to_dense", watched)
+    model = model_of(keras.layers.LSTM(32, name="lstm"))
+    values = measure(model, PROBE, measures=[name])["lstm"][name]
+    at_once, seen = seen, []
+    # Ten copies of three matrices of 64 x 64, in a share of a sixth, and a little for the cell.
+    chunked = measure(model, PROBE, measures=[name], max_bytes=6 * 3 * 11 * 64**2 * 4)["lstm"][name]
+    np.testing.assert_allclose(chunked, values, rtol=1e-3)
+    # Spectra are taken one by one, of 16 rows.
+    one_by_one = MEASURES[name.rpartition("/")[-1]].of == "spectrum"
+    assert at_once == ([1] * 16 if one_by_one else [18])
+    assert seen == ([1] * 16 if one_by_one else [3] * 6)
+
+
+def leading(J: Any, tolerance: float = 1e-2) -> Any:
+    operator = tf.linalg.LinearOperatorFullMatrix(tf.constant(J, tf.float32))
+    return eigen.leading_eigenvalues(operator, Options(tolerance=tolerance)).numpy()
+
+
+def test_the_largest_eigenvalues_of_large_matrices_are_those_of_lapack() -> None:
+    n = eigen.SPECTRUM_SIZE + 8
+    J = normal(1, n, n, seed=2) / np.sqrt(n)
+    found, expected = leading(J)[0], np.linalg.eigvals(J[0])
+    assert found.shape == (eigen.LEADING,)
+    known = found[~np.isnan(found)]
+    assert len(known) >= eigen.LEADING // 2
+    nearest = np.abs(known[:, None] - expected[None]).min(axis=1)
+    assert (nearest < 2e-2).all()
+    assert (np.diff(np.abs(known)) <= 0).all()
+    np.testing.assert_allclose(np.abs(found[0]), np.abs(expected).max(), rtol=1e-2)
+
+
+def test_eigenvalues_that_are_not_found_are_nan() -> None:
+    n = eigen.SPECTRUM_SIZE + 8
+    orthogonal, _ = np.linalg.qr(normal(n, n, seed=3))
+    assert np.isnan(leading(orthogonal[None], tolerance=1e-6)).any()
+
+
+def test_a_dimension_that_too_few_exponents_leave_open_is_a_note() -> None:
+    layer = keras.layers.SimpleRNN(6, activation="linear", name="rnn")
+    model = model_of(layer)
+    layer.cell.recurrent_kernel.assign(np.diag([2.0, 1.5, 1.2, 0.9, 0.1, 0.01]))
+    report = measure(model, PROBE, measures=["kaplan_yorke"], exponents=2, warmup=0)["rnn"]
+    assert np.isnan(report["kaplan_yorke"]).all()
+    (note,) = report.notes
+    assert note == (
+        "`kaplan_yorke` is NaN, and not in its mean, for 3 of 3 samples: their 2 largest exponents do not decide it; "
+        "`exponents=6` would"
+    )
+    report = measure(model, PROBE, measures=["kaplan_yorke"], exponents=6, warmup=0)["rnn"]
+    assert not report.notes
+    assert np.isfinite(report["kaplan_yorke"]).all()
