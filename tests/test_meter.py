@@ -869,6 +869,15 @@ def test_max_bytes_bounds_the_rows_at_once(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.filterwarnings("ignore:.*NaN")
+def test_one_segment_at_a_time() -> None:
+    """TensorFlow may begin ten iterations of a loop at once, which would need the memory of all of them."""
+    model, probe = functional([keras.layers.LSTM(4, name="lstm")]), normal(BATCH, STEPS, FEATURES)
+    meter = JacobianMeter(model, probe, measures=["variance", "joint/flow", "joint/lyapunov"], max_bytes=2**13)
+    operations = meter._traced[True].graph.graph.get_operations()
+    # Of the steps, forwards for the exponents, and backwards for the flow; the loops in each segment are not in sight.
+    assert [op.get_attr("parallel_iterations") for op in operations if "While" in op.type] == [1, 1, 1]
+
+
 def test_nan_weights_give_nan_in_the_valid_rows() -> None:
     embedding, layer = L.Embedding(8, FEATURES, mask_zero=True), L.LSTM(4, name="lstm")
     model = build(keras.Sequential([keras.Input(IDS.shape[1:], dtype="int32"), embedding, layer]), IDS)
