@@ -265,10 +265,10 @@ def measure_call(
         independent=independent,
     )
 
-    def measure_segment(trajectory: Trajectory, index: tf.Tensor | int, start: tf.Tensor | int) -> Results:
+    def measure_segment(trajectory: Trajectory, index: tf.Tensor, start: tf.Tensor) -> Results:
         stop = start + known_sizes(trajectory.inputs)[0]
-        known = {key: Memory(m.vectors, tf.reshape(m.places[start:stop], [-1])) for key, m in memory.items()}
-        return points.measure(trajectory, places.between(start, stop), known, index)
+        here = {key: Memory(m.vectors, m.places[start * samples : stop * samples]) for key, m in memory.items()}
+        return points.measure(trajectory, places.between(start, stop), here, index)
 
     in_walk = [walk.inputs, *(state[None] for state in walk.states)]
     in_graph = [*shortcut.kept, *shortcut.hoisted] if shortcut else []
@@ -279,7 +279,7 @@ def measure_call(
     at_once = walk.inputs.shape[0] is not None and walk.inputs.shape[0] <= steps
     trajectory = unroll(step, walk, shortcut) if at_once else None
     if trajectory is not None:
-        results = measure_segment(trajectory, 0, 0)
+        results = points.measure(trajectory, places, memory, 0)
     else:
 
         def unrolled(part: Walk, index: tf.Tensor, start: tf.Tensor) -> tuple[Results, tuple[tf.Tensor, ...]]:

@@ -3,8 +3,10 @@
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
+import numpy as np
 import tensorflow as tf
 
 from keras_jacmon.jacobians.resolve import CellJacobian, Rows
@@ -72,12 +74,22 @@ def choose_places(
         independent: Whether each row of a step is a function of itself.
     """
     expensive = spectra = None
+    sample = partial(_sample_rows, mask, shape, independent=independent)
+    if mask is None and all(isinstance(size, int) for size in shape):
+        sample = partial(_known, sample)
     if options.max_rows is not None and filtered(measures, lambda measure: measure.expensive):
-        expensive = _sample_rows(mask, shape, options.max_rows, independent=independent)
+        expensive = sample(options.max_rows)
     if filtered(measures, lambda measure: measure.of == "spectrum"):
         # One step, if its rows cannot be told apart.
-        spectra = _sample_rows(mask, shape, options.spectra if independent else 1, independent=independent)
+        spectra = sample(options.spectra if independent else 1)
     return Places(mask, expensive, spectra)
+
+
+def _known(function: Callable[..., tf.Tensor], *args: Any) -> tf.Tensor:
+    """What a function of no tensors gives, as a constant: with it the shapes are known of what is chosen by it."""
+    with tf.init_scope():
+        value = function(*args).numpy()
+    return tf.constant(value)
 
 
 def _sample_rows(
@@ -102,7 +114,7 @@ def vectors_to_remember(
     max_rows: int | None,
     remember: Remember,
 ) -> dict[str, Memory]:
-    """For each measure that can use it, vectors of all rows that it is measured at, and their places `(time, batch)`.
+    """For each measure that can use it, vectors of all rows that it is measured at, and the place of each row.
 
     Nothing if it is not known beforehand how many rows there are.
     """
@@ -110,7 +122,7 @@ def vectors_to_remember(
     if rows is None:
         return {}
     chosen = tf.ones(walk.inputs.shape[:2], tf.bool) if wanted is None else wanted
-    places = tf.reshape(tf.cumsum(tf.cast(tf.reshape(chosen, [-1]), tf.int32), exclusive=True), walk.inputs.shape[:2])
+    places = tf.cumsum(tf.cast(tf.reshape(chosen, [-1]), tf.int32), exclusive=True)
     count = min(rows, rows if wanted is None or max_rows is None else max_rows)
     memory = {}
     for name, chosen_measures in measures.items():
@@ -129,6 +141,9 @@ def _indices(mask: tf.Tensor) -> tf.Tensor:
     TensorFlow does not compute all cells for no rows at all: its optimizer gets the shapes of empty convolutions wrong.
     What is measured there must be left out afterwards.
     """
+    known = tf.get_static_value(mask)
+    if known is not None and known.any():
+        return tf.constant(np.flatnonzero(known), tf.int32)
     flat = tf.reshape(mask, [-1])
     stand_in = ~tf.reduce_any(flat) & (tf.range(tf.size(flat)) == 0)
     return tf.cast(tf.where(flat | stand_in)[:, 0], tf.int32)

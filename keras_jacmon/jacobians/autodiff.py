@@ -72,9 +72,12 @@ class AutodiffJacobian(tf.linalg.LinearOperator):
     def _matmul(self, x: tf.Tensor, adjoint: bool = False, adjoint_arg: bool = False) -> tf.Tensor:  # noqa: FBT001, FBT002 - as in the base class
         x = tf.linalg.adjoint(x) if adjoint_arg else x
         if x.shape[-1] == 1:
-            return self._product(adjoint=adjoint)(x[..., 0])[..., None]
+            return tf.expand_dims(self._matvec(tf.squeeze(x, axis=-1), adjoint=adjoint), axis=-1)
         multiply = tf.function(self._in_graph, autograph=False) if tf.executing_eagerly() else self._columns
         return tf.transpose(multiply(tf.transpose(x, [2, 0, 1]), adjoint=adjoint), [1, 2, 0])
+
+    def _matvec(self, x: tf.Tensor, adjoint: bool = False) -> tf.Tensor:  # noqa: FBT001, FBT002 - as in the base class
+        return self._product(adjoint=adjoint)(x)
 
     def take(self, rows: tf.Tensor | slice) -> "AutodiffJacobian | None":
         """The operator of the rows with these indices `(k,)`, or of a slice; None if rows depend on each other."""
@@ -130,14 +133,17 @@ class AutodiffJacobian(tf.linalg.LinearOperator):
 
     def _push(self) -> Product:
         """The product with J: (rows, n) -> (rows, m)."""
-        if self.twice is None:
+        if self.forward is None:
             dense = self.to_dense()
             return lambda vectors: tf.linalg.matvec(dense, vectors)
-        return self.twice
+        return self.forward[1]
 
     @functools.cached_property
-    def twice(self) -> Product | None:
-        """The product with J by the tape applied twice; None where that cannot be, and J is formed for the product."""
+    def forward(self) -> tuple[tf.Tensor, Product] | None:
+        """The function's value and the product with J, by the tape applied twice.
+
+        None where that cannot be, and J is formed for the product.
+        """
         try:
             with tf.GradientTape(persistent=True, watch_accessed_variables=False) as outer:
                 with tf.GradientTape(watch_accessed_variables=False) as inner:
@@ -148,7 +154,7 @@ class AutodiffJacobian(tf.linalg.LinearOperator):
                 pulled = _gradient(inner, value, self._point, covector)
         except (NotImplementedError, LookupError):
             return None
-        return lambda vectors: _gradient(outer, pulled, covector, vectors)
+        return value, lambda vectors: _gradient(outer, pulled, covector, vectors)
 
 
 def _calls_a_function(operation: tf.Operation) -> bool:

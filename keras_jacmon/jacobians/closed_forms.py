@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import tensorflow as tf
 
-from keras_jacmon.jacobians.diagonal import Diagonal, take
+from keras_jacmon.jacobians.diagonal import Diagonal, take, take_each, total
 from keras_jacmon.jacobians.kernel import graph_of
 
 
@@ -37,10 +37,10 @@ class _Factor:
             per_unit = tf.reduce_sum(self.V, axis=0)
         return tf.linalg.matvec(self.a, per_unit)
 
-    def times(self, other: "_Factor", weight: float) -> "_Factor":
-        """The product entry by entry, times a number."""
+    def times(self, other: "_Factor") -> "_Factor":
+        """The product entry by entry."""
         with graph_of(self.V):
-            V = weight * self.V * other.V
+            V = self.V * other.V
         return _Factor(_product_or_one(self.a, other.a), V, _product_or_one(self.b, other.b))
 
 
@@ -48,7 +48,7 @@ def _factors(into: Diagonal, kernel: tf.Tensor, out: Diagonal) -> list[_Factor]:
     """What a kernel gives, with what leads to it and from it."""
     with graph_of(kernel):
         rows = take(kernel, into.link.targets, axis=0)
-        parts = [take(rows, slot) for slot in out.link.slots]
+        parts = take_each(rows, out.link.slots)
     return [_Factor(out.at(slot), V, into.values) for slot, V in zip(out.link.slots, parts, strict=True)]
 
 
@@ -77,11 +77,10 @@ def square_sums(direct: Diagonal | None, ways: Ways, dtype: tf.DType) -> list[tf
     Without forming the factors F of the block: `Σ_ik F_ik F'_ik = Σ_i a_i a'_i ((b∘b') @ (V∘V'))_i`.
     """
     factors = [factor for way in ways for factor in _factors(*way)]
+    sums = [factor.times(factor).entry_sum for factor in factors]
+    pairs = [left.times(right).entry_sum for left, right in itertools.combinations(factors, 2)]
     # Each pair of different factors stands twice in the square of their sum.
-    sums = [
-        left.times(right, 1.0 if left is right else 2.0).entry_sum
-        for left, right in itertools.combinations_with_replacement(factors, 2)
-    ]
+    sums += [2 * total(pairs)] if pairs else []
     if direct is not None:
         for slot in direct.link.slots:
             sums += _direct_sums(direct, slot, factors, dtype)

@@ -43,7 +43,7 @@ class Diagonal:
     def forward(self, tangent: tf.Tensor) -> tf.Tensor:
         """From a change of the base to that of the target, `(rows, ..., units)`."""
         scaled = tangent if self.values is None else _beside(self.values, tangent) * tangent
-        return total([take(scaled, slot) for slot in self.link.slots])
+        return total(take_each(scaled, self.link.slots))
 
     def backward(self, cotangent: tf.Tensor) -> tf.Tensor:
         """The transpose of `forward`."""
@@ -56,12 +56,18 @@ def take_rows(tensor: tf.Tensor, rows: tf.Tensor | slice) -> tf.Tensor:
     return tensor[rows] if isinstance(rows, slice) else tf.gather(tensor, rows)
 
 
+def take_each(tensor: tf.Tensor, indices: npt.NDArray[np.int64]) -> list[tf.Tensor]:
+    """Picks units of the last axis, for each of some lists of the same length; see `take`."""
+    size = tensor.shape[-1]
+    if np.array_equal(indices.ravel(), np.arange(size)):
+        return [tensor] if len(indices) == 1 else tf.split(tensor, len(indices), axis=-1)
+    return [take(tensor, index) for index in indices]
+
+
 def take(tensor: tf.Tensor, index: npt.NDArray[np.int64], axis: int = -1) -> tf.Tensor:
     """Picks units along an axis, zero where the index is -1; as few slices as possible, since a gather is slow."""
     axis %= tensor.shape.rank
     size = tensor.shape[axis]
-    if np.array_equal(index, np.arange(size)):
-        return tensor
     none = index < 0
     breaks = (np.diff(index) != np.where(none[1:], 0, 1)) | (none[1:] != none[:-1])
     runs = np.split(index, np.flatnonzero(breaks) + 1)
@@ -69,17 +75,20 @@ def take(tensor: tf.Tensor, index: npt.NDArray[np.int64], axis: int = -1) -> tf.
         # The zero stands behind the last unit.
         padded = tf.pad(tensor, [[0, int(k == axis)] for k in range(tensor.shape.rank)])
         return tf.gather(padded, np.where(index < 0, size, index), axis=axis)
-    rank = tensor.shape.rank
-    pieces = []
-    for run in runs:
-        if run[0] < 0:
-            shape = tf.concat([tf.shape(tensor)[:axis], [run.size], tf.shape(tensor)[axis + 1 :]], axis=0)
-            pieces.append(tf.zeros(shape, tensor.dtype))
-        else:
-            begin, sizes = np.zeros(rank, np.int32), np.full(rank, -1, np.int32)
-            begin[axis], sizes[axis] = run[0], run.size
-            pieces.append(tf.slice(tensor, begin, sizes))
+    pieces = [_run(tensor, int(run[0]), run.size, axis) for run in runs]
     return pieces[0] if len(pieces) == 1 else tf.concat(pieces, axis=axis)
+
+
+def _run(tensor: tf.Tensor, start: int, size: int, axis: int) -> tf.Tensor:
+    """Neighbouring units, or zeros if the first one is -1."""
+    if (start, size) == (0, tensor.shape[axis]):
+        return tensor
+    if start < 0:
+        shape = tf.concat([tf.shape(tensor)[:axis], [size], tf.shape(tensor)[axis + 1 :]], axis=0)
+        return tf.zeros(shape, tensor.dtype)
+    begin, sizes = np.zeros(tensor.shape.rank, np.int32), np.full(tensor.shape.rank, -1, np.int32)
+    begin[axis], sizes[axis] = start, size
+    return tf.slice(tensor, begin, sizes)
 
 
 def total(tensors: list[tf.Tensor]) -> tf.Tensor:

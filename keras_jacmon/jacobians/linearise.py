@@ -9,6 +9,7 @@ from keras_jacmon.jacobians.diagonal import Diagonal, take
 from keras_jacmon.jacobians.discovery import Base, Link, Piece, Product, Structure
 from keras_jacmon.jacobians.kernel import Kernel
 from keras_jacmon.jacobians.structured import StructuredJacobian
+from keras_jacmon.jacobians.views import flattened
 
 
 def fixed_values(structure: Structure) -> dict[str, tf.Tensor]:
@@ -99,11 +100,12 @@ def _diagonal(
     link: Link, found: Sequence[tuple[Piece, tf.Tensor | None]], like: Sequence[tf.Tensor], dtype: tf.DType
 ) -> Diagonal:
     """The diagonal with the derivatives that were found for each piece of its base, None for zeros."""
-    parts = [
-        # A product may be computed in another type than the states have.
-        tf.cast(tf.reshape(tf.zeros_like(value) if derivative is None else derivative, [-1, piece.units.size]), dtype)
-        for (piece, derivative), value in zip(found, like, strict=True)
+    derivatives = [
+        tf.zeros_like(value) if derivative is None else derivative
+        for (_, derivative), value in zip(found, like, strict=True)
     ]
+    # A product may be computed in another type than the states have.
+    parts = [tf.cast(flattened(derivative), dtype) for derivative in derivatives]
     units = np.concatenate([piece.units for piece, _ in found])
     side_by_side = parts[0] if len(parts) == 1 else tf.concat(parts, axis=-1)
     pieces = tuple((piece.units, part) for (piece, _), part in zip(found, parts, strict=True))

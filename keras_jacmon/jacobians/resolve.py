@@ -8,9 +8,10 @@ import numpy as np
 import tensorflow as tf
 
 from keras_jacmon.jacobians.blocks import BlockJacobian, Part
+from keras_jacmon.jacobians.certificate import in_turns, largest, relative_differences
 from keras_jacmon.jacobians.discovery import Base, Structure
 from keras_jacmon.jacobians.linearise import fixed_values, kernels_of, structured_jacobian
-from keras_jacmon.jacobians.views import View, floating_states, size, view_function
+from keras_jacmon.jacobians.views import View, floating_states, side_by_side, size, view_function
 from keras_jacmon.probe.cellgraph import CellGraph
 from keras_jacmon.probe.step import CellStep
 from keras_jacmon.probe.trajectory import Shortcut, known_sizes
@@ -19,14 +20,8 @@ Form = Callable[[Any, tf.Tensor, Any, str], tf.linalg.LinearOperator | None]
 
 _FORMS: dict[type, Form] = {}
 
-# Far below the least state or gradient that training could use.
-_NEGLIGIBLE = 1e-30
-
 # A gain of a step is known up to so many roundings of one: `1 - tanh²` of a unit that saturates is little else.
 _ROUNDINGS = 16
-
-# One row in twenty may differ by itself, so that a part must be tested in more than one.
-_LEAST_TURNS = 4
 
 # Relative. Rounding in float32 leaves about 1e-6.
 CERTIFICATE_TOLERANCE = 1e-3
@@ -196,25 +191,34 @@ class CellJacobian:
             only if each row is a function of itself. And how far a structure that was found, or a registered form, is
             from the derivative of the cell: `‖J w - (J w by autodiff)‖ / ‖J w by autodiff‖`, for each new state and, in
             turns, each old one, so that no block hides behind larger ones; None if all rests on autodiff. Each is the
-            largest of the rows but for one in twenty (see `_largest`), a scalar.
+            largest of the rows but for one in twenty (see `largest`), a scalar.
         """
         floating = floating_states(rows.states)
-        alone = self._step(rows.inputs, rows.states)
-        dependence = [
-            _difference(*(tf.reshape(x[p], [-1, size(rows.states[p])]) for x in (alone, new_states))) for p in floating
-        ]
-        certificate = []
+        alone: tf.Tensor | None = None
+        certificates = []
         for view, operator in self._certified(views, rows):
             reference = view_function(self._step, rows.inputs, rows.states, view).jacobian(for_many=False)
             # Jᵀ takes a product with the transposed kernel, which TensorFlow transposes each time.
-            adjoint = reference.twice is None
-            ends = [[size(rows.states[k]) for k in view.olds] or [size(rows.inputs)]]
-            ends = [*ends, [size(rows.states[k]) for k in view.news]][:: -1 if adjoint else 1]
-            w = _in_turns(known_sizes(rows.inputs)[0], ends[0], seed, operator.dtype)
+            adjoint = reference.forward is None
+            if reference.forward is not None and list(view.news) == floating:
+                # The cell has been stepped for the reference.
+                alone = reference.forward[0]
+            ends = [[size(rows.states[q]) for q in view.olds] or [size(rows.inputs)]]
+            ends = [*ends, [size(rows.states[p]) for p in view.news]][:: -1 if adjoint else 1]
+            w = in_turns(known_sizes(rows.inputs)[0], ends[0], seed, operator.dtype)
             rounding = _ROUNDINGS * np.finfo(w.dtype.as_numpy_dtype).eps * tf.norm(w, axis=-1)
-            products = [tf.split(J.matvec(w, adjoint=adjoint), ends[1], axis=-1) for J in (operator, reference)]
-            certificate += [_difference(found, expected, rounding) for found, expected in zip(*products, strict=True)]
-        return _largest(dependence), _largest(certificate) if certificate else None
+            found, expected = (J.matvec(w, adjoint=adjoint) for J in (operator, reference))
+            certificates.append(relative_differences(found, expected, ends[1], rounding))
+        if alone is None:
+            stepped = self._step(rows.inputs, rows.states)
+            alone = side_by_side([stepped[p] for p in floating])
+        among_others = side_by_side([new_states[p] for p in floating])
+        dependence = relative_differences(alone, among_others, [size(rows.states[p]) for p in floating])
+        if not certificates:
+            return largest(tf.reduce_max(dependence, axis=0)), None
+        certificate = tf.concat(certificates, axis=0)
+        worst = largest(tf.stack([tf.reduce_max(x, axis=0) for x in (dependence, certificate)]))
+        return worst[0], worst[1]
 
     def _certified(self, views: Sequence[str], rows: Rows) -> list[tuple[View, tf.linalg.LinearOperator]]:
         """What does not rest on autodiff."""
@@ -305,49 +309,3 @@ class CellJacobian:
 def _sources(view: View) -> list[Base]:
     """What the columns of a view are."""
     return [("state", old) for old in view.olds] or [("inputs", 0)]
-
-
-def _in_turns(rows: int | tf.Tensor, sizes: Sequence[int], seed: tf.Tensor, dtype: tf.DType) -> tf.Tensor:
-    """Random vectors, in each row for one of some parts and zero for the others; of few rows for all parts."""
-    w = tf.random.stateless_normal([rows, sum(sizes)], seed, dtype=dtype)
-    if len(sizes) == 1:
-        return w
-    part = tf.repeat(tf.range(len(sizes)), sizes)
-    turn = tf.equal(tf.range(rows)[:, None] % len(sizes), part) | (rows < _LEAST_TURNS * len(sizes))
-    return tf.where(turn, w, tf.zeros_like(w))
-
-
-def _difference(found: tf.Tensor, expected: tf.Tensor, negligible: tf.Tensor | float = _NEGLIGIBLE) -> tf.Tensor:
-    """How far vectors `(rows, n)` are apart, relative to the expected ones, `(rows,)`."""
-    error, expected, found = (tf.norm(x, axis=-1) for x in (found - expected, expected, found))
-    return _relative(error, expected, found, negligible)
-
-
-def _relative(
-    error: tf.Tensor, expected: tf.Tensor, found: tf.Tensor, negligible: tf.Tensor | float = _NEGLIGIBLE
-) -> tf.Tensor:
-    """The relative errors, from the norms of errors and of two vectors each, all `(rows,)`.
-
-    Infinite where one of the two is finite and the other is not.
-    """
-    # Errors as small as these are no disagreement.
-    relative = tf.where(error <= negligible, tf.zeros_like(error), error / expected)
-    infinite = tf.fill(tf.shape(error), tf.constant(np.inf, error.dtype))
-    one, other = tf.math.is_finite(expected), tf.math.is_finite(found)
-    # Where both are NaN or infinite they agree: that is the network's own.
-    unequal = tf.where(one | other, infinite, tf.zeros_like(error))
-    return tf.where(one & other, relative, unequal)
-
-
-def _largest(errors: Sequence[tf.Tensor]) -> tf.Tensor:
-    """The largest of some errors `(rows,)`, a scalar, but for one row in twenty, or a single one of fewer.
-
-    Where a unit stands at the kink of a ReLU or the step of a rounding, the side that it is on is up to rounding
-    errors, so that in rare rows a right structure differs. A wrong one differs in all of them.
-    """
-    largest = tf.reduce_max(tf.stack(errors), axis=0)
-    rows = tf.size(largest)
-    outliers = tf.maximum(tf.minimum(tf.maximum(rows // 20, 1), rows - 1), 0)
-    # The zero is for no rows at all.
-    ordered = tf.sort(tf.concat([largest, tf.zeros([1], largest.dtype)], axis=0), direction="DESCENDING")
-    return ordered[outliers]

@@ -68,10 +68,12 @@ class StructuredJacobian(tf.linalg.LinearOperator):
 
     def _matmul(self, x: tf.Tensor, adjoint: bool = False, adjoint_arg: bool = False) -> tf.Tensor:  # noqa: FBT001, FBT002 - as in the base class
         x = tf.linalg.adjoint(x) if adjoint_arg else x
-        multiply = self._backward if adjoint else self._forward
         if x.shape[-1] == 1:
-            return multiply(x[..., 0])[..., None]
-        return tf.linalg.matrix_transpose(multiply(tf.linalg.matrix_transpose(x)))
+            return tf.expand_dims(self._matvec(tf.squeeze(x, axis=-1), adjoint), axis=-1)
+        return tf.linalg.matrix_transpose(self._matvec(tf.linalg.matrix_transpose(x), adjoint))
+
+    def _matvec(self, x: tf.Tensor, adjoint: bool = False) -> tf.Tensor:  # noqa: FBT001, FBT002 - as in the base class
+        return self._backward(x) if adjoint else self._forward(x)
 
     def _forward(self, v: tf.Tensor) -> tf.Tensor:
         """J v, `(rows, ..., m)` from `(rows, ..., n)`."""
@@ -173,7 +175,8 @@ class StructuredJacobian(tf.linalg.LinearOperator):
     def _for_each_row(self, sums: list[tf.Tensor]) -> tf.Tensor:
         """The total of tensors `(rows,)`, `(1,)` or `()`."""
         everything = total(sums) if sums else tf.zeros([], self.dtype)
-        return tf.broadcast_to(everything, [self._rows])
+        is_there = everything.shape.rank == 1 and everything.shape[0] != 1
+        return everything if is_there else tf.broadcast_to(everything, [self._rows])
 
 
 def _needed(

@@ -12,6 +12,9 @@ from keras_jacmon.probe.step import CellStep, widened
 
 VIEWS = ("hidden", "joint", "inputs")
 
+# The rank of rows of vectors.
+_FLAT = 2
+
 
 def state_jacobian(cell: Any, inputs: tf.Tensor, states: Any, view: str = "hidden") -> tf.linalg.LinearOperator:
     """The Jacobian of one step of a cell, at one state for each row.
@@ -110,13 +113,15 @@ def view_function(step: CellStep, inputs: tf.Tensor, states: Sequence[tf.Tensor]
     context = [tensor for k, tensor in enumerate(tensors) if k not in chosen]
 
     def function(point: tf.Tensor, context: list[tf.Tensor]) -> tf.Tensor:
-        pieces = dict(zip(chosen, tf.split(point, sizes, axis=-1), strict=True))
+        parts = [point] if len(sizes) == 1 else tf.split(point, sizes, axis=-1)
+        pieces = dict(zip(chosen, parts, strict=True))
         held = iter(context)
         *old, x = [_shaped(pieces[k], tensor) if k in pieces else next(held) for k, tensor in enumerate(tensors)]
         new = step(x, old)
-        return _side_by_side([new[p] for p in view.news])
+        return side_by_side([new[p] for p in view.news])
 
-    point = _side_by_side([tensors[k] for k in chosen])
+    # A tensor of its own: one that serves as another state too would get the sum of two derivatives.
+    point = tf.identity(side_by_side([tensors[k] for k in chosen]))
     return ViewFunction(function, point, context, sum(size(states[p]) for p in view.news))
 
 
@@ -165,10 +170,17 @@ def size(tensor: tf.Tensor) -> int:
     return int(tensor.shape[1:].num_elements())
 
 
-def _side_by_side(tensors: Sequence[tf.Tensor]) -> tf.Tensor:
-    flat = [tf.reshape(tensor, [-1, size(tensor)]) for tensor in tensors]
+def flattened(tensor: tf.Tensor) -> tf.Tensor:
+    """`(rows, ...)` -> `(rows, n)`."""
+    # Most are flat, and what is differentiated twice had better have no operation that does nothing.
+    return tensor if tensor.shape.rank == _FLAT else tf.reshape(tensor, [-1, size(tensor)])
+
+
+def side_by_side(tensors: Sequence[tf.Tensor]) -> tf.Tensor:
+    """Tensors `(rows, ...)`, each flattened, as one `(rows, n)`."""
+    flat = [flattened(tensor) for tensor in tensors]
     return flat[0] if len(flat) == 1 else tf.concat(flat, axis=-1)
 
 
 def _shaped(flat: tf.Tensor, like: tf.Tensor) -> tf.Tensor:
-    return tf.reshape(flat, [-1, *like.shape[1:]])
+    return flat if like.shape.rank == _FLAT else tf.reshape(flat, [-1, *like.shape[1:]])

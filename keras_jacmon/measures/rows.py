@@ -32,6 +32,10 @@ class RowSource:
     valid: tf.Tensor | None
     memory: Mapping[str, Memory] = dataclasses.field(default_factory=dict)
 
+    def memory_of(self, rows: tf.Tensor) -> dict[str, Memory]:
+        """That of some of the rows."""
+        return {key: known.take(rows) for key, known in self.memory.items()}
+
 
 def measure_rows(
     source: RowSource, measures: Selection, options: Options, chunk: int | tf.Tensor
@@ -52,18 +56,19 @@ def measure_rows(
         chunk = -(-source.count // max(1, -(-source.count // chunk)))
     options = dataclasses.replace(options, vectors=chunk if isinstance(chunk, int) else options.vectors)
 
-    def measured(operators: Operators, options: Options, memory: Mapping[str, Memory]) -> dict[str, Measured]:
-        results = {}
-        for view, chosen in measures.items():
-            for measure in chosen:
-                key = f"{view}/{measure.name}"
-                own = dataclasses.replace(options, memory=memory[key]) if key in memory else options
-                results[key] = measure.function(operators[view], own)
-        return results
-
-    if source.valid is None and isinstance(source.count, int) and isinstance(chunk, int) and source.count <= chunk:
-        return measured(source.between(None, None), options, source.memory)
+    total = source.count if source.valid is None else source.valid.shape[0]
+    at_once = isinstance(total, int) and isinstance(chunk, int) and total <= chunk
+    if at_once and source.valid is None:
+        return _measured(source.between(None, None), measures, options, source.memory)
     indices = tf.range(source.count) if source.valid is None else source.valid
+    empty = tf.fill([source.count], tf.constant(float("nan"), options.dtype))
+
+    if at_once:
+        found = _measured(source.take(indices), measures, options, source.memory_of(indices))
+        return {
+            key: Measured(*(None if part is None else _put(part, empty, indices) for part in parts))
+            for key, parts in found.items()
+        }
     # Which measures have an uncertainty is known once they are traced, and a loop needs its variables before.
     has_uncertainty: dict[str, bool] = {}
 
@@ -73,21 +78,15 @@ def measure_rows(
         start, stop = index * chunk, tf.minimum((index + 1) * chunk, tf.size(indices))
         rows = indices[start:stop]
         operators = source.between(start, stop) if source.valid is None else source.take(rows)
-        memory = {key: known.take(rows) for key, known in source.memory.items()}
+        here = dataclasses.replace(options, stream=options.stream + index)
         updated = {}
-        for key, (value, uncertainty) in measured(
-            operators, dataclasses.replace(options, stream=options.stream + index), memory
-        ).items():
+        found = _measured(operators, measures, here, source.memory_of(rows))
+        for key, (value, uncertainty) in found.items():
             has_uncertainty[key] = uncertainty is not None
-            updated[key] = tuple(
-                tf.tensor_scatter_nd_update(array, rows[:, None], tf.cast(part, array.dtype))
-                for array, part in zip(
-                    results[key], (value, value if uncertainty is None else uncertainty), strict=True
-                )
-            )
+            parts = (value, value if uncertainty is None else uncertainty)
+            updated[key] = tuple(_put(part, array, rows) for part, array in zip(parts, results[key], strict=True))
         return index + 1, updated
 
-    empty = tf.fill([source.count], tf.constant(float("nan"), options.dtype))
     chunks = -(-tf.size(indices) // chunk)
     _, results = tf.while_loop(
         lambda index, _: index < chunks,
@@ -100,6 +99,23 @@ def measure_rows(
         key: Measured(value, uncertainty if has_uncertainty[key] else None)
         for key, (value, uncertainty) in results.items()
     }
+
+
+def _measured(
+    operators: Operators, measures: Selection, options: Options, memory: Mapping[str, Memory]
+) -> dict[str, Measured]:
+    results = {}
+    for view, chosen in measures.items():
+        for measure in chosen:
+            key = f"{view}/{measure.name}"
+            own = dataclasses.replace(options, memory=memory[key]) if key in memory else options
+            results[key] = measure.function(operators[view], own)
+    return results
+
+
+def _put(part: tf.Tensor, array: tf.Tensor, rows: tf.Tensor) -> tf.Tensor:
+    """The array with other values at some rows."""
+    return tf.tensor_scatter_nd_update(array, tf.expand_dims(rows, axis=1), tf.cast(part, array.dtype))
 
 
 def spread_evenly(total: tf.Tensor | int, count: int) -> tf.Tensor:

@@ -45,7 +45,7 @@ def spectral_norm(operator: tf.linalg.LinearOperator, options: Options) -> Measu
         H. D. Simon, H. Zha, "Low-rank matrix approximation using the Lanczos bidiagonalization process with
         applications", 2000: that to reorthogonalise one side is enough.
     """
-    rows, n = operator.batch_shape_tensor()[0], int(operator.shape[-1])
+    rows, n = operator.shape[0] or operator.batch_shape_tensor()[0], int(operator.shape[-1])
     squarings = math.ceil(math.log2(1 / max(options.tolerance, 1e-6))) + 4
     start, _ = _normalised(tf.random.stateless_normal([rows, n], options.seeds(2), dtype=operator.dtype))
     least: tf.Tensor | int = LEAST_STEPS
@@ -62,26 +62,28 @@ def spectral_norm(operator: tf.linalg.LinearOperator, options: Options) -> Measu
     def unfinished(value: tf.Tensor, residual: tf.Tensor) -> tf.Tensor:
         # Half: what still changes after the whole tolerance is often the second singular value giving way to the first.
         # A NaN compares as finished: such a row never gets better.
-        going = residual > options.tolerance / 2 * value
+        going = tf.squeeze(residual > options.tolerance / 2 * value, axis=1)
         return going if separable else tf.fill(tf.shape(going), tf.reduce_any(going))
 
     def some_steps(
         steps: tf.Tensor, active: tf.Tensor, found: tuple[tf.Tensor, ...], progress: _Progress
     ) -> tuple[tf.Tensor, tf.Tensor, tuple[tf.Tensor, ...], _Progress]:
         here = _take(operator, active) if separable else operator
-        *new, progress = _advance(here, progress, steps, squarings)
-        new = new[: len(found)]
+        progress = _advance(here, progress, steps)
+        value, residual, q = _leading_singular_value(progress, squarings)
+        new = [value, residual] if options.memory is None else [value, residual, _combined(q, progress.basis)]
         old = [tf.gather(array, active) for array in found]
         # Where an invariant subspace has been found, rounding may blur the residual. NaN compares as better: it stays.
-        worse = new[1] > old[1]
-        new = [tf.where(worse[:, None] if x.shape.rank > 1 else worse, x, y) for x, y in zip(old, new, strict=True)]
+        worse = residual > old[1]
+        places = tf.expand_dims(active, axis=1)
         found = tuple(
-            tf.tensor_scatter_nd_update(array, active[:, None], part) for array, part in zip(found, new, strict=True)
+            tf.tensor_scatter_nd_update(array, places, tf.where(worse, x, y))
+            for array, x, y in zip(found, old, new, strict=True)
         )
-        going = tf.where(unfinished(new[0], new[1]))[:, 0]
+        going = tf.squeeze(tf.where(unfinished(value, residual)), axis=1)
         return tf.constant(STEPS_BETWEEN_CHECKS), tf.gather(active, going), found, progress.take(going)
 
-    nothing = tf.zeros_like(start[:, 0])
+    nothing = tf.zeros_like(start[:, :1])
     found = (nothing, nothing + np.inf) if options.memory is None else (nothing, nothing + np.inf, tf.zeros_like(start))
     progress = _Progress.start(operator, start)
     _, _, found, _ = tf.while_loop(
@@ -98,13 +100,13 @@ def spectral_norm(operator: tf.linalg.LinearOperator, options: Options) -> Measu
     )
     if options.memory is not None:
         options.memory.keep(found[2])
-    return Measured(found[0], found[1])
+    return Measured(tf.squeeze(found[0], axis=1), tf.squeeze(found[1], axis=1))
 
 
 class _Progress(NamedTuple):
     """How far the bidiagonalisation `J V = U B` of some rows has come.
 
-    `u` `(rows, m)` and `v` `(rows, n)` are the last vectors, `beta` `(rows,)` the entry of B that belongs to the next
+    `u` `(rows, m)` and `v` `(rows, n)` are the last vectors, `beta` `(rows, 1)` the entry of B that belongs to the next
     one; `alphas` and `betas`, `(rows, steps)`, are the diagonal of B and what stands above it, from a zero on. `basis`
     `(rows, steps, n)` are the vectors before v.
     """
@@ -119,12 +121,12 @@ class _Progress(NamedTuple):
     @classmethod
     def start(cls, operator: tf.linalg.LinearOperator, v: tf.Tensor) -> "_Progress":
         u, none = tf.zeros([tf.shape(v)[0], int(operator.shape[-2])], v.dtype), v[:, :0]
-        return cls(u, v, tf.zeros_like(u[:, 0]), none, none, v[:, None][:, :0])
+        return cls(u, v, tf.zeros_like(u[:, :1]), none, none, tf.expand_dims(v, axis=1)[:, :0])
 
     @staticmethod
     def shapes(operator: tf.linalg.LinearOperator) -> "_Progress":
         m, n = operator.shape[-2:]
-        shapes = ([None, m], [None, n], [None], [None, None], [None, None], [None, None, n])
+        shapes = ([None, m], [None, n], [None, 1], [None, None], [None, None], [None, None, n])
         return _Progress(*map(tf.TensorShape, shapes))
 
     def take(self, rows: tf.Tensor) -> "_Progress":
@@ -140,33 +142,23 @@ def _take(operator: tf.linalg.LinearOperator, rows: tf.Tensor) -> tf.linalg.Line
     return None
 
 
-def _advance(
-    operator: tf.linalg.LinearOperator, progress: _Progress, steps: int | tf.Tensor, squarings: int
-) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor, _Progress]:
-    """Some steps further: leading singular value, its residual, its right vector, and how far it has come."""
+def _advance(operator: tf.linalg.LinearOperator, progress: _Progress, steps: int | tf.Tensor) -> _Progress:
+    """Some steps further."""
 
     def step(*state: tf.Tensor) -> tuple[tf.Tensor, ...]:
         u, v, beta, alphas, betas, basis = state
-        basis = tf.concat([basis, v[:, None]], axis=1)
-        betas = tf.concat([betas, beta[:, None]], axis=1)
-        u, alpha = _normalised(operator.matvec(v) - beta[:, None] * u, _noise(alphas))
-        alphas = tf.concat([alphas, alpha[:, None]], axis=1)
-        following = _orthogonal(operator.matvec(u, adjoint=True) - alpha[:, None] * v, basis)
+        basis = tf.concat([basis, tf.expand_dims(v, axis=1)], axis=1)
+        betas = tf.concat([betas, beta], axis=1)
+        u, alpha = _normalised(operator.matvec(v) - beta * u, _noise(alphas))
+        alphas = tf.concat([alphas, alpha], axis=1)
+        following = _orthogonal(operator.matvec(u, adjoint=True) - alpha * v, basis)
         v, beta = _normalised(following, _noise(alphas))
         return u, v, beta, alphas, betas, basis
 
-    progress = _Progress(
-        *tf.while_loop(
-            lambda *_: True,
-            step,
-            tuple(progress),
-            shape_invariants=tuple(_Progress.shapes(operator)),
-            maximum_iterations=steps,
-        )
+    shapes = tuple(_Progress.shapes(operator))
+    return _Progress(
+        *tf.while_loop(lambda *_: True, step, tuple(progress), shape_invariants=shapes, maximum_iterations=steps)
     )
-    # The first of the betas belongs to no pair of vectors.
-    value, residual, q = _leading_singular_value(progress.alphas, progress.betas[:, 1:], progress.beta, squarings)
-    return value, residual, tf.linalg.matvec(progress.basis, q, transpose_a=True), progress
 
 
 def _orthogonal(vectors: tf.Tensor, basis: tf.Tensor) -> tf.Tensor:
@@ -174,8 +166,8 @@ def _orthogonal(vectors: tf.Tensor, basis: tf.Tensor) -> tf.Tensor:
 
     def cleaned(vectors: tf.Tensor) -> tf.Tensor:
         # Written with the vectors on the left, which is twice as fast as `tf.linalg.matvec`.
-        common = tf.matmul(vectors[:, None], basis, transpose_b=True)
-        return vectors - tf.matmul(common, basis)[:, 0]
+        common = tf.matmul(tf.expand_dims(vectors, axis=1), basis, transpose_b=True)
+        return vectors - _combined(common, basis)
 
     once = cleaned(vectors)
     # Of a vector that has become much shorter, what is left may be rounding: twice is enough (Kahan, Parlett).
@@ -183,28 +175,37 @@ def _orthogonal(vectors: tf.Tensor, basis: tf.Tensor) -> tf.Tensor:
     return tf.cond(shorter, lambda: cleaned(once), lambda: once)
 
 
+def _combined(coefficients: tf.Tensor, basis: tf.Tensor) -> tf.Tensor:
+    """The sums `(rows, n)` of the vectors of a basis `(rows, steps, n)` times coefficients `(rows, 1, steps)`."""
+    return tf.squeeze(coefficients @ basis, axis=1)
+
+
 def _noise(alphas: tf.Tensor) -> tf.Tensor:
     """What is below this is rounding: an invariant subspace has been found, and noise must not become a direction."""
-    largest = tf.reduce_max(tf.pad(alphas, [[0, 0], [1, 0]]), axis=1)
-    return 10 * np.finfo(alphas.dtype.as_numpy_dtype).eps * largest
+    # Of no alphas at all the maximum is -inf, and nothing is below that.
+    return 10 * np.finfo(alphas.dtype.as_numpy_dtype).eps * tf.reduce_max(alphas, axis=1, keepdims=True)
 
 
-def _normalised(vector: tf.Tensor, noise: tf.Tensor | float = 0.0) -> tuple[tf.Tensor, tf.Tensor]:
-    norm = tf.norm(vector, axis=-1)
-    norm = tf.where(norm <= noise, tf.zeros_like(norm), norm)
-    return tf.math.divide_no_nan(vector, norm[:, None]), norm
+def _normalised(vectors: tf.Tensor, noise: tf.Tensor | None = None) -> tuple[tf.Tensor, tf.Tensor]:
+    """Vectors `(..., n)` of length one, or zero for noise, and what they were divided by, `(..., 1)`."""
+    norm = tf.norm(vectors, axis=-1, keepdims=True)
+    if noise is not None:
+        norm = tf.where(norm <= noise, tf.zeros([], norm.dtype), norm)
+    return tf.math.divide_no_nan(vectors, norm), norm
 
 
-def _leading_singular_value(
-    alphas: tf.Tensor, betas: tf.Tensor, beta: tf.Tensor, squarings: int
-) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+def _leading_singular_value(progress: _Progress, squarings: int) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
     """The largest singular value of the upper bidiagonal B, the residual of its triplet in the whole matrix, and q.
 
     With `A V = U B` and `Aᵀ U = V Bᵀ + β v eᵀ`, a unit vector p and `q = Bᵀ p / θ`, `θ = ‖Bᵀ p‖`, the triplet
     (θ, U p, V q) has the residuals `B q - θ p` and `β p_k`. p is the leading eigenvector of the small `B Bᵀ`, found by
     squaring that matrix: batched eigensolvers refuse NaN and take longer than the products with J.
+
+    Returns:
+        Value and residual, `(rows, 1)`, and q, `(rows, 1, steps)`.
     """
-    bidiagonal = _bidiagonal(alphas, betas)
+    # The entry above the diagonal in the first column, which there is not, is the first of the betas.
+    bidiagonal = tf.linalg.diag(tf.stack([progress.betas, progress.alphas], axis=1), k=(0, 1))
     gram = tf.matmul(bidiagonal, bidiagonal, transpose_b=True)
     power = gram
     for _ in range(squarings):
@@ -212,16 +213,12 @@ def _leading_singular_value(
         power = tf.math.divide_no_nan(power, tf.reduce_max(power, axis=[1, 2], keepdims=True))
         power = power @ power
     column = tf.argmax(tf.linalg.diag_part(power), axis=-1)
-    p, _ = _normalised(tf.gather(power, column, axis=2, batch_dims=1))
-    image = tf.linalg.matvec(gram, p)
-    square = tf.reduce_sum(p * image, axis=-1)
+    # As rows, for the matrix is symmetric.
+    p, _ = _normalised(tf.gather(power, tf.expand_dims(column, axis=1), axis=1, batch_dims=1))
+    image = p @ gram
+    square = tf.reduce_sum(p * image, axis=-1, keepdims=True)
     value = tf.sqrt(square)
-    inner = tf.math.divide_no_nan(tf.norm(image - square[:, None] * p, axis=-1), value)
-    q = tf.math.divide_no_nan(tf.linalg.matvec(bidiagonal, p, transpose_a=True), value[:, None])
-    return value, tf.sqrt(inner**2 + (beta * p[:, -1]) ** 2), q
-
-
-def _bidiagonal(alphas: tf.Tensor, betas: tf.Tensor) -> tf.Tensor:
-    """The upper bidiagonal B with diagonal alphas (rows, k) and superdiagonal betas (rows, k - 1)."""
-    above = tf.roll(tf.linalg.diag(tf.pad(betas, [[0, 0], [0, 1]])), 1, axis=-1)
-    return tf.linalg.diag(alphas) + above
+    inner = tf.math.divide_no_nan(tf.norm(image - square * p, axis=-1, keepdims=True), value)
+    q = tf.math.divide_no_nan(p @ bidiagonal, value)
+    residual = tf.sqrt(tf.squeeze(inner, axis=2) ** 2 + (progress.beta * p[:, 0, -1:]) ** 2)
+    return tf.squeeze(value, axis=2), residual, q

@@ -29,8 +29,8 @@ from structure_laws import assert_structured_as_autodiff, double_precision, stru
 
 from keras_jacmon import JacobianMeter, explain, measure, register_jacobian
 from keras_jacmon.jacobians import discovery
+from keras_jacmon.jacobians.certificate import in_turns, largest, relative_differences
 from keras_jacmon.jacobians.elementwise import ELEMENTWISE
-from keras_jacmon.jacobians.resolve import _largest, _relative
 from keras_jacmon.probe.cellgraph import CellGraph
 from keras_jacmon.probe.step import CellStep
 
@@ -387,7 +387,7 @@ def test_every_row_has_its_turn(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("errors", "largest"),
+    ("errors", "expected"),
     [
         ([], 0.0),
         ([3.0], 3.0),
@@ -399,13 +399,31 @@ def test_every_row_has_its_turn(monkeypatch: pytest.MonkeyPatch) -> None:
         ([*[np.inf] * 6, *[1.0] * 94], np.inf),
     ],
 )
-def test_one_row_in_twenty_may_stand_at_a_kink(errors: list[float], largest: float) -> None:
-    assert float(_largest([tf.constant(errors, tf.float32)])) == largest
+def test_one_row_in_twenty_may_stand_at_a_kink(errors: list[float], expected: float) -> None:
+    both = largest(tf.constant([errors, [0.0] * len(errors)], tf.float32))
+    np.testing.assert_array_equal(both, [expected, 0.0])
+
+
+def test_parts_are_compared_by_themselves() -> None:
+    found, expected = tf.constant([[3.0, 4.0, 1.0], [0.0, 0.0, 2.0]]), tf.constant([[3.0, 4.0, 2.0], [0.0, 5.0, 2.0]])
+    differences = relative_differences(found, expected, [2, 1])
+    np.testing.assert_allclose(differences, [[0.0, 1.0], [0.5, 0.0]])
+    # Errors that are rounding, however small what was expected is.
+    np.testing.assert_array_equal(
+        relative_differences(found, expected, [2, 1], tf.constant([1.0, 5.0])), np.zeros((2, 2))
+    )
+
+
+def test_each_part_has_its_turn_unless_rows_are_few() -> None:
+    many, few = (in_turns(rows, [2, 3], tf.constant([0, 1]), tf.float32).numpy() != 0 for rows in (8, 7))
+    np.testing.assert_array_equal(many, [[True] * 2 + [False] * 3, [False] * 2 + [True] * 3] * 4)
+    assert few.all()
 
 
 def test_a_disagreement_about_nan_counts() -> None:
-    nan, one = tf.constant([np.nan, 1.0, np.nan, np.inf]), tf.constant([1.0, np.nan, np.nan, np.nan])
-    np.testing.assert_array_equal(_relative(nan - one, one, nan), [np.inf, np.inf, 0.0, 0.0])
+    found, expected = tf.constant([np.nan, 1.0, np.nan, np.inf]), tf.constant([1.0, np.nan, np.nan, np.nan])
+    differences = relative_differences(found[:, None], expected[:, None], [1])
+    np.testing.assert_array_equal(differences, [[np.inf, np.inf, 0.0, 0.0]])
     model, layer = layer_of(STRUCTURED["two_kernels"])
     layer.cell.recurrent_kernel.assign(np.full((4, 4), np.nan))
     # The network's own NaN is no disagreement.
