@@ -9,7 +9,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_jacmon.jacobians.resolve import CellJacobian, Choice
+from keras_jacmon.jacobians.resolve import CellJacobian, Choice, Rows
 from keras_jacmon.jacobians.views import Connections, View, find_connections, floating_states, size
 from keras_jacmon.measures.advice import HELPERS, with_advice
 from keras_jacmon.measures.advice import facts as advice_facts
@@ -28,7 +28,7 @@ from keras_jacmon.points import (
 )
 from keras_jacmon.probe.capture import RecurrentCall
 from keras_jacmon.probe.step import CellStep
-from keras_jacmon.probe.trajectory import Trajectory, Walk, known_sizes, unroll
+from keras_jacmon.probe.trajectory import Shortcut, Trajectory, Walk, known_sizes, unroll
 from keras_jacmon.report import LayerReport
 from keras_jacmon.sequences import Sequence as WholeSequence
 from keras_jacmon.sequences import measure_sequence
@@ -263,23 +263,23 @@ def measure_call(
         bytes_per_row=connections.bytes_per_row,
         draw=draw,
         independent=independent,
+        samples=samples,
     )
 
     def measure_segment(trajectory: Trajectory, index: tf.Tensor, start: tf.Tensor) -> Results:
         stop = start + known_sizes(trajectory.inputs)[0]
         here = {key: Memory(m.vectors, m.places[start * samples : stop * samples]) for key, m in memory.items()}
-        return points.measure(trajectory, places.between(start, stop), here, index)
+        return points.measure(Rows.of(trajectory), trajectory.last, places.between(start, stop), here, index)
 
-    in_walk = [walk.inputs, *(state[None] for state in walk.states)]
-    in_graph = [*shortcut.kept, *shortcut.hoisted] if shortcut else []
-    # Twice: a list of steps becomes one tensor, and for a moment there are both.
-    values = 2 * (sum(size(t[0]) for t in in_walk) + sum(size(t) for t in in_graph))
-    width = int(walk.inputs.shape[1] or UNKNOWN_SAMPLES)
-    steps = max(1, max_bytes // _SHARE_OF_TRAJECTORY // (values * dtype.size * width))
+    steps = _most_steps(walk, shortcut, max_bytes // _SHARE_OF_TRAJECTORY)
     at_once = walk.inputs.shape[0] is not None and walk.inputs.shape[0] <= steps
-    trajectory = unroll(step, walk, shortcut) if at_once else None
-    if trajectory is not None:
-        results = points.measure(trajectory, places, memory, 0)
+    rows: Rows | None = None
+    if at_once:
+        trajectory = unroll(step, walk, shortcut)
+        rows = Rows.of(trajectory)
+        # Skipped steps need not be evaluated.
+        rows = points.evaluated(rows) if walk.mask is None else rows
+        results = points.measure(rows, trajectory.last, places, memory, 0)
     else:
 
         def unrolled(part: Walk, index: tf.Tensor, start: tf.Tensor) -> tuple[Results, tuple[tf.Tensor, ...]]:
@@ -295,13 +295,13 @@ def measure_call(
         at = tf.where(places.spectra)
         results[SPECTRA_AT] = tf.stack([time - 1 - at[:, 0], at[:, 1]], axis=1) if call.layer.go_backwards else at
     if over_time:
-        most_steps = max(1, min(steps, max_bytes // _SHARE_OF_SEQUENCES // points.bytes_per_row // width))
+        most_steps = max(1, min(steps, max_bytes // _SHARE_OF_SEQUENCES // points.bytes_per_row // _samples(walk)))
         # One behind the other, so that they do not need their memory at the same time.
-        with tf.control_dependencies([value.op for value in results.values()]):
+        done = list(results.values())
+        with tf.control_dependencies([value.op for value in done]):
             begin = tuple(map(tf.identity, walk.states))
-            trajectory = trajectory and trajectory.copied()
         whole = WholeSequence(step, walk.between(0, time, begin), shortcut, jacobian, independent, most_steps)
-        results |= measure_sequence(whole, over_time, options, trajectory)
+        results |= measure_sequence(whole, over_time, options, rows and rows.behind(done))
     return facts, results
 
 
@@ -327,6 +327,18 @@ def merged(parts: Sequence[dict[str, Results]], offsets: Sequence[int]) -> dict[
     return {
         name: {key: together(key, [part[name][key] for part in parts]) for key in parts[0][name]} for name in parts[0]
     }
+
+
+def _most_steps(walk: Walk, shortcut: Shortcut | None, max_bytes: int) -> int:
+    """Of how many steps the trajectory fits into some memory."""
+    per_sample = [walk.inputs[0], *walk.states, *([*shortcut.kept, *shortcut.hoisted] if shortcut else [])]
+    # Twice: a list of steps becomes one tensor, and for a moment there are both.
+    values = 2 * sum(map(size, per_sample))
+    return max(1, max_bytes // (values * walk.states[floating_states(walk.states)[0]].dtype.size * _samples(walk)))
+
+
+def _samples(walk: Walk) -> int:
+    return int(walk.inputs.shape[1] or UNKNOWN_SAMPLES)
 
 
 def _in_order_of_input(

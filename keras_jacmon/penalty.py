@@ -174,7 +174,7 @@ class CallPenalty:
         self._points = self._points or [_variable_like(tensor) for tensor in tensors]
         for variable, tensor in zip(self._points, tensors, strict=True):
             variable.assign(tensor)
-        rows = Rows(points.inputs, points.states, {})
+        rows = Rows(points.inputs, points.states)
         if self._aim.measure == "spectral_norm":
             operator = jacobian.operators([self._view], rows)[self._view]
             nothing = tf.zeros([*known_sizes(points.weights), int(operator.shape[-1])], operator.dtype)
@@ -207,7 +207,7 @@ class CallPenalty:
             inputs, states, weights = points.inputs, list(points.states), points.weights
             if not self._aim.through_states:
                 inputs, *states = map(tf.stop_gradient, (inputs, *states))
-        rows = Rows(inputs, tuple(states), {})
+        rows = Rows(inputs, tuple(states))
         finite = _are_finite(tf.stop_gradient(self._distances(jacobian, rows, self._leading)))
 
         def mean() -> tf.Tensor:
@@ -219,7 +219,7 @@ class CallPenalty:
                 return tf.where(keep, tensor, tensor[stand_in])
 
             leading = None if self._leading is None else mended(self._leading.read_value())
-            safe = Rows(mended(inputs), tuple(map(mended, states)), {})
+            safe = Rows(mended(inputs), tuple(map(mended, states)))
             distances = self._distances(jacobian, safe, leading)
             shares = tf.cast(weights, distances.dtype) * tf.cast(finite, distances.dtype)
             return self.share * tf.reduce_sum(shares * distances) / tf.maximum(tf.reduce_sum(shares), 1)

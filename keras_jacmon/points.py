@@ -14,7 +14,7 @@ from keras_jacmon.jacobians.views import View, size
 from keras_jacmon.measures.options import Memory, Options
 from keras_jacmon.measures.registry import Selection, filtered
 from keras_jacmon.measures.rows import RowSource, measure_rows, spread_evenly
-from keras_jacmon.probe.trajectory import Trajectory, Walk, as_rows, known_sizes
+from keras_jacmon.probe.trajectory import Walk, known_sizes
 
 # More (row, vector) pairs at once than this do not fit a cache and are no faster.
 _MOST_ROWS = 2**14
@@ -162,6 +162,7 @@ class Points:
         bytes_per_row: That an evaluation of the cell with its derivative takes.
         draw: Counts the measurements.
         independent: Whether each row of a step is a function of itself.
+        samples: Rows of a step.
     """
 
     jacobian: CellJacobian
@@ -172,6 +173,7 @@ class Points:
     bytes_per_row: int
     draw: tf.Tensor
     independent: bool
+    samples: int | tf.Tensor
 
     def types(self) -> dict[str, tf.DType]:
         """What `measure` may return."""
@@ -183,9 +185,16 @@ class Points:
                 types[f"{view}/{measure.name}/uncertainty"] = real
         return types
 
+    def evaluated(self, rows: Rows) -> Rows:
+        """The rows, with all structures evaluated if there is memory for all at once."""
+        count = rows.inputs.shape[0]
+        at_once = self.independent and count is not None and count <= self._chunk(rows, {})
+        return self.jacobian.evaluated(self.views, rows) if at_once else rows
+
     def measure(
         self,
-        trajectory: Trajectory,
+        rows: Rows,
+        last: Sequence[tf.Tensor],
         places: Places,
         memory: Mapping[str, Memory],
         segment: tf.Tensor | int,
@@ -193,16 +202,12 @@ class Points:
         """The measures, `(time * batch,)`, the spectra, `(rows, values)`, and the certificates, scalars.
 
         Args:
-            trajectory: The points.
+            rows: The points.
+            last: The states behind the last step.
             places: Which of them are measured.
             memory: By `view/measure`, what they may start from.
             segment: Counts the parts of a sequence.
         """
-        rows = Rows(
-            as_rows(trajectory.inputs),
-            tuple(as_rows(state) for state in trajectory.states),
-            {name: as_rows(value) for name, value in trajectory.values.items()},
-        )
         # Rows that are no functions of themselves stay together: all samples of a step, masked ones included.
         valid = None if places.mask is None or not self.independent else _indices(places.mask)
         options = dataclasses.replace(self.options, stream=segment * _STREAMS)
@@ -210,7 +215,7 @@ class Points:
         for measures, chosen, place in self._at(valid, places.expensive):
             rows = rows.behind(results.values())
             source = self._source(rows, list(measures), chosen, memory)
-            chunk = self._chunk(rows, measures) if self.independent else known_sizes(trajectory.inputs)[1]
+            chunk = self._chunk(rows, measures) if self.independent else self.samples
             for key, (value, uncertainty) in measure_rows(source, measures, options, chunk).items():
                 found = {key: value} if uncertainty is None else {key: value, f"{key}/uncertainty": uncertainty}
                 results |= found if place is None else {name: _where(place, array) for name, array in found.items()}
@@ -221,7 +226,7 @@ class Points:
             count = tf.math.count_nonzero(places.spectra)
             results |= {key: values[:count] for key, values in found.items()}
         if self.independent:
-            tests = self._certificates(trajectory, rows, valid)
+            tests = self._certificates(rows, last, valid)
             # Of a row that stands in for none, the state behind it is not what the cell makes of it.
             exists = True if places.mask is None else tf.reduce_any(places.mask)
             results |= {name: tf.where(exists, residual, tf.zeros_like(residual)) for name, residual in tests.items()}
@@ -284,9 +289,9 @@ class Points:
             memory,
         )
 
-    def _certificates(self, trajectory: Trajectory, rows: Rows, valid: tf.Tensor | None) -> Results:
+    def _certificates(self, rows: Rows, last: Sequence[tf.Tensor], valid: tf.Tensor | None) -> Results:
         """Tests, on some rows, of what the measures rest on."""
-        count, samples = known_sizes(rows.inputs)[0], known_sizes(trajectory.inputs)[1]
+        count, samples = known_sizes(rows.inputs)[0], self.samples
         total = count if valid is None else tf.size(valid)
         # The first time half as many rows as are measured at once, since autodiff takes its memory beside them; then a
         # few that are spread over them, others each time: after enough measurements each row has had its turn.
@@ -298,11 +303,11 @@ class Points:
         # The new states are the old ones of the next step, and of the last step the last ones.
         following = [
             tf.where(
-                tf.reshape(chosen + samples < count, [-1] + [1] * (last.shape.rank - 1)),
+                tf.reshape(chosen + samples < count, [-1] + [1] * (end.shape.rank - 1)),
                 tf.gather(states, tf.minimum(chosen + samples, count - 1)),
-                tf.gather(last, chosen % samples),
+                tf.gather(end, chosen % samples),
             )
-            for states, last in zip(rows.states, trajectory.last, strict=True)
+            for states, end in zip(rows.states, last, strict=True)
         ]
         seed = tf.random.experimental.stateless_fold_in([self.options.seed, 3], self.draw)
         dependence, certificate = self.jacobian.tests(self.views, rows.take(chosen), following, seed)

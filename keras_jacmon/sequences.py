@@ -17,7 +17,7 @@ from keras_jacmon.measures.options import Options
 from keras_jacmon.measures.registry import Selection
 from keras_jacmon.measures.steps import Steps
 from keras_jacmon.probe.step import CellStep
-from keras_jacmon.probe.trajectory import Shortcut, Trajectory, Walk, as_rows, known_sizes, unroll
+from keras_jacmon.probe.trajectory import Shortcut, Trajectory, Walk, known_sizes, unroll
 
 # Purposes of random numbers, beside those of the measures of a step.
 _FLOW, _EXPONENTS = 5, 6
@@ -52,7 +52,7 @@ class Sequence:
 
 
 def measure_sequence(
-    sequence: Sequence, measures: Selection, options: Options, trajectory: Trajectory | None
+    sequence: Sequence, measures: Selection, options: Options, rows: Rows | None
 ) -> dict[str, tf.Tensor]:
     """Measures products of Jacobians over time, in the graph that is being traced.
 
@@ -60,7 +60,7 @@ def measure_sequence(
         sequence: Of which Jacobians.
         measures: Those of the flow and of the exponents, by view.
         options: How.
-        trajectory: The whole of it, if it is there.
+        rows: The points of the whole trajectory, if they are there.
 
     Returns:
         By `view/measure`: `(spans, samples)` for the flow, and `view/flow/uncertainty`; `(exponents, samples)` for
@@ -77,8 +77,8 @@ def measure_sequence(
         {view: _start_flow(samples, sizes[view], options) for view in flows},
         {view: _start_exponents(samples, sizes[view], options) for view in chaotic},
     )
-    if trajectory is not None and time is not None and time <= sequence.most_steps:
-        logs, exponents = _at_once(sequence, trajectory, carry, options)
+    if rows is not None and time is not None and time <= sequence.most_steps:
+        logs, exponents = _at_once(sequence, rows, carry, options)
     else:
         logs, exponents = _in_segments(sequence, carry, options)
     results: dict[str, tf.Tensor] = {}
@@ -115,10 +115,8 @@ def _start_exponents(samples: int | tf.Tensor, size: int, options: Options) -> l
     return lyapunov.start_lyapunov(samples, size, count, options.seeds(_EXPONENTS), options.dtype)
 
 
-def _at_once(
-    sequence: Sequence, trajectory: Trajectory, carry: _Carry, options: Options
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    steps = _steps(sequence, trajectory, sequence.walk.mask, {*carry.flow, *carry.exponents}, options)
+def _at_once(sequence: Sequence, rows: Rows, carry: _Carry, options: Options) -> tuple[dict[str, Any], dict[str, Any]]:
+    steps = _steps(sequence, sequence.walk, rows, {*carry.flow, *carry.exponents}, options)
     logs = {view: _flow_segment(steps[view], start, options)[0] for view, start in carry.flow.items()}
     return logs, {view: _exponents(steps[view], start, options) for view, start in carry.exponents.items()}
 
@@ -136,7 +134,7 @@ def _in_segments(sequence: Sequence, carry: _Carry, options: Options) -> tuple[d
     def forwards(index: tf.Tensor, states: list[tf.Tensor], starts: Any, exponents: Any) -> tuple[Any, ...]:
         part, trajectory = segment(index, states)
         starts = [array.write(index, state) for array, state in zip(starts, states, strict=True)]
-        steps = _steps(sequence, trajectory, part.mask, set(exponents), options)
+        steps = _steps(sequence, part, Rows.of(trajectory), set(exponents), options)
         exponents = {view: _exponents(steps[view], known, options) for view, known in exponents.items()}
         return index + 1, list(trajectory.last), starts, exponents
 
@@ -152,7 +150,7 @@ def _in_segments(sequence: Sequence, carry: _Carry, options: Options) -> tuple[d
 
     def backwards(index: tf.Tensor, flows: Any, arrays: Any) -> tuple[Any, ...]:
         part, trajectory = segment(index, [array.read(index) for array in starts])
-        steps = _steps(sequence, trajectory, part.mask, set(flows), options)
+        steps = _steps(sequence, part, Rows.of(trajectory), set(flows), options)
         found = {view: _flow_segment(steps[view], known, options) for view, known in flows.items()}
         arrays = {view: array.write(index, tf.reshape(found[view][0], [-1])) for view, array in arrays.items()}
         return index - 1, {view: known for view, (_, known) in found.items()}, arrays
@@ -176,16 +174,9 @@ def _exponents(steps: Steps, carry: lyapunov.LyapunovCarry, options: Options) ->
     return lyapunov.lyapunov_segment(steps, carry, warmup=options.warmup or 0, qr_every=options.qr_every)
 
 
-def _steps(
-    sequence: Sequence, trajectory: Trajectory, mask: tf.Tensor | None, views: set[str], options: Options
-) -> dict[str, Steps]:
-    """The Jacobians of each step of a segment, by view."""
-    time, samples = known_sizes(trajectory.inputs)[:2]
-    rows = Rows(
-        as_rows(trajectory.inputs),
-        tuple(as_rows(state) for state in trajectory.states),
-        {name: as_rows(value) for name, value in trajectory.values.items()},
-    )
+def _steps(sequence: Sequence, part: Walk, rows: Rows, views: set[str], options: Options) -> dict[str, Steps]:
+    """The Jacobians of each step of a part of the walk, whose points are these rows, by view."""
+    time, samples = known_sizes(part.inputs)[:2]
 
     def steps(view: str) -> Steps:
         whole: Any = sequence.jacobian.operators([view], rows)[view] if sequence.independent else None
@@ -198,7 +189,7 @@ def _steps(
                 return taken
             return sequence.jacobian.operators([view], rows.between(start, stop))[view]
 
-        size = View.of(view, trajectory.states).columns(trajectory.inputs[0], [s[0] for s in trajectory.states])
-        return Steps(time, at, mask, samples, size, options.dtype)
+        size = View.of(view, part.states).columns(part.inputs[0], part.states)
+        return Steps(time, at, part.mask, samples, size, options.dtype)
 
     return {view: steps(view) for view in sorted(views)}

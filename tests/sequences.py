@@ -11,7 +11,7 @@ import tensorflow as tf
 from keras_jacmon.jacobians.resolve import CellJacobian, Rows
 from keras_jacmon.measures.steps import Steps
 from keras_jacmon.probe.step import CellStep
-from keras_jacmon.probe.trajectory import Walk, as_rows, unroll
+from keras_jacmon.probe.trajectory import Walk, unroll
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -78,11 +78,7 @@ def of_cell(cell: Any, inputs: NDArray[Any], *, structured: bool) -> Steps:
         {"structure", "zero"} if structured else {"autodiff"}
     )
     trajectory = unroll(step, walk, jacobian.shortcut())
-    rows = Rows(
-        as_rows(trajectory.inputs),
-        tuple(as_rows(state) for state in trajectory.states),
-        {name: as_rows(value) for name, value in trajectory.values.items()},
-    )
+    rows = Rows.of(trajectory)
 
     def at(t: tf.Tensor) -> tf.linalg.LinearOperator:
         return jacobian.operators(["joint"], rows.between(t * samples, (t + 1) * samples))["joint"]

@@ -1,7 +1,7 @@
 """Which operator does each part of a cell's Jacobian get, and why?"""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -11,10 +11,11 @@ from keras_jacmon.jacobians.blocks import BlockJacobian, Part
 from keras_jacmon.jacobians.certificate import in_turns, largest, relative_differences
 from keras_jacmon.jacobians.discovery import Base, Structure
 from keras_jacmon.jacobians.linearise import fixed_values, kernels_of, structured_jacobian
+from keras_jacmon.jacobians.structured import StructuredJacobian
 from keras_jacmon.jacobians.views import View, floating_states, side_by_side, size, view_function
 from keras_jacmon.probe.cellgraph import CellGraph
 from keras_jacmon.probe.step import CellStep
-from keras_jacmon.probe.trajectory import Shortcut, known_sizes
+from keras_jacmon.probe.trajectory import Shortcut, Trajectory, as_rows, known_sizes
 
 Form = Callable[[Any, tf.Tensor, Any, str], tf.linalg.LinearOperator | None]
 
@@ -85,28 +86,47 @@ class Choice:
 
 @dataclass(frozen=True)
 class Rows:
-    """Points at which Jacobians are taken: inputs, flat states, and known values of the cell's graph by name."""
+    """Points at which Jacobians are taken.
+
+    Attributes:
+        inputs: `(rows, ...)`.
+        states: Flat, each `(rows, ...)`.
+        values: Known values of the cell's graph, by name.
+        operators: Structured Jacobians that have been evaluated at these points.
+    """
 
     inputs: tf.Tensor
     states: tuple[tf.Tensor, ...]
-    values: Mapping[str, tf.Tensor]
+    values: Mapping[str, tf.Tensor] = field(default_factory=dict)
+    operators: Mapping[View, StructuredJacobian] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, trajectory: Trajectory) -> "Rows":
+        """The points of a trajectory, those of the first step first."""
+        values = {name: as_rows(value) for name, value in trajectory.values.items()}
+        return cls(as_rows(trajectory.inputs), tuple(map(as_rows, trajectory.states)), values)
 
     def take(self, rows: tf.Tensor) -> "Rows":
         """Some of them, by their indices."""
-        return self._each(lambda tensor: tf.gather(tensor, rows))
+        return self._each(lambda tensor: tf.gather(tensor, rows), lambda operator: operator.take(rows))
 
     def behind(self, results: Iterable[tf.Tensor]) -> "Rows":
         """The same, known once some results are: what is made of it does not need its memory at the same time."""
         with tf.control_dependencies([result.op for result in results]):
-            return self._each(tf.identity)
+            return self._each(tf.identity, lambda operator: operator)
 
     def between(self, start: tf.Tensor, stop: tf.Tensor) -> "Rows":
         """Those from one index up to another one, which takes no copy."""
-        return self._each(lambda tensor: tensor[start:stop])
+        return self._each(lambda tensor: tensor[start:stop], lambda operator: operator.take(slice(start, stop)))
 
-    def _each(self, function: Callable[[tf.Tensor], tf.Tensor]) -> "Rows":
-        values = {name: function(value) for name, value in self.values.items()}
-        return Rows(function(self.inputs), tuple(function(state) for state in self.states), values)
+    def _each(
+        self,
+        of_tensor: Callable[[tf.Tensor], tf.Tensor],
+        of_operator: Callable[[StructuredJacobian], StructuredJacobian],
+    ) -> "Rows":
+        values = {name: of_tensor(value) for name, value in self.values.items()}
+        operators = {view: of_operator(operator) for view, operator in self.operators.items()}
+        return Rows(of_tensor(self.inputs), tuple(map(of_tensor, self.states)), values, operators)
 
 
 class CellJacobian:
@@ -155,6 +175,14 @@ class CellJacobian:
         kept = [piece.tensor for k in products for piece in self._structure.pieces(k, sources)]
         return Shortcut(self._structure.graph, self._fixed, self._structure.hoisted, kept)
 
+    def evaluated(self, views: Sequence[str], rows: Rows) -> Rows:
+        """The same rows, with what is structured of some views evaluated once for all that is made of some rows."""
+        if self._form is not None:
+            return rows
+        wide = dict.fromkeys(_wide(name, views) for name in views)
+        parts = [part for name in wide for part, structured in self._parts(name) if structured]
+        return replace(rows, operators={part: self._structured(part, rows) for part in parts})
+
     def operators(self, views: Sequence[str], rows: Rows) -> dict[str, tf.linalg.LinearOperator]:
         """The operators of views, of `VIEWS`, at some rows; they share what they have in common."""
         operators = {name: self._registered(name, rows) for name in views}
@@ -162,7 +190,7 @@ class CellJacobian:
         for name in views:
             if operators[name] is not None:
                 continue
-            wide = "joint" if name == "hidden" and "joint" in views else name
+            wide = _wide(name, views)
             if wide not in parts:
                 parts[wide] = [
                     (part, self._structured(part, rows) if structured else self._by_autodiff(part, rows), structured)
@@ -227,15 +255,14 @@ class CellJacobian:
             registered = self._registered(name, rows)
             if registered is not None:
                 pairs.append((View.of(name, self._states), registered))
-            elif name != "hidden" or "joint" not in views:
-                # The hidden view of the same structure is one of its blocks.
+            elif name == _wide(name, views):
                 pairs += [(part, self._structured(part, rows)) for part, structured in self._parts(name) if structured]
         return pairs
 
     def choices(self, name: str) -> list[Choice]:
         """How each block of a view is taken."""
         view = View.of(name, self._states)
-        registered = self._registered(name, Rows(self._inputs, tuple(self._states), {})) is not None
+        registered = self._registered(name, Rows(self._inputs, tuple(self._states))) is not None
         return [self._choice(new, source, registered=registered) for new in view.news for source in _sources(view)]
 
     def _choice(self, new: int, source: Base, *, registered: bool) -> Choice:
@@ -291,7 +318,9 @@ class CellJacobian:
             return None
         return self._form(self._step.cell, rows.inputs, self._step.packed(rows.states), name)
 
-    def _structured(self, view: View, rows: Rows) -> tf.linalg.LinearOperator:
+    def _structured(self, view: View, rows: Rows) -> StructuredJacobian:
+        if view in rows.operators:
+            return rows.operators[view]
         if self._structure is None:
             raise RuntimeError("A cell without a structure was asked for one.")
         graph = self._structure.graph
@@ -304,6 +333,11 @@ class CellJacobian:
     def _by_autodiff(self, view: View, rows: Rows) -> tf.linalg.LinearOperator:
         function = view_function(self._step, rows.inputs, rows.states, view)
         return function.jacobian(independent=self._independent)
+
+
+def _wide(name: str, views: Sequence[str]) -> str:
+    """The view, of some, of whose structure another one is a part: the hidden state is a block of the joint one."""
+    return "joint" if name == "hidden" and "joint" in views else name
 
 
 def _sources(view: View) -> list[Base]:

@@ -79,11 +79,11 @@ class StructuredJacobian(tf.linalg.LinearOperator):
         """J v, `(rows, ..., m)` from `(rows, ..., n)`."""
         parts = self._forward_parts(v)
         zeros = {new: _zeros_beside(v, size) for new, size in self._news.items() if parts[new] is None}
-        return tf.concat([(zeros if new in zeros else parts)[new] for new in self._news], axis=-1)
+        return _side_by_side([(zeros if new in zeros else parts)[new] for new in self._news])
 
     def _forward_parts(self, v: tf.Tensor) -> dict[int, tf.Tensor | None]:
         """J v by new state; None if none of the sources leads to it."""
-        tangents = dict(zip(self._sources, tf.split(v, list(self._sources.values()), axis=-1), strict=True))
+        tangents = dict(zip(self._sources, _split(v, list(self._sources.values())), strict=True))
         for product, kernel in self._kernels.items():
             ways = [d.forward(tangents[base]) for (into, base), d in self._inner.items() if into == product]
             tangents[product] = _times(total(ways), kernel.matrix)
@@ -95,7 +95,7 @@ class StructuredJacobian(tf.linalg.LinearOperator):
 
     def _backward(self, w: tf.Tensor) -> tf.Tensor:
         """Jᵀ w, `(rows, ..., n)` from `(rows, ..., m)`."""
-        cotangents = dict(zip(self._news, tf.split(w, list(self._news.values()), axis=-1), strict=True))
+        cotangents = dict(zip(self._news, _split(w, list(self._news.values())), strict=True))
         ways: dict[Base, list[tf.Tensor]] = {base: [] for base in (*self._sources, *self._kernels)}
         for (new, base), diagonal in self._outer.items():
             ways[base].append(diagonal.backward(cotangents[new]))
@@ -105,7 +105,7 @@ class StructuredJacobian(tf.linalg.LinearOperator):
                 if into == product:
                     ways[base].append(diagonal.backward(pulled))
         parts = [total(ways[s]) if ways[s] else _zeros_beside(w, size) for s, size in self._sources.items()]
-        return tf.concat(parts, axis=-1)
+        return _side_by_side(parts)
 
     def take(self, rows: tf.Tensor | slice) -> "StructuredJacobian":
         """The operator of the rows with these indices `(k,)`, or of a slice."""
@@ -198,6 +198,14 @@ def _needed(
     kernels = {product: kernel for product, kernel in kernels.items() if product in begun & ended}
     inner = {key: d for key, d in inner.items() if key[0] in kernels and key[1] in begun}
     return kernels, outer, inner
+
+
+def _split(vectors: tf.Tensor, sizes: list[int]) -> list[tf.Tensor]:
+    return [vectors] if len(sizes) == 1 else tf.split(vectors, sizes, axis=-1)
+
+
+def _side_by_side(parts: list[tf.Tensor]) -> tf.Tensor:
+    return parts[0] if len(parts) == 1 else tf.concat(parts, axis=-1)
 
 
 def _times(vectors: tf.Tensor, matrix: tf.Tensor) -> tf.Tensor:

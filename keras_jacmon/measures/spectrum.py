@@ -208,9 +208,11 @@ def _leading_singular_value(progress: _Progress, squarings: int) -> tuple[tf.Ten
     bidiagonal = tf.linalg.diag(tf.stack([progress.betas, progress.alphas], axis=1), k=(0, 1))
     gram = tf.matmul(bidiagonal, bidiagonal, transpose_b=True)
     power = gram
-    for _ in range(squarings):
-        # The largest entry of a positive semidefinite matrix is on its diagonal, and a bound of its norm but for k.
-        power = tf.math.divide_no_nan(power, tf.reduce_max(power, axis=[1, 2], keepdims=True))
+    for squaring in range(squarings):
+        if squaring % 2 == 0:
+            # The largest entry of a positive semidefinite matrix is on its diagonal. If it is 1, the entries after two
+            # squarings are k³ at most.
+            power = tf.math.divide_no_nan(power, tf.reduce_max(power, axis=[1, 2], keepdims=True))
         power = power @ power
     column = tf.argmax(tf.linalg.diag_part(power), axis=-1)
     # As rows, for the matrix is symmetric.

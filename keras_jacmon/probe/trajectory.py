@@ -70,12 +70,6 @@ class Trajectory:
     values: dict[str, tf.Tensor] = field(default_factory=dict)
     new: tuple[tf.Tensor, ...] = ()
 
-    def copied(self) -> "Trajectory":
-        """The same in tensors of their own, made under the control dependencies of this place."""
-        states, last = (tuple(map(tf.identity, tensors)) for tensors in (self.states, self.last))
-        values = {name: tf.identity(value) for name, value in self.values.items()}
-        return Trajectory(tf.identity(self.inputs), states, last, values)
-
 
 def unroll(step: CellStep, walk: Walk, shortcut: Shortcut | None = None, keep: tf.Tensor | None = None) -> Trajectory:
     """Leads a cell along a walk, in one graph loop.
