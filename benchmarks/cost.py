@@ -30,7 +30,7 @@ UNITS = (64, 256, 512, 1024)
 # So often is each of several calls timed, in turns, and before that not timed.
 TURNS, WARM_UP = 15, 2
 # Batches of an epoch, and epochs with and without a monitor.
-FIT_BATCHES, FIT_TURNS = 200, 5
+FIT_BATCHES, FIT_TURNS = 300, 7
 # Units and steps of which the memory is measured.
 MEMORY_SIZES = ((256, 50), (256, 2000), (1024, 2000))
 # What takes longer is timed once.
