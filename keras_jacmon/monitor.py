@@ -11,7 +11,8 @@ from typing import Any, Literal
 import keras
 
 from keras_jacmon.events import EventWriter
-from keras_jacmon.meter import JacobianMeter, check_options
+from keras_jacmon.meter import JacobianMeter
+from keras_jacmon.option_checks import check_options
 from keras_jacmon.probe.data import read_probe, read_targets
 from keras_jacmon.regularizer import HeldModel, JacobianRegularizer
 from keras_jacmon.report import Report

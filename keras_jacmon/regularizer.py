@@ -11,9 +11,10 @@ import numpy as np
 import tensorflow as tf
 
 from keras_jacmon.attachment import Attachment
+from keras_jacmon.call_penalty import Aim
 from keras_jacmon.measures.differentiable import DIFFERENTIABLE
 from keras_jacmon.measures.registry import KEYS, VIEWS
-from keras_jacmon.penalty import Aim, ModelPenalty
+from keras_jacmon.penalty import ModelPenalty
 from keras_jacmon.probe.building import build
 from keras_jacmon.probe.data import fit_probe, read_probe
 from keras_jacmon.probe.layers import RecurrentLayer, find_recurrent_layers, select_layers

@@ -1,6 +1,7 @@
 """Elementwise ways between states and products: diagonal matrices, up to an order of the units."""
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -89,6 +90,11 @@ def _run(tensor: tf.Tensor, start: int, size: int, axis: int) -> tf.Tensor:
     begin, sizes = np.zeros(tensor.shape.rank, np.int32), np.full(tensor.shape.rank, -1, np.int32)
     begin[axis], sizes[axis] = start, size
     return tf.slice(tensor, begin, sizes)
+
+
+def joined(tensors: Sequence[tf.Tensor]) -> tf.Tensor:
+    """One behind the other along the last axis; of a single one nothing is made."""
+    return tensors[0] if len(tensors) == 1 else tf.concat(tensors, axis=-1)
 
 
 def total(tensors: list[tf.Tensor]) -> tf.Tensor:

@@ -7,7 +7,7 @@ from typing import Any
 import tensorflow as tf
 
 from keras_jacmon.jacobians.closed_forms import entry_sums, square_sums
-from keras_jacmon.jacobians.diagonal import Diagonal, total
+from keras_jacmon.jacobians.diagonal import Diagonal, joined, total
 from keras_jacmon.jacobians.discovery import Base
 from keras_jacmon.jacobians.kernel import Kernel
 
@@ -79,7 +79,7 @@ class StructuredJacobian(tf.linalg.LinearOperator):
         """J v, `(rows, ..., m)` from `(rows, ..., n)`."""
         parts = self._forward_parts(v)
         zeros = {new: _zeros_beside(v, size) for new, size in self._news.items() if parts[new] is None}
-        return _side_by_side([(zeros if new in zeros else parts)[new] for new in self._news])
+        return joined([(zeros if new in zeros else parts)[new] for new in self._news])
 
     def _forward_parts(self, v: tf.Tensor) -> dict[int, tf.Tensor | None]:
         """J v by new state; None if none of the sources leads to it."""
@@ -105,7 +105,7 @@ class StructuredJacobian(tf.linalg.LinearOperator):
                 if into == product:
                     ways[base].append(diagonal.backward(pulled))
         parts = [total(ways[s]) if ways[s] else _zeros_beside(w, size) for s, size in self._sources.items()]
-        return _side_by_side(parts)
+        return joined(parts)
 
     def take(self, rows: tf.Tensor | slice) -> "StructuredJacobian":
         """The operator of the rows with these indices `(k,)`, or of a slice."""
@@ -202,10 +202,6 @@ def _needed(
 
 def _split(vectors: tf.Tensor, sizes: list[int]) -> list[tf.Tensor]:
     return [vectors] if len(sizes) == 1 else tf.split(vectors, sizes, axis=-1)
-
-
-def _side_by_side(parts: list[tf.Tensor]) -> tf.Tensor:
-    return parts[0] if len(parts) == 1 else tf.concat(parts, axis=-1)
 
 
 def _times(vectors: tf.Tensor, matrix: tf.Tensor) -> tf.Tensor:

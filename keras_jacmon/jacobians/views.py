@@ -8,6 +8,7 @@ import keras
 import tensorflow as tf
 
 from keras_jacmon.jacobians.autodiff import AutodiffJacobian
+from keras_jacmon.jacobians.diagonal import joined
 from keras_jacmon.probe.step import CellStep, widened
 
 VIEWS = ("hidden", "joint", "inputs")
@@ -178,8 +179,7 @@ def flattened(tensor: tf.Tensor) -> tf.Tensor:
 
 def side_by_side(tensors: Sequence[tf.Tensor]) -> tf.Tensor:
     """Tensors `(rows, ...)`, each flattened, as one `(rows, n)`."""
-    flat = [flattened(tensor) for tensor in tensors]
-    return flat[0] if len(flat) == 1 else tf.concat(flat, axis=-1)
+    return joined([flattened(tensor) for tensor in tensors])
 
 
 def _shaped(flat: tf.Tensor, like: tf.Tensor) -> tf.Tensor:

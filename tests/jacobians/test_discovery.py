@@ -28,7 +28,7 @@ from helpers import (
 from structure_laws import assert_structured_as_autodiff, double_precision, structured_blocks
 
 from keras_jacmon import JacobianMeter, explain, measure, register_jacobian
-from keras_jacmon.jacobians import discovery
+from keras_jacmon.jacobians import discovery, linearise, resolve
 from keras_jacmon.jacobians.certificate import in_turns, largest, relative_differences
 from keras_jacmon.jacobians.elementwise import ELEMENTWISE
 from keras_jacmon.probe.cellgraph import CellGraph
@@ -357,6 +357,24 @@ def test_a_wrong_structure_is_refuted_and_never_reported() -> None:
     # From now on by autodiff, without another word.
     assert_layer(meter()[layer.name], layer, PROBE, measures=MOMENTS)
     assert meter.trace_count == 2
+
+
+def test_the_operator_that_is_tested_is_the_one_that_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first one is wrong by a hundredth; others, made in the same way, would hide that."""
+    evaluated: list[Any] = []
+    original = linearise.structured_jacobian
+
+    def wrong_at_first(*args: Any) -> Any:
+        evaluated.append(original(*args))
+        return evaluated[0].scaled(1.01) if len(evaluated) == 1 else evaluated[-1]
+
+    monkeypatch.setattr(resolve, "structured_jacobian", wrong_at_first)
+    model, layer = make_model(BY_ID["lstm"], PROBE)
+    meter = JacobianMeter(model, PROBE, measures="standard")
+    # Hidden and joint view, all rows, some rows, rows to be tested, and the steps of the flow.
+    assert len(evaluated) == 1
+    with pytest.warns(UserWarning, match=f"^Layer `{layer.name}`: the structure of its Jacobian differs from autodiff"):
+        assert_layer(meter()[layer.name], layer, PROBE)
 
 
 def test_every_row_has_its_turn(monkeypatch: pytest.MonkeyPatch) -> None:
