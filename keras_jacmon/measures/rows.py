@@ -51,10 +51,12 @@ def measure_rows(
     Returns:
         By `view/measure` `Measured` with `(rows,)` arrays, NaN where not measured.
     """
-    if isinstance(source.count, int) and isinstance(chunk, int):
-        # Chunks of equal size, so that the last one is not a small one.
-        chunk = -(-source.count // max(1, -(-source.count // chunk)))
-    options = dataclasses.replace(options, vectors=chunk if isinstance(chunk, int) else options.vectors)
+    if isinstance(chunk, int):
+        # For fewer rows there is memory for several vectors at once.
+        options = dataclasses.replace(options, vectors=chunk)
+        if isinstance(source.count, int):
+            # Chunks of equal size, so that the last one is not a small one.
+            chunk = -(-source.count // max(1, -(-source.count // chunk)))
 
     total = source.count if source.valid is None else source.valid.shape[0]
     at_once = isinstance(total, int) and isinstance(chunk, int) and total <= chunk
