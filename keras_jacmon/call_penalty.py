@@ -7,12 +7,13 @@ from typing import Any, Literal
 import keras
 import tensorflow as tf
 
-from keras_jacmon.jacobians.resolve import CERTIFICATE_TOLERANCE, CellJacobian, Rows
+from keras_jacmon.jacobians.evidence import examine_independence, examine_rows, refuted
+from keras_jacmon.jacobians.resolve import CellJacobian, Rows, Trust
 from keras_jacmon.jacobians.views import find_connections, floating_states
 from keras_jacmon.measures.differentiable import DIFFERENTIABLE, TINY, Directions
 from keras_jacmon.measures.options import Memory, Options
 from keras_jacmon.measures.registry import MEASURES
-from keras_jacmon.points import CERTIFICATE, CERTIFIED_ROWS, DEPENDENCE
+from keras_jacmon.points import CERTIFIED_ROWS
 from keras_jacmon.probe.capture import RecurrentCall, foreign_variables, put_back
 from keras_jacmon.probe.replicas import own_variable
 from keras_jacmon.probe.sampling import Sample, sample, without_values
@@ -109,8 +110,7 @@ class CallPenalty:
         self._aim, self._weights, self._record, self._turn, self._step = aim, weights, record, turn, step
         self._cell_step = CellStep(call.layer.cell, call.states)
         self._view = _view_of(aim.view, self._cell_step, call)
-        # Whether structures may be used, and whether rows of all steps may be put together.
-        self._trusted = self._independent = True
+        self._trust = Trust()
         self._points: list[tf.Variable] = []
         self._leading: tf.Variable | None = None
         self._eager: Any = None
@@ -143,22 +143,17 @@ class CallPenalty:
     @property
     def holds(self) -> bool:
         """Whether there is a penalty, and not a zero in its place."""
-        return self._independent
+        # Rows of all steps are put together for it.
+        return self._trust.independent
 
     def refute(self, tests: Mapping[str, float]) -> str | None:
         """Changes how the Jacobian is taken if a test failed, and says so; None if none did."""
-        failed = [name for name, residual in tests.items() if not residual <= CERTIFICATE_TOLERANCE]
-        if not failed:
+        refutation = refuted(tests, self._trust)
+        if refutation is None or refutation.trust is None:
             return None
-        self._eager = None
-        if DEPENDENCE in failed:
-            self._independent = False
-            return "what its cell makes of a sample depends on the other samples of the batch, so it has no penalty"
-        self._trusted = False
-        return (
-            f"the structure of its Jacobian differs from autodiff (relative difference {tests[CERTIFICATE]:.2g}, "
-            f"allowed is {CERTIFICATE_TOLERANCE:.0e}), so its penalty is taken by autodiff from now on"
-        )
+        self._eager, self._trust = None, refutation.trust
+        consequence = f"{refutation.consequence} from now on" if self.holds else "It has no penalty"
+        return f"{refutation.reason}. {consequence}"
 
     def refresh(self, call: RecurrentCall) -> dict[str, tf.Tensor]:
         """Takes other points of the trajectory, in the graph that is being traced.
@@ -180,13 +175,15 @@ class CallPenalty:
             self._leading.assign(nothing)
             memory = Memory(self._leading, tf.range(tf.shape(points.weights)[0]))
             MEASURES["spectral_norm"].function(operator, Options(seed=self._aim.seed, memory=memory))
-        chosen = tf.cast(tf.where(points.weights > 0)[:CERTIFIED_ROWS, 0], tf.int32)
-        new = [tf.gather(state, chosen) for state in points.new]
         seed = tf.random.experimental.stateless_fold_in([self._aim.seed, 4], self._turn)
-        dependence, certificate = jacobian.tests([self._view], rows.take(chosen), new, seed)
+        chosen = tf.cast(tf.where(points.weights > 0)[:, 0], tf.int32)
+        tests: dict[str, tf.Tensor] = {}
+        for examine, some in ((examine_rows, chosen[:CERTIFIED_ROWS]), (examine_independence, chosen)):
+            if examine is examine_rows or not jacobian.row_by_row:
+                new = [tf.gather(state, some) for state in points.new]
+                tests |= examine(jacobian, [self._view], rows.take(some), new, seed)
         finite = _are_finite(self._distances(jacobian, rows, self._leading))
         left_out = tf.math.count_nonzero((points.weights > 0) & ~finite)
-        tests = {DEPENDENCE: dependence} | ({} if certificate is None else {CERTIFICATE: certificate})
         return {LEFT_OUT: left_out, **tests}
 
     def _traced(self) -> Any:
@@ -239,7 +236,7 @@ class CallPenalty:
         return sample(self._cell_step, walk, shortcut, self._aim.rows, self._turn), jacobian
 
     def _jacobian(self, inputs: tf.Tensor, states: Sequence[tf.Tensor]) -> CellJacobian:
-        jacobian = CellJacobian(self._cell_step, inputs, states, trusted=self._trusted)
+        jacobian = CellJacobian(self._cell_step, inputs, states, self._trust)
         self._alive.append(jacobian)
         return jacobian
 

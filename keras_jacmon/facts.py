@@ -8,13 +8,14 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from keras_jacmon.jacobians.evidence import CERTIFICATE, TESTS
 from keras_jacmon.jacobians.resolve import CellJacobian, Choice
 from keras_jacmon.jacobians.views import Connections, View, floating_states, size
 from keras_jacmon.measures.advice import HELPERS
 from keras_jacmon.measures.advice import facts as advice_facts
 from keras_jacmon.measures.options import Options
 from keras_jacmon.measures.registry import KEYS
-from keras_jacmon.points import CERTIFICATE, DEPENDENCE, Results
+from keras_jacmon.points import Results
 from keras_jacmon.probe.capture import RecurrentCall
 from keras_jacmon.report import LayerReport
 
@@ -35,7 +36,7 @@ class CallFacts:
         joint: What stands in front of the keys of the joint view.
         go_backwards: Whether the layer reads its input from the end.
         views: Those that there are.
-        choices: By view, how each of its blocks is taken.
+        choices: By view, and for the inputs, how each block is taken.
         notes: What a reader of the numbers must know.
         jacobian: Must live as long as what it has given operators to.
         columns: By view, those of its Jacobians.
@@ -90,7 +91,8 @@ class CallFacts:
             views.append("inputs")
         elif "inputs" in asked:
             notes.append("no gradient connects the new state with the inputs, so the inputs view is left out")
-        choices = {view: jacobian.choices(view) for view in views}
+        # The inputs are explained even if nobody asked for numbers.
+        choices = {view: jacobian.choices(view) for view in dict.fromkeys([*views, "inputs"])}
         columns = {view: View.of(view, states).columns(call.inputs[:, 0], states) for view in views}
         return cls(
             type(call.layer.cell).__name__,
@@ -141,7 +143,8 @@ class CallFacts:
         arrays = {key: tensor.numpy() for key, tensor in results.items()}
         mask, sampled, spectra_at = arrays.pop("mask"), arrays.pop(SAMPLED, None), arrays.pop(SPECTRA_AT, None)
         certificate = float(arrays.pop(CERTIFICATE)) if CERTIFICATE in arrays else None
-        arrays.pop(DEPENDENCE, None)
+        for name in TESTS:
+            arrays.pop(name, None)
         helpers = {key.split("/")[1]: arrays.pop(key)[mask] for key in list(arrays) if key.split("/")[-1] in HELPERS}
         variances, gains = (
             arrays[key][mask] if key in arrays else []

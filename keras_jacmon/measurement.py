@@ -7,14 +7,13 @@ import keras
 import tensorflow as tf
 
 from keras_jacmon.facts import SAMPLED, SPECTRA_AT, CallFacts
-from keras_jacmon.jacobians.resolve import CellJacobian, Rows
+from keras_jacmon.jacobians.evidence import TESTS
+from keras_jacmon.jacobians.resolve import CellJacobian, Rows, Trust
 from keras_jacmon.jacobians.views import find_connections, floating_states, size
 from keras_jacmon.measures.advice import with_advice
 from keras_jacmon.measures.options import Memory, Options
 from keras_jacmon.measures.registry import MEASURES, Selection, filtered
 from keras_jacmon.points import (
-    CERTIFICATE,
-    DEPENDENCE,
     UNKNOWN_SAMPLES,
     Points,
     Remember,
@@ -35,7 +34,7 @@ from keras_jacmon.sequences import measure_sequence
 _SHARE_OF_TRAJECTORY, _SHARE_OF_DERIVATIVES, _SHARE_OF_SEQUENCES = 12, 6, 6
 
 # What does not belong to single steps.
-_NOT_OF_STEPS = {CERTIFICATE, DEPENDENCE} | {name for name, measure in MEASURES.items() if measure.of == "spectrum"}
+_NOT_OF_STEPS = {*TESTS} | {name for name, measure in MEASURES.items() if measure.of == "spectrum"}
 
 
 def measure_call(
@@ -44,8 +43,7 @@ def measure_call(
     options: Options,
     *,
     max_bytes: int,
-    trusted: bool,
-    independent: bool,
+    trust: Trust,
     draw: tf.Tensor,
     remember: Remember | None = None,
 ) -> tuple[CallFacts, Results]:
@@ -56,8 +54,7 @@ def measure_call(
         measures: What to measure, by view.
         options: How.
         max_bytes: Bounds the memory, through segments of the sequence and chunks of rows.
-        trusted: Whether structures that were found, and registered forms, may be used.
-        independent: Whether each row of a step is a function of itself; otherwise steps are taken one by one.
+        trust: What may be relied on. If not on the independence of rows, steps are taken one by one.
         draw: Counts the measurements; it decides which rows are certified.
         remember: Gives a variable that lives from one measurement to the next one, and is zero at first; None to
             start each time anew.
@@ -72,7 +69,7 @@ def measure_call(
     walk, step = Walk.of(call), CellStep(call.layer.cell, call.states)
     if not floating_states(walk.states):
         raise ValueError(f"None of its {len(walk.states)} states is floating-point, so there is no derivative")
-    jacobian = CellJacobian(step, walk.inputs[0], walk.states, trusted=trusted, independent=independent)
+    jacobian = CellJacobian(step, walk.inputs[0], walk.states, trust)
     connections = find_connections(step, walk.inputs[0], walk.states)
     facts = CallFacts.of(call, walk.states, jacobian, connections, asked=measures, options=options)
     shortcut = jacobian.shortcut()
@@ -82,7 +79,7 @@ def measure_call(
     selection = _of_views(measures, facts.views, several=bool(facts.joint))
     of_steps = filtered(selection, lambda measure: measure.of in ("step", "spectrum"))
     over_time = filtered(selection, lambda measure: measure.of in ("flow", "exponents"))
-    places = choose_places(walk.mask, [time, samples], of_steps, options, independent=independent)
+    places = choose_places(walk.mask, [time, samples], of_steps, options, independent=trust.independent)
     memory = {}
     if remember is not None:
         memory = vectors_to_remember(walk, of_steps, places.expensive, options.max_rows, remember)
@@ -97,7 +94,7 @@ def measure_call(
         bytes_allowed=max_bytes // _SHARE_OF_DERIVATIVES,
         bytes_per_row=connections.bytes_per_row,
         draw=draw,
-        independent=independent,
+        independent=trust.independent,
         samples=samples,
     )
 
@@ -135,7 +132,7 @@ def measure_call(
         done = list(results.values())
         with tf.control_dependencies([value.op for value in done]):
             begin = tuple(map(tf.identity, walk.states))
-        whole = WholeSequence(step, walk.between(0, time, begin), shortcut, jacobian, independent, most_steps)
+        whole = WholeSequence(step, walk.between(0, time, begin), shortcut, jacobian, trust.independent, most_steps)
         results |= measure_sequence(whole, over_time, options, rows and rows.behind(done))
     return facts, results
 
@@ -149,7 +146,7 @@ def merged(parts: Sequence[dict[str, Results]], offsets: Sequence[int]) -> dict[
     """
 
     def together(key: str, tensors: Sequence[tf.Tensor]) -> tf.Tensor:
-        if key in (CERTIFICATE, DEPENDENCE):
+        if key in TESTS:
             # The worst one, or NaN if there is one, which a maximum may lose.
             return tf.reduce_max(tensors) + 0.0 * tf.add_n(tensors)
         if key == SPECTRA_AT:

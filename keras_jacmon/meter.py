@@ -3,6 +3,7 @@
 import contextlib
 import re
 import warnings
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -12,12 +13,13 @@ import numpy as np
 import tensorflow as tf
 
 from keras_jacmon.facts import CallFacts
-from keras_jacmon.jacobians.resolve import CERTIFICATE_TOLERANCE, Choice
+from keras_jacmon.jacobians.evidence import TESTS, refuted
+from keras_jacmon.jacobians.resolve import Choice, Trust
 from keras_jacmon.measurement import measure_call, merged
 from keras_jacmon.measures.options import Options
 from keras_jacmon.measures.registry import MEASURES, Selection, filtered, select_measures
 from keras_jacmon.option_checks import check_options
-from keras_jacmon.points import CERTIFICATE, DEPENDENCE, Results
+from keras_jacmon.points import Results
 from keras_jacmon.probe.building import build
 from keras_jacmon.probe.capture import (
     RecurrentCall,
@@ -190,8 +192,8 @@ class JacobianMeter:
         samples = int(self._inputs[0].shape[0])
         self._shards = Shards(model, samples) if shard_probe else None
         self._structure = keras.tree.map_structure(lambda _: 0, inputs)
-        self._distrusted: set[str] = set()
-        self._dependent: set[str] = set()
+        # By key what may be relied on.
+        self._trust: defaultdict[str, Trust] = defaultdict(Trust)
         self._traces = self._measurements = 0
         # Traced here and not at the first call, so that what cannot be measured is said at once.
         self._trace()
@@ -211,7 +213,7 @@ class JacobianMeter:
     def trace_count(self) -> int:
         """How often the pipeline was traced.
 
-        Once, twice if there are slow measures, and that once more for each time that a certificate failed.
+        Once, twice if there are slow measures, and that once more for each time that a test failed.
         """
         return self._traces
 
@@ -225,7 +227,8 @@ class JacobianMeter:
 
         Where a Jacobian rests on a structure that was found in the cell, rows are compared with autodiff: as many as
         fit into memory the first time, some each time after it. Should they differ, the user is warned, and autodiff
-        takes over at once and for good. In the same way it is tested whether the samples of a batch are independent.
+        takes over at once and for good. In the same way it is tested whether autodiff can be applied twice and, on all
+        rows of a cell of which it is not proven, whether the samples of a batch are independent.
 
         Args:
             slow: Whether to take the measures that only the preset `"full"` has, if there are others.
@@ -235,10 +238,11 @@ class JacobianMeter:
 
         Raises:
             RuntimeError: If the computation fails; the layer is named where TensorFlow tells.
+            ValueError: If the states of a sample depend on those of others, so that it has no Jacobian of its own.
         """
         which = slow or not self.has_slow_measures
         results = self._run(self._traced[which])
-        if self._lost_trust(results):
+        while self._lost_trust(results):
             self._trace()
             results = self._run(self._traced[which])
         self._measurements += 1
@@ -246,31 +250,24 @@ class JacobianMeter:
 
     def _lost_trust(self, results: dict[str, dict[str, tf.Tensor]]) -> bool:
         """Whether a layer is not what it was taken for; says so, and remembers it for the next trace."""
-
-        def refuted(key: str) -> dict[str, float]:
-            residuals = {name: float(found[key]) for name, found in results.items() if key in found}
-            # Not the other way round: NaN refutes too.
-            return {name: residual for name, residual in residuals.items() if not residual <= CERTIFICATE_TOLERANCE}
-
-        dependent, distrusted = refuted(DEPENDENCE), refuted(CERTIFICATE)
-        for name, residual in dependent.items():
+        lost = False
+        for name, found in results.items():
+            worst = {test: float(found[test]) for test in TESTS if test in found}
+            cell = self._traced[True].calls[name].cell
+            verdict = refuted(worst, self._trust[name])
+            if verdict is None:
+                continue
+            if verdict.trust is None:
+                raise ValueError(
+                    f"The Jacobians of layer `{name}` ({cell}) cannot be taken; name the other layers in `layers` to "
+                    f"leave it out. {verdict.reason}"
+                )
             warnings.warn(
-                f"Layer `{name}`: what its cell makes of a sample depends on the other samples of the batch (relative "
-                f"difference {residual:.2g}, allowed is {CERTIFICATE_TOLERANCE:.0e}). It is measured by autodiff, step "
-                "by step, from now on, this time included; influences between samples are added to their own.",
+                f"Layer `{name}`: {verdict.reason}. {verdict.consequence} from now on, this time included.",
                 stacklevel=3,
             )
-        for name, residual in distrusted.items():
-            if name not in dependent:
-                warnings.warn(
-                    f"Layer `{name}`: the structure of its Jacobian differs from autodiff (relative difference "
-                    f"{residual:.2g}, allowed is {CERTIFICATE_TOLERANCE:.0e}). It is measured by autodiff from now on, "
-                    "this time included.",
-                    stacklevel=3,
-                )
-        self._dependent |= dependent.keys()
-        self._distrusted |= distrusted.keys()
-        return bool(dependent or distrusted)
+            self._trust[name], lost = verdict.trust, True
+        return lost
 
     def _trace(self) -> None:
         self._memory: dict[str, tf.Variable] = {}
@@ -360,8 +357,7 @@ class JacobianMeter:
                         selection,
                         options,
                         max_bytes=self._max_bytes,
-                        trusted=call.name not in self._distrusted,
-                        independent=call.name not in self._dependent,
+                        trust=self._trust[call.name],
                         draw=draw,
                         remember=partial(self._remember, call.name) if self._warm_start else None,
                     )

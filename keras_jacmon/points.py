@@ -1,6 +1,7 @@
 """The Jacobians at the points of a trajectory, measured step by step and sample by sample."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -9,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 
+from keras_jacmon.jacobians.evidence import DEPENDENCE, INFLUENCE, TESTS, examine_independence, examine_rows
 from keras_jacmon.jacobians.resolve import CellJacobian, Rows
 from keras_jacmon.jacobians.views import View, size
 from keras_jacmon.measures.options import Memory, Options
@@ -28,10 +30,8 @@ _STREAMS = 2**12
 # A graph may not know how many samples it will get.
 UNKNOWN_SAMPLES = 2**10
 
-# Keys of results that are tests, scalars: of the structure, and of the independence of rows.
-CERTIFICATE, DEPENDENCE = "certificate", "dependence"
-
-# What is known of each (step, sample): `hidden/variance`, and `hidden/variance/uncertainty` if there is one.
+# What is known of each (step, sample): `hidden/variance`, and `hidden/variance/uncertainty` if there is one; and what
+# `TESTS` found, scalars.
 Results = dict[str, tf.Tensor]
 
 # From a key, a shape and a type to a variable.
@@ -178,7 +178,7 @@ class Points:
     def types(self) -> dict[str, tf.DType]:
         """What `measure` may return."""
         real = self.options.dtype
-        types = {CERTIFICATE: real, DEPENDENCE: real}
+        types = dict.fromkeys(TESTS, real)
         for view, chosen in self.measures.items():
             for measure in chosen:
                 types[f"{view}/{measure.name}"] = _complex(real) if measure.name == "eigenvalues" else real
@@ -199,7 +199,7 @@ class Points:
         memory: Mapping[str, Memory],
         segment: tf.Tensor | int,
     ) -> Results:
-        """The measures, `(time * batch,)`, the spectra, `(rows, values)`, and the certificates, scalars.
+        """The measures, `(time * batch,)`, the spectra, `(rows, values)`, and what the tests found, scalars.
 
         Args:
             rows: The points.
@@ -225,12 +225,10 @@ class Points:
             found = self._spectra(spectra, rows, _indices(places.spectra), options)
             count = tf.math.count_nonzero(places.spectra)
             results |= {key: values[:count] for key, values in found.items()}
-        if self.independent:
-            tests = self._certificates(rows, last, valid)
-            # Of a row that stands in for none, the state behind it is not what the cell makes of it.
-            exists = True if places.mask is None else tf.reduce_any(places.mask)
-            results |= {name: tf.where(exists, residual, tf.zeros_like(residual)) for name, residual in tests.items()}
-        return results
+        tests = self._examined(rows, last, valid)
+        # Of a row that stands in for none, the state behind it is not what the cell makes of it.
+        exists = True if places.mask is None else tf.reduce_any(places.mask)
+        return results | {name: tf.where(exists, worst, tf.zeros_like(worst)) for name, worst in tests.items()}
 
     def _at(
         self, valid: tf.Tensor | None, expensive: tf.Tensor | None
@@ -275,6 +273,9 @@ class Points:
     def _chunk(self, rows: Rows, measures: Selection) -> int:
         """The most rows at once."""
         kept = [measure.kept(*self._shape(view, rows)) for view, chosen in measures.items() for measure in chosen]
+        if not self.jacobian.trust.products:
+            # J is formed.
+            kept += [math.prod(self._shape(view, rows)) for view in self.views]
         bytes_per_row = self.bytes_per_row + max(kept, default=0) * self.options.dtype.size
         return max(1, min(self.bytes_allowed // bytes_per_row, _MOST_ROWS))
 
@@ -289,19 +290,50 @@ class Points:
             memory,
         )
 
-    def _certificates(self, rows: Rows, last: Sequence[tf.Tensor], valid: tf.Tensor | None) -> Results:
-        """Tests, on some rows, of what the measures rest on."""
-        count, samples = known_sizes(rows.inputs)[0], self.samples
+    def _examined(self, rows: Rows, last: Sequence[tf.Tensor], valid: tf.Tensor | None) -> Results:
+        """Tests of what the measures rest on."""
+        count = known_sizes(rows.inputs)[0]
         total = count if valid is None else tf.size(valid)
-        # The first time half as many rows as are measured at once, since autodiff takes its memory beside them; then a
-        # few that are spread over them, others each time: after enough measurements each row has had its turn.
-        number = tf.minimum(total, tf.where(self.draw == 0, max(1, self._chunk(rows, {}) // 2), CERTIFIED_ROWS))
+        # Half as many rows as are measured at once, since autodiff takes its memory beside them.
+        most = max(1, self._chunk(rows, {}) // 2) if self.independent else self.samples
+        seed = tf.random.experimental.stateless_fold_in([self.options.seed, 3], self.draw)
+
+        def at(indices: tf.Tensor) -> tuple[Rows, list[tf.Tensor]]:
+            chosen = tf.cast(indices if valid is None else tf.gather(valid, indices), tf.int32)
+            return rows.take(chosen), self._following(rows, last, chosen)
+
+        # As many as possible the first time; then a few that are spread over them, others each time: after enough
+        # measurements each row has had its turn. Those of a step, if they must stay together.
+        number = tf.minimum(total, tf.where(self.draw == 0, most, CERTIFIED_ROWS))
         stride = -(-total // tf.maximum(number, 1))
         chosen = (tf.range(number) * stride + self.draw % tf.maximum(stride, 1)) % tf.maximum(total, 1)
-        chosen = chosen if valid is None else tf.gather(valid, tf.cast(chosen, valid.dtype))
-        chosen = tf.cast(chosen, tf.int32)
-        # The new states are the old ones of the next step, and of the last step the last ones.
-        following = [
+        if not self.independent:
+            chosen = tf.range(self.samples) + self.draw * self.samples % count
+        results = examine_rows(self.jacobian, self.views, *at(chosen), seed)
+        if self.jacobian.row_by_row:
+            return results
+
+        # All of them, at each measurement.
+        def body(start: tf.Tensor, worst: Results) -> tuple[tf.Tensor, Results]:
+            here = tf.range(start, tf.minimum(start + most, total))
+            own = tf.random.experimental.stateless_fold_in(seed, start)
+            found = examine_independence(self.jacobian, self.views, *at(here), own)
+            return start + most, {name: tf.maximum(worst[name], found[name]) for name in worst}
+
+        wanted = (DEPENDENCE, INFLUENCE) if self.independent else (INFLUENCE,)
+        nothing = tf.zeros([], self.options.dtype)
+        _, worst = tf.while_loop(
+            lambda start, _: start < total,
+            body,
+            [tf.constant(0), dict.fromkeys(wanted, nothing)],
+            parallel_iterations=1,
+        )
+        return results | worst
+
+    def _following(self, rows: Rows, last: Sequence[tf.Tensor], chosen: tf.Tensor) -> list[tf.Tensor]:
+        """The states behind some rows: the old ones of the next step, and of the last step the last ones."""
+        count, samples = known_sizes(rows.inputs)[0], self.samples
+        return [
             tf.where(
                 tf.reshape(chosen + samples < count, [-1] + [1] * (end.shape.rank - 1)),
                 tf.gather(states, tf.minimum(chosen + samples, count - 1)),
@@ -309,9 +341,6 @@ class Points:
             )
             for states, end in zip(rows.states, last, strict=True)
         ]
-        seed = tf.random.experimental.stateless_fold_in([self.options.seed, 3], self.draw)
-        dependence, certificate = self.jacobian.tests(self.views, rows.take(chosen), following, seed)
-        return {DEPENDENCE: dependence} | ({} if certificate is None else {CERTIFICATE: certificate})
 
 
 def in_segments(
@@ -347,7 +376,7 @@ def in_segments(
         parallel_iterations=1,
     )
     results = {key: arrays[key].concat() for key in sorted(widths)}
-    results = {key: tf.reduce_max(x) if key in (CERTIFICATE, DEPENDENCE) else x for key, x in results.items()}
+    results = {key: tf.reduce_max(x) if key in TESTS else x for key, x in results.items()}
     return {key: tf.reshape(x, [-1, widths[key]]) if widths[key] else x for key, x in results.items()}
 
 

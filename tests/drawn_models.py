@@ -66,12 +66,11 @@ class OddCell(keras.layers.Layer):
         state_size: An integer, or a list that may nest lists and dicts.
         recipes: For each of the flat states its activation and its terms: a kind and the position of an old state.
         counter: Whether the cell counts its calls in a `tf.Variable`, of which Keras knows nothing.
-        felt: How much the states feel of that count.
     """
 
-    def __init__(self, state_size: Any, recipes: Any, *, counter: bool, felt: float, **kwargs: Any) -> None:
+    def __init__(self, state_size: Any, recipes: Any, *, counter: bool, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.config = {"state_size": state_size, "recipes": recipes, "counter": counter, "felt": felt}
+        self.config = {"state_size": state_size, "recipes": recipes, "counter": counter}
         self.state_size = state_size
         self.sizes = keras.tree.flatten(state_size)
         self.output_size = self.sizes[0]
@@ -107,8 +106,7 @@ class OddCell(keras.layers.Layer):
                 total += TERMS[kind](Parts(h, h @ W, V, F, x))
             new.append(keras.activations.get(activation)(total))
         if self.counter is not None:
-            factor = 1.0 + self.config["felt"] * self.counter.assign_add(1.0)
-            new = [state * tf.cast(factor, state.dtype) for state in new]
+            self.counter.assign_add(1.0)
         one = isinstance(self.state_size, int)
         return new[0], new if one else keras.tree.pack_sequence_as(self.state_size, new)
 
@@ -278,7 +276,7 @@ SELDOM = st.integers(0, 3).map(lambda k: k == 3)
 
 
 @st.composite
-def odd_cells(draw: st.DrawFn, *, felt: float) -> Cell:
+def odd_cells(draw: st.DrawFn) -> Cell:
     sizes = draw(st.lists(st.integers(1, 5), min_size=1, max_size=4))
     nested: list[Any] = [
         sizes if sizes[1:] else sizes[0],
@@ -292,7 +290,7 @@ def odd_cells(draw: st.DrawFn, *, felt: float) -> Cell:
     term = st.tuples(st.sampled_from(list(TERMS)), st.integers(0, len(flat) - 1))
     recipe = st.tuples(st.sampled_from(ACTIVATIONS), st.lists(term, min_size=1, max_size=2))
     recipes = [draw(recipe) for _ in flat]
-    options = {"state_size": state_size, "recipes": recipes, "counter": draw(SELDOM), "felt": felt}
+    options = {"state_size": state_size, "recipes": recipes, "counter": draw(SELDOM)}
     return Cell("OddCell", flat[0], options)
 
 
@@ -309,10 +307,10 @@ def built_in_cells(draw: st.DrawFn, kind: str) -> Cell:
 
 
 @st.composite
-def pieces(draw: st.DrawFn, *, last: bool, felt: float) -> Piece:
+def pieces(draw: st.DrawFn, *, last: bool) -> Piece:
     kind = draw(st.sampled_from([*BUILT_IN, "ConvLSTM1D", "RNN", "RNN", "stack"]))
     if kind in ("RNN", "stack"):
-        cell = st.one_of(*map(built_in_cells, BUILT_IN), *[odd_cells(felt=felt)] * 3)
+        cell = st.one_of(*map(built_in_cells, BUILT_IN), *[odd_cells()] * 3)
         cells = draw(st.lists(cell, min_size=2, max_size=3) if kind == "stack" else st.tuples(cell))
     else:
         cells = [draw(built_in_cells(kind))]
@@ -335,10 +333,10 @@ def pieces(draw: st.DrawFn, *, last: bool, felt: float) -> Piece:
 
 
 @st.composite
-def models(draw: st.DrawFn, *, felt: float = 0.0) -> DrawnModel:
-    """Draws a model; the states of a cell that counts its calls feel so much of that count."""
+def models(draw: st.DrawFn) -> DrawnModel:
+    """Draws a model."""
     count = draw(st.sampled_from([1, 1, 1, 2, 2, 3]))
-    drawn = tuple(draw(pieces(last=k + 1 == count, felt=felt)) for k in range(count))
+    drawn = tuple(draw(pieces(last=k + 1 == count)) for k in range(count))
     sample = st.tuples(*[st.booleans()] * draw(st.integers(1, 6)))
     stateful, unroll = (any(piece.options.get(name) for piece in drawn) for name in ("stateful", "unroll"))
     return DrawnModel(

@@ -118,6 +118,32 @@ class MapFnCell(WeightedCell):
         return new_h, [new_h]
 
 
+class FunctionCell(WeightedCell):
+    """`h = function(cell, x @ W, h)` with a recurrent kernel U, a second one V, and a vector b."""
+
+    def __init__(self, function: Callable[[Any, Any, Any], Any], units: int = 4) -> None:
+        super().__init__(units)
+        self.function = function
+
+    def build(self, input_shape: tuple[int, ...]) -> None:
+        super().build(input_shape)
+        self.second_kernel = self.add_weight(shape=(self.units, self.units), name="second_kernel")
+        self.vector = self.add_weight(shape=(self.units,), name="vector")
+        self.tall = self.add_weight(shape=(2 * self.units, 3 * self.units), name="tall")
+
+    @property
+    def U(self) -> Any:  # noqa: N802 - the letter of the formulas
+        return tf.convert_to_tensor(self.recurrent_kernel)
+
+    @property
+    def V(self) -> Any:  # noqa: N802 - the letter of the formulas
+        return tf.convert_to_tensor(self.second_kernel)
+
+    def call(self, inputs: Any, states: Any) -> tuple[Any, list[Any]]:
+        new_h = self.function(self, inputs @ tf.convert_to_tensor(self.kernel), states[0])
+        return new_h, [new_h]
+
+
 class TfFunctionCell(WeightedCell):
     """Its step is a `tf.function` of its own, with a condition on the values."""
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import tensorflow as tf
 
-from keras_jacmon.jacobians.resolve import CellJacobian, Rows
+from keras_jacmon.jacobians.resolve import CellJacobian, Rows, Trust
 from keras_jacmon.measures.steps import Steps
 from keras_jacmon.probe.step import CellStep
 from keras_jacmon.probe.trajectory import Walk, unroll
@@ -73,7 +73,7 @@ def of_cell(cell: Any, inputs: NDArray[Any], *, structured: bool) -> Steps:
     states = tf.nest.flatten(cell.get_initial_state(batch_size=samples))
     walk = Walk(tf.constant(inputs), tuple(states), None)
     step = CellStep(cell, states)
-    jacobian = CellJacobian(step, walk.inputs[0], walk.states, trusted=structured)
+    jacobian = CellJacobian(step, walk.inputs[0], walk.states, Trust(structure=structured))
     assert {choice.how for choice in jacobian.choices("joint")} <= (
         {"structure", "zero"} if structured else {"autodiff"}
     )

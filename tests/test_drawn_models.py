@@ -156,8 +156,6 @@ def assert_same_training(drawn: DrawnModel) -> None:
         np.testing.assert_array_equal(watched[name], value, err_msg=name, strict=True)
 
 
-# The states of a cell that counts its calls are others when it is called again, which looks like dependent samples.
-@pytest.mark.filterwarnings("ignore:Layer `.*`. what its cell makes of a sample depends")
 @pytest.mark.parametrize("part", range(PARTS))
 def test_watching_changes_no_training(part: int) -> None:
-    for_each_draw(part, DRAWS // PARTS, assert_same_training, models(felt=0.01))
+    for_each_draw(part, DRAWS // PARTS, assert_same_training, models())

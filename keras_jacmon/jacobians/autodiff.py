@@ -1,5 +1,6 @@
 """The Jacobian of any differentiable function of rows, as a linear operator."""
 
+import contextlib
 import functools
 from collections.abc import Callable
 
@@ -20,7 +21,9 @@ class AutodiffJacobian(tf.linalg.LinearOperator):
     `g(u) = Jᵀ u` is linear in `u`, so the derivative of `g` along `v` is `J v`. `tf.autodiff.ForwardAccumulator` would
     be the direct way, but it differentiates straight through a `tf.custom_gradient` as if it were not there, so its
     `J v` is not the derivative that training uses; and it knows no `tf.map_fn`. Where the tape cannot be applied
-    twice (`tf.recompute_grad`), J is formed and multiplied.
+    twice (`tf.recompute_grad`), J is formed and multiplied. Where it can but gives something else (TensorFlow takes
+    the second derivative of a max-pooling for zero, and a gradient that is clipped is not linear), only a test can
+    tell; see `formed`.
 
     Args:
         function: Maps a point `(rows, n)` and the context to `(rows, m)`, each row by itself.
@@ -31,6 +34,7 @@ class AutodiffJacobian(tf.linalg.LinearOperator):
             never repeated, and products hold for all rows changing together.
         for_many: Whether products with more than one vector will be asked for, so that the function had better be
             evaluated now, once for all of them.
+        twice: Whether the tape may be applied twice.
 
     References:
         The forward product from two backward ones: J. Townsend, "A new trick for calculating Jacobian vector
@@ -46,6 +50,7 @@ class AutodiffJacobian(tf.linalg.LinearOperator):
         *,
         independent: bool = True,
         for_many: bool = True,
+        twice: bool = True,
     ) -> None:
         parameters = {
             "function": function,
@@ -54,6 +59,7 @@ class AutodiffJacobian(tf.linalg.LinearOperator):
             "range_dimension": range_dimension,
             "independent": independent,
             "for_many": for_many,
+            "twice": twice,
         }
         super().__init__(dtype=point.dtype, parameters=parameters, name="autodiff_jacobian")
         self._function = function
@@ -61,6 +67,8 @@ class AutodiffJacobian(tf.linalg.LinearOperator):
         self._context = context
         self._range_dimension = range_dimension
         self._independent = independent
+        self._for_many, self._twice = for_many, twice
+        self._products: tuple[Product, Product] | None = None
         self._products = self._linearised() if for_many and not tf.executing_eagerly() else None
 
     def _shape(self) -> tf.TensorShape:
@@ -84,7 +92,7 @@ class AutodiffJacobian(tf.linalg.LinearOperator):
         if not self._independent:
             return None
         point, *context = [take_rows(t, rows) for t in (self._point, *self._context)]
-        return AutodiffJacobian(self._function, point, context, self._range_dimension)
+        return AutodiffJacobian(self._function, point, context, self._range_dimension, twice=self._twice)
 
     def _in_graph(self, vectors: tf.Tensor, *, adjoint: bool) -> tf.Tensor:
         here = AutodiffJacobian(**self.parameters)
@@ -94,19 +102,34 @@ class AutodiffJacobian(tf.linalg.LinearOperator):
         """The products with several vectors: (columns, rows, k) -> (columns, rows, l)."""
         if self._products:
             # The derivative is taken once, with an axis for the columns in front.
-            return tf.vectorized_map(self._product(adjoint=adjoint), vectors)
+            with contextlib.suppress(ValueError):
+                return tf.vectorized_map(self._product(adjoint=adjoint), vectors)
+            # An operation is not known to it.
+            return tf.map_fn(self._product(adjoint=adjoint), vectors)
         if not self._independent:
             return tf.map_fn(self._product(adjoint=adjoint), vectors)
         # `vectorized_map` fails on some derivatives of control flow, so the rows are repeated instead.
         columns, rows = tf.shape(vectors)[0], tf.shape(vectors)[1]
         point, *context = [tf.tile(t, [columns] + [1] * (t.shape.rank - 1)) for t in (self._point, *self._context)]
-        repeated = AutodiffJacobian(self._function, point, context, self._range_dimension)
+        repeated = AutodiffJacobian(self._function, point, context, self._range_dimension, twice=self._twice)
         product = repeated.matvec(tf.reshape(vectors, [columns * rows, vectors.shape[2]]), adjoint=adjoint)
         return tf.reshape(product, [columns, rows, product.shape[1]])
 
     def _to_dense(self) -> tf.Tensor:
         identity = tf.eye(self._range_dimension, batch_shape=[tf.shape(self._point)[0]], dtype=self.dtype)
         return tf.linalg.matrix_transpose(self._matmul(identity, adjoint=True))
+
+    def formed(self) -> "FormedJacobian":
+        """J as matrices, for products with both J and Jᵀ."""
+        return FormedJacobian(self._row_by_row())
+
+    def _row_by_row(self) -> tf.Tensor:
+        """J from its rows, of which one at a time takes the memory of a derivative."""
+        m, rows = self._range_dimension, tf.shape(self._point)[0]
+        basis = tf.broadcast_to(tf.eye(m, dtype=self.dtype)[:, None], [m, rows, m])
+        # Evaluated within, for the derivative of control flow.
+        images = tf.map_fn(lambda vectors: self._pull()(vectors), basis, parallel_iterations=1)  # noqa: PLW0108
+        return tf.transpose(images, [1, 0, 2])
 
     def _linearised(self) -> tuple[Product, Product] | None:
         """Both products, with the function evaluated here: what calls them in a loop does not evaluate it again.
@@ -134,7 +157,7 @@ class AutodiffJacobian(tf.linalg.LinearOperator):
     def _push(self) -> Product:
         """The product with J: (rows, n) -> (rows, m)."""
         if self.forward is None:
-            dense = self.to_dense()
+            dense = self._row_by_row()
             return lambda vectors: tf.linalg.matvec(dense, vectors)
         return self.forward[1]
 
@@ -144,6 +167,8 @@ class AutodiffJacobian(tf.linalg.LinearOperator):
 
         None where that cannot be, and J is formed for the product.
         """
+        if not self._twice:
+            return None
         try:
             with tf.GradientTape(persistent=True, watch_accessed_variables=False) as outer:
                 with tf.GradientTape(watch_accessed_variables=False) as inner:
@@ -152,9 +177,20 @@ class AutodiffJacobian(tf.linalg.LinearOperator):
                 covector = tf.zeros_like(value)
                 outer.watch(covector)
                 pulled = _gradient(inner, value, self._point, covector)
-        except (NotImplementedError, LookupError):
+            if self._for_many:
+                # Some gradients have none of their own, which TensorFlow says in many ways, and not before it is asked.
+                _gradient(outer, pulled, covector, self._point)
+        except (NotImplementedError, LookupError, TypeError, ValueError):
             return None
         return value, lambda vectors: _gradient(outer, pulled, covector, vectors)
+
+
+class FormedJacobian(tf.linalg.LinearOperatorFullMatrix):
+    """The matrices themselves."""
+
+    def take(self, rows: tf.Tensor | slice) -> "FormedJacobian":
+        """The operator of the rows with these indices `(k,)`, or of a slice."""
+        return FormedJacobian(take_rows(self.to_dense(), rows))
 
 
 def _calls_a_function(operation: tf.Operation) -> bool:
@@ -165,4 +201,7 @@ def _calls_a_function(operation: tf.Operation) -> bool:
 def _gradient(tape: tf.GradientTape, value: tf.Tensor, source: tf.Tensor, vectors: tf.Tensor) -> tf.Tensor:
     gradient = tape.gradient(value, source, output_gradients=vectors, unconnected_gradients="zero")
     # A gather inside the cell gives a sparse gradient.
-    return tf.convert_to_tensor(gradient)
+    gradient = tf.convert_to_tensor(gradient)
+    # Some gradients lose it.
+    gradient.set_shape(source.shape)
+    return gradient

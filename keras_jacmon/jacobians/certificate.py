@@ -8,18 +8,28 @@ import tensorflow as tf
 # Far below the least state or gradient that training could use.
 _NEGLIGIBLE = 1e-30
 
-# One row in twenty may differ by itself, so that a part must be tested in more than one.
+# A single row may differ by itself, so that a part must be tested in more than one.
 _LEAST_TURNS = 4
 
+# One row in so many may differ.
+_ROWS_FOR_AN_OUTLIER = 200
 
-def in_turns(rows: int | tf.Tensor, sizes: Sequence[int], seed: tf.Tensor, dtype: tf.DType) -> tf.Tensor:
-    """Random vectors, in each row for one of some parts and zero for the others; of few rows for all parts."""
-    w = tf.random.stateless_normal([rows, sum(sizes)], seed, dtype=dtype)
+
+def in_turns(vectors: tf.Tensor, sizes: Sequence[int], every: int = 1) -> tf.Tensor:
+    """Vectors `(rows, n)` with one of some parts in each row, and zero for the others; of few rows with all parts.
+
+    Args:
+        vectors: As they are with all parts.
+        sizes: Of the parts.
+        every: The turn goes to the next part after so many rows.
+    """
     if len(sizes) == 1:
-        return w
+        return vectors
+    rows = vectors.shape[0] or tf.shape(vectors)[0]
     part = np.repeat(np.arange(len(sizes), dtype=np.int32), sizes)
-    turn = tf.equal(tf.expand_dims(tf.range(rows) % len(sizes), axis=1), part) | (rows < _LEAST_TURNS * len(sizes))
-    return tf.where(turn, w, tf.zeros([], dtype))
+    few = rows < _LEAST_TURNS * len(sizes) * every
+    turn = tf.equal(tf.expand_dims(tf.range(rows) // every % len(sizes), axis=1), part) | few
+    return tf.where(turn, vectors, tf.zeros([], vectors.dtype))
 
 
 def relative_differences(
@@ -49,13 +59,13 @@ def relative_differences(
 
 
 def largest(differences: tf.Tensor) -> tf.Tensor:
-    """The largest of some differences `(..., rows)`, but for one row in twenty, or a single one of fewer, `(...,)`.
+    """The largest of some differences `(..., rows)`, but for one row in 200, or a single one of fewer, `(...,)`.
 
     Where a unit stands at the kink of a ReLU or the step of a rounding, the side that it is on is up to rounding
     errors, so that in rare rows a right structure differs. A wrong one differs in all of them.
     """
     rows = tf.shape(differences)[-1]
-    outliers = tf.maximum(tf.minimum(tf.maximum(rows // 20, 1), rows - 1), 0)
+    outliers = tf.maximum(tf.minimum(tf.maximum(rows // _ROWS_FOR_AN_OUTLIER, 1), rows - 1), 0)
     # The zero is for no rows at all.
     padded = tf.pad(differences, [[0, 0]] * (differences.shape.rank - 1) + [[0, 1]])
     return tf.math.top_k(padded, outliers + 1).values[..., -1]

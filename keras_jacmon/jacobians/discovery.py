@@ -15,6 +15,7 @@ import tensorflow as tf
 
 from keras_jacmon.jacobians.elementwise import BLOCKING, ELEMENTWISE, MOVING, Labels, move, passes_unchanged
 from keras_jacmon.jacobians.products import PRODUCTS, is_row_by_row
+from keras_jacmon.jacobians.rowwise import row_by_row
 from keras_jacmon.probe.cellgraph import ROWS, CellGraph
 from keras_jacmon.probe.graph import has_custom_gradient
 
@@ -108,6 +109,8 @@ class Structure:
         products: In the order in which they are computed.
         hoisted: The tensors of the graph that depend on the inputs alone, row by row, and feed others.
         fixed: The tensors that depend on weights alone, and feed others.
+        row_by_row: Whether it is proven that each row of the new states is a function of the same row of inputs and
+            states.
     """
 
     def __init__(self, graph: CellGraph) -> None:
@@ -122,6 +125,8 @@ class Structure:
             known = {k: self._origins[t.name] for k, t in enumerate(operation.inputs) if t.name in self._origins}
             if known:
                 self._follow(operation, known)
+        self._row_by_row = row_by_row(graph)
+        self.row_by_row = self._row_by_row.issuperset(tensor.name for tensor in graph.new_states)
         self.hoisted = self._hoisted()
         self.fixed = self._fixed()
 
@@ -356,8 +361,9 @@ class Structure:
         alone = frozenset([("inputs", 0)])
 
         def depends_on_inputs_alone(tensor: tf.Tensor) -> bool:
-            origin = self._origins.get(tensor.name)
-            return origin is not None and origin.sources == alone and not origin.spoilt and not origin.touched
+            origin = self._origins.get(tensor.name, _Origin(touched=True))
+            understood = origin.sources == alone and not origin.spoilt and tensor.name in self._row_by_row
+            return understood and not origin.touched
 
         hoisted = {}
         for operation in self.graph.operations:

@@ -1,31 +1,24 @@
 """Which operator does each part of a cell's Jacobian get, and why?"""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
 import tensorflow as tf
 
+from keras_jacmon.jacobians.autodiff import AutodiffJacobian
 from keras_jacmon.jacobians.blocks import BlockJacobian, Part
-from keras_jacmon.jacobians.certificate import in_turns, largest, relative_differences
 from keras_jacmon.jacobians.discovery import Base, Structure
 from keras_jacmon.jacobians.linearise import fixed_values, kernels_of, structured_jacobian
 from keras_jacmon.jacobians.structured import StructuredJacobian
-from keras_jacmon.jacobians.views import View, floating_states, side_by_side, size, view_function
+from keras_jacmon.jacobians.views import View, floating_states, size, view_function
 from keras_jacmon.probe.cellgraph import CellGraph
 from keras_jacmon.probe.step import CellStep
-from keras_jacmon.probe.trajectory import Shortcut, Trajectory, as_rows, known_sizes
+from keras_jacmon.probe.trajectory import Shortcut, Trajectory, as_rows
 
 Form = Callable[[Any, tf.Tensor, Any, str], tf.linalg.LinearOperator | None]
 
 _FORMS: dict[type, Form] = {}
-
-# A gain of a step is known up to so many roundings of one: `1 - tanh²` of a unit that saturates is little else.
-_ROUNDINGS = 16
-
-# Relative. Rounding in float32 leaves about 1e-6.
-CERTIFICATE_TOLERANCE = 1e-3
 
 
 def register_jacobian(cell_type: type, form: Form | None) -> None:
@@ -65,6 +58,21 @@ def register_jacobian(cell_type: type, form: Form | None) -> None:
             f"Received: form={form!r}"
         )
     _FORMS[cell_type] = form
+
+
+@dataclass(frozen=True)
+class Trust:
+    """What may be relied on, until a test has refuted it.
+
+    Attributes:
+        structure: That a structure that was found, or a registered form, is right.
+        independent: That each row of a step is a function of the same row of inputs and states.
+        products: That the tape applied twice gives the products with J.
+    """
+
+    structure: bool = True
+    independent: bool = True
+    products: bool = True
 
 
 @dataclass(frozen=True)
@@ -136,8 +144,12 @@ class CellJacobian:
         step: The cell's step.
         inputs: `(rows, ...)`; only shape and type count.
         states: Flat, each `(rows, ...)`.
-        trusted: Whether a structure or a registered form may be used; once a certificate has failed it may not.
-        independent: Whether each row of the step is a function of the same row of inputs and states.
+        trust: What may be relied on.
+
+    Attributes:
+        step: The cell's step.
+        trust: What is relied on.
+        row_by_row: Whether it is proven that each row of a step is a function of the same row of inputs and states.
     """
 
     def __init__(
@@ -145,23 +157,25 @@ class CellJacobian:
         step: CellStep,
         inputs: tf.Tensor,
         states: Sequence[tf.Tensor],
-        *,
-        trusted: bool = True,
-        independent: bool = True,
+        trust: Trust = Trust(),
     ) -> None:
-        self._step = step
+        self.step = step
         self._inputs, self._states = inputs, list(states)
-        self._independent = independent
-        self._form = _FORMS.get(type(step.cell)) if trusted and independent else None
+        self.trust = trust
+        whole = trust.structure and trust.independent
+        self._form = _FORMS.get(type(step.cell)) if whole else None
         self._structure: Structure | None = None
-        self._reason = "its certificate failed" if independent else "its samples are not independent of each other"
-        if trusted and independent:
+        self._reason = "its certificate failed"
+        if not trust.independent:
+            self._reason = "its samples are not independent of each other"
+        if whole:
             try:
                 self._structure = Structure(CellGraph(step, inputs, states))
             except NotImplementedError as error:
                 self._reason = str(error)
             except Exception as error:  # noqa: BLE001 - autodiff takes over, and `explain` shows what went wrong
                 self._reason = f"its graph is not understood ({type(error).__name__}: {error})"
+        self.row_by_row = self._structure is not None and self._structure.row_by_row
         if self._structure:
             self._fixed = fixed_values(self._structure)
             self._kernels = kernels_of(self._structure, self._fixed, self._states[floating_states(states)[0]].dtype)
@@ -202,62 +216,24 @@ class CellJacobian:
                 operators[name] = self._hidden_of(parts[wide], rows)
         return operators
 
-    def tests(
-        self, views: Sequence[str], rows: Rows, new_states: Sequence[tf.Tensor], seed: tf.Tensor
-    ) -> tuple[tf.Tensor, tf.Tensor | None]:
-        """What the Jacobians rest on, tested by stepping the cell itself at some rows, and by its gradient there.
-
-        Args:
-            views: Those that are measured.
-            rows: Some rows.
-            new_states: Their new states in the trajectory.
-            seed: For random vectors w.
-
-        Returns:
-            How far the new states of these rows by themselves are from those that the cell gave them among others,
-            relative to their size: rows of all steps and samples are put together for the derivatives, which is right
-            only if each row is a function of itself. And how far a structure that was found, or a registered form, is
-            from the derivative of the cell: `‖J w - (J w by autodiff)‖ / ‖J w by autodiff‖`, for each new state and, in
-            turns, each old one, so that no block hides behind larger ones; None if all rests on autodiff. Each is the
-            largest of the rows but for one in twenty (see `largest`), a scalar.
-        """
-        floating = floating_states(rows.states)
-        alone: tf.Tensor | None = None
-        certificates = []
-        for view, operator in self._certified(views, rows):
-            reference = view_function(self._step, rows.inputs, rows.states, view).jacobian(for_many=False)
-            # Jᵀ takes a product with the transposed kernel, which TensorFlow transposes each time.
-            adjoint = reference.forward is None
-            if reference.forward is not None and list(view.news) == floating:
-                # The cell has been stepped for the reference.
-                alone = reference.forward[0]
-            ends = [[size(rows.states[q]) for q in view.olds] or [size(rows.inputs)]]
-            ends = [*ends, [size(rows.states[p]) for p in view.news]][:: -1 if adjoint else 1]
-            w = in_turns(known_sizes(rows.inputs)[0], ends[0], seed, operator.dtype)
-            rounding = _ROUNDINGS * np.finfo(w.dtype.as_numpy_dtype).eps * tf.norm(w, axis=-1)
-            found, expected = (J.matvec(w, adjoint=adjoint) for J in (operator, reference))
-            certificates.append(relative_differences(found, expected, ends[1], rounding))
-        if alone is None:
-            stepped = self._step(rows.inputs, rows.states)
-            alone = side_by_side([stepped[p] for p in floating])
-        among_others = side_by_side([new_states[p] for p in floating])
-        dependence = relative_differences(alone, among_others, [size(rows.states[p]) for p in floating])
-        if not certificates:
-            return largest(tf.reduce_max(dependence, axis=0)), None
-        certificate = tf.concat(certificates, axis=0)
-        worst = largest(tf.stack([tf.reduce_max(x, axis=0) for x in (dependence, certificate)]))
-        return worst[0], worst[1]
-
-    def _certified(self, views: Sequence[str], rows: Rows) -> list[tuple[View, tf.linalg.LinearOperator]]:
-        """What does not rest on autodiff."""
-        pairs = []
+    def certified(
+        self, views: Sequence[str], rows: Rows
+    ) -> Iterator[tuple[View, tf.linalg.LinearOperator, AutodiffJacobian]]:
+        """What is measured of some views and does not rest on autodiff, each with what it is to be compared with."""
         for name in views:
-            registered = self._registered(name, rows)
-            if registered is not None:
-                pairs.append((View.of(name, self._states), registered))
+            operator, view = self._registered(name, rows), View.of(name, self._states)
+            if operator is not None:
+                yield view, operator, self._reference(view, rows)
             elif name == _wide(name, views):
-                pairs += [(part, self._structured(part, rows)) for part, structured in self._parts(name) if structured]
-        return pairs
+                for part in [part for part, structured in self._parts(name) if structured]:
+                    yield part, self._structured(part, rows), self._reference(part, rows)
+
+    def by_tape_twice(self, views: Sequence[str], rows: Rows) -> Iterator[tuple[View, tf.linalg.LinearOperator]]:
+        """What is left to autodiff of some views, unless J is formed there."""
+        names = [name for name in views if self._registered(name, rows) is None] if self.trust.products else []
+        parts = [part for name in names for part, structured in self._parts(name) if not structured]
+        for part in dict.fromkeys(parts):
+            yield part, self._by_autodiff(part, rows)
 
     def choices(self, name: str) -> list[Choice]:
         """How each block of a view is taken."""
@@ -316,7 +292,7 @@ class CellJacobian:
     def _registered(self, name: str, rows: Rows) -> tf.linalg.LinearOperator | None:
         if self._form is None:
             return None
-        return self._form(self._step.cell, rows.inputs, self._step.packed(rows.states), name)
+        return self._form(self.step.cell, rows.inputs, self.step.packed(rows.states), name)
 
     def _structured(self, view: View, rows: Rows) -> StructuredJacobian:
         if view in rows.operators:
@@ -331,8 +307,17 @@ class CellJacobian:
         return structured_jacobian(self._structure, values, self._kernels, view.news, _sources(view))
 
     def _by_autodiff(self, view: View, rows: Rows) -> tf.linalg.LinearOperator:
-        function = view_function(self._step, rows.inputs, rows.states, view)
-        return function.jacobian(independent=self._independent)
+        function = view_function(self.step, rows.inputs, rows.states, view)
+        # Formed of its transpose, if that is all that is relied on.
+        twice = self.trust.products
+        jacobian = function.jacobian(independent=self.trust.independent, for_many=twice, twice=twice)
+        return jacobian if twice else jacobian.formed()
+
+    def _reference(self, view: View, rows: Rows) -> AutodiffJacobian:
+        """What others are compared with. Of the cell of a registered form nobody knows what its graph contains."""
+        function = view_function(self.step, rows.inputs, rows.states, view)
+        twice = self.trust.products and self._form is None
+        return function.jacobian(independent=self.trust.independent, for_many=False, twice=twice)
 
 
 def _wide(name: str, views: Sequence[str]) -> str:

@@ -103,8 +103,9 @@ def entry_sum(operator: tf.linalg.LinearOperator) -> tf.Tensor:
     """The sum of all entries, `(rows,)`."""
     if hasattr(type(operator), "entry_sum"):
         return operator.entry_sum
-    ones = tf.ones([operator.batch_shape_tensor()[0], _dimensions(operator)[1]], operator.dtype)
-    return tf.reduce_sum(operator.matvec(ones), axis=-1)
+    # With Jᵀ, of which the squares are made too.
+    ones = tf.ones([operator.batch_shape_tensor()[0], _dimensions(operator)[0]], operator.dtype)
+    return tf.reduce_sum(operator.matvec(ones, adjoint=True), axis=-1)
 
 
 def _squares(

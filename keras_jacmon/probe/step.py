@@ -24,12 +24,15 @@ class CellStep:
     def __init__(self, cell: Any, states: Any) -> None:
         self.cell = cell
         self._structure = keras.tree.map_structure(lambda _: 0, states)
+        # By identity, the variables of Keras that the last step wrote to, in a scope that forgot it.
+        self._written: set[int] = set()
 
     def __call__(self, inputs: tf.Tensor, states: Sequence[tf.Tensor]) -> list[tf.Tensor]:
         """Steps rows `(rows, ...)` of inputs and states, each row by itself."""
         # A cell may draw a dropout mask that it does not use: neither its seed nor the mask may stay behind.
-        with full_precision(self.cell), keras.StatelessScope(), without_masks(self.cell):
+        with full_precision(self.cell), keras.StatelessScope() as scope, without_masks(self.cell):
             _, new = self.cell(inputs, self.packed(states), **training_argument(self.cell))
+        self._written = set(scope.state_mapping)
         flat = keras.tree.flatten(new)
         if len(flat) != len(states):
             raise ValueError(
@@ -37,6 +40,11 @@ class CellStep:
                 "Expected as many new states as old ones."
             )
         return [_like(value, old, self.cell) for value, old in zip(flat, states, strict=True)]
+
+    def written(self) -> "list[keras.Variable]":
+        """The variables of Keras that the last step wrote to, but for the states of random numbers."""
+        weights = {id(weight): weight for layer in sublayers(self.cell) for weight in layer.weights}
+        return [weight for key, weight in weights.items() if key in self._written]
 
     def packed(self, states: Sequence[tf.Tensor]) -> tuple[Any, ...]:
         """Flat states in the structure that the cell takes, a tuple as Keras' own loop passes it."""

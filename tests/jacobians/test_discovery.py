@@ -18,6 +18,7 @@ from helpers import (
     MOMENTS,
     STEPS,
     Case,
+    FunctionCell,
     WeightedCell,
     assert_layer,
     build,
@@ -27,9 +28,8 @@ from helpers import (
 )
 from structure_laws import assert_structured_as_autodiff, double_precision, structured_blocks
 
-from keras_jacmon import JacobianMeter, explain, measure, register_jacobian
-from keras_jacmon.jacobians import discovery, linearise, resolve
-from keras_jacmon.jacobians.certificate import in_turns, largest, relative_differences
+from keras_jacmon import JacobianMeter, explain, measure, points, register_jacobian
+from keras_jacmon.jacobians import discovery, evidence, linearise, resolve
 from keras_jacmon.jacobians.elementwise import ELEMENTWISE
 from keras_jacmon.probe.cellgraph import CellGraph
 from keras_jacmon.probe.step import CellStep
@@ -40,6 +40,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 PROBE = normal(BATCH, STEPS, FEATURES, seed=3)
+# Two values of the first feature are above it.
+RARE = np.sort(PROBE[:, :, 0], axis=None)[-3]
 # What rests on closed forms; products with vectors are held against autodiff by themselves.
 
 
@@ -79,32 +81,6 @@ def test_chains_and_closed_forms() -> None:
 
 
 # Cells of all kinds ----------------------------------------------------------------------------------------------
-
-
-class FunctionCell(WeightedCell):
-    """`h = function(cell, x @ W, h)` with a recurrent kernel U, a second one V, and a vector b."""
-
-    def __init__(self, function: Callable[[Any, Any, Any], Any], units: int = 4) -> None:
-        super().__init__(units)
-        self.function = function
-
-    def build(self, input_shape: tuple[int, ...]) -> None:
-        super().build(input_shape)
-        self.second_kernel = self.add_weight(shape=(self.units, self.units), name="second_kernel")
-        self.vector = self.add_weight(shape=(self.units,), name="vector")
-        self.tall = self.add_weight(shape=(2 * self.units, 3 * self.units), name="tall")
-
-    @property
-    def U(self) -> Any:  # noqa: N802 - the letter of the formulas
-        return tf.convert_to_tensor(self.recurrent_kernel)
-
-    @property
-    def V(self) -> Any:  # noqa: N802 - the letter of the formulas
-        return tf.convert_to_tensor(self.second_kernel)
-
-    def call(self, inputs: Any, states: Any) -> tuple[Any, list[Any]]:
-        new_h = self.function(self, inputs @ tf.convert_to_tensor(self.kernel), states[0])
-        return new_h, [new_h]
 
 
 @tf.function(autograph=False)
@@ -293,37 +269,6 @@ def test_each_unit_may_have_an_activation_of_its_own() -> None:
         assert set(assert_structured_as_autodiff(cell, inputs, [h], 1e-10).values()) == {None}
 
 
-# The branch is the same for all samples of a step, and another one at other steps.
-BRANCHING: dict[str, Callable[[Any, Any, Any], Any]] = {
-    "conditional_product": lambda c, x, h: tf.cond(
-        tf.reduce_sum(x) > 0.0, lambda: tf.tanh(x + h @ c.U), lambda: tf.tanh(x + h @ c.V)
-    ),
-    "data_dependent_branch": lambda c, x, h: tf.cond(
-        tf.reduce_sum(h * h) > 0.0, lambda: tf.tanh(x + h @ c.U), lambda: 0.5 * h + x
-    ),
-    "mean_of_the_batch": lambda c, x, h: tf.tanh(x - tf.reduce_mean(x, axis=0) + h @ c.U),
-}
-
-
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("name", BRANCHING)
-def test_samples_that_are_not_independent(name: str, masked: bool) -> None:  # noqa: FBT001 - pytest passes it by name
-    layer = keras.layers.RNN(FunctionCell(BRANCHING[name]), name="rnn")
-    inputs = keras.Input((STEPS, FEATURES))
-    model = build(keras.Model(inputs, layer(keras.layers.Masking()(inputs))), PROBE)
-    mask = np.ones((BATCH, STEPS), bool)
-    mask[0, 1:] = not masked
-    probe = PROBE * mask[..., None]
-    meter = JacobianMeter(model, probe, measures=MOMENTS)
-    with pytest.warns(UserWarning, match="^Layer `rnn`: what its cell makes of a sample depends on the other samples"):
-        report = meter()
-    assert_layer(report["rnn"], layer, probe, mask=mask, measures=MOMENTS)
-    assert_layer(meter()["rnn"], layer, probe, mask=mask, measures=MOMENTS)
-    assert {choice.why for choice in meter.choices["rnn"]["hidden"]} == {
-        "its samples are not independent of each other"
-    }
-
-
 def test_a_subclass_that_overrides_call() -> None:
     class Squashed(keras.layers.LSTMCell):
         def call(self, inputs: Any, states: Any, training: bool = False) -> Any:  # noqa: FBT001, FBT002 - Keras' signature
@@ -378,17 +323,14 @@ def test_the_operator_that_is_tested_is_the_one_that_is_measured(monkeypatch: py
 
 
 def test_every_row_has_its_turn(monkeypatch: pytest.MonkeyPatch) -> None:
-    from keras_jacmon import points  # noqa: PLC0415 - only this test looks behind the scenes
-    from keras_jacmon.jacobians.resolve import CellJacobian  # noqa: PLC0415
-
     seen: set[float] = set()
-    original = CellJacobian.tests
+    original = evidence.examine_rows
 
-    def spy(self: Any, views: Sequence[str], rows: Any, *args: Any) -> Any:
+    def spy(jacobian: Any, views: Sequence[str], rows: Any, *args: Any) -> Any:
         tf.py_function(lambda x: seen.update(np.ravel(x.numpy()[:, 0]).tolist()), [rows.inputs], [])
-        return original(self, views, rows, *args)
+        return original(jacobian, views, rows, *args)
 
-    monkeypatch.setattr(CellJacobian, "tests", spy)
+    monkeypatch.setattr(points, "examine_rows", spy)
     monkeypatch.setattr(points, "CERTIFIED_ROWS", 4)
     probe = np.arange(21, dtype=np.float32).reshape(3, 7, 1) / 21
     model = build(keras.Sequential([keras.Input((7, 1)), keras.layers.GRU(3)]), probe)
@@ -404,47 +346,9 @@ def test_every_row_has_its_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     assert seen == everything
 
 
-@pytest.mark.parametrize(
-    ("errors", "expected"),
-    [
-        ([], 0.0),
-        ([3.0], 3.0),
-        ([0.0, 3.0], 0.0),
-        ([3.0, 3.0], 3.0),
-        ([9.0, *[1.0] * 15], 1.0),
-        ([9.0, 8.0, *[1.0] * 14], 8.0),
-        ([*[np.inf] * 5, *[1.0] * 95], 1.0),
-        ([*[np.inf] * 6, *[1.0] * 94], np.inf),
-    ],
-)
-def test_one_row_in_twenty_may_stand_at_a_kink(errors: list[float], expected: float) -> None:
-    both = largest(tf.constant([errors, [0.0] * len(errors)], tf.float32))
-    np.testing.assert_array_equal(both, [expected, 0.0])
-
-
-def test_parts_are_compared_by_themselves() -> None:
-    found, expected = tf.constant([[3.0, 4.0, 1.0], [0.0, 0.0, 2.0]]), tf.constant([[3.0, 4.0, 2.0], [0.0, 5.0, 2.0]])
-    differences = relative_differences(found, expected, [2, 1])
-    np.testing.assert_allclose(differences, [[0.0, 1.0], [0.5, 0.0]])
-    # Errors that are rounding, however small what was expected is.
-    np.testing.assert_array_equal(
-        relative_differences(found, expected, [2, 1], tf.constant([1.0, 5.0])), np.zeros((2, 2))
-    )
-
-
-def test_each_part_has_its_turn_unless_rows_are_few() -> None:
-    many, few = (in_turns(rows, [2, 3], tf.constant([0, 1]), tf.float32).numpy() != 0 for rows in (8, 7))
-    np.testing.assert_array_equal(many, [[True] * 2 + [False] * 3, [False] * 2 + [True] * 3] * 4)
-    assert few.all()
-
-
-def test_a_disagreement_about_nan_counts() -> None:
-    found, expected = tf.constant([np.nan, 1.0, np.nan, np.inf]), tf.constant([1.0, np.nan, np.nan, np.nan])
-    differences = relative_differences(found[:, None], expected[:, None], [1])
-    np.testing.assert_array_equal(differences, [[np.inf, np.inf, 0.0, 0.0]])
+def test_a_nan_of_the_network_is_no_disagreement() -> None:
     model, layer = layer_of(STRUCTURED["two_kernels"])
     layer.cell.recurrent_kernel.assign(np.full((4, 4), np.nan))
-    # The network's own NaN is no disagreement.
     assert JacobianMeter(model, PROBE, measures=["variance"])()["rnn"].certificate == 0.0
 
 
@@ -457,15 +361,23 @@ class RegisteredCell(WeightedCell):
         return new_h, [new_h]
 
 
-def right_form(cell: Any, inputs: Any, states: Any, view: str) -> tf.linalg.LinearOperator:
-    assert view == "hidden"
+def right_form(cell: Any, inputs: Any, states: Any, view: str) -> tf.linalg.LinearOperator | None:
+    if view != "hidden":
+        return None
     slope = 1.0 - tf.tanh(cell.preactivation(inputs, states[0])) ** 2
     transposed = tf.linalg.matrix_transpose(tf.convert_to_tensor(cell.recurrent_kernel))
     return tf.linalg.LinearOperatorFullMatrix(slope[:, :, None] * transposed)
 
 
-def wrong_form(cell: Any, inputs: Any, states: Any, view: str) -> tf.linalg.LinearOperator:
-    return tf.linalg.LinearOperatorFullMatrix(2.0 * right_form(cell, inputs, states, view).to_dense())
+def wrong_form(*args: Any) -> tf.linalg.LinearOperator | None:
+    right = right_form(*args)
+    return None if right is None else tf.linalg.LinearOperatorFullMatrix(2.0 * right.to_dense())
+
+
+def form_that_is_seldom_wrong(cell: Any, inputs: Any, states: Any, view: str) -> tf.linalg.LinearOperator | None:
+    right = right_form(cell, inputs, states, view)
+    wrong = tf.cast(inputs[:, :1, None] > RARE, tf.float32)
+    return None if right is None else tf.linalg.LinearOperatorFullMatrix((1.0 + wrong) * right.to_dense())
 
 
 @pytest.fixture
@@ -488,7 +400,11 @@ def test_a_registered_form_is_used_for_its_exact_type() -> None:
 
     register_jacobian(RegisteredCell, right_form)
     model, layer = registered_model(RegisteredCell())
-    assert str(explain(model, PROBE)) == "rnn:\n  hidden  d state 0 / d state 0  registered form: right_form"
+    assert str(explain(model, PROBE)).splitlines() == [
+        "rnn:",
+        "  hidden  d state 0 / d state 0  registered form: right_form",
+        "  inputs  d state 0 / d inputs  structure: the product with `kernel`",
+    ]
     report = measure(model, PROBE)["rnn"]
     assert report.certificate is not None
     assert_layer(report, layer, PROBE)
@@ -498,8 +414,9 @@ def test_a_registered_form_is_used_for_its_exact_type() -> None:
 
 
 @pytest.mark.usefixtures("_unregistered_afterwards")
-def test_a_wrong_registered_form_is_refuted() -> None:
-    register_jacobian(RegisteredCell, wrong_form)
+@pytest.mark.parametrize("form", [wrong_form, form_that_is_seldom_wrong])
+def test_a_wrong_registered_form_is_refuted(form: Any) -> None:
+    register_jacobian(RegisteredCell, form)
     model, layer = registered_model(RegisteredCell())
     with pytest.warns(UserWarning, match="differs from autodiff"):
         report = measure(model, PROBE)["rnn"]
@@ -534,6 +451,7 @@ def test_the_explanation_is_a_table() -> None:
         f"  joint   d state 0 / d state 1  {mixes}",
         "  joint   d state 1 / d state 0  structure: a diagonal",
         "  joint   d state 1 / d state 1  structure: a diagonal",
+        f"  inputs  d state 0 / d inputs  {mixes}",
     ]
     model, layer = make_model(BY_ID["gru_reset_before"], PROBE)
     (choice,) = explain(model, PROBE).choices[layer.name]["hidden"]

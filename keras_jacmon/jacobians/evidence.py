@@ -1,0 +1,190 @@
+"""Does what the Jacobians of some rows rest on hold there?"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import tensorflow as tf
+
+from keras_jacmon.jacobians.certificate import in_turns, largest, relative_differences
+from keras_jacmon.jacobians.resolve import CellJacobian, Rows, Trust
+from keras_jacmon.jacobians.views import View, floating_states, side_by_side, size
+from keras_jacmon.probe.trajectory import known_sizes
+
+# What is tested: how far a structure is from autodiff, the values of rows that are put together from those among other
+# rows, and products with J from those with Jᵀ; and how large the derivatives of rows by other rows are.
+CERTIFICATE, DEPENDENCE, PRODUCTS, INFLUENCE = TESTS = ("certificate", "dependence", "products", "influence")
+
+# Relative. Rounding in float32 leaves about 1e-6, and of the influence nothing.
+TOLERANCE = {CERTIFICATE: 1e-3, DEPENDENCE: 1e-3, PRODUCTS: 1e-3, INFLUENCE: 1e-6}
+
+# A gain of a step is known up to so many roundings of one: `1 - tanh²` of a unit that saturates is little else.
+_ROUNDINGS = 16
+
+
+@dataclass(frozen=True)
+class Refutation:
+    """What follows from a test that failed.
+
+    Attributes:
+        trust: What may still be relied on; None if there is no Jacobian.
+        reason: What is not as it was taken to be.
+        consequence: How the Jacobian is taken instead.
+    """
+
+    trust: Trust | None
+    reason: str
+    consequence: str = ""
+
+
+def refuted(worst: Mapping[str, float], trust: Trust) -> Refutation | None:
+    """What follows from the results of tests, for what was relied on; None if nothing does."""
+    # Not the other way round: NaN refutes too.
+    failed = [name for name in TESTS if name in worst and not worst[name] <= TOLERANCE[name]]
+
+    def differ(name: str) -> str:
+        return f"(relative difference {worst[name]:.2g}, allowed is {TOLERANCE[name]:.0e})"
+
+    if not trust.independent and INFLUENCE in failed:
+        return Refutation(
+            None, "The new states of a sample depend on the old states of others, so it has no Jacobian of its own"
+        )
+    for name in (DEPENDENCE, INFLUENCE):
+        if name in failed:
+            return Refutation(
+                replace(trust, independent=False),
+                f"what its cell makes of a sample depends on the other samples of the batch {differ(name)}",
+                "It is measured by autodiff, step by step,",
+            )
+    if CERTIFICATE in failed:
+        return Refutation(
+            replace(trust, structure=False),
+            f"the structure of its Jacobian differs from autodiff {differ(CERTIFICATE)}",
+            "It is measured by autodiff",
+        )
+    if PRODUCTS in failed:
+        return Refutation(
+            replace(trust, products=False),
+            f"products with its Jacobian, by the tape applied twice, differ from those with its transpose "
+            f"{differ(PRODUCTS)}",
+            "The Jacobian is formed for them",
+        )
+    return None
+
+
+def examine_rows(
+    jacobian: CellJacobian, views: Sequence[str], rows: Rows, new_states: Sequence[tf.Tensor], seed: tf.Tensor
+) -> dict[str, tf.Tensor]:
+    """Tests at some rows, by stepping the cell itself there, and by its gradient.
+
+    Each result is the largest of the rows but for one in 200 (see `largest`), a scalar:
+
+    - `CERTIFICATE`, if there is a structure that was found, or a registered form: how far it is from the derivative of
+      the cell, `‖J w - (J w by autodiff)‖ / ‖J w by autodiff‖`, for each new state and, in turns, each old one, so that
+      no block hides behind larger ones.
+    - `PRODUCTS`, if products with J are made by the tape applied twice: how far they are from those with Jᵀ, by
+      `w · J g = ‖g‖` with `g = Jᵀ w / ‖Jᵀ w‖`, block by block too.
+    - `DEPENDENCE`, if rows are independent by proof: how far the new states of these rows by themselves are from those
+      that the cell gave them among others, relative to their size. Otherwise see `examine_independence`.
+
+    Args:
+        jacobian: Of a cell.
+        views: Those that are measured.
+        rows: Some rows; a whole step if rows are not independent.
+        new_states: Their new states in the trajectory.
+        seed: For random vectors w.
+    """
+    floating = floating_states(rows.states)
+    stepped: tf.Tensor | None = None
+    found: dict[str, list[tf.Tensor]] = {}
+    for view, operator, reference in jacobian.certified(views, rows):
+        # Jᵀ takes a product with the transposed kernel, which TensorFlow transposes each time.
+        adjoint = reference.forward is None
+        if reference.forward is not None and list(view.news) == floating:
+            # The cell has been stepped for the reference.
+            stepped = reference.forward[0]
+        begin, end = _sizes(view, rows)[:: 1 if adjoint else -1]
+        w = in_turns(_normal(rows, sum(begin), seed, operator.dtype), begin)
+        ours, expected = (J.matvec(w, adjoint=adjoint) for J in (operator, reference))
+        found.setdefault(CERTIFICATE, []).append(relative_differences(ours, expected, end, _rounding(w)))
+    for view, J in jacobian.by_tape_twice(views, rows):
+        news, olds = _sizes(view, rows)
+        w = in_turns(_normal(rows, sum(news), seed, J.dtype), news)
+        g = in_turns(J.matvec(w, adjoint=True), olds, every=len(news))
+        norm = tf.norm(g, axis=-1, keepdims=True)
+        image = tf.reduce_sum(w * J.matvec(tf.math.divide_no_nan(g, norm)), axis=-1, keepdims=True)
+        found.setdefault(PRODUCTS, []).append(relative_differences(image, norm, [1], _rounding(w)))
+    if jacobian.row_by_row:
+        if stepped is None:
+            stepped = _of(jacobian.step(rows.inputs, rows.states), floating)
+        sizes = [size(rows.states[p]) for p in floating]
+        found[DEPENDENCE] = [relative_differences(stepped, _of(new_states, floating), sizes)]
+    if not found:
+        return {}
+    worst = largest(tf.stack([tf.reduce_max(tf.concat(parts, axis=0), axis=0) for parts in found.values()]))
+    return dict(zip(found, tf.unstack(worst), strict=True))
+
+
+def examine_independence(
+    jacobian: CellJacobian, views: Sequence[str], rows: Rows, new_states: Sequence[tf.Tensor], seed: tf.Tensor
+) -> dict[str, tf.Tensor]:
+    """Tests whether each row of a step is a function of the same row of inputs and states, where that is not proven.
+
+    Rows of all steps and samples are put together for the derivatives, which is right only then. No row is forgiven:
+    a branch may be taken at a single step.
+
+    Args:
+        jacobian: Of a cell.
+        views: Those that are measured.
+        rows: Some rows, or those of a whole step.
+        new_states: Their new states in the trajectory.
+        seed: For random vectors.
+
+    Returns:
+        Scalars: `DEPENDENCE`, how far the new states of these rows by themselves are from those among others; and
+        `INFLUENCE`, the largest norm of a product with Jᵀ where the vector is zero, relative to the largest one of the
+        rows where it is not.
+    """
+    chosen = [View.of(name, rows.states) for name in views]
+    news = sorted({new for view in chosen for new in view.news})
+    olds = sorted({old for view in chosen for old in view.olds})
+    # Of their own: one tensor may serve as two states.
+    inputs, states = tf.identity(rows.inputs), [tf.identity(state) for state in rows.states]
+    sources = [*(states[q] for q in olds), *([inputs] if any(not view.olds for view in chosen) else [])]
+    with tf.GradientTape(watch_accessed_variables=False) as tape:
+        tape.watch(sources)
+        new = jacobian.step(inputs, states)
+        measured = _of(new, news)
+    count = known_sizes(inputs)[0]
+    speaks = tf.argsort(tf.random.stateless_uniform([count], seed)) < (count + 1) // 2
+    w = _normal(rows, int(measured.shape[1]), seed, measured.dtype) * tf.cast(speaks[:, None], measured.dtype)
+    gradients = tape.gradient(measured, sources, output_gradients=w, unconnected_gradients="zero")
+    norms = tf.norm(side_by_side(list(map(tf.convert_to_tensor, gradients))), axis=-1)
+    zero = tf.zeros([], norms.dtype)
+    # Zero times infinity is the network's own.
+    norms = tf.where(tf.math.is_finite(norms), norms, zero)
+    silent, loud = (tf.reduce_max(tf.where(which, norms, zero)) for which in (~speaks, speaks))
+    floating = floating_states(states)
+    sizes = [size(states[p]) for p in floating]
+    differences = relative_differences(_of(new, floating), _of(new_states, floating), sizes)
+    return {DEPENDENCE: tf.reduce_max(differences), INFLUENCE: tf.where(silent > 0, silent / loud, zero)}
+
+
+def _of(states: Sequence[tf.Tensor], chosen: Sequence[int]) -> tf.Tensor:
+    return side_by_side([states[p] for p in chosen])
+
+
+def _sizes(view: View, rows: Rows) -> tuple[list[int], list[int]]:
+    """Those of the new states of a view and of its old ones, or the inputs."""
+    olds = [size(rows.states[q]) for q in view.olds] or [size(rows.inputs)]
+    return [size(rows.states[p]) for p in view.news], olds
+
+
+def _normal(rows: Rows, n: int, seed: tf.Tensor, dtype: tf.DType) -> tf.Tensor:
+    """Random vectors `(rows, n)`."""
+    return tf.random.stateless_normal([known_sizes(rows.inputs)[0], n], seed, dtype=dtype)
+
+
+def _rounding(w: tf.Tensor) -> tf.Tensor:
+    """What is no error of a product with these vectors, `(rows,)`."""
+    return _ROUNDINGS * np.finfo(w.dtype.as_numpy_dtype).eps * tf.norm(w, axis=-1)
