@@ -4,7 +4,6 @@ import argparse
 import json
 import os
 import sys
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -62,9 +61,13 @@ def _measured(options: argparse.Namespace) -> Any:
             probe = np.load(file, allow_pickle=False)
             if isinstance(probe, np.lib.npyio.NpzFile):
                 probe = {name: probe[name] for name in probe.files}
-    except (ValueError, EOFError, zipfile.BadZipFile) as error:
+    except Exception as error:
+        # A damaged file fails in many ways.
         raise ValueError(f"{options.probe} is no array that can be read: {error}") from error
-    model = keras.saving.load_model(options.model, compile=False, safe_mode=True)
+    try:
+        model = keras.saving.load_model(options.model, compile=False, safe_mode=True)
+    except Exception as error:
+        raise ValueError(f"{options.model} is no model that can be read: {type(error).__name__}: {error}") from error
     return measure(model, probe, layers=options.layers, measures=options.measures)
 
 

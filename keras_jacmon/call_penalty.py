@@ -9,7 +9,7 @@ import tensorflow as tf
 
 from keras_jacmon.jacobians.evidence import examine_independence, examine_rows, refuted
 from keras_jacmon.jacobians.resolve import CellJacobian, Rows, Trust
-from keras_jacmon.jacobians.views import find_connections, floating_states
+from keras_jacmon.jacobians.views import find_connections, floating_states, side_by_side
 from keras_jacmon.measures.differentiable import DIFFERENTIABLE, TINY, Directions
 from keras_jacmon.measures.options import Memory, Options
 from keras_jacmon.measures.registry import MEASURES
@@ -182,8 +182,9 @@ class CallPenalty:
             if examine is examine_rows or not jacobian.row_by_row:
                 new = [tf.gather(state, some) for state in points.new]
                 tests |= examine(jacobian, [self._view], rows.take(some), new, seed)
-        finite = _are_finite(self._distances(jacobian, rows, self._leading))
-        left_out = tf.math.count_nonzero((points.weights > 0) & ~finite)
+        usable = self._usable(jacobian, rows)
+        left_out = tf.math.count_nonzero((points.weights > 0) & ~usable)
+        self._points[-1].assign(tf.where(usable, points.weights, tf.zeros_like(points.weights)))
         return {LEFT_OUT: left_out, **tests}
 
     def _traced(self) -> Any:
@@ -202,7 +203,10 @@ class CallPenalty:
             if not self._aim.through_states:
                 inputs, *states = map(tf.stop_gradient, (inputs, *states))
         rows = Rows(inputs, tuple(states))
-        finite = _are_finite(tf.stop_gradient(self._distances(jacobian, rows, self._leading)))
+        # What has a weight has a derivative, if the points were looked at before.
+        finite = _are_finite(tf.stop_gradient(self._distances(jacobian, rows, self._leading))) & (weights > 0)
+        if self._aim.states == "fresh":
+            finite &= self._usable(jacobian, rows)
 
         def mean() -> tf.Tensor:
             # One that is not finite would make the gradient of all of them NaN, also with a weight of zero.
@@ -221,6 +225,20 @@ class CallPenalty:
         total = tf.cond(tf.reduce_any(finite), mean, lambda: tf.zeros([], inputs.dtype))
         # Of the type of Keras' own losses, but not of half precision.
         return tf.cast(total, tf.float64 if keras.config.floatx() == "float64" else tf.float32)
+
+    def _usable(self, jacobian: CellJacobian, rows: Rows) -> tf.Tensor:
+        """Whether the penalty at each of some rows is finite and has a finite derivative, `(rows,)`.
+
+        By the states; a NaN in the second derivative of the cell reaches those and the weights.
+        """
+        floating = floating_states(rows.states)
+        states = [tf.stop_gradient(state) for state in rows.states]
+        with tf.GradientTape(watch_accessed_variables=False) as tape:
+            tape.watch([states[q] for q in floating])
+            distances = self._distances(jacobian, Rows(tf.stop_gradient(rows.inputs), tuple(states)), self._leading)
+        slopes = tape.gradient(distances, [states[q] for q in floating], unconnected_gradients="zero")
+        slopes = side_by_side(list(map(tf.convert_to_tensor, slopes)))
+        return _are_finite(distances) & tf.reduce_all(tf.math.is_finite(slopes), axis=-1)
 
     def _distances(self, jacobian: CellJacobian, rows: Rows, leading: tf.Tensor | None) -> tf.Tensor:
         """How far the measure is from the target, `(rows,)`."""

@@ -271,7 +271,7 @@ class JacobianMeter:
 
     def _trace(self) -> None:
         self._memory: dict[str, tf.Variable] = {}
-        self._traced: dict[bool, _Traced] = {}
+        traced: dict[bool, _Traced] = {}
         specs = [tf.TensorSpec([], tf.int32), *(tf.TensorSpec(t.shape, t.dtype) for t in self._tensors())]
         for which, selection in self._selections.items():
             calls: dict[str, CallFacts] = {}
@@ -280,7 +280,9 @@ class JacobianMeter:
             graph = function.get_concrete_function(*specs)
             self._traces += 1
             foreign = foreign_variables(graph.graph, self._model, self._memory.values())
-            self._traced[which] = _Traced(graph, calls, alive, foreign)
+            traced[which] = _Traced(graph, calls, alive, foreign)
+        # Not before: if tracing fails, or is interrupted, the next measurement has what there was.
+        self._traced = traced
 
     def _tensors(self) -> list[tf.Tensor]:
         return [*self._inputs, *([] if self._targets is None else keras.tree.flatten(self._targets))]

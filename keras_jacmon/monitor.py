@@ -265,7 +265,8 @@ class JacobianMonitor(keras.callbacks.Callback):
                 self._write(*self._unwritten)
         self._reported += 1
         if self._verbose:
-            print(f"\nJacobians at step {step}\n{report}")  # noqa: T201 - what `verbose` asks for
+            # Not every terminal knows all characters, and a pipe may be closed.
+            self._attempt("Printing the report", print, f"\nJacobians at step {step}\n{report}")
         self._warn_of_nonfinite(report, step)
 
     def _write(self, report: Report, step: int, others: dict[str, float]) -> None:

@@ -70,7 +70,7 @@ class ModelPenalty:
             if note is not None:
                 notes.append(f"Layer `{key}`: {note}")
                 changed = True
-            elif left_out and key not in self._told:
+            if left_out and key not in self._told:
                 self._told.add(key)
                 notes.append(
                     f"Layer `{key}`: at {left_out:.0f} points of its trajectory the penalty is not finite. Such points "

@@ -3,7 +3,7 @@
 import dataclasses
 import importlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -283,7 +283,34 @@ def _layer(record: Mapping[str, Any]) -> LayerReport:
         expected = type(getattr(empty, name))
         if not isinstance(value, expected) and not (name == "certificate" and value is None):
             raise TypeError(f"{name} is of type {type(value).__name__} and not {expected.__name__}")
+    shape, step_and_sample = layer.mask.shape, 2
+    _check("mask", [layer.mask], "b", lambda array: array.ndim == step_and_sample)
+    _check("values", layer.values.values(), "f", lambda array: array.shape == shape)
+    _check("sampled", layer.sampled.values(), "b", lambda array: array.shape == shape)
+    _check("uncertainties", layer.uncertainties.values(), "f", lambda array: array.shape[-1:] == shape[-1:])
+    _check("sequences", layer.sequences.values(), "f", lambda array: array.shape[-1:] == shape[-1:])
+    _check("spectra", layer.spectra.values(), "fc", lambda array: array.shape[:-1] == layer.spectra_at.shape[:1])
+    _check("spectra_at", [layer.spectra_at], "iu", lambda array: array.shape[1:] == (step_and_sample,))
+    for name, texts in (("estimated", layer.estimated), ("notes", layer.notes), ("methods", layer.methods.values())):
+        if not all(isinstance(text, str) for text in texts):
+            raise TypeError(f"{name} are not all text")
+    if not layer.uncertainties.keys() >= layer.estimated & layer.values.keys():
+        raise TypeError("estimated are values without an uncertainty")
+    if not all(isinstance(fact, (int, float)) for fact in layer.facts.values()):
+        raise TypeError("facts are not all numbers")
     return layer
+
+
+def _check(name: str, arrays: Iterable[Any], kinds: str, fits: Callable[[npt.NDArray[Any]], bool]) -> None:
+    """Holds arrays that were read against their types and shapes.
+
+    Raises:
+        TypeError: If one of them is none, or another one than it can be.
+    """
+    for array in arrays:
+        if not isinstance(array, np.ndarray) or array.dtype.kind not in kinds or not fits(array):
+            found = f"dtype {array.dtype} and shape {array.shape}" if isinstance(array, np.ndarray) else repr(array)
+            raise TypeError(f"{name} do not fit: {found}")
 
 
 def _nonfinite(values: FloatArray) -> npt.NDArray[np.bool_]:

@@ -28,10 +28,10 @@ def odd_report() -> Report:
         {"variance": values, "joint/spectral_norm": values.astype(np.float32)},
         ~np.isnan(values),
         {"joint/spectral_norm": values},
-        frozenset({"variance", "joint/flow"}),
+        frozenset({"joint/spectral_norm", "joint/flow"}),
         {"joint/spectral_norm": np.array([[True, False]] * 3)},
         None,
-        {"joint/flow": values, "joint/growth": np.empty(0)},
+        {"joint/flow": values, "joint/growth": np.array([0.5, np.nan])},
         {"eigenvalues": np.array([[1 + 2j, np.nan]], np.complex64)},
         np.array([[2, 1]]),
         "joint/",
@@ -111,12 +111,55 @@ def test_what_is_no_report_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         Report.load(tmp_path / "none")
     archive.write(tmp_path / "other fields", {"lstm": {"cells": "LSTM"}})
-    archive.write(
-        tmp_path / "other types", {"lstm": {"cell": "LSTM", "units": 3, "values": (), "mask": np.ones((1, 1))}}
-    )
-    for name in ("other fields", "other types"):
-        with pytest.raises(ValueError, match="Expected a report of this version"):
-            Report.load(tmp_path / name)
+    with pytest.raises(ValueError, match="Expected a report of this version"):
+        Report.load(tmp_path / "other fields")
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"values": ()},
+        {"values": {"variance": 3.0}},
+        {"values": {"variance": np.array([["a", "b"]] * 3)}},
+        {"values": {"variance": np.ones((3, 1))}},
+        {"mask": np.ones((3, 2))},
+        {"mask": np.ones(3, bool)},
+        {"sampled": {"joint/spectral_norm": np.ones((1, 2), bool)}},
+        {"uncertainties": {"joint/spectral_norm": np.ones((3, 3))}},
+        {"sequences": {"joint/growth": np.ones(3)}},
+        {"spectra": {"eigenvalues": np.ones((2, 2))}},
+        {"spectra_at": np.array([[0.5, 1.0]])},
+        {"uncertainties": {}},
+        {"notes": (3,)},
+        {"facts": {"variance": "much"}},
+    ],
+    ids="-".join,
+)
+def test_what_does_not_fit_together_is_refused(wrong: dict[str, Any], tmp_path: Path) -> None:
+    layer = next(iter(odd_report().layers.values()))
+    record = {field.name: getattr(layer, field.name) for field in dataclasses.fields(LayerReport)} | wrong
+    archive.write(tmp_path / "report", {"lstm": record})
+    with pytest.raises(ValueError, match="Expected a report of this version"):
+        Report.load(tmp_path / "report")
+
+
+def test_damaged_files_are_refused(tmp_path: Path) -> None:
+    """Bytes that changed make ZIP, zlib, NumPy's headers and json fail, each in ways of its own."""
+    odd_report().save(tmp_path / "good")
+    good = (tmp_path / "good").read_bytes()
+    rng = np.random.default_rng(0)
+    refused: list[str] = []
+    for _ in range(400):
+        damaged = np.frombuffer(good, np.uint8).copy()
+        places = rng.integers(0, damaged.size, rng.integers(1, 9))
+        damaged[places] = rng.integers(0, 256, places.size)
+        (tmp_path / "damaged").write_bytes(damaged.tobytes())
+        try:
+            str(Report.load(tmp_path / "damaged"))
+        except ValueError as error:
+            refused.append(str(error))
+    assert len(refused) > 100
+    assert all(sentence.startswith("Invalid value for argument `path`. Expected a ") for sentence in refused)
 
 
 def test_a_report_that_cannot_be_written_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,7 +181,7 @@ def test_a_report_that_cannot_be_written_leaves_the_old_one(tmp_path: Path, monk
 def test_json_knows_what_is_not_finite() -> None:
     found = json.loads(json.dumps(odd_report().to_dict(), allow_nan=False))["layers"]["both/forward_lstm:1"]
     assert found["values"]["variance"] == [[1.0, "nan"], ["inf", "-inf"], [5e-324, -0.0]]
-    assert found["estimated"] == ["joint/flow", "variance"]
+    assert found["estimated"] == ["joint/flow", "joint/spectral_norm"]
     assert found["spectra"]["eigenvalues"] == [[[1.0, 2.0], ["nan", 0.0]]]
     assert found["certificate"] is None
 

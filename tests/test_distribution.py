@@ -163,10 +163,12 @@ def test_what_is_not_supported_is_refused() -> None:
             "Invalid value for argument `model`. Expected a model made without a strategy of `tf.distribute`, or in "
             "the scope of a `MirroredStrategy` or `OneDeviceStrategy`. Received: model=sequential"
         ), sentence
-        measure(make(tf.distribute.OneDeviceStrategy("CPU:1")), probe, measures=["variance"])
+        one = make(tf.distribute.OneDeviceStrategy("CPU:1"))
+        measure(one, probe, measures=["variance"])
+        one.fit(x, y, verbose=0, callbacks=[JacobianMonitor(probe, log_dir=None, on_error="raise")])
 
         with keras.distribution.DataParallel(devices=["cpu:0", "cpu:1"]).scope():
-            sentence = refusal(lambda: measure(make(default), probe))
+            sentence = refusal(lambda: make(default).fit(x, y, callbacks=[JacobianMonitor(probe, log_dir=None)]))
         assert sentence == (
             "Expected no `keras.distribution`: on TensorFlow Keras does not distribute anything with it. Use "
             "`tf.distribute.MirroredStrategy`. Received: DataParallel"

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-# Of the values; of the trainings a tenth of these.
+# Of the values; of the trainings two fifths of these.
 DRAWS = int(os.environ.get("JACMON_DRAWS", "100"))
 PARTS = 10
 # The spectral norm takes long to trace.
@@ -41,13 +41,14 @@ pytestmark = [
 def for_each_draw(part: int, draws: int, check: Callable[..., None], *strategies: Any) -> None:
     """Checks a part of the draws, the same ones each time. Nothing that is drawn may be refused."""
     seen: set[str] = set()
+    drawn_before = False
 
     # Tracing takes seconds, so nothing is shrunk. Of many draws a fifth has been there before.
     number = -(-draws // PARTS)
 
     @hypothesis.seed(part)
     @hypothesis.settings(
-        max_examples=2 * number,
+        max_examples=2 * number + 1,
         deadline=None,
         database=None,
         phases=[hypothesis.Phase.generate],
@@ -55,7 +56,10 @@ def for_each_draw(part: int, draws: int, check: Callable[..., None], *strategies
     )
     @hypothesis.given(st.tuples(*strategies))
     def draw(drawn: tuple[Any, ...]) -> None:
-        if repr(drawn) in seen or len(seen) == number:
+        nonlocal drawn_before
+        # The first one is the simplest there is, in each part.
+        if (not drawn_before and part > 0) or repr(drawn) in seen or len(seen) == number:
+            drawn_before = True
             return
         seen.add(repr(drawn))
         keras.backend.clear_session()
@@ -102,9 +106,10 @@ def assert_close(actual: Any, jacobians: Mapping[str, NDArray[Any]], keys: tuple
             assert actual.notes
             np.testing.assert_array_equal(J[actual.mask], 0.0)
             continue
-        # What an error of 1e-6 in the entries of J, relative to the largest ones, makes of a measure.
+        # What an error of 1e-6 in the entries of J, relative to the largest ones, makes of a measure. Where an entry is
+        # a sum whose terms nearly cancel, that is the size of the terms: slopes below one, times weights of that order.
         gain = rms_singular_value(J)
-        scale = max(0.1, np.nanmax(gain, initial=0.0))
+        scale = max(0.5, np.nanmax(gain, initial=0.0))
         slack = 1e-6 * scale + (TOLERANCE if "spectral_norm" in key else 1e-4) * value
         if "variance" in key:
             slack = 2e-6 * gain * scale + 1e-6 * scale**2 + 1e-4 * value
@@ -158,4 +163,4 @@ def assert_same_training(drawn: DrawnModel) -> None:
 
 @pytest.mark.parametrize("part", range(PARTS))
 def test_watching_changes_no_training(part: int) -> None:
-    for_each_draw(part, DRAWS // PARTS, assert_same_training, models())
+    for_each_draw(part, 2 * DRAWS // 5, assert_same_training, models())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import zipfile
 from typing import TYPE_CHECKING, Any
 
 import keras
@@ -88,6 +89,17 @@ def test_what_is_wrong_is_said_in_a_sentence(tmp_path: Path, capsys: pytest.Capt
     assert "half.npz is no array that can be read" in error_of(model, f"{here}/half.npz")
     assert "Invalid value for argument `probe`" in error_of(model, f"{here}/infinite.npy")
     assert "text.keras" in error_of(f"{here}/text.keras", probe)
+    whole = bytearray((tmp_path / "model.keras").read_bytes())
+    whole[len(whole) // 2] ^= 255
+    (tmp_path / "damaged.keras").write_bytes(whole)
+    with zipfile.ZipFile(tmp_path / "without.keras", "w") as file:
+        file.writestr("metadata.json", "{}")
+    for name in ("damaged.keras", "without.keras"):
+        assert f"{name} is no model that can be read" in error_of(f"{here}/{name}", probe)
+    damaged = bytearray((tmp_path / "whole.npz").read_bytes())
+    damaged[len(damaged) // 2] ^= 255
+    (tmp_path / "damaged.npz").write_bytes(damaged)
+    assert "damaged.npz is no array that can be read" in error_of(model, f"{here}/damaged.npz")
     assert "Invalid value for argument `probe`" in error_of(model, f"{here}/narrow.npy")
     assert "Invalid value for argument `layers`" in error_of(model, probe, "--layers", "nonsense")
     assert "Invalid value for argument `measures`" in error_of(model, probe, "--measures", "nonsense")

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import csv
 import functools
+import io
 import random
 import re
 import resource
 import shutil
+import sys
 from typing import TYPE_CHECKING, Any
 
 import keras
@@ -427,6 +429,80 @@ def test_saved_model_does_not_know_the_monitor(tmp_path: Path) -> None:
 def test_progress_line(capsys: pytest.CaptureFixture[str]) -> None:
     fit(gru_model(), silent(), verbose=2)
     assert len(re.findall(r"gru_jac_variance: \d", capsys.readouterr().out)) == 2
+
+
+def test_a_report_that_cannot_be_printed_ends_no_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A terminal may not know `±`, and the reader of a pipe may be gone."""
+
+    class Broken(io.StringIO):
+        def write(self, text: str) -> int:
+            raise BrokenPipeError(text[:0])
+
+    monitor = silent(verbose=1)
+    monkeypatch.setattr(sys, "stdout", Broken())
+    with pytest.warns(UserWarning, match="^Printing the report at step 0 failed. BrokenPipeError"):
+        fit(gru_model(), monitor)
+    assert steps_of(monitor) == [0, 8, 16]
+
+
+# Models that are not built -------------------------------------------------------------------------------------------
+
+
+def test_a_model_is_built_for_any_number_of_samples() -> None:
+    """Its shape is saved with it; without the monitor it would be that of the first batch."""
+    model = keras.Sequential([keras.layers.LSTM(3), keras.layers.Dense(1)])
+    model.compile("sgd", "mse")
+    fit(model, silent(), batch_size=2 * BATCH)
+    assert model.input_shape == (None, STEPS, FEATURES)
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+def test_a_model_that_has_seen_another_batch(loaded: bool, tmp_path: Path) -> None:  # noqa: FBT001 - pytest passes it by name
+    model = keras.Sequential([keras.layers.GRU(3, name="gru"), keras.layers.Dense(1)])
+    model.compile("sgd", "mse")
+    fit(model, batch_size=2 * BATCH)
+    assert model.input_shape == (2 * BATCH, STEPS, FEATURES)
+    if loaded:
+        model.save(tmp_path / "model.keras")
+        model = keras.saving.load_model(tmp_path / "model.keras")
+    for probe in (PROBE[:1], PROBE[:, :3]):
+        report = measure(model, probe, measures=["variance"])
+        assert report["gru"]["variance"].shape == probe.shape[1::-1]
+    monitor = silent()
+    fit(model, monitor)
+    assert steps_of(monitor)[-1] > 0
+    with pytest.raises(ValueError, match=r"Expected shape \(None, None, 3\)"):
+        measure(model, PROBE[..., :2])
+
+
+def test_a_stateful_model_must_be_built_before() -> None:
+    model = keras.Sequential([keras.layers.GRU(3, stateful=True), keras.layers.Dense(1)])
+    model.compile("sgd", "mse")
+    sentence = (
+        f"The model `{model.name}` is not built, and cannot be built from the probe: it has stateful layers, whose "
+        "states are made for one size of batch. Build it before, by calling it on a batch of the training."
+    )
+    assert_refused(model, f"^{re.escape(sentence)}$")
+    model(PROBE)
+    fit(model, silent())
+
+
+def test_reading_a_dataset_draws_no_random_numbers() -> None:
+    class Noisy(keras.utils.PyDataset):
+        def __len__(self) -> int:
+            return 2
+
+        def __getitem__(self, index: int) -> Any:
+            return PROBE + np.random.normal(size=PROBE.shape) + random.random()  # noqa: NPY002, S311 - as users do
+
+    model = gru_model()
+    np.random.seed(1)  # noqa: NPY002
+    random.seed(1)
+    measure(model, Noisy(), measures=["variance"])
+    found = np.random.normal(), random.random()  # noqa: NPY002, S311
+    np.random.seed(1)  # noqa: NPY002
+    random.seed(1)
+    assert found == (np.random.normal(), random.random())  # noqa: NPY002, S311
 
 
 # Resuming ----------------------------------------------------------------------------------------------------------

@@ -113,6 +113,8 @@ def examine_rows(
         g = in_turns(J.matvec(w, adjoint=True), olds, every=len(news))
         norm = tf.norm(g, axis=-1, keepdims=True)
         image = tf.reduce_sum(w * J.matvec(tf.math.divide_no_nan(g, norm)), axis=-1, keepdims=True)
+        # Nothing is known along a gradient that overflows.
+        image = tf.where(tf.math.is_finite(norm), image, norm)
         found.setdefault(PRODUCTS, []).append(relative_differences(image, norm, [1], _rounding(w)))
     if jacobian.row_by_row:
         if stepped is None:

@@ -22,12 +22,22 @@ def build(model: keras.Layer, arrays: Any) -> None:
     """
     if model.built and all(layer.built for layer in _cells(model)):
         return
-    # Traced and not run: a cell may write to a `tf.Variable`, which the scope does not shield.
+    if any(getattr(layer, "stateful", False) and not layer.built for layer in sublayers(model)):
+        raise ValueError(
+            f"The model `{model.name}` is not built, and cannot be built from the probe: it has stateful layers, whose "
+            "states are made for one size of batch. Build it before, by calling it on a batch of the training."
+        )
     inputs = fit_probe(model, arrays)
+
+    def call(*tensors: tf.Tensor) -> Any:
+        return model(keras.tree.pack_sequence_as(inputs, list(tensors)), **training_argument(model))
+
+    # Traced and not run: a cell may write to a `tf.Variable`, which the scope does not shield. And for any number of
+    # samples: a Sequential model keeps the shape that it was built with, and is saved with it.
+    specs = [tf.TensorSpec([None, *tensor.shape[1:]], tensor.dtype) for tensor in keras.tree.flatten(inputs)]
     with shielded(model):
-        build = tf.function(lambda: model(inputs, **training_argument(model)), autograph=False)
         try:
-            build.get_concrete_function()
+            tf.function(call, autograph=False).get_concrete_function(*specs)
         except Exception as error:
             shapes = keras.tree.map_structure(lambda array: array.shape, arrays)
             raise ValueError(

@@ -1,11 +1,15 @@
 """Is the probe something that the model can read, and can it be read without touching the training?"""
 
-from collections.abc import Sequence
+import contextlib
+import random
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import keras
 import numpy as np
 import tensorflow as tf
+
+from keras_jacmon.probe.layers import sublayers
 
 
 def read_probe(probe: Any) -> Any:
@@ -22,10 +26,9 @@ def read_probe(probe: Any) -> Any:
         ValueError: If the batch is empty, ragged, not numeric (text is allowed), holds NaN or Inf, or comes from a
             dataset that shuffles.
     """
-    if isinstance(probe, tf.data.Dataset):
-        probe = _first_batch(probe)
-    elif isinstance(probe, keras.utils.PyDataset):
-        probe, _, _ = keras.utils.unpack_x_y_sample_weight(probe[0])
+    if isinstance(probe, (tf.data.Dataset, keras.utils.PyDataset)):
+        with _random_numbers_put_back():
+            probe = _first_batch(probe)
     elif hasattr(probe, "__next__"):
         raise _invalid("an array, tensor, dict, list or dataset: a batch taken from an iterator would be missing "
                        "in the training", type(probe).__name__)  # fmt: skip
@@ -87,20 +90,39 @@ def fit_probe(model: keras.Layer, arrays: Any) -> Any:
     declared = getattr(model, "inputs", None)
     if not declared:
         return keras.tree.map_structure(_to_tensor, arrays)
+    # Of the first batch that it saw, a Sequential model without an `Input` declares the whole shape, and holds no other
+    # batch to it.
+    frozen = isinstance(model, keras.Sequential) and not any(
+        getattr(layer, "stateful", False) for layer in sublayers(model)
+    )
     if isinstance(arrays, dict):
         names = [spec.name for spec in declared]
         missing = [name for name in names if name not in arrays]
         if missing:
             raise _invalid(f"a dict with the model's inputs {names}", f"a dict with {sorted(arrays)}")
-        return {name: _fit(arrays[name], spec, name) for name, spec in zip(names, declared, strict=True)}
+        return {name: _fit(arrays[name], spec, name, frozen) for name, spec in zip(names, declared, strict=True)}
     flat = keras.tree.flatten(arrays)
     if len(flat) != len(declared):
         raise _invalid(f"{len(declared)} input(s), as the model takes them", f"{len(flat)} array(s)")
-    tensors = [_fit(array, spec, spec.name) for array, spec in zip(flat, declared, strict=True)]
+    tensors = [_fit(array, spec, spec.name, frozen) for array, spec in zip(flat, declared, strict=True)]
     return keras.tree.pack_sequence_as(arrays, tensors)
 
 
-def _first_batch(dataset: tf.data.Dataset) -> Any:
+@contextlib.contextmanager
+def _random_numbers_put_back() -> Iterator[None]:
+    """Reading a dataset may augment it with the generators of NumPy and Python, which the training draws from too."""
+    of_numpy, of_python = np.random.get_state(), random.getstate()  # noqa: NPY002 - that is the one
+    try:
+        yield
+    finally:
+        np.random.set_state(of_numpy)  # noqa: NPY002
+        random.setstate(of_python)
+
+
+def _first_batch(dataset: Any) -> Any:
+    if isinstance(dataset, keras.utils.PyDataset):
+        x, _, _ = keras.utils.unpack_x_y_sample_weight(dataset[0])
+        return x
     if _shuffles(dataset):
         # A shuffle draws a new order each time it is read: reading it here would shift the order of the training.
         raise _invalid(
@@ -149,9 +171,11 @@ def _check_values(arrays: Sequence[np.ndarray[Any, Any]]) -> None:
         raise _invalid("the same number of samples in each input", f"batch sizes {batches}")
 
 
-def _fit(array: np.ndarray[Any, Any], spec: Any, name: str) -> tf.Tensor:
+def _fit(array: np.ndarray[Any, Any], spec: Any, name: str, frozen: bool) -> tf.Tensor:  # noqa: FBT001
     """One array as a tensor of the declared input's type, if its shape allows."""
     shape = tuple(spec.shape)
+    if frozen and shape and shape[0] is not None:
+        shape = (*[None] * (len(shape) - 1), shape[-1])
     if len(shape) != array.ndim or any(
         want is not None and want != got for want, got in zip(shape, array.shape, strict=True)
     ):
