@@ -3,8 +3,7 @@
 import contextlib
 import re
 import warnings
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -192,11 +191,9 @@ class JacobianMeter:
         samples = int(self._inputs[0].shape[0])
         self._shards = Shards(model, samples) if shard_probe else None
         self._structure = keras.tree.map_structure(lambda _: 0, inputs)
-        # By key what may be relied on.
-        self._trust: defaultdict[str, Trust] = defaultdict(Trust)
         self._traces = self._measurements = 0
         # Traced here and not at the first call, so that what cannot be measured is said at once.
-        self._trace()
+        self._trace({})
         self._check_calls(required=layers is not None)
 
     @property
@@ -242,19 +239,19 @@ class JacobianMeter:
         """
         which = slow or not self.has_slow_measures
         results = self._run(self._traced[which])
-        while self._lost_trust(results):
-            self._trace()
+        while (trust := self._trust_after(results)) != self._trust:
+            self._trace(trust)
             results = self._run(self._traced[which])
         self._measurements += 1
         return Report({name: facts.report(results[name]) for name, facts in self._traced[which].calls.items()})
 
-    def _lost_trust(self, results: dict[str, dict[str, tf.Tensor]]) -> bool:
-        """Whether a layer is not what it was taken for; says so, and remembers it for the next trace."""
-        lost = False
+    def _trust_after(self, results: dict[str, dict[str, tf.Tensor]]) -> dict[str, Trust]:
+        """What may be relied on, by key, after what tests have found; if that is less than before, says so."""
+        trust = dict(self._trust)
         for name, found in results.items():
             worst = {test: float(found[test]) for test in TESTS if test in found}
             cell = self._traced[True].calls[name].cell
-            verdict = refuted(worst, self._trust[name])
+            verdict = refuted(worst, trust.get(name, Trust()))
             if verdict is None:
                 continue
             if verdict.trust is None:
@@ -266,23 +263,24 @@ class JacobianMeter:
                 f"Layer `{name}`: {verdict.reason}. {verdict.consequence} from now on, this time included.",
                 stacklevel=3,
             )
-            self._trust[name], lost = verdict.trust, True
-        return lost
+            trust[name] = verdict.trust
+        return trust
 
-    def _trace(self) -> None:
+    def _trace(self, trust: dict[str, Trust]) -> None:
         self._memory: dict[str, tf.Variable] = {}
         traced: dict[bool, _Traced] = {}
         specs = [tf.TensorSpec([], tf.int32), *(tf.TensorSpec(t.shape, t.dtype) for t in self._tensors())]
         for which, selection in self._selections.items():
             calls: dict[str, CallFacts] = {}
             alive: list[Any] = []
-            function = tf.function(partial(self._measure, selection, calls, alive), autograph=False)
+            measure = partial(self._measure, selection, trust, calls, alive)
+            function = tf.function(measure, autograph=False)
             graph = function.get_concrete_function(*specs)
             self._traces += 1
             foreign = foreign_variables(graph.graph, self._model, self._memory.values())
             traced[which] = _Traced(graph, calls, alive, foreign)
         # Not before: if tracing fails, or is interrupted, the next measurement has what there was.
-        self._traced = traced
+        self._trust, self._traced = trust, traced
 
     def _tensors(self) -> list[tf.Tensor]:
         return [*self._inputs, *([] if self._targets is None else keras.tree.flatten(self._targets))]
@@ -307,18 +305,24 @@ class JacobianMeter:
         return self._memory[name]
 
     def _measure(
-        self, selection: Selection, calls: dict[str, CallFacts], alive: list[Any], draw: tf.Tensor, *tensors: tf.Tensor
+        self,
+        selection: Selection,
+        trust: Mapping[str, Trust],
+        calls: dict[str, CallFacts],
+        alive: list[Any],
+        draw: tf.Tensor,
+        *tensors: tf.Tensor,
     ) -> dict[str, Results]:
         inputs, targets = tensors[: len(self._inputs)], tensors[len(self._inputs) :]
         if self._shards is None:
-            results = self._measure_calls(inputs, selection, self._options, draw, calls=calls, alive=alive)
+            results = self._measure_calls(inputs, selection, self._options, draw, trust, calls=calls, alive=alive)
         else:
             slices, samples = self._shards.slices, int(inputs[0].shape[0])
 
             def on_replica(index: int) -> dict[str, Results]:
                 part = [tensor[slices[index]] for tensor in inputs]
                 options = self._options.for_part(index, slices[index].stop - slices[index].start, samples)
-                return self._measure_calls(part, selection, options, draw, calls=calls, alive=alive)
+                return self._measure_calls(part, selection, options, draw, trust, calls=calls, alive=alive)
 
             results = merged(self._shards.map(on_replica), [part.start for part in slices])
         if self._targets is not None:
@@ -339,6 +343,7 @@ class JacobianMeter:
         selection: Selection,
         options: Options,
         draw: tf.Tensor,
+        trust: Mapping[str, Trust],
         *,
         calls: dict[str, CallFacts],
         alive: list[Any],
@@ -359,7 +364,7 @@ class JacobianMeter:
                         selection,
                         options,
                         max_bytes=self._max_bytes,
-                        trust=self._trust[call.name],
+                        trust=trust.get(call.name, Trust()),
                         draw=draw,
                         remember=partial(self._remember, call.name) if self._warm_start else None,
                     )

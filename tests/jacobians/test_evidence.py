@@ -150,6 +150,23 @@ def test_a_single_sample_has_a_jacobian_of_its_own() -> None:
         assert_layer(measure(model, PROBE[:1], measures=MOMENTS)["rnn"], layer, PROBE[:1], measures=MOMENTS)
 
 
+@pytest.mark.filterwarnings("ignore:Layer `rnn`. what its cell makes of a sample depends")
+def test_a_tracing_that_is_interrupted_leaves_the_meter_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tracing takes seconds, in which users press a key."""
+    model, layer = model_of(BRANCHING["mean_of_the_batch"], PROBE)
+    meter = JacobianMeter(model, PROBE, measures=MOMENTS)
+
+    def interrupted(*_: Any, **__: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("keras_jacmon.meter.measure_call", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            meter()
+    assert meter.layers == ("rnn",)
+    assert_layer(meter()["rnn"], layer, PROBE, measures=MOMENTS)
+
+
 # Products ------------------------------------------------------------------------------------------------------------
 
 

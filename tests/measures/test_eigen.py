@@ -140,19 +140,28 @@ def test_an_orthogonal_matrix_has_radius_one(n: int) -> None:
     ("name", "n", "expected", "spread"),
     # The table gives a spread for the first; for the others it is that of their own draws.
     [
+        ("gaussian", 32, 1.065, 0.077),
         ("gaussian", 64, 1.060, 0.055),
         ("gaussian", 128, 1.047, 0.035),
+        ("gaussian", 256, 1.038, 0.020),
+        ("gaussian_relu", 32, 0.748, None),
         ("gaussian_relu", 64, 0.751, None),
         ("gaussian_relu", 128, 0.751, None),
+        ("gaussian_relu", 256, 0.744, None),
+        ("he_relu", 32, 1.061, None),
         ("he_relu", 64, 1.071, None),
         ("he_relu", 128, 1.054, None),
+        ("he_relu", 256, 1.059, None),
+        ("orthogonal_relu", 32, 1.058, None),
         ("orthogonal_relu", 64, 1.062, None),
         ("orthogonal_relu", 128, 1.050, None),
+        ("orthogonal_relu", 256, 1.044, None),
     ],
 )
 def test_random_matrices_have_their_known_radius(name: str, n: int, expected: float, spread: float | None) -> None:
-    # 200 and 100 draws made the table.
-    draws, table = (100, 200) if n == 64 else (40, 100)
+    # So many draws made the table.
+    table = {32: 300, 64: 200, 128: 100, 256: 30}[n]
+    draws = {32: 150, 64: 100, 128: 40, 256: 20}[n]
     values = radius(ENSEMBLES[name](draws, n))
     spread = spread or values.std(ddof=1)
     assert abs(values.mean() - expected) < 4 * spread * math.sqrt(1 / draws + 1 / table)
