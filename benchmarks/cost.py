@@ -54,12 +54,23 @@ class SeedCell(keras.layers.Layer):
         return keras.ops.sigmoid(self.out(inputs) + new_c), [new_h, new_c]
 
 
+class SoftmaxCell(keras.layers.SimpleRNNCell):
+    """Mixes its units, so that its Jacobian has no structure."""
+
+    def call(self, inputs: Any, states: Any, training: bool = False) -> tuple[Any, list[Any]]:  # noqa: FBT001, FBT002 - Keras' signature
+        """One step."""
+        h, _ = super().call(inputs, states, training=training)
+        new_h = h * keras.ops.softmax(h)
+        return new_h, [new_h]
+
+
 LAYERS: dict[str, Callable[[int], keras.layers.RNN]] = {
     "LSTM": keras.layers.LSTM,
     "GRU": keras.layers.GRU,
     "SimpleRNN": keras.layers.SimpleRNN,
     "a cell of one's own": lambda units: keras.layers.RNN(SeedCell(units)),
 }
+SOFTMAX = "a cell without structure"
 
 
 def median_seconds(function: Callable[[], object], repeats: int) -> float:
@@ -80,7 +91,7 @@ def noise(*shape: int) -> tf.Tensor:
 
 def make_model(kind: str, units: int, steps: int | None = STEPS) -> tuple[keras.Model, keras.layers.RNN]:
     """Returns a model of one layer, and the layer."""
-    layer = LAYERS[kind](units)
+    layer = keras.layers.RNN(SoftmaxCell(units)) if kind == SOFTMAX else LAYERS[kind](units)
     model = keras.Sequential([keras.Input((steps, FEATURES)), layer])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Keras on cells without `build()`
@@ -101,7 +112,7 @@ def seconds_of_loop(layer: keras.layers.RNN, probe: tf.Tensor) -> float:
                 tape.watch(h)
                 _, new = layer.cell(inputs[:, step], [h, *states[1:]], training=False)
             J = tape.batch_jacobian(new[0], h)
-            values = values.write(step, tf.math.reduce_variance(J, axis=(1, 2)) * layer.units)
+            values = values.write(step, tf.math.reduce_variance(J, axis=(1, 2)) * layer.cell.units)
             states = new
         return values.stack()
 
@@ -162,6 +173,23 @@ def by_units() -> None:
             row(kind, units, f"{forward * 1e3:.1f} ms", *(f"{ratio:.2f}" for ratio in ratios), loop)
 
 
+def without_structure() -> None:
+    """`variance` of a cell that is left to automatic differentiation; exact up to `max_entries`, then an estimate."""
+    head(
+        f"A SimpleRNN with a softmax, {BATCH} samples x {STEPS} steps; multiples of a forward pass, but for itself",
+        "units", "forward pass", "`variance`", "`batch_jacobian` loop / `variance`",
+    )  # fmt: skip
+    probe = noise(BATCH, STEPS, FEATURES)
+    for units in (64, 128, 256):
+        model, layer = make_model(SOFTMAX, units)
+        meter = JacobianMeter(model, probe, measures=["variance"])
+        (found,) = meter().layers.values()
+        how = "estimate" if found.estimated else "exact"
+        forward, ratio = ratios_to_forward(layer, probe, [meter])
+        loop = seconds_of_loop(layer, probe) / (ratio * forward)
+        row(units, f"{forward * 1e3:.1f} ms", f"{ratio:.1f} ({how})", f"{loop:.0f}")
+
+
 def over_time() -> None:
     """Presets, and what is measured over the whole sequence, of an LSTM by units."""
     wanted = ("fast", "standard", "joint/flow", "joint/lyapunov")
@@ -180,7 +208,7 @@ def over_time() -> None:
 def by_size() -> None:
     """Exact `variance` of an LSTM with 64 units, by steps and samples."""
     head("LSTM, 64 units", "samples", "steps", "forward pass", "`variance` / forward")
-    for samples, steps in ((32, 50), (32, 500), (4, 10_000), (8, 50), (128, 50)):
+    for samples, steps in ((4, 50), (4, 500), (4, 10_000), (32, 50), (128, 50)):
         probe = noise(samples, steps, FEATURES)
         model, layer = make_model("LSTM", 64, steps)
         forward, ratio = ratios_to_forward(layer, probe, [JacobianMeter(model, probe, measures=["variance"])])
@@ -324,6 +352,7 @@ def once() -> None:
 
 TABLES = {
     "units": by_units,
+    "autodiff": without_structure,
     "time": over_time,
     "size": by_size,
     "fit": during_fit,

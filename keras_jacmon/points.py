@@ -292,6 +292,9 @@ class Points:
 
     def _examined(self, rows: Rows, last: Sequence[tf.Tensor], valid: tf.Tensor | None) -> Results:
         """Tests of what the measures rest on."""
+        if not self.views:
+            # No gradient connects the states, and there is nothing to measure.
+            return {}
         count = known_sizes(rows.inputs)[0]
         total = count if valid is None else tf.size(valid)
         # Half as many rows as are measured at once, since autodiff takes its memory beside them.
