@@ -445,6 +445,16 @@ def test_a_report_that_cannot_be_printed_ends_no_training(monkeypatch: pytest.Mo
     assert steps_of(monitor) == [0, 8, 16]
 
 
+def test_so_many_reports_are_kept() -> None:
+    """As the README says, without being asked to."""
+    monitor, model = silent(), gru_model()
+    report = measure(model, PROBE, measures=["variance"])
+    monitor.reports.extend((step - 1000, report) for step in range(1000))
+    fit(model, monitor)
+    assert 500 <= len(monitor.reports) <= 1000
+    assert steps_of(monitor)[-3:] == [0, 8, 16]
+
+
 # Models that are not built -------------------------------------------------------------------------------------------
 
 
