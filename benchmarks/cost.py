@@ -264,13 +264,14 @@ def memory() -> None:
     """The peak of the memory of a process that has run a model on a long sequence, and how much measuring adds."""
     head("LSTM, 32 samples, peak of the resident memory", "units", "steps", "measures", "model", "measuring adds")
     script = """if True:
-        import resource, sys
+        import pathlib, re, sys
         import keras, numpy as np, tensorflow as tf
         from keras_jacmon import JacobianMeter
         units, steps, features, measures = int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
         model = keras.Sequential([keras.Input((steps, features)), keras.layers.LSTM(units)])
         probe = tf.constant(np.random.default_rng(0).normal(size=(32, steps, features)), tf.float32)
-        peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        # Of this program alone; what `getrusage` knows includes the one that started it.
+        peak = lambda: int(re.search(r"VmHWM:\\s*(\\d+)", pathlib.Path("/proc/self/status").read_text())[1]) / 2**20
         tf.function(model)(probe)
         before = peak()
         JacobianMeter(model, probe, measures=measures)()
