@@ -57,7 +57,7 @@ class SeedCell(keras.layers.Layer):
 class SoftmaxCell(keras.layers.SimpleRNNCell):
     """Mixes its units, so that its Jacobian has no structure."""
 
-    def call(self, inputs: Any, states: Any, training: bool = False) -> tuple[Any, list[Any]]:  # noqa: FBT001, FBT002 - Keras' signature
+    def call(self, inputs: Any, states: Any, training: Any = None) -> tuple[Any, list[Any]]:
         """One step."""
         h, _ = super().call(inputs, states, training=training)
         new_h = h * keras.ops.softmax(h)

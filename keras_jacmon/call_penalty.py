@@ -7,9 +7,10 @@ from typing import Any, Literal
 import keras
 import tensorflow as tf
 
+from keras_jacmon.jacobians.connections import find_connections
 from keras_jacmon.jacobians.evidence import examine_independence, examine_rows, refuted
 from keras_jacmon.jacobians.resolve import CellJacobian, Rows, Trust
-from keras_jacmon.jacobians.views import find_connections, floating_states, side_by_side
+from keras_jacmon.jacobians.views import floating_states, side_by_side
 from keras_jacmon.measures.differentiable import DIFFERENTIABLE, TINY, Directions
 from keras_jacmon.measures.options import Memory, Options
 from keras_jacmon.measures.registry import MEASURES
@@ -149,7 +150,8 @@ class CallPenalty:
     def refute(self, tests: Mapping[str, float]) -> str | None:
         """Changes how the Jacobian is taken if a test failed, and says so; None if none did."""
         refutation = refuted(tests, self._trust)
-        if refutation is None or refutation.trust is None:
+        # A layer without a penalty is not warned of again.
+        if refutation is None or refutation.trust is None or not self.holds:
             return None
         self._eager, self._trust = None, refutation.trust
         consequence = f"{refutation.consequence} from now on" if self.holds else "It has no penalty"
@@ -177,11 +179,14 @@ class CallPenalty:
             MEASURES["spectral_norm"].function(operator, Options(seed=self._aim.seed, memory=memory))
         seed = tf.random.experimental.stateless_fold_in([self._aim.seed, 4], self._turn)
         chosen = tf.cast(tf.where(points.weights > 0)[:, 0], tf.int32)
-        tests: dict[str, tf.Tensor] = {}
-        for examine, some in ((examine_rows, chosen[:CERTIFIED_ROWS]), (examine_independence, chosen)):
-            if examine is examine_rows or not jacobian.row_by_row:
-                new = [tf.gather(state, some) for state in points.new]
-                tests |= examine(jacobian, [self._view], rows.take(some), new, seed)
+
+        def tested(examine: Callable[..., dict[str, tf.Tensor]], some: tf.Tensor) -> dict[str, tf.Tensor]:
+            new = [tf.gather(state, some) for state in points.new]
+            return examine(jacobian, [self._view], rows.take(some), new, seed)
+
+        tests = tested(examine_rows, chosen[:CERTIFIED_ROWS])
+        if not jacobian.row_by_row:
+            tests |= tested(examine_independence, chosen)
         usable = self._usable(jacobian, rows)
         left_out = tf.math.count_nonzero((points.weights > 0) & ~usable)
         self._points[-1].assign(tf.where(usable, points.weights, tf.zeros_like(points.weights)))

@@ -65,4 +65,4 @@ def explain(
     Raises:
         ValueError: As for `JacobianMeter`.
     """
-    return Explanation(JacobianMeter(model, probe, layers=layers, measures=["variance"]).choices)
+    return Explanation(JacobianMeter(model, probe, layers=layers, measures=["variance", "inputs/variance"]).choices)

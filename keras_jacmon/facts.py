@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from keras_jacmon.jacobians.connections import Connections
 from keras_jacmon.jacobians.evidence import CERTIFICATE, TESTS
 from keras_jacmon.jacobians.resolve import CellJacobian, Choice
-from keras_jacmon.jacobians.views import Connections, View, floating_states, size
+from keras_jacmon.jacobians.views import View, floating_states, size
 from keras_jacmon.measures.advice import HELPERS
 from keras_jacmon.measures.advice import facts as advice_facts
 from keras_jacmon.measures.options import Options
@@ -36,7 +37,7 @@ class CallFacts:
         joint: What stands in front of the keys of the joint view.
         go_backwards: Whether the layer reads its input from the end.
         views: Those that there are.
-        choices: By view, and for the inputs, how each block is taken.
+        choices: By view, how each of its blocks is taken.
         notes: What a reader of the numbers must know.
         jacobian: Must live as long as what it has given operators to.
         columns: By view, those of its Jacobians.
@@ -91,8 +92,7 @@ class CallFacts:
             views.append("inputs")
         elif "inputs" in asked:
             notes.append("no gradient connects the new state with the inputs, so the inputs view is left out")
-        # The inputs are explained even if nobody asked for numbers.
-        choices = {view: jacobian.choices(view) for view in dict.fromkeys([*views, "inputs"])}
+        choices = {view: jacobian.choices(view) for view in views}
         columns = {view: View.of(view, states).columns(call.inputs[:, 0], states) for view in views}
         return cls(
             type(call.layer.cell).__name__,

@@ -7,21 +7,15 @@ import keras
 import tensorflow as tf
 
 from keras_jacmon.facts import SAMPLED, SPECTRA_AT, CallFacts
+from keras_jacmon.jacobians.connections import find_connections
 from keras_jacmon.jacobians.evidence import TESTS
 from keras_jacmon.jacobians.resolve import CellJacobian, Rows, Trust
-from keras_jacmon.jacobians.views import find_connections, floating_states, size
+from keras_jacmon.jacobians.views import floating_states, size
 from keras_jacmon.measures.advice import with_advice
 from keras_jacmon.measures.options import Memory, Options
 from keras_jacmon.measures.registry import MEASURES, Selection, filtered
-from keras_jacmon.points import (
-    UNKNOWN_SAMPLES,
-    Points,
-    Remember,
-    Results,
-    choose_places,
-    in_segments,
-    vectors_to_remember,
-)
+from keras_jacmon.places import UNKNOWN_SAMPLES, Remember, choose_places, vectors_to_remember
+from keras_jacmon.points import Points, Results, in_segments
 from keras_jacmon.probe.capture import RecurrentCall
 from keras_jacmon.probe.step import CellStep
 from keras_jacmon.probe.trajectory import Shortcut, Trajectory, Walk, known_sizes, unroll

@@ -20,6 +20,7 @@ STAGES = (
     "archive",
     "report",
     "events",
+    "places",
     "points",
     "sequences",
     "facts",

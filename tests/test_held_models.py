@@ -95,6 +95,24 @@ def test_strength_zero_changes_no_bit_where_the_penalty_overflows() -> None:
     assert_equal(trained(monitor_of(JacobianRegularizer(1.0, 0.0))), trained())
 
 
+class MixingCell(WeightedCell):
+    """Takes the mean of the batch away."""
+
+    def call(self, inputs: Any, states: Any) -> tuple[Any, list[Any]]:
+        (h,) = states
+        new_h = tf.tanh(self.preactivation(inputs - tf.reduce_mean(inputs, axis=0), h))
+        return new_h, [new_h]
+
+
+@pytest.mark.filterwarnings("ignore:Layer `rnn`. what its cell .* It is measured")
+def test_a_cell_that_mixes_samples_has_no_penalty_and_one_warning() -> None:
+    model = compiled(L.RNN(MixingCell(4), name="rnn"))
+    with pytest.warns(UserWarning, match="It has no penalty") as caught:
+        history = fit(model, monitor_of(JacobianRegularizer(3.0, 1.0, refresh=2))).history
+    assert len([w for w in caught if "It has no penalty" in str(w.message)]) == 1
+    assert set(history["jac_penalty"]) == {0.0}
+
+
 class CountingCell(WeightedCell):
     """Counts its calls in a variable that Keras does not know."""
 

@@ -127,9 +127,12 @@ class AutodiffJacobian(tf.linalg.LinearOperator):
         """J from its rows, of which one at a time takes the memory of a derivative."""
         m, rows = self._range_dimension, tf.shape(self._point)[0]
         basis = tf.broadcast_to(tf.eye(m, dtype=self.dtype)[:, None], [m, rows, m])
-        # Evaluated within, for the derivative of control flow.
-        images = tf.map_fn(lambda vectors: self._pull()(vectors), basis, parallel_iterations=1)  # noqa: PLW0108
-        return tf.transpose(images, [1, 0, 2])
+
+        def row(vectors: tf.Tensor) -> tf.Tensor:
+            # The function is evaluated here and not outside, for the derivative of control flow.
+            return self._pull()(vectors)
+
+        return tf.transpose(tf.map_fn(row, basis, parallel_iterations=1), [1, 0, 2])
 
     def _linearised(self) -> tuple[Product, Product] | None:
         """Both products, with the function evaluated here: what calls them in a loop does not evaluate it again.

@@ -100,11 +100,11 @@ def fit_probe(model: keras.Layer, arrays: Any) -> Any:
         missing = [name for name in names if name not in arrays]
         if missing:
             raise _invalid(f"a dict with the model's inputs {names}", f"a dict with {sorted(arrays)}")
-        return {name: _fit(arrays[name], spec, name, frozen) for name, spec in zip(names, declared, strict=True)}
+        return {name: _fit(arrays[name], spec, name, frozen=frozen) for name, spec in zip(names, declared, strict=True)}
     flat = keras.tree.flatten(arrays)
     if len(flat) != len(declared):
         raise _invalid(f"{len(declared)} input(s), as the model takes them", f"{len(flat)} array(s)")
-    tensors = [_fit(array, spec, spec.name, frozen) for array, spec in zip(flat, declared, strict=True)]
+    tensors = [_fit(array, spec, spec.name, frozen=frozen) for array, spec in zip(flat, declared, strict=True)]
     return keras.tree.pack_sequence_as(arrays, tensors)
 
 
@@ -171,7 +171,7 @@ def _check_values(arrays: Sequence[np.ndarray[Any, Any]]) -> None:
         raise _invalid("the same number of samples in each input", f"batch sizes {batches}")
 
 
-def _fit(array: np.ndarray[Any, Any], spec: Any, name: str, frozen: bool) -> tf.Tensor:  # noqa: FBT001
+def _fit(array: np.ndarray[Any, Any], spec: Any, name: str, *, frozen: bool) -> tf.Tensor:
     """One array as a tensor of the declared input's type, if its shape allows."""
     shape = tuple(spec.shape)
     if frozen and shape and shape[0] is not None:

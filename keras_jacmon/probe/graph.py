@@ -12,7 +12,7 @@ from tensorflow.python.framework import ops as framework_ops
 _MOST_WRAPPERS = 20
 
 # Calls of a `tf.function`.
-_CALLS = ("PartitionedCall", "StatefulPartitionedCall")
+CALLS = ("PartitionedCall", "StatefulPartitionedCall")
 
 
 class TracedGraph:
@@ -87,7 +87,7 @@ class TracedGraph:
 
 
 def _is_call(operation: tf.Operation) -> bool:
-    return operation.type in _CALLS
+    return operation.type in CALLS
 
 
 def _without_calls(graph: Any, *inputs: tf.Tensor) -> list[tf.Tensor]:

@@ -440,6 +440,7 @@ def test_nonsense_is_not_registered(cell_type: Any, form: Any, name: str) -> Non
         register_jacobian(cell_type, form)
 
 
+@pytest.mark.filterwarnings("ignore:Layer `.*`. no gradient connects the new state with the inputs")
 def test_the_explanation_is_a_table() -> None:
     model, layer = make_model(BY_ID["partly_mixing"], PROBE)
     mixes = f"autodiff: `Softmax` mixes units or rows (operation `{layer.cell.name}_1/Softmax`)"

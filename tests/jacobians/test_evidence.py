@@ -242,9 +242,9 @@ def test_odd_gradients(name: str) -> None:
 class LeavingCell(FunctionCell):
     """Divides by the number of its calls, which it keeps in a variable."""
 
-    def __init__(self, *, of_keras: bool, felt: bool) -> None:
+    def __init__(self, where: str, *, felt: bool) -> None:
         super().__init__(lambda c, x, h: tf.tanh(x + h @ c.U))
-        self.of_keras, self.felt = of_keras, felt
+        self.where, self.felt = where, felt
 
     def build(self, input_shape: tuple[int, ...]) -> None:
         super().build(input_shape)
@@ -252,27 +252,31 @@ class LeavingCell(FunctionCell):
         self.hidden = tf.Variable(0.0, trainable=False)
 
     def call(self, inputs: Any, states: Any) -> tuple[Any, list[Any]]:
-        if self.of_keras:
+        divided = tf.function(self.divided, autograph=False) if self.where == "tf.function" else self.divided
+        new_h = divided(super().call(inputs, states)[0])
+        return new_h, [new_h]
+
+    def divided(self, h: Any) -> Any:
+        if self.where == "Keras":
             count = self.calls + 1.0
             self.calls.assign(count)
         else:
             count = self.hidden.assign_add(1.0)
-        new_h = super().call(inputs, states)[0] / (count if self.felt else 2.0)
-        return new_h, [new_h]
+        return h / (count if self.felt else 2.0)
 
 
-@pytest.mark.parametrize("of_keras", [False, True])
-def test_a_cell_that_leaves_something_for_its_next_step_is_refused(of_keras: bool) -> None:  # noqa: FBT001 - pytest passes it by name
-    layer = keras.layers.RNN(LeavingCell(of_keras=of_keras, felt=True), name="rnn")
+@pytest.mark.parametrize("where", ["Keras", "TensorFlow", "tf.function"])
+def test_a_cell_that_leaves_something_for_its_next_step_is_refused(where: str) -> None:
+    layer = keras.layers.RNN(LeavingCell(where, felt=True), name="rnn")
     model = build(keras.Sequential([keras.Input((STEPS, FEATURES)), layer]), PROBE)
-    which = "the variable `.*calls`" if of_keras else "a `tf.Variable` of its own"
+    which = "the variable `.*calls`" if where == "Keras" else "a `tf.Variable` of its own"
     with pytest.raises(ValueError, match=f"Its cell writes to {which}, and its next step depends on it"):
         measure(model, PROBE)
 
 
-@pytest.mark.parametrize("of_keras", [False, True])
-def test_a_count_that_no_step_feels_is_none_of_our_business(of_keras: bool) -> None:  # noqa: FBT001 - pytest passes it by name
-    layer = keras.layers.RNN(LeavingCell(of_keras=of_keras, felt=False), name="rnn")
+@pytest.mark.parametrize("where", ["Keras", "TensorFlow", "tf.function"])
+def test_a_count_that_no_step_feels_is_none_of_our_business(where: str) -> None:
+    layer = keras.layers.RNN(LeavingCell(where, felt=False), name="rnn")
     model = build(keras.Sequential([keras.Input((STEPS, FEATURES)), layer]), PROBE)
     assert_layer(measure(model, PROBE, measures=MOMENTS)["rnn"], layer, PROBE, measures=MOMENTS)
 
