@@ -17,9 +17,10 @@ from keras_jacmon.measures.registry import MEASURES
 from keras_jacmon.points import CERTIFIED_ROWS
 from keras_jacmon.probe.capture import RecurrentCall, foreign_variables, put_back
 from keras_jacmon.probe.replicas import own_variable
+from keras_jacmon.probe.rows import known_sizes
 from keras_jacmon.probe.sampling import Sample, sample, without_values
 from keras_jacmon.probe.step import CellStep
-from keras_jacmon.probe.trajectory import Walk, known_sizes
+from keras_jacmon.probe.trajectory import Walk
 
 # Beside the tests of what a penalty rests on: at how many points it is not finite.
 LEFT_OUT = "left_out"

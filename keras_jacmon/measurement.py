@@ -17,15 +17,17 @@ from keras_jacmon.measures.registry import MEASURES, Selection, filtered
 from keras_jacmon.places import UNKNOWN_SAMPLES, Remember, choose_places, vectors_to_remember
 from keras_jacmon.points import Points, Results, in_segments
 from keras_jacmon.probe.capture import RecurrentCall
+from keras_jacmon.probe.rows import known_sizes
+from keras_jacmon.probe.shortcut import Shortcut
 from keras_jacmon.probe.step import CellStep
-from keras_jacmon.probe.trajectory import Shortcut, Trajectory, Walk, known_sizes, unroll
+from keras_jacmon.probe.trajectory import Trajectory, Walk, unroll
 from keras_jacmon.sequences import Sequence as WholeSequence
 from keras_jacmon.sequences import measure_sequence
 
 # The shares of the memory allowed that a trajectory may take, that the derivatives at its points may take, and those of
 # a segment of the sequence. What else is alive at that time, and what the allocator holds back between them, was
 # measured to be more than all of these.
-_SHARE_OF_TRAJECTORY, _SHARE_OF_DERIVATIVES, _SHARE_OF_SEQUENCES = 12, 6, 6
+_SHARE_OF_TRAJECTORY, _SHARE_OF_DERIVATIVES, _SHARE_OF_SEQUENCES = 12, 3, 6
 
 # What does not belong to single steps.
 _NOT_OF_STEPS = {*TESTS} | {name for name, measure in MEASURES.items() if measure.of == "spectrum"}

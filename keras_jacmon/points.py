@@ -15,7 +15,8 @@ from keras_jacmon.measures.options import Memory, Options
 from keras_jacmon.measures.registry import Selection, filtered
 from keras_jacmon.measures.rows import RowSource, measure_rows
 from keras_jacmon.places import Places, indices_of
-from keras_jacmon.probe.trajectory import Walk, known_sizes
+from keras_jacmon.probe.rows import known_sizes
+from keras_jacmon.probe.trajectory import Walk
 
 # More (row, vector) pairs at once than this do not fit a cache and are no faster.
 _MOST_ROWS = 2**14

@@ -16,8 +16,10 @@ from keras_jacmon.measures import flow, lyapunov
 from keras_jacmon.measures.options import Options
 from keras_jacmon.measures.registry import Selection
 from keras_jacmon.measures.steps import Steps
+from keras_jacmon.probe.rows import known_sizes
+from keras_jacmon.probe.shortcut import Shortcut
 from keras_jacmon.probe.step import CellStep
-from keras_jacmon.probe.trajectory import Shortcut, Trajectory, Walk, known_sizes, unroll
+from keras_jacmon.probe.trajectory import Trajectory, Walk, unroll
 
 # Purposes of random numbers, beside those of the measures of a step.
 _FLOW, _EXPONENTS = 5, 6

@@ -8,8 +8,8 @@ import numpy as np
 import numpy.typing as npt
 import tensorflow as tf
 
-from keras_jacmon.jacobians.diagonal import Diagonal, take, take_each, total
-from keras_jacmon.jacobians.kernel import graph_of
+from keras_jacmon.jacobians.diagonal import Diagonal, take, total
+from keras_jacmon.jacobians.kernel import Kernel, graph_of
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,8 @@ class _Factor:
         if self.b is not None:
             return tf.reduce_sum(self.a * (self.b @ self.V), axis=-1)
         with graph_of(self.V):
-            per_unit = tf.reduce_sum(self.V, axis=0)
+            # A product with ones takes half of the time of a sum along the first axis.
+            per_unit = tf.squeeze(tf.ones([1, self.V.shape[0]], self.V.dtype) @ self.V, axis=0)
         return tf.linalg.matvec(self.a, per_unit)
 
     def times(self, other: "_Factor") -> "_Factor":
@@ -44,15 +45,13 @@ class _Factor:
         return _Factor(_product_or_one(self.a, other.a), V, _product_or_one(self.b, other.b))
 
 
-def _factors(into: Diagonal, kernel: tf.Tensor, out: Diagonal) -> list[_Factor]:
+def _factors(into: Diagonal, kernel: Kernel, out: Diagonal) -> list[_Factor]:
     """What a kernel gives, with what leads to it and from it."""
-    with graph_of(kernel):
-        rows = take(kernel, into.link.targets, axis=0)
-        parts = take_each(rows, out.link.slots)
-    return [_Factor(out.at(slot), V, into.values) for slot, V in zip(out.link.slots, parts, strict=True)]
+    rows = kernel.rows(into.link.targets)
+    return [_Factor(out.at(slot), rows.columns(slot), into.values) for slot in out.link.slots]
 
 
-Ways = Iterable[tuple[Diagonal, tf.Tensor, Diagonal]]
+Ways = Iterable[tuple[Diagonal, Kernel, Diagonal]]
 
 
 def entry_sums(direct: Diagonal | None, ways: Ways, dtype: tf.DType) -> list[tf.Tensor]:

@@ -115,6 +115,8 @@ class Structure:
 
     def __init__(self, graph: CellGraph) -> None:
         self.graph = graph
+        # A cell may compute what it does not use.
+        self._used = graph.between((), graph.new_states)[0]
         self.products: list[Product] = []
         self._origins: dict[str, _Origin] = {}
         self._sources: dict[Base, tf.Tensor] = {("inputs", 0): graph.step_inputs}
@@ -168,6 +170,16 @@ class Structure:
         """Whether one of the sources has an influence on the result of a product."""
         return not self._origins[self.products[product].z.name].sources.isdisjoint(sources)
 
+    def varies(self, tensor: tf.Tensor) -> bool:
+        """Whether the states or the inputs have an influence on a tensor, be it one without a derivative."""
+        return tensor.name in self._origins
+
+    def is_of_inputs_alone(self, tensor: tf.Tensor) -> bool:
+        """Whether row r of a tensor is known to be made from row r of the inputs, and from no state."""
+        origin = self._origins.get(tensor.name, _Origin(touched=True))
+        understood = origin.sources == {("inputs", 0)} and not origin.spoilt and tensor.name in self._row_by_row
+        return understood and not origin.touched
+
     def pieces(self, product: int, sources: Iterable[Base]) -> "list[Piece]":
         """The tensors nearest to what follows that together hold the result of a product, apart from what is added.
 
@@ -196,6 +208,8 @@ class Structure:
             return []
         beyond = []
         for operation in piece.tensor.consumers():
+            if operation.name not in self._used:
+                continue
             operands = [tensor.name for tensor in operation.inputs]
             others = [self._origins.get(operand, _Origin()).sources for operand in operands if operand != name]
             known = operation.type in MOVING or (
@@ -358,18 +372,11 @@ class Structure:
 
     def _hoisted(self) -> list[tf.Tensor]:
         """The last tensors on the ways from the inputs that depend on nothing else and are understood."""
-        alone = frozenset([("inputs", 0)])
-
-        def depends_on_inputs_alone(tensor: tf.Tensor) -> bool:
-            origin = self._origins.get(tensor.name, _Origin(touched=True))
-            understood = origin.sources == alone and not origin.spoilt and tensor.name in self._row_by_row
-            return understood and not origin.touched
-
         hoisted = {}
         for operation in self.graph.operations:
-            if not all(depends_on_inputs_alone(tensor) for tensor in operation.outputs) or not operation.outputs:
-                hoisted.update({t.name: t for t in operation.inputs if depends_on_inputs_alone(t)})
-        hoisted.update({t.name: t for t in self.graph.new_states if depends_on_inputs_alone(t)})
+            if not all(self.is_of_inputs_alone(tensor) for tensor in operation.outputs) or not operation.outputs:
+                hoisted.update({t.name: t for t in operation.inputs if self.is_of_inputs_alone(t)})
+        hoisted.update({t.name: t for t in self.graph.new_states if self.is_of_inputs_alone(t)})
         return list(hoisted.values())
 
     def _fixed(self) -> list[tf.Tensor]:

@@ -11,10 +11,13 @@ from keras_jacmon.jacobians.blocks import BlockJacobian, Part
 from keras_jacmon.jacobians.discovery import Base, Structure
 from keras_jacmon.jacobians.linearise import fixed_values, kernels_of, structured_jacobian
 from keras_jacmon.jacobians.structured import StructuredJacobian
+from keras_jacmon.jacobians.sums import shortcut_of
 from keras_jacmon.jacobians.views import View, floating_states, size, view_function
 from keras_jacmon.probe.cellgraph import CellGraph
+from keras_jacmon.probe.rows import as_rows
+from keras_jacmon.probe.shortcut import Shortcut
 from keras_jacmon.probe.step import CellStep
-from keras_jacmon.probe.trajectory import Shortcut, Trajectory, as_rows
+from keras_jacmon.probe.trajectory import Trajectory
 
 Form = Callable[[Any, tf.Tensor, Any, str], tf.linalg.LinearOperator | None]
 
@@ -184,10 +187,7 @@ class CellJacobian:
         """How the cell can be unrolled at a lower cost; None if nothing is known of its graph."""
         if self._structure is None:
             return None
-        sources = [("state", q) for q in range(len(self._states))]
-        products = [k for k in range(len(self._structure.products)) if self._structure.reaches(k, sources)]
-        kept = [piece.tensor for k in products for piece in self._structure.pieces(k, sources)]
-        return Shortcut(self._structure.graph, self._fixed, self._structure.hoisted, kept)
+        return shortcut_of(self._structure, self._fixed, self._kernels)
 
     def evaluated(self, views: Sequence[str], rows: Rows) -> Rows:
         """The same rows, with what is structured of some views evaluated once for all that is made of some rows."""
@@ -216,17 +216,27 @@ class CellJacobian:
                 operators[name] = self._hidden_of(parts[wide], rows)
         return operators
 
-    def certified(
-        self, views: Sequence[str], rows: Rows
-    ) -> Iterator[tuple[View, tf.linalg.LinearOperator, AutodiffJacobian]]:
-        """What is measured of some views and does not rest on autodiff, each with what it is to be compared with."""
+    def certified(self, views: Sequence[str], rows: Rows) -> Iterator[tuple[View, tf.linalg.LinearOperator]]:
+        """What is measured of some views and does not rest on autodiff."""
         for name in views:
-            operator, view = self._registered(name, rows), View.of(name, self._states)
+            operator = self._registered(name, rows)
             if operator is not None:
-                yield view, operator, self._reference(view, rows)
+                yield View.of(name, self._states), operator
             elif name == _wide(name, views):
                 for part in [part for part, structured in self._parts(name) if structured]:
-                    yield part, self._structured(part, rows), self._reference(part, rows)
+                    yield part, self._structured(part, rows)
+
+    def stepped_with(self, view: View) -> View:
+        """The view with all new states, if their derivatives have a structure too and can be taken as safely."""
+        news = floating_states(self._states)
+        structured = all(self._reason_against(new, source) is None for new in news for source in _sources(view))
+        return View(tuple(news), view.olds) if structured and self._form is None else view
+
+    def reference(self, view: View, rows: Rows) -> AutodiffJacobian:
+        """What is to be compared with: by autodiff, and J formed where nobody knows what the cell's graph contains."""
+        function = view_function(self.step, rows.inputs, rows.states, view)
+        twice = self.trust.products and self._form is None
+        return function.jacobian(independent=self.trust.independent, for_many=False, twice=twice)
 
     def by_tape_twice(self, views: Sequence[str], rows: Rows) -> Iterator[tuple[View, tf.linalg.LinearOperator]]:
         """What is left to autodiff of some views, unless J is formed there."""
@@ -312,12 +322,6 @@ class CellJacobian:
         twice = self.trust.products
         jacobian = function.jacobian(independent=self.trust.independent, for_many=twice, twice=twice)
         return jacobian if twice else jacobian.formed()
-
-    def _reference(self, view: View, rows: Rows) -> AutodiffJacobian:
-        """What others are compared with. Of the cell of a registered form nobody knows what its graph contains."""
-        function = view_function(self.step, rows.inputs, rows.states, view)
-        twice = self.trust.products and self._form is None
-        return function.jacobian(independent=self.trust.independent, for_many=False, twice=twice)
 
 
 def _wide(name: str, views: Sequence[str]) -> str:

@@ -161,12 +161,12 @@ class StructuredJacobian(tf.linalg.LinearOperator):
             return tf.add_n([block.square_sum for block in self.blocks()])
         return self._for_each_row(square_sums(*self._ways(), self.dtype))
 
-    def _ways(self) -> tuple[Diagonal | None, list[tuple[Diagonal, tf.Tensor, Diagonal]]]:
+    def _ways(self) -> tuple[Diagonal | None, list[tuple[Diagonal, Kernel, Diagonal]]]:
         """Of a single block: the direct way, and what leads to each product, its kernel, and what leads from it."""
         ((new, _),) = self._news.items()
         ((source, _),) = self._sources.items()
         ways = [
-            (self._inner[product, source], kernel.matrix, self._outer[new, product])
+            (self._inner[product, source], kernel, self._outer[new, product])
             for product, kernel in self._kernels.items()
             if (product, source) in self._inner and (new, product) in self._outer
         ]

@@ -1,7 +1,7 @@
 """A piece of computation as a graph of TensorFlow operations, to be laid out again, whole or in part."""
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -60,19 +60,8 @@ class TracedGraph:
             The counterparts of the fetches.
         """
         feeds = {**self.captures, **feeds}
-        wanted: set[str] = set()
-        used: set[str] = set()
-        consumed: set[str] = set()
+        wanted, consumed = self.between(feeds, fetches)
         pending = [tensor for tensor in fetches if tensor.name not in feeds]
-        operations = [tensor.op for tensor in pending]
-        while operations:
-            operation = operations.pop()
-            if operation.name in wanted:
-                continue
-            wanted.add(operation.name)
-            operations += operation.control_inputs
-            operations += [tensor.op for tensor in operation.inputs if tensor.name not in feeds]
-            consumed |= {tensor.name for tensor in operation.inputs if tensor.name in feeds}
         used = consumed | {tensor.name for tensor in fetches if tensor.name in feeds}
         here = {name: _captured(feeds[name]) for name in used}
         results: list[tf.Tensor] = []
@@ -84,6 +73,21 @@ class TracedGraph:
             )
         made = iter(results)
         return [here[tensor.name] if tensor.name in feeds else next(made) for tensor in fetches]
+
+    def between(self, known: Collection[str], fetches: Sequence[tf.Tensor]) -> tuple[set[str], set[str]]:
+        """The names of the operations that make tensors of this graph from known ones, and of those that they take."""
+        wanted: set[str] = set()
+        consumed: set[str] = set()
+        operations = [tensor.op for tensor in fetches if tensor.name not in known]
+        while operations:
+            operation = operations.pop()
+            if operation.name in wanted:
+                continue
+            wanted.add(operation.name)
+            operations += operation.control_inputs
+            operations += [tensor.op for tensor in operation.inputs if tensor.name not in known]
+            consumed |= {tensor.name for tensor in operation.inputs if tensor.name in known}
+        return wanted, consumed
 
 
 def _is_call(operation: tf.Operation) -> bool:

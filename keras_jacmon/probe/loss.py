@@ -12,7 +12,7 @@ import tensorflow as tf
 from keras_jacmon.probe.capture import numbered, shadowing, training_argument
 from keras_jacmon.probe.graph import TracedGraph
 from keras_jacmon.probe.layers import RecurrentLayer
-from keras_jacmon.probe.trajectory import known_sizes
+from keras_jacmon.probe.rows import known_sizes
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,10 @@ from typing import NamedTuple
 
 import tensorflow as tf
 
+from keras_jacmon.probe.rows import as_rows, known_sizes
+from keras_jacmon.probe.shortcut import Shortcut
 from keras_jacmon.probe.step import CellStep
-from keras_jacmon.probe.trajectory import Shortcut, Walk, as_rows, known_sizes, unroll
+from keras_jacmon.probe.trajectory import Walk, unroll
 
 _GOLDEN = 0.6180339887498949
 

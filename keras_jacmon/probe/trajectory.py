@@ -1,13 +1,14 @@
 """Which states does a cell visit?"""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import keras
 import tensorflow as tf
 
 from keras_jacmon.probe.capture import RecurrentCall
-from keras_jacmon.probe.cellgraph import CellGraph
+from keras_jacmon.probe.rows import known_sizes
+from keras_jacmon.probe.shortcut import Shortcut
 from keras_jacmon.probe.step import CellStep, widened
 
 
@@ -35,23 +36,6 @@ class Walk:
         """The part from step `start` up to `stop`, from the states there."""
         mask = None if self.mask is None else self.mask[start:stop]
         return Walk(self.inputs[start:stop], tuple(states), mask)
-
-
-@dataclass(frozen=True)
-class Shortcut:
-    """What an unrolling can do besides calling the cell.
-
-    Attributes:
-        graph: The cell's step.
-        fixed: Values of tensors of the graph that are the same at all steps, by name.
-        hoisted: Tensors of the graph that depend on the inputs alone: computed for all steps at once.
-        kept: Tensors of the graph whose values at all steps are wanted.
-    """
-
-    graph: CellGraph
-    fixed: Mapping[str, tf.Tensor]
-    hoisted: Sequence[tf.Tensor]
-    kept: Sequence[tf.Tensor]
 
 
 @dataclass(frozen=True)
@@ -84,31 +68,14 @@ def unroll(step: CellStep, walk: Walk, shortcut: Shortcut | None = None, keep: t
         The trajectory, in float32 or better.
     """
     inputs, mask = walk.inputs, walk.mask
-    time, samples = known_sizes(inputs)[:2]
-    hoisted: dict[str, tf.Tensor] = {}
+    time = known_sizes(inputs)[0]
     kept: Sequence[tf.Tensor] = shortcut.kept if shortcut else ()
-    if shortcut:
-        feeds = {**shortcut.fixed, shortcut.graph.step_inputs.name: as_rows(inputs)}
-        hoisted = {
-            tensor.name: tf.reshape(value, [time, samples, *value.shape[1:]])
-            for tensor, value in zip(shortcut.hoisted, shortcut.graph.lay(shortcut.hoisted, feeds), strict=True)
-        }
-
-    def advance(t: tf.Tensor, states: Sequence[tf.Tensor]) -> tuple[list[tf.Tensor], list[tf.Tensor]]:
-        """The new states, and the values to keep."""
-        if shortcut is None:
-            return step(inputs[t], states), []
-        graph = shortcut.graph
-        feeds = {**shortcut.fixed, graph.step_inputs.name: inputs[t]}
-        feeds |= {name: value[t] for name, value in hoisted.items()}
-        feeds |= {tensor.name: state for tensor, state in zip(graph.states, states, strict=True)}
-        results = graph.lay([*graph.new_states, *kept], feeds)
-        return results[: len(states)], results[len(states) :]
+    beforehand = shortcut.beforehand(inputs) if shortcut else None
 
     def body(
         t: tf.Tensor, states: list[tf.Tensor], arrays: list[tf.TensorArray]
     ) -> tuple[tf.Tensor, list[tf.Tensor], list[tf.TensorArray]]:
-        new, values = advance(t, states)
+        new, values = beforehand.step(inputs[t], states, t) if beforehand else (step(inputs[t], states), [])
         points = [*states, *values] if keep is None else [tf.gather(x, keep[t]) for x in (*states, *values, *new)]
         arrays = [array.write(t, value) for array, value in zip(arrays, points, strict=True)]
         if mask is not None:
@@ -133,21 +100,11 @@ def unroll(step: CellStep, walk: Walk, shortcut: Shortcut | None = None, keep: t
     count = len(walk.states)
     states, values, new = stacks[:count], stacks[count : count + len(kept)], stacks[count + len(kept) :]
     known = dict(zip((tensor.name for tensor in kept), values, strict=True))
+    hoisted = beforehand.values if beforehand else {}
     if keep is not None:
         inputs = tf.gather(inputs, keep, batch_dims=1)
         hoisted = {name: tf.gather(value, keep, batch_dims=1) for name, value in hoisted.items()}
     return Trajectory(inputs, tuple(states), tuple(last), {**hoisted, **known}, tuple(new))
-
-
-def as_rows(tensor: tf.Tensor) -> tf.Tensor:
-    """(time, batch, ...) -> (time * batch, ...)."""
-    time, batch, *rest = known_sizes(tensor)
-    return tf.reshape(tensor, [time * batch, *rest])
-
-
-def known_sizes(tensor: tf.Tensor) -> list[int | tf.Tensor]:
-    """The size of each axis: a number where it is known before the graph runs."""
-    return [tf.shape(tensor)[axis] if size is None else size for axis, size in enumerate(tensor.shape)]
 
 
 def _swapped(tensor: tf.Tensor) -> tf.Tensor:

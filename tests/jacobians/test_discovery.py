@@ -527,24 +527,27 @@ def products_of(graph: Any, *, in_loop: bool = False) -> Iterator[tuple[bool, tu
                 yield from products_of(body, in_loop=in_loop or operation.type.endswith("While"))
 
 
+@pytest.mark.parametrize("units", [11, 128])
 @pytest.mark.parametrize(
     ("make", "gates"), [(keras.layers.LSTM, 4), (keras.layers.GRU, 3), (keras.layers.SimpleRNN, 1)]
 )
-def test_inputs_are_projected_beforehand_and_what_the_steps_computed_is_kept(make: Any, gates: int) -> None:
-    samples, time, features, units = 5, 6, 7, 11
+def test_inputs_are_projected_beforehand_and_what_the_steps_computed_is_kept(make: Any, gates: int, units: int) -> None:
+    samples, time, features = 5, 6, 7
     probe = normal(samples, time, features)
     model = build(keras.Sequential([keras.Input((time, features)), make(units, name="rnn")]), probe)
     meter = JacobianMeter(model, probe, measures=["variance", "joint/flow"], flow_vectors=3)
     products = list(products_of(meter._traced[True].graph.graph))
     wide = gates * units
+    # Wide gates are products of their own, which need no split.
+    parts, width = (gates, units) if units > 100 else (1, wide)
     # A step multiplies its states, and the flow its vectors; no step multiplies its inputs, nor the flow any states.
     assert sorted(product[1:] for product in products if product[0]) == [
-        ((samples, units), (units, wide)),
+        *[((samples, units), (units, width))] * parts,
         ((3 * samples, wide), (wide, units)),
     ]
     # All steps together: the inputs, once, and no states. Products with single vectors are those of the variance.
     at_once = [product[1:] for product in products if product[1][0] == samples * time and product[2][1] > 1]
-    assert at_once == [((samples * time, features), (features, wide))]
+    assert at_once == [((samples * time, features), (features, width))] * parts
 
 
 @pytest.mark.parametrize("go_backwards", [False, True])

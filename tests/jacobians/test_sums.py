@@ -1,0 +1,141 @@
+"""What an unrolling computes by itself: it is what the cell computes, and only where that is known."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from helpers import CASES, FEATURES, Case, FunctionCell, call_cell, make_step, normal, randomize
+from structure_laws import double_precision
+
+from keras_jacmon.jacobians import sums as jacobian_sums
+from keras_jacmon.jacobians.resolve import CellJacobian
+from keras_jacmon.probe.step import CellStep
+from keras_jacmon.probe.trajectory import Walk, unroll
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from keras_jacmon.probe.cellgraph import CellGraph
+
+SAMPLES, TIME, UNITS = 3, 6, 4
+
+
+@pytest.fixture(autouse=True)
+def _float64(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    # Narrow tensors too.
+    monkeypatch.setattr(jacobian_sums, "_LEAST_UNITS", 1)
+    with double_precision():
+        yield
+
+
+def tall(c: Any, x: Any, h: Any, parts: int) -> Any:
+    return tf.split(tf.concat([x, h], axis=-1) @ tf.convert_to_tensor(c.tall), parts, axis=-1)
+
+
+def reset(c: Any, x: Any, h: Any) -> Any:
+    return tf.tanh(x + (tf.sigmoid(x + h @ c.U) * h) @ c.V + c.vector)
+
+
+def both(c: Any, x: Any, h: Any) -> Any:
+    z, r = tf.split(tf.tile(x, [1, 2]) + h @ tf.concat([c.U, c.V], axis=1), 2, axis=1)
+    return tf.tanh(z) * tf.sigmoid(r + 1.0)
+
+
+def stopped(c: Any, x: Any, h: Any) -> Any:
+    z = h @ c.U
+    return tf.tanh(x + z + tf.stop_gradient(tf.sin(z)))
+
+
+# Each with the number of the tensors that are sums of a product of the states, and of others.
+CELLS: dict[str, tuple[Callable[[Any, Any, Any], Any], int]] = {
+    "projected inputs and a bias": (lambda c, x, h: tf.tanh(x + h @ c.U + c.vector), 1),
+    "a bias alone": (lambda c, x, h: tf.tanh(h @ c.U + c.vector) + tf.sin(x), 1),
+    "moved units": (lambda c, x, h: tf.tanh((x + h @ c.U)[:, ::-1] - c.vector), 1),
+    "heads": (lambda c, x, h: tf.reshape(tf.tanh(tf.reshape(x + h @ c.U, [-1, 2, 2])), [-1, 4]), 1),
+    "one kernel for inputs and state": (lambda c, x, h: tf.add_n([tf.tanh(z) for z in tall(c, x, h, 3)]), 3),
+    "a product of a product": (reset, 2),
+    "two kernels": (lambda c, x, h: tf.tanh(x + h @ c.U + c.vector) * tf.sigmoid(x + h @ c.V), 2),
+    "two products in a sum": (lambda c, x, h: tf.tanh(x + h @ c.U + h @ c.V), 1),
+    # A tile moves no units that are known, so it is hoisted, and is no part of a sum.
+    "tiled inputs": (both, 0),
+    "more parts than it pays for": (lambda c, x, h: tf.concat([tf.tanh(z) for z in tall(c, x, h, 12)[:4]], 1), 0),
+    "twice": (lambda c, x, h: tf.tanh(x + h @ c.U + h @ c.U), 1),
+    "subtracted": (lambda c, x, h: tf.tanh(x - h @ c.U), 0),
+    "scaled": (lambda c, x, h: tf.tanh(2.0 * (x + h @ c.U)), 1),
+    "inputs beside it": (lambda c, x, h: tf.tanh(tf.sin(x) + h @ c.U), 0),
+    "a state without gradient": (lambda c, x, h: tf.tanh(x + h @ c.U + tf.stop_gradient(h)), 0),
+    "a sign of the state": (lambda c, x, h: tf.tanh(x + h @ c.U + tf.cast(h > 0.1, h.dtype)), 0),
+    "the product without gradient": (stopped, 0),
+    "inputs without gradient": (lambda c, x, h: tf.tanh(x + h @ c.U + tf.stop_gradient(tf.sin(x))), 0),
+    "a mean of the samples": (lambda c, x, h: tf.tanh(x + tf.reduce_mean(x, axis=0, keepdims=True) + h @ c.U), 0),
+    "the number of samples": (
+        lambda c, x, h: tf.tanh(h @ c.U + x + tf.cast(tf.shape(x)[0], x.dtype) * c.vector),
+        0,
+    ),
+    "in single precision": (
+        lambda c, x, h: tf.cast(tf.tanh(tf.cast(x + h, tf.float32) @ tf.cast(c.U, tf.float32) + 1.0), h.dtype),
+        0,
+    ),
+}
+
+
+def assert_unrolled_as_the_cell(cell: Any, inputs: Any, states: Any) -> int:
+    """Compares an unrolling with steps of the cell, and its values with those of the graph; returns how many sums."""
+    flat = tf.nest.flatten(states)
+    sums = []
+
+    @tf.function(autograph=False)
+    def run(inputs: Any, *flat: Any) -> Any:
+        walk, step = Walk(inputs, flat, None), CellStep(cell, states)
+        jacobian = CellJacobian(step, inputs[0], flat)
+        shortcut = jacobian.shortcut()
+        assert shortcut is not None
+        trajectory = unroll(step, walk, shortcut)
+        sums.extend(part for part in shortcut.sums if part.of_states)
+        graph: CellGraph = shortcut.graph
+        known = [*shortcut.kept, *(t for t in shortcut.prepared if t.name in trajectory.values)]
+        assert {tensor.name for tensor in known} == set(trajectory.values)
+        pairs = []
+        for t in range(TIME):
+            feeds = {graph.step_inputs.name: inputs[t]}
+            feeds |= {old.name: state[t] for old, state in zip(graph.states, trajectory.states, strict=True)}
+            values = [trajectory.values[tensor.name][t] for tensor in known]
+            pairs += zip(values, graph.lay(known, feeds), strict=True)
+        return trajectory.states, trajectory.last, pairs
+
+    visited, last, pairs = run(tf.constant(inputs), *flat)
+    for t, x in enumerate(inputs):
+        for found, expected in zip(visited, tf.nest.flatten(states), strict=True):
+            np.testing.assert_allclose(found[t], expected, rtol=1e-11, atol=1e-12)
+        states = call_cell(cell, tf.constant(x), states)
+    for found, expected in zip(last, tf.nest.flatten(states), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-11, atol=1e-12)
+    for found, expected in pairs:
+        np.testing.assert_allclose(found, expected, rtol=1e-11, atol=1e-12)
+    return len(sums)
+
+
+@pytest.mark.parametrize("name", CELLS)
+def test_what_is_computed_by_itself_is_what_the_cell_computes(name: str) -> None:
+    function, sums = CELLS[name]
+    cell = FunctionCell(function, UNITS)
+    inputs = tf.cast(normal(TIME, SAMPLES, FEATURES), tf.float64)
+    cell(inputs[0], [tf.zeros([SAMPLES, UNITS], tf.float64)])
+    randomize(cell)
+    states = [tf.constant(normal(SAMPLES, UNITS, seed=1), tf.float64)]
+    assert assert_unrolled_as_the_cell(cell, inputs, states) == sums
+
+
+# Gates whose products are computed by themselves.
+GATES = {"lstm": 4, "gru_reset_after": 3, "gru_reset_before": 3, "simple_rnn": 1}
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.id != "while_loop"], ids=str)
+def test_cells_of_all_kinds_are_unrolled_as_they_are(case: Case) -> None:
+    cell, inputs, states = make_step(case, rows=SAMPLES)
+    states = tf.nest.map_structure(lambda s: tf.cast(s, tf.float64) if s.dtype.is_floating else s, states)
+    inputs = tf.cast(normal(TIME, *inputs.shape), tf.float64)
+    assert assert_unrolled_as_the_cell(cell, inputs, states) >= GATES.get(case.id, 0)
