@@ -15,7 +15,6 @@ from keras_jacmon.measures.options import Memory, Options
 from keras_jacmon.measures.registry import Selection, filtered
 from keras_jacmon.measures.rows import RowSource, measure_rows
 from keras_jacmon.places import Places, indices_of
-from keras_jacmon.probe.rows import known_sizes
 from keras_jacmon.probe.trajectory import Walk
 
 # More (row, vector) pairs at once than this do not fit a cache and are no faster.
@@ -166,7 +165,7 @@ class Points:
         self, rows: Rows, views: Sequence[str], valid: tf.Tensor | None, memory: Mapping[str, Memory]
     ) -> RowSource:
         return RowSource(
-            known_sizes(rows.inputs)[0],
+            rows.count,
             lambda start, stop: self.jacobian.operators(views, rows if start is None else rows.between(start, stop)),
             lambda chosen: self.jacobian.operators(views, rows.take(chosen)),
             valid,
@@ -178,7 +177,7 @@ class Points:
         if not self.views:
             # No gradient connects the states, and there is nothing to measure.
             return {}
-        count = known_sizes(rows.inputs)[0]
+        count = rows.count
         total = count if valid is None else tf.size(valid)
         # Half as many rows as are measured at once, since autodiff takes its memory beside them.
         most = max(1, self._chunk(rows, {}) // 2) if self.independent else self.samples
@@ -218,7 +217,7 @@ class Points:
 
     def _following(self, rows: Rows, last: Sequence[tf.Tensor], chosen: tf.Tensor) -> list[tf.Tensor]:
         """The states behind some rows: the old ones of the next step, and of the last step the last ones."""
-        count, samples = known_sizes(rows.inputs)[0], self.samples
+        count, samples = rows.count, self.samples
         return [
             tf.where(
                 tf.reshape(chosen + samples < count, [-1] + [1] * (end.shape.rank - 1)),

@@ -9,7 +9,8 @@ import numpy.typing as npt
 import tensorflow as tf
 
 from keras_jacmon.jacobians.diagonal import Diagonal, take, total
-from keras_jacmon.jacobians.kernel import Kernel, graph_of
+from keras_jacmon.jacobians.kernel import Kernel
+from keras_jacmon.probe.graph import graph_of
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import numpy.typing as npt
 import tensorflow as tf
 
 from keras_jacmon.jacobians.discovery import Link
+from keras_jacmon.probe.graph import graph_of
 
 # More runs of neighbouring units than this are gathered one by one.
 _MOST_RUNS = 16
@@ -20,26 +21,38 @@ class Diagonal:
 
     Attributes:
         link: Which unit leads to which.
-        values: The derivatives, `(rows, units of the base)`; None if all are one.
-        pieces: Some of them, as they were found: units of the base, and the derivatives of these.
+        pieces: Some units of the base, each in one of them, and the derivatives of these, `(rows, units)`; None if all
+            are one.
     """
 
     link: Link
-    values: tf.Tensor | None
-    pieces: tuple[tuple[npt.NDArray[np.int64], tf.Tensor], ...] = ()
+    pieces: tuple[tuple[npt.NDArray[np.int64], tf.Tensor], ...] | None
+
+    @functools.cached_property
+    def values(self) -> tf.Tensor | None:
+        """The derivatives, `(rows, units of the base)`; None if all are one."""
+        if self.pieces is None:
+            return None
+        units = np.concatenate([known for known, _ in self.pieces])
+        parts = [derivatives for _, derivatives in self.pieces]
+        with graph_of(parts[0]):
+            return take(joined(parts), np.argsort(units))
 
     def at(self, units: npt.NDArray[np.int64]) -> tf.Tensor | None:
         """The derivatives of some units of the base, zero where the index is -1; None if all are one."""
-        if self.values is None:
-            return None
-        for known, derivatives in self.pieces:
+        for known, derivatives in self.pieces or ():
             if np.array_equal(known, units):
                 return derivatives
-        return take(self.values, units)
+        return None if self.values is None else take(self.values, units)
 
     def take(self, rows: tf.Tensor | slice) -> "Diagonal":
         """That of some rows."""
-        return Diagonal(self.link, None if self.values is None else take_rows(self.values, rows))
+        if self.pieces is None:
+            return self
+        if isinstance(rows, slice):
+            # One slice, where each step of a sequence takes its own.
+            return Diagonal(self.link, ((np.arange(self.link.base_size), take_rows(self.values, rows)),))
+        return Diagonal(self.link, tuple((units, take_rows(part, rows)) for units, part in self.pieces))
 
     def forward(self, tangent: tf.Tensor) -> tf.Tensor:
         """From a change of the base to that of the target, `(rows, ..., units)`."""

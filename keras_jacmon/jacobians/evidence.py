@@ -192,7 +192,7 @@ def _sizes(view: View, rows: Rows) -> tuple[list[int], list[int]]:
 
 def _normal(rows: Rows, n: int, seed: tf.Tensor, dtype: tf.DType) -> tf.Tensor:
     """Random vectors `(rows, n)`."""
-    return tf.random.stateless_normal([known_sizes(rows.inputs)[0], n], seed, dtype=dtype)
+    return tf.random.stateless_normal([rows.count, n], seed, dtype=dtype)
 
 
 def _rounding(w: tf.Tensor) -> tf.Tensor:

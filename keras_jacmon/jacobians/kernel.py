@@ -1,14 +1,13 @@
 """A matrix that all rows share."""
 
-import contextlib
 import functools
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import tensorflow as tf
 
 from keras_jacmon.jacobians.diagonal import take
+from keras_jacmon.probe.graph import graph_of
 
 
 class Kernel:
@@ -50,8 +49,3 @@ class Kernel:
     def scaled(self, gain: float) -> "Kernel":
         """The kernel times a number."""
         return Kernel(gain * self.matrix)
-
-
-def graph_of(kernel: tf.Tensor) -> contextlib.AbstractContextManager[Any]:
-    """The graph that a kernel stands in: what is made of kernels alone is made once, and not for each chunk of rows."""
-    return contextlib.nullcontext() if tf.executing_eagerly() else kernel.graph.as_default()

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import tensorflow as tf
 
-from keras_jacmon.jacobians.diagonal import Diagonal, joined, take
+from keras_jacmon.jacobians.diagonal import Diagonal
 from keras_jacmon.jacobians.discovery import Base, Link, Piece, Product, Structure
 from keras_jacmon.jacobians.kernel import Kernel
 from keras_jacmon.jacobians.structured import StructuredJacobian
@@ -106,9 +106,7 @@ def _diagonal(
     ]
     # A product may be computed in another type than the states have.
     parts = [tf.cast(flattened(derivative), dtype) for derivative in derivatives]
-    units = np.concatenate([piece.units for piece, _ in found])
-    pieces = tuple((piece.units, part) for (piece, _), part in zip(found, parts, strict=True))
-    return Diagonal(link, take(joined(parts), np.argsort(units)), pieces)
+    return Diagonal(link, tuple((piece.units, part) for (piece, _), part in zip(found, parts, strict=True)))
 
 
 def _derivatives(

@@ -14,7 +14,7 @@ from keras_jacmon.jacobians.structured import StructuredJacobian
 from keras_jacmon.jacobians.sums import shortcut_of
 from keras_jacmon.jacobians.views import View, floating_states, size, view_function
 from keras_jacmon.probe.cellgraph import CellGraph
-from keras_jacmon.probe.rows import as_rows
+from keras_jacmon.probe.rows import as_rows, known_sizes
 from keras_jacmon.probe.shortcut import Shortcut
 from keras_jacmon.probe.step import CellStep
 from keras_jacmon.probe.trajectory import Trajectory
@@ -104,12 +104,19 @@ class Rows:
         states: Flat, each `(rows, ...)`.
         values: Known values of the cell's graph, by name.
         operators: Structured Jacobians that have been evaluated at these points.
+        size: How many there are, if that is known before the points are.
     """
 
     inputs: tf.Tensor
     states: tuple[tf.Tensor, ...]
     values: Mapping[str, tf.Tensor] = field(default_factory=dict)
     operators: Mapping[View, StructuredJacobian] = field(default_factory=dict)
+    size: int | tf.Tensor | None = None
+
+    @property
+    def count(self) -> int | tf.Tensor:
+        """How many there are."""
+        return known_sizes(self.inputs)[0] if self.size is None else self.size
 
     @classmethod
     def of(cls, trajectory: Trajectory) -> "Rows":
@@ -119,25 +126,26 @@ class Rows:
 
     def take(self, rows: tf.Tensor) -> "Rows":
         """Some of them, by their indices."""
-        return self._each(lambda tensor: tf.gather(tensor, rows), lambda operator: operator.take(rows))
+        return self._each(lambda x: tf.gather(x, rows), lambda operator: operator.take(rows), known_sizes(rows)[0])
 
     def behind(self, results: Iterable[tf.Tensor]) -> "Rows":
         """The same, known once some results are: what is made of it does not need its memory at the same time."""
         with tf.control_dependencies([result.op for result in results]):
-            return self._each(tf.identity, lambda operator: operator)
+            return self._each(tf.identity, lambda operator: operator, self.size)
 
     def between(self, start: tf.Tensor, stop: tf.Tensor) -> "Rows":
         """Those from one index up to another one, which takes no copy."""
-        return self._each(lambda tensor: tensor[start:stop], lambda operator: operator.take(slice(start, stop)))
+        return self._each(lambda x: x[start:stop], lambda operator: operator.take(slice(start, stop)), stop - start)
 
     def _each(
         self,
         of_tensor: Callable[[tf.Tensor], tf.Tensor],
         of_operator: Callable[[StructuredJacobian], StructuredJacobian],
+        size: int | tf.Tensor | None,
     ) -> "Rows":
         values = {name: of_tensor(value) for name, value in self.values.items()}
         operators = {view: of_operator(operator) for view, operator in self.operators.items()}
-        return Rows(of_tensor(self.inputs), tuple(map(of_tensor, self.states)), values, operators)
+        return Rows(of_tensor(self.inputs), tuple(map(of_tensor, self.states)), values, operators, size)
 
 
 class CellJacobian:

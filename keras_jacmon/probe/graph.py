@@ -1,5 +1,6 @@
 """A piece of computation as a graph of TensorFlow operations, to be laid out again, whole or in part."""
 
+import contextlib
 import itertools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
@@ -119,6 +120,11 @@ def _without_calls(graph: Any, *inputs: tf.Tensor) -> list[tf.Tensor]:
         names = [tensor.name for operation in operations for tensor in operation.outputs]
         known |= zip(names, tf.graph_util.import_graph_def(part, feeds, names, name="inlined"), strict=True)
     return [known[tensor.name] for tensor in graph.outputs]
+
+
+def graph_of(tensor: tf.Tensor) -> contextlib.AbstractContextManager[Any]:
+    """The graph that a tensor stands in: what is made of it there is made once, and not in each turn of a loop."""
+    return contextlib.nullcontext() if tf.executing_eagerly() else tensor.graph.as_default()
 
 
 def has_custom_gradient(operation: tf.Operation) -> bool:

@@ -87,8 +87,8 @@ def test_max_bytes_bounds_what_is_formed(name: str, monkeypatch: pytest.MonkeyPa
     model = model_of(keras.layers.LSTM(32, name="lstm"))
     values = measure(model, PROBE, measures=[name])["lstm"][name]
     at_once, seen = seen, []
-    # Ten copies of three matrices of 64 x 64, in a share of a sixth, and a little for the cell.
-    chunked = measure(model, PROBE, measures=[name], max_bytes=6 * 3 * 11 * 64**2 * 4)["lstm"][name]
+    # Ten copies of three matrices of 64 x 64, in a share of a third, and a little for the cell.
+    chunked = measure(model, PROBE, measures=[name], max_bytes=3 * 3 * 11 * 64**2 * 4)["lstm"][name]
     np.testing.assert_allclose(chunked, values, rtol=1e-3)
     # Spectra are taken one by one, of 16 rows.
     one_by_one = MEASURES[name.rpartition("/")[-1]].of == "spectrum"
