@@ -159,7 +159,7 @@ def merged(parts: Sequence[dict[str, Results]], offsets: Sequence[int]) -> dict[
 
 def _most_steps(walk: Walk, shortcut: Shortcut | None, max_bytes: int) -> int:
     """Of how many steps the trajectory fits into some memory."""
-    per_sample = [walk.inputs[0], *walk.states, *([*shortcut.kept, *shortcut.hoisted] if shortcut else [])]
+    per_sample = [walk.inputs[0], *walk.states, *([*shortcut.kept, *shortcut.prepared] if shortcut else [])]
     # Twice: a list of steps becomes one tensor, and for a moment there are both.
     values = 2 * sum(map(size, per_sample))
     return max(1, max_bytes // (values * walk.states[floating_states(walk.states)[0]].dtype.size * _samples(walk)))

@@ -22,25 +22,25 @@ def shortcut_of(structure: Structure, fixed: Mapping[str, tf.Tensor], kernels: M
     pieces = {k: [piece.tensor for piece in structure.pieces(k, states)] for k in products}
     kept = [tensor for tensors in pieces.values() for tensor in tensors]
 
-    sums = [part for k in products for part in _as_sums(structure, pieces[k], [k], fixed, kernels)]
+    sums = [part for k in products for part in _as_sums(structure, pieces[k], k, fixed, kernels)]
     done = {part.tensor.name for part in sums}
-    wanted = [*graph.new_states, *kept, *(factor for part in sums for factor, _ in part.of_states)]
+    wanted = [*graph.new_states, *kept, *(part.of_states[0] for part in sums if part.of_states)]
     wanted = [tensor for tensor in wanted if tensor.name not in done]
     hoisted = {tensor.name: tensor for tensor in structure.hoisted}
     needed = graph.between(done | hoisted.keys(), wanted)[1] | {tensor.name for tensor in wanted}
     rest = [tensor for name, tensor in hoisted.items() if name in needed]
-    of_inputs = _as_sums(structure, rest, [], fixed, kernels)
+    of_inputs = _as_sums(structure, rest, None, fixed, kernels)
     return Shortcut(graph, fixed, [] if of_inputs else rest, [*sums, *of_inputs], kept)
 
 
 def _as_sums(
     structure: Structure,
     tensors: Sequence[tf.Tensor],
-    of_states: Sequence[int],
+    of_states: int | None,
     fixed: Mapping[str, tf.Tensor],
     kernels: Mapping[Base, Kernel],
 ) -> list[Sum]:
-    """Tensors as sums of these products of the states, and others of the inputs; nothing unless all of them are.
+    """Tensors as sums of products of the inputs, and one of the states if it is given; nothing unless all of them are.
 
     As long as one of them is not, the wide product that they have in common is needed anyway.
     """
@@ -49,7 +49,7 @@ def _as_sums(
         return sums
     for tensor in tensors:
         summands = _summands(structure, tensor)
-        of_inputs = [k for k in summands or {} if k not in of_states]
+        of_inputs = [k for k in summands or {} if k != of_states]
         alone = all(structure.is_of_inputs_alone(structure.products[k].y) for k in of_inputs)
         alike = all(kernels["product", k].matrix.dtype == tensor.dtype for k in summands or {})
         if summands is None or not alone or not alike:
@@ -59,7 +59,9 @@ def _as_sums(
         zeros = {z.name: tf.zeros([1, *structure.units(z)], z.dtype) for z in results}
         (constant,) = structure.graph.lay([tensor], {**fixed, **zeros})
         constant = tf.reshape(constant, [structure.size(tensor)])
-        sums.append(Sum(tensor, [parts[k] for k in of_inputs], [parts[k] for k in of_states], constant))
+        sums.append(
+            Sum(tensor, [parts[k] for k in of_inputs], None if of_states is None else parts[of_states], constant)
+        )
     return sums
 
 

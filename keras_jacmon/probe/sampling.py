@@ -75,7 +75,7 @@ def without_values(shortcut: Shortcut | None, steps: Sequence[int | tf.Tensor], 
         if not isinstance(size, int):
             return None
         rows *= size
-    hoisted = sum(int(tensor.shape[1:].num_elements()) for tensor in shortcut.hoisted)
+    hoisted = sum(int(tensor.shape[1:].num_elements()) for tensor in shortcut.prepared)
     return dataclasses.replace(shortcut, kept=()) if rows * hoisted <= most_values else None
 
 

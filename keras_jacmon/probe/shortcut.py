@@ -21,18 +21,18 @@ class Sum:
         tensor: In the graph, `(rows, ...)`.
         of_inputs: What is multiplied, tensors `(rows, n)` of the graph that depend on the inputs alone, each with its
             matrix `(n, units of the tensor)`.
-        of_states: The same of the states; at most one.
+        of_states: The same for a tensor that depends on the states; None if there is none.
         constant: `(units of the tensor,)`.
     """
 
     tensor: tf.Tensor
     of_inputs: Sequence[tuple[tf.Tensor, tf.Tensor]]
-    of_states: Sequence[tuple[tf.Tensor, tf.Tensor]]
+    of_states: tuple[tf.Tensor, tf.Tensor] | None
     constant: tf.Tensor
 
     def shaped(self, flat: tf.Tensor) -> tf.Tensor:
-        """Values `(rows, units)` with the shape of the tensor."""
-        return flat if self.tensor.shape.rank == flat.shape.rank else tf.reshape(flat, [-1, *self.tensor.shape[1:]])
+        """Values `(..., units)` with the shape that the tensor has for a row."""
+        return tf.reshape(flat, [*known_sizes(flat)[:-1], *self.tensor.shape[1:]])
 
 
 @dataclass(frozen=True)
@@ -73,11 +73,9 @@ class Shortcut:
         for part in self.sums:
             products = [next(laid) @ matrix for _, matrix in part.of_inputs]
             # One operation with the last product, as TensorFlow runs it.
-            rest = tf.nn.bias_add(reduce(tf.add, products), part.constant) if products else part.constant
-            if part.of_states:
-                rests.append((part, by_step(rest) if products else rest))
-            else:
-                values[part.tensor.name] = by_step(part.shaped(rest))
+            rest = by_step(tf.nn.bias_add(reduce(tf.add, products), part.constant)) if products else part.constant
+            rests.append((part, rest))
+        values |= {part.tensor.name: part.shaped(rest) for part, rest in rests if part.of_states is None}
         return Beforehand(self, values, rests)
 
 
@@ -88,7 +86,7 @@ class Beforehand:
     Attributes:
         shortcut: Says of what.
         values: By name, those of tensors that depend on the inputs alone, `(time, batch, ...)`.
-        rests: Of the sums that depend on the states the rest, `(time, batch, units)`, or `(units,)` for all steps.
+        rests: The sums, without the product of the states, `(time, batch, units)`, or `(units,)` for all steps.
     """
 
     shortcut: Shortcut
@@ -105,7 +103,9 @@ class Beforehand:
         feeds |= {tensor.name: state for tensor, state in zip(graph.states, states, strict=True)}
         # In the order of the products: what one multiplies may be made of another one.
         for part, rest in self.rests:
-            ((factor, matrix),) = part.of_states
+            if part.of_states is None:
+                continue
+            factor, matrix = part.of_states
             (feeds[factor.name],) = graph.lay([factor], feeds)
             value = feeds[factor.name] @ matrix + (rest if rest.shape.rank == 1 else rest[t])
             feeds[part.tensor.name] = part.shaped(value)

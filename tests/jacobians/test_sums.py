@@ -94,7 +94,7 @@ def assert_unrolled_as_the_cell(cell: Any, inputs: Any, states: Any) -> int:
         shortcut = jacobian.shortcut()
         assert shortcut is not None
         trajectory = unroll(step, walk, shortcut)
-        sums.extend(part for part in shortcut.sums if part.of_states)
+        sums.extend(part for part in shortcut.sums if part.of_states is not None)
         graph: CellGraph = shortcut.graph
         known = [*shortcut.kept, *(t for t in shortcut.prepared if t.name in trajectory.values)]
         assert {tensor.name for tensor in known} == set(trajectory.values)
