@@ -27,7 +27,7 @@ from keras_jacmon.sequences import measure_sequence
 # The shares of the memory allowed that a trajectory may take, that the derivatives at its points may take, and those of
 # a segment of the sequence. What else is alive at that time, and what the allocator holds back between them, was
 # measured to be more than all of these.
-_SHARE_OF_TRAJECTORY, _SHARE_OF_DERIVATIVES, _SHARE_OF_SEQUENCES = 12, 3, 6
+_SHARE_OF_TRAJECTORY, _SHARE_OF_DERIVATIVES, _SHARE_OF_SEQUENCES = 8, 3, 6
 
 # What does not belong to single steps.
 _NOT_OF_STEPS = {*TESTS} | {name for name, measure in MEASURES.items() if measure.of == "spectrum"}
@@ -159,9 +159,12 @@ def merged(parts: Sequence[dict[str, Results]], offsets: Sequence[int]) -> dict[
 
 def _most_steps(walk: Walk, shortcut: Shortcut | None, max_bytes: int) -> int:
     """Of how many steps the trajectory fits into some memory."""
-    per_sample = [walk.inputs[0], *walk.states, *([*shortcut.kept, *shortcut.prepared] if shortcut else [])]
-    # Twice: a list of steps becomes one tensor, and for a moment there are both.
-    values = 2 * sum(map(size, per_sample))
+    once, twice = [walk.inputs[0]], [*walk.states]
+    if shortcut:
+        once += shortcut.prepared
+        # A list of steps becomes one tensor, and for a moment there are both.
+        twice += shortcut.kept
+    values = sum(map(size, once)) + 2 * sum(map(size, twice))
     return max(1, max_bytes // (values * walk.states[floating_states(walk.states)[0]].dtype.size * _samples(walk)))
 
 
