@@ -71,6 +71,14 @@ CELLS: dict[str, tuple[Callable[[Any, Any, Any], Any], int]] = {
     "the product without gradient": (stopped, 0),
     "inputs without gradient": (lambda c, x, h: tf.tanh(x + h @ c.U + tf.stop_gradient(tf.sin(x))), 0),
     "a mean of the samples": (lambda c, x, h: tf.tanh(x + tf.reduce_mean(x, axis=0, keepdims=True) + h @ c.U), 0),
+    "a product of a mean of the samples": (
+        lambda c, x, h: tf.tanh((x - tf.reduce_mean(x, axis=0, keepdims=True)) @ c.V + h @ c.U),
+        0,
+    ),
+    "a product of a state without gradient": (
+        lambda c, x, h: tf.tanh((tf.sin(x) + tf.stop_gradient(h)) @ c.V + h @ c.U),
+        0,
+    ),
     "the number of samples": (
         lambda c, x, h: tf.tanh(h @ c.U + x + tf.cast(tf.shape(x)[0], x.dtype) * c.vector),
         0,
