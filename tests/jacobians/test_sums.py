@@ -93,7 +93,7 @@ CELLS: dict[str, tuple[Callable[[Any, Any, Any], Any], int]] = {
 def assert_unrolled_as_the_cell(cell: Any, inputs: Any, states: Any) -> int:
     """Compares an unrolling with steps of the cell, and its values with those of the graph; returns how many sums."""
     flat = tf.nest.flatten(states)
-    sums = []
+    sums: list[Any] = []
 
     @tf.function(autograph=False)
     def run(inputs: Any, *flat: Any) -> Any:
@@ -106,7 +106,7 @@ def assert_unrolled_as_the_cell(cell: Any, inputs: Any, states: Any) -> int:
         graph: CellGraph = shortcut.graph
         known = [*shortcut.kept, *(t for t in shortcut.prepared if t.name in trajectory.values)]
         assert {tensor.name for tensor in known} == set(trajectory.values)
-        pairs = []
+        pairs: list[Any] = []
         for t in range(TIME):
             feeds = {graph.step_inputs.name: inputs[t]}
             feeds |= {old.name: state[t] for old, state in zip(graph.states, trajectory.states, strict=True)}
