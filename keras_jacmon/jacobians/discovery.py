@@ -174,6 +174,10 @@ class Structure:
         """Whether the states or the inputs have an influence on a tensor, be it one without a derivative."""
         return tensor.name in self._origins
 
+    def is_spoilt(self, tensor: tf.Tensor) -> bool:
+        """Whether some state or input has an influence on a tensor that is not understood."""
+        return bool(self._origins.get(tensor.name, _Origin()).spoilt)
+
     def is_of_inputs_alone(self, tensor: tf.Tensor) -> bool:
         """Whether row r of a tensor is known to be made from row r of the inputs, and from no state."""
         origin = self._origins.get(tensor.name, _Origin(touched=True))

@@ -127,7 +127,9 @@ def _matrix(structure: Structure, product: Product, fixed: Mapping[str, tf.Tenso
     operation, graph = product.operation, structure.graph
     if operation.type == "MatMul":
         (kernel,) = graph.lay([operation.inputs[1]], fixed)
-        return tf.transpose(kernel) if operation.get_attr("transpose_b") else kernel
+        kernel = tf.transpose(kernel) if operation.get_attr("transpose_b") else kernel
+        # A variable may leave its shape open.
+        return kernel if kernel.shape.is_fully_defined() else tf.ensure_shape(kernel, product.shape)
     # Whatever form the product has: what it makes of the unit vectors are the rows of its matrix.
     size, units = product.shape
     vectors = tf.reshape(tf.eye(size, dtype=product.y.dtype), [size, *structure.units(product.y)])

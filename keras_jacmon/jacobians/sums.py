@@ -1,6 +1,6 @@
 """Which tensors of a cell are sums of products, and had better be computed as such when it is unrolled?"""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import tensorflow as tf
 
@@ -79,18 +79,25 @@ def _summands(structure: Structure, tensor: tf.Tensor) -> dict[int, Labels] | No
         if product.operation.type != "MatMul" or not product.z.dtype == product.y.dtype == tensor.dtype:
             return None
         summands[k] = slots[0]
-    # Derivatives of one do not tell it all: what they have been stopped at may depend on the states.
     results = {structure.products[k].z.name for k in summands}
+    return summands if tensor.name not in results and _adds_up(structure, tensor, results) else None
+
+
+def _adds_up(structure: Structure, tensor: tf.Tensor, results: Collection[str]) -> bool:
+    """Whether nothing but these results of products, and constants, is moved and added on all ways to a tensor.
+
+    Derivatives of one do not tell it all: what has none (integers, a stopped gradient) and what has no labels (a unit
+    that is used several times) may be a part of the values, and a narrower type rounds them.
+    """
     pending = [tensor]
     while pending:
         part = pending.pop()
         if part.name in results or not structure.varies(part):
             continue
-        for k, operand in enumerate(part.op.inputs):
-            if structure.varies(operand):
-                if part.op.type not in MOVING and not passes_unchanged(part.op, k):
-                    return None
-                pending.append(operand)
-        if not part.op.inputs:
-            return None
-    return None if tensor.name in results else summands
+        if part.dtype != tensor.dtype or structure.is_spoilt(part) or not part.op.inputs:
+            return False
+        varying = [k for k, operand in enumerate(part.op.inputs) if structure.varies(operand)]
+        if part.op.type not in MOVING and not all(passes_unchanged(part.op, k) for k in varying):
+            return False
+        pending += [part.op.inputs[k] for k in varying]
+    return True

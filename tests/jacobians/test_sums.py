@@ -44,6 +44,15 @@ def both(c: Any, x: Any, h: Any) -> Any:
     return tf.tanh(z) * tf.sigmoid(r + 1.0)
 
 
+def rounded(x: Any, dtype: Any) -> Any:
+    return tf.cast(tf.cast(x, dtype), x.dtype)
+
+
+def rounded_gate(c: Any, x: Any, h: Any) -> Any:
+    a, b = tf.split(h @ tf.concat([4.0 * c.U, 4.0 * c.V], axis=1), 2, axis=1)
+    return tf.tanh(a + rounded(b, tf.int32)) + tf.sin(x)
+
+
 def stopped(c: Any, x: Any, h: Any) -> Any:
     z = h @ c.U
     return tf.tanh(x + z + tf.stop_gradient(tf.sin(z)))
@@ -79,6 +88,13 @@ CELLS: dict[str, tuple[Callable[[Any, Any, Any], Any], int]] = {
         lambda c, x, h: tf.tanh((tf.sin(x) + tf.stop_gradient(h)) @ c.V + h @ c.U),
         0,
     ),
+    "an integer of the inputs": (lambda c, x, h: tf.tanh(x + rounded(x, tf.int32) + h @ c.U), 0),
+    "an integer of another gate": (rounded_gate, 0),
+    "inputs in half precision": (lambda c, x, h: tf.tanh(rounded(x, tf.float16) + c.vector + h @ c.U), 0),
+    "the sum in half precision": (lambda c, x, h: tf.tanh(rounded(x + h @ c.U, tf.bfloat16) + c.vector), 0),
+    "units used twice": (lambda c, x, h: tf.tanh(tf.gather(x, [0, 0, 1, 1], axis=1) + x + h @ c.U), 0),
+    "repeated units": (lambda c, x, h: tf.tanh(tf.concat([x[:, :2], x[:, :2]], 1) + x + h @ c.U), 0),
+    "an integer beside a function": (lambda c, x, h: tf.tanh(x + rounded(x, tf.int32) + tf.sin(h @ c.U)), 0),
     "the number of samples": (
         lambda c, x, h: tf.tanh(h @ c.U + x + tf.cast(tf.shape(x)[0], x.dtype) * c.vector),
         0,
