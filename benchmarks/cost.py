@@ -129,11 +129,6 @@ def row(*cells: object) -> None:
     print("| " + " | ".join(map(str, cells)) + " |", flush=True)
 
 
-def times_as_long(ratio: float) -> str:
-    """Returns a ratio with two digits at least."""
-    return f"{ratio:.1f}" if ratio < 10 else f"{ratio:.0f}"  # noqa: PLR2004
-
-
 def head(title: str, *cells: str) -> None:
     """Prints the head of a table."""
     print(f"\n{title}\n")
@@ -174,7 +169,7 @@ def by_units() -> None:
             ratios.append(median_seconds(everywhere, 2) / forward)
             loop = "-"
             if kind == "LSTM":
-                loop = times_as_long(seconds_of_loop(layer, probe) / (ratios[0] * forward))
+                loop = f"{seconds_of_loop(layer, probe) / (ratios[0] * forward):.1f}"
             row(kind, units, f"{forward * 1e3:.1f} ms", *(f"{ratio:.2f}" for ratio in ratios), loop)
 
 
@@ -192,7 +187,7 @@ def without_structure() -> None:
         how = "estimate" if found.estimated else "exact"
         forward, ratio = ratios_to_forward(layer, probe, [meter])
         loop = seconds_of_loop(layer, probe) / (ratio * forward)
-        row(units, f"{forward * 1e3:.1f} ms", f"{ratio:.1f} ({how})", times_as_long(loop))
+        row(units, f"{forward * 1e3:.1f} ms", f"{ratio:.1f} ({how})", f"{loop:.1f}")
 
 
 def over_time() -> None:

@@ -226,6 +226,14 @@ def test_a_product_in_half_precision_is_left_to_autodiff() -> None:
     assert_layer(report, layer, PROBE, measures=MOMENTS, rtol=dict.fromkeys(MOMENTS, 2e-3))
 
 
+def test_a_kernel_whose_shape_is_left_open() -> None:
+    kernel = tf.Variable(normal(4, 4, seed=8, scale=0.5), shape=tf.TensorShape([None, 4]))
+    model, layer = layer_of(lambda _, x, h: tf.tanh(h @ tf.convert_to_tensor(kernel)) + tf.sin(x))
+    report = measure(model, PROBE, measures=MOMENTS)["rnn"]
+    assert report.certificate is not None
+    assert_layer(report, layer, PROBE, measures=MOMENTS)
+
+
 NO_ACTIVATIONS = {"deserialize", "get", "serialize"}
 MIXING = {"log_softmax", "softmax", "sparsemax"}
 # `glu` halves the units.
