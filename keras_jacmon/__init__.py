@@ -7,13 +7,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from keras_jacmon.explanation import explain
-    from keras_jacmon.jacobians.resolve import register_jacobian
+    from keras_jacmon.jacobians.cell_jacobian import register_jacobian
     from keras_jacmon.jacobians.views import state_jacobian
-    from keras_jacmon.meter import JacobianMeter, measure
+    from keras_jacmon.meter import JacobianMeter, explain, measure
     from keras_jacmon.monitor import JacobianMonitor
-    from keras_jacmon.regularizer import JacobianRegularizer
-    from keras_jacmon.report import LayerReport, Report
+    from keras_jacmon.regularization.regularizer import JacobianRegularizer
+    from keras_jacmon.report.report import LayerReport, Report
 
 __version__ = "0.1.0"
 
@@ -32,12 +31,12 @@ __all__ = [
 _HOME = {
     "JacobianMeter": "keras_jacmon.meter",
     "JacobianMonitor": "keras_jacmon.monitor",
-    "JacobianRegularizer": "keras_jacmon.regularizer",
-    "LayerReport": "keras_jacmon.report",
-    "Report": "keras_jacmon.report",
-    "explain": "keras_jacmon.explanation",
+    "JacobianRegularizer": "keras_jacmon.regularization.regularizer",
+    "LayerReport": "keras_jacmon.report.report",
+    "Report": "keras_jacmon.report.report",
+    "explain": "keras_jacmon.meter",
     "measure": "keras_jacmon.meter",
-    "register_jacobian": "keras_jacmon.jacobians.resolve",
+    "register_jacobian": "keras_jacmon.jacobians.cell_jacobian",
     "state_jacobian": "keras_jacmon.jacobians.views",
 }
 

@@ -4,6 +4,7 @@ import contextlib
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -11,27 +12,22 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_jacmon.facts import CallFacts
-from keras_jacmon.jacobians.evidence import TESTS, refuted
-from keras_jacmon.jacobians.resolve import Choice, Trust
-from keras_jacmon.measurement import measure_call, merged
-from keras_jacmon.measures.options import Options
+from keras_jacmon.jacobians.cell_jacobian import Assumptions, Choice
+from keras_jacmon.jacobians.checks import TESTS, diagnose
+from keras_jacmon.measurement.assembly import CallMetadata
+from keras_jacmon.measurement.call import measure_call, merged
+from keras_jacmon.measurement.per_step import Results
 from keras_jacmon.measures.registry import MEASURES, Selection, filtered, select_measures
+from keras_jacmon.model.building import build
+from keras_jacmon.model.distribution import Shards, check_distribution, own_variable
+from keras_jacmon.model.guard import foreign_variables, put_back, shielded
+from keras_jacmon.model.inputs import fit_probe, read_probe, read_targets
+from keras_jacmon.model.layers import find_recurrent_layers, select_layers
+from keras_jacmon.model.loss_gradient import LossGradients, loss_gradients
+from keras_jacmon.model.recording import RecurrentCall, record_calls
 from keras_jacmon.option_checks import check_options
-from keras_jacmon.points import Results
-from keras_jacmon.probe.building import build
-from keras_jacmon.probe.capture import (
-    RecurrentCall,
-    foreign_variables,
-    put_back,
-    record_calls,
-    shielded,
-)
-from keras_jacmon.probe.data import fit_probe, read_probe, read_targets
-from keras_jacmon.probe.layers import find_recurrent_layers, select_layers
-from keras_jacmon.probe.loss import LossGradients, loss_gradients
-from keras_jacmon.probe.replicas import Shards, check_distribution, own_variable
-from keras_jacmon.report import Report
+from keras_jacmon.options import Options
+from keras_jacmon.report.report import Report
 
 
 def measure(model: keras.Layer, probe: Any, **options: Any) -> Report:
@@ -63,7 +59,7 @@ class _Traced(NamedTuple):
     """The pipeline for some measures; `calls` and what must live as long as the graph are filled while it is traced."""
 
     graph: Any
-    calls: dict[str, CallFacts]
+    calls: dict[str, CallMetadata]
     alive: list[Any]
     foreign: list[Any]
 
@@ -245,13 +241,13 @@ class JacobianMeter:
         self._measurements += 1
         return Report({name: facts.report(results[name]) for name, facts in self._traced[which].calls.items()})
 
-    def _trust_after(self, results: dict[str, dict[str, tf.Tensor]]) -> dict[str, Trust]:
+    def _trust_after(self, results: dict[str, dict[str, tf.Tensor]]) -> dict[str, Assumptions]:
         """What may be relied on, by key, after what tests have found; if that is less than before, says so."""
         trust = dict(self._trust)
         for name, found in results.items():
             worst = {test: float(found[test]) for test in TESTS if test in found}
             cell = self._traced[True].calls[name].cell
-            verdict = refuted(worst, trust.get(name, Trust()))
+            verdict = diagnose(worst, trust.get(name, Assumptions()))
             if verdict is None:
                 continue
             if verdict.trust is None:
@@ -266,12 +262,12 @@ class JacobianMeter:
             trust[name] = verdict.trust
         return trust
 
-    def _trace(self, trust: dict[str, Trust]) -> None:
+    def _trace(self, trust: dict[str, Assumptions]) -> None:
         self._memory: dict[str, tf.Variable] = {}
         traced: dict[bool, _Traced] = {}
         specs = [tf.TensorSpec([], tf.int32), *(tf.TensorSpec(t.shape, t.dtype) for t in self._tensors())]
         for which, selection in self._selections.items():
-            calls: dict[str, CallFacts] = {}
+            calls: dict[str, CallMetadata] = {}
             alive: list[Any] = []
             measure = partial(self._measure, selection, trust, calls, alive)
             function = tf.function(measure, autograph=False)
@@ -307,8 +303,8 @@ class JacobianMeter:
     def _measure(
         self,
         selection: Selection,
-        trust: Mapping[str, Trust],
-        calls: dict[str, CallFacts],
+        trust: Mapping[str, Assumptions],
+        calls: dict[str, CallMetadata],
         alive: list[Any],
         draw: tf.Tensor,
         *tensors: tf.Tensor,
@@ -343,9 +339,9 @@ class JacobianMeter:
         selection: Selection,
         options: Options,
         draw: tf.Tensor,
-        trust: Mapping[str, Trust],
+        trust: Mapping[str, Assumptions],
         *,
-        calls: dict[str, CallFacts],
+        calls: dict[str, CallMetadata],
         alive: list[Any],
     ) -> dict[str, Results]:
         with shielded(self._model):
@@ -364,7 +360,7 @@ class JacobianMeter:
                         selection,
                         options,
                         max_bytes=self._max_bytes,
-                        trust=trust.get(call.name, Trust()),
+                        trust=trust.get(call.name, Assumptions()),
                         draw=draw,
                         remember=partial(self._remember, call.name) if self._warm_start else None,
                     )
@@ -435,3 +431,61 @@ def _naming(call: RecurrentCall) -> Iterator[None]:
             f"The Jacobians of layer `{call.name}` ({type(call.layer.cell).__name__}) cannot be taken; name the other "
             f"layers in `layers` to leave it out. {type(error).__name__}: {error}"
         ) from error
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """How each block of each Jacobian is taken; `print` shows a table.
+
+    Attributes:
+        choices: By layer, as in reports, and view: a `Choice` for each new and old state.
+    """
+
+    choices: dict[str, dict[str, list[Choice]]]
+
+    def __str__(self) -> str:
+        return "\n".join(
+            line
+            for layer, views in self.choices.items()
+            for line in (
+                f"{layer}:",
+                *(
+                    f"  {view:<6}  d state {choice.new} / d {_name(choice.old)}  {choice.how}: {choice.why}"
+                    for view, choices in views.items()
+                    for choice in choices
+                ),
+            )
+        )
+
+
+def _name(old: int | None) -> str:
+    return "inputs" if old is None else f"state {old}"
+
+
+def explain(
+    model: keras.Layer, probe: Any, layers: Iterable[str | keras.Layer] | str | keras.Layer | None = None
+) -> Explanation:
+    """Says how the Jacobians of a model's recurrent layers are taken, block by block.
+
+    A block is the derivative of one new state by one old state. Where every operation between the products of a cell
+    acts unit by unit or moves units, the block is made of diagonals and kernels, and its statistics cost about as much
+    as a forward pass. Otherwise it is left to automatic differentiation, and the reason is given.
+
+    Example:
+
+    ```python
+    print(keras_jacmon.explain(model, x[:32]))
+    ```
+
+    Args:
+        model: A Keras model, compiled or not.
+        probe: A batch of model inputs.
+        layers: Names of recurrent layers, or layers; None for all.
+
+    Returns:
+        The explanation.
+
+    Raises:
+        ValueError: As for `JacobianMeter`.
+    """
+    return Explanation(JacobianMeter(model, probe, layers=layers, measures=["variance", "inputs/variance"]).choices)

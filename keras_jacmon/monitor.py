@@ -10,13 +10,13 @@ from typing import Any, Literal
 
 import keras
 
-from keras_jacmon.events import EventWriter
+from keras_jacmon.events.thinning import is_kept, thin
+from keras_jacmon.events.writer import EventWriter
 from keras_jacmon.meter import JacobianMeter
+from keras_jacmon.model.inputs import read_probe, read_targets
 from keras_jacmon.option_checks import check_options
-from keras_jacmon.probe.data import read_probe, read_targets
-from keras_jacmon.regularizer import HeldModel, JacobianRegularizer
-from keras_jacmon.report import Report
-from keras_jacmon.thinning import is_kept, thin
+from keras_jacmon.regularization.regularizer import JacobianRegularizer, RegularizedModel
+from keras_jacmon.report.report import Report
 
 # Its key in the logs and its tag in TensorBoard.
 PENALTY = "jac_penalty"
@@ -127,7 +127,7 @@ class JacobianMonitor(keras.callbacks.Callback):
         self._max_reports = max_reports
         self._on_error = on_error
         self._regularizer = regularizer
-        self._held: HeldModel | None = None
+        self._held: RegularizedModel | None = None
         self._verbose = verbose
         self._writer: EventWriter | None = None
         self._meter: JacobianMeter | None = None
@@ -157,7 +157,7 @@ class JacobianMonitor(keras.callbacks.Callback):
         self._traced_for = [model]
         meter = JacobianMeter(model, self._probe, layers=self._layers, targets=self._targets, **self._options)
         if self._regularizer is not None:
-            self._held = HeldModel(self._regularizer, model, self._probe, self._layers)
+            self._held = RegularizedModel(self._regularizer, model, self._probe, self._layers)
         self._meter = meter
         # Building a model may have made variables.
         self._traced_for = _identity(model)

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import tensorflow as tf
 
-from keras_jacmon.jacobians.resolve import CellJacobian, Rows, Trust
+from keras_jacmon.cell.step import CellStep
+from keras_jacmon.cell.trajectory import UnrollInputs, unroll
+from keras_jacmon.jacobians.cell_jacobian import Assumptions, CellJacobian
+from keras_jacmon.jacobians.points import PointBatch
 from keras_jacmon.measures.steps import Steps
-from keras_jacmon.probe.step import CellStep
-from keras_jacmon.probe.trajectory import Walk, unroll
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -71,14 +72,14 @@ def of_cell(cell: Any, inputs: NDArray[Any], *, structured: bool) -> Steps:
     """
     time, samples = inputs.shape[:2]
     states = tf.nest.flatten(cell.get_initial_state(batch_size=samples))
-    walk = Walk(tf.constant(inputs), tuple(states), None)
+    walk = UnrollInputs(tf.constant(inputs), tuple(states), None)
     step = CellStep(cell, states)
-    jacobian = CellJacobian(step, walk.inputs[0], walk.states, Trust(structure=structured))
+    jacobian = CellJacobian(step, walk.inputs[0], walk.states, Assumptions(structure=structured))
     assert {choice.how for choice in jacobian.choices("joint")} <= (
         {"structure", "zero"} if structured else {"autodiff"}
     )
     trajectory = unroll(step, walk, jacobian.shortcut())
-    rows = Rows.of(trajectory)
+    rows = PointBatch.of(trajectory)
 
     def at(t: tf.Tensor) -> tf.linalg.LinearOperator:
         return jacobian.operators(["joint"], rows.between(t * samples, (t + 1) * samples))["joint"]

@@ -10,15 +10,15 @@ import numpy as np
 import tensorflow as tf
 from helpers import step_jacobians
 
-from keras_jacmon.jacobians.discovery import Base, Structure
+from keras_jacmon.cell.cell_graph import CellGraph
+from keras_jacmon.cell.step import CellStep
 from keras_jacmon.jacobians.linearise import fixed_values, kernels_of, structured_jacobian
-from keras_jacmon.probe.cellgraph import CellGraph
-from keras_jacmon.probe.step import CellStep
+from keras_jacmon.structure.structure import Node, Structure
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-INPUTS: Base = ("inputs", 0)
+INPUTS: Node = ("inputs", 0)
 
 
 @contextlib.contextmanager
@@ -41,7 +41,7 @@ def structured_blocks(cell: Any, inputs: Any, states: Any) -> tuple[dict[Any, tu
     """
     flat = tf.nest.flatten(states)
     floating = [k for k, state in enumerate(flat) if state.dtype.is_floating]
-    olds: list[Base] = [("state", q) for q in floating]
+    olds: list[Node] = [("state", q) for q in floating]
     reasons: dict[Any, str | None] = {}
 
     def numbers(operator: Any) -> tuple[Any, ...]:

@@ -165,7 +165,7 @@ SLOPES += [("sin", q, slope) for q, slope in ((0.1, 0.90937), (1.0, 0.56767))]
 
 @pytest.mark.parametrize(("activation", "q", "expected"), SLOPES)
 def test_a_slope_at_a_known_preactivation_variance(activation: str, q: float, expected: float) -> None:
-    # Rows of an orthogonal kernel have norm one, so ‖J‖²/n is the mean of φ'(z)², z ~ N(0, q).
+    # PointBatch of an orthogonal kernel have norm one, so ‖J‖²/n is the mean of φ'(z)², z ~ N(0, q).
     layer = L.SimpleRNN(64, getattr(keras.ops, activation), kernel_initializer="identity", seed=1)
     report = measured(layer, normal(64, 1, 64, scale=float(np.sqrt(q))), measures=["rms_singular_value"])
     # 4096 values of φ'² in [0, 1], whose sd is below 0.35.

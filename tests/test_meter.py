@@ -36,7 +36,8 @@ from helpers import (
     variance,
 )
 
-from keras_jacmon import JacobianMeter, Report, measure, points
+from keras_jacmon import JacobianMeter, Report, measure
+from keras_jacmon.measurement import per_step as points
 from keras_jacmon.measures import rows as rows_module
 
 L = keras.layers
@@ -717,7 +718,7 @@ def test_an_estimate_is_unbiased_and_knows_its_error() -> None:
     standard_errors = np.stack([run.uncertainties["variance"] for run in runs])
     assert standard_errors.shape == errors.shape
     assert np.all(standard_errors > 0)
-    # Rows of one run may share their random vectors, runs do not.
+    # PointBatch of one run may share their random vectors, runs do not.
     means = errors.mean(axis=(1, 2))
     assert abs(means.mean()) < 4 * means.std(ddof=1) / np.sqrt(len(runs))
     assert 0.5 < np.sqrt(np.mean(np.square(errors / standard_errors))) < 2.0

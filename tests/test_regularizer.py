@@ -19,7 +19,7 @@ from event_files import by_tag, read_summaries
 from helpers import WeightedCell, normal, randomize
 
 from keras_jacmon import JacobianMonitor, JacobianRegularizer, attachment, measure
-from keras_jacmon.call_penalty import CallPenalty
+from keras_jacmon.regularization.call_penalty import CallPenalty
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -7,7 +7,7 @@ import math
 
 import pytest
 
-from keras_jacmon.thinning import is_kept, thin
+from keras_jacmon.events.thinning import is_kept, thin
 
 
 @pytest.mark.parametrize("most", [2, 3, 10, 1000])

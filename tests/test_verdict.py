@@ -11,7 +11,7 @@ import pytest
 from helpers import normal
 
 from keras_jacmon import Report, measure
-from keras_jacmon.verdict import judge
+from keras_jacmon.report.verdict import judge
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -1,1 +1,1 @@
-"""What is the derivative of a cell's new states with respect to its old ones?"""
+"""The Jacobians `d s_t / d s_{t-1}` of a cell, and the checks that they rest on."""

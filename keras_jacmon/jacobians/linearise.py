@@ -5,20 +5,19 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import tensorflow as tf
 
-from keras_jacmon.jacobians.diagonal import Diagonal
-from keras_jacmon.jacobians.discovery import Base, Link, Piece, Product, Structure
-from keras_jacmon.jacobians.kernel import Kernel
-from keras_jacmon.jacobians.structured import StructuredJacobian
 from keras_jacmon.jacobians.views import flattened
+from keras_jacmon.operators.factors import Diagonal, Kernel
+from keras_jacmon.operators.structured import StructuredJacobian
+from keras_jacmon.structure.structure import IndexMap, Node, Product, Segment, Structure
 
 
 def fixed_values(structure: Structure) -> dict[str, tf.Tensor]:
     """What the cell computes from its weights alone, by the names of the cell's graph; the same for all rows."""
-    values = structure.graph.lay(structure.fixed, {})
+    values = structure.graph.replay(structure.fixed, {})
     return {tensor.name: value for tensor, value in zip(structure.fixed, values, strict=True)}
 
 
-def kernels_of(structure: Structure, fixed: Mapping[str, tf.Tensor], dtype: tf.DType) -> dict[Base, Kernel]:
+def kernels_of(structure: Structure, fixed: Mapping[str, tf.Tensor], dtype: tf.DType) -> dict[Node, Kernel]:
     """The kernels of the products, in the type of the states."""
     return {
         ("product", k): Kernel(tf.cast(_matrix(structure, product, fixed), dtype))
@@ -29,9 +28,9 @@ def kernels_of(structure: Structure, fixed: Mapping[str, tf.Tensor], dtype: tf.D
 def structured_jacobian(
     structure: Structure,
     values: Mapping[str, tf.Tensor],
-    kernels: Mapping[Base, Kernel],
+    kernels: Mapping[Node, Kernel],
     news: Sequence[int],
-    sources: Sequence[Base],
+    sources: Sequence[Node],
 ) -> StructuredJacobian:
     """The Jacobian of some new states by some sources, at given rows.
 
@@ -48,8 +47,8 @@ def structured_jacobian(
     """
     graph, point = structure.graph, values[structure.tensor(sources[0]).name]
     # What leads to a new state, or to what a product multiplies; the latter before the former only in the graph.
-    links: dict[Base, dict[Base, Link]] = {}
-    pending: list[Base] = [("new", new) for new in news]
+    links: dict[Node, dict[Node, IndexMap]] = {}
+    pending: list[Node] = [("new", new) for new in news]
     while pending:
         target = pending.pop()
         links[target] = {
@@ -61,22 +60,22 @@ def structured_jacobian(
     products = sorted(target for target in links if target[0] == "product")
 
     # A tensor of its own for each base: two states may be one tensor, and the derivatives must tell them apart.
-    pieces = {source: [Piece(t := structure.tensor(source), np.arange(structure.size(t)))] for source in sources}
+    pieces = {source: [Segment(t := structure.tensor(source), np.arange(structure.size(t)))] for source in sources}
     pieces |= {product: structure.pieces(product[1], sources) for product in products}
     everything = [piece.tensor for parts in pieces.values() for piece in parts]
     feeds = dict(values)
-    results = graph.lay(everything, feeds)
+    results = graph.replay(everything, feeds)
     feeds |= {tensor.name: tf.identity(value) for tensor, value in zip(everything, results, strict=True)}
 
     # All at once, since they have most of their operations in common.
     bent = [target for target, into in links.items() if not all(link.unchanged for link in into.values())]
-    values_of = dict(zip(bent, graph.lay([structure.target(target) for target in bent], feeds), strict=True))
+    values_of = dict(zip(bent, graph.replay([structure.target(target) for target in bent], feeds), strict=True))
     stops = [feeds[tensor.name] for tensor in everything]
-    diagonals: dict[tuple[Base, Base], Diagonal] = {}
+    diagonals: dict[tuple[Node, Node], Diagonal] = {}
     for target, into in links.items():
         changed = [(base, piece) for base, link in into.items() if not link.unchanged for piece in pieces[base]]
         derivatives = _derivatives(values_of.get(target), [feeds[piece.tensor.name] for _, piece in changed], stops)
-        by_base: dict[Base, list[tuple[Piece, tf.Tensor | None]]] = {base: [] for base, _ in changed}
+        by_base: dict[Node, list[tuple[Segment, tf.Tensor | None]]] = {base: [] for base, _ in changed}
         for (base, piece), derivative in zip(changed, derivatives, strict=True):
             by_base[base].append((piece, derivative))
         for base, link in into.items():
@@ -97,7 +96,7 @@ def structured_jacobian(
 
 
 def _diagonal(
-    link: Link, found: Sequence[tuple[Piece, tf.Tensor | None]], like: Sequence[tf.Tensor], dtype: tf.DType
+    link: IndexMap, found: Sequence[tuple[Segment, tf.Tensor | None]], like: Sequence[tf.Tensor], dtype: tf.DType
 ) -> Diagonal:
     """The diagonal with the derivatives that were found for each piece of its base, None for zeros."""
     derivatives = [
@@ -126,12 +125,12 @@ def _derivatives(
 def _matrix(structure: Structure, product: Product, fixed: Mapping[str, tf.Tensor]) -> tf.Tensor:
     operation, graph = product.operation, structure.graph
     if operation.type == "MatMul":
-        (kernel,) = graph.lay([operation.inputs[1]], fixed)
+        (kernel,) = graph.replay([operation.inputs[1]], fixed)
         kernel = tf.transpose(kernel) if operation.get_attr("transpose_b") else kernel
         # A variable may leave its shape open.
         return kernel if kernel.shape.is_fully_defined() else tf.ensure_shape(kernel, product.shape)
     # Whatever form the product has: what it makes of the unit vectors are the rows of its matrix.
     size, units = product.shape
     vectors = tf.reshape(tf.eye(size, dtype=product.y.dtype), [size, *structure.units(product.y)])
-    (images,) = graph.lay([product.z], {**fixed, product.y.name: vectors})
+    (images,) = graph.replay([product.z], {**fixed, product.y.name: vectors})
     return tf.reshape(images, [size, units])

@@ -7,11 +7,10 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_jacmon.jacobians.autodiff import AutodiffJacobian
-from keras_jacmon.jacobians.diagonal import joined
-from keras_jacmon.probe.step import CellStep, widened
-
-VIEWS = ("hidden", "joint", "inputs")
+from keras_jacmon.cell.step import CellStep, widened
+from keras_jacmon.operators.autodiff import AutodiffJacobian
+from keras_jacmon.options import VIEWS
+from keras_jacmon.tensors import joined
 
 # The rank of rows of vectors.
 _FLAT = 2

@@ -1,1 +1,1 @@
-"""How large is a Jacobian?"""
+"""Measures: how large a Jacobian is."""

@@ -8,12 +8,12 @@ import numpy as np
 import tensorflow as tf
 
 from keras_jacmon.measures.moments import variance
-from keras_jacmon.measures.options import Measured, Options
 from keras_jacmon.measures.registry import Measure, Selection
+from keras_jacmon.options import Measured, Options
 
 # Not in the registry: nobody asks for them by name.
 WITHOUT, OPPOSITE, FORGET = "variance_without_kernels", "variance_with_opposite_kernels", "log_forget"
-HELPERS = frozenset({WITHOUT, OPPOSITE, FORGET})
+SUGGESTION_MEASURES = frozenset({WITHOUT, OPPOSITE, FORGET})
 
 
 def with_advice(selection: Selection, *, forgets: bool) -> Selection:

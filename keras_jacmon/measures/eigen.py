@@ -5,7 +5,7 @@ from typing import NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from keras_jacmon.measures.options import Measured, Options
+from keras_jacmon.options import Measured, Options
 
 # Up to so many units the eigenvalues are found by forming J: 128 units take 5 ms a row, 256 already 43 ms.
 EXACT_SIZE = 128

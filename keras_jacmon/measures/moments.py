@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import tensorflow as tf
 
-from keras_jacmon.measures.options import Measured, Options
+from keras_jacmon.options import Measured, Options
 
 # Random vectors of an estimate. The error of a mean over r rows falls as 1/√(16 r).
 ESTIMATE_VECTORS = 16

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from keras_jacmon.measures import eigen, flow, lyapunov, moments, spectrum
-from keras_jacmon.measures.options import Measured, Options
+from keras_jacmon.options import VIEWS, Measured, Options
 
 __all__ = [
     "KEYS",
@@ -20,9 +20,6 @@ __all__ = [
     "key_of",
     "select_measures",
 ]
-
-# Of a step's Jacobian: which states, see `state_jacobian`.
-VIEWS = ("hidden", "joint", "inputs")
 
 _SQUARE = ("hidden", "joint")
 

@@ -5,8 +5,8 @@ from collections.abc import Callable, Mapping
 
 import tensorflow as tf
 
-from keras_jacmon.measures.options import Measured, Memory, Options
 from keras_jacmon.measures.registry import Selection
+from keras_jacmon.options import Measured, Memory, Options
 
 _GOLDEN = 0.6180339887498949
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from keras_jacmon.measures.options import Measured, Options
+from keras_jacmon.options import Measured, Options
 
 # Random matrices of 128 x 128 need at most about 25 steps for 1e-2 and 30 for 1e-3. A row that has not converged after
 # so many says so by its residual.

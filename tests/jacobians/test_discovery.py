@@ -28,11 +28,15 @@ from helpers import (
 )
 from structure_laws import assert_structured_as_autodiff, double_precision, structured_blocks
 
-from keras_jacmon import JacobianMeter, explain, measure, points, register_jacobian
-from keras_jacmon.jacobians import discovery, evidence, linearise, resolve
-from keras_jacmon.jacobians.elementwise import ELEMENTWISE
-from keras_jacmon.probe.cellgraph import CellGraph
-from keras_jacmon.probe.step import CellStep
+from keras_jacmon import JacobianMeter, explain, measure, register_jacobian
+from keras_jacmon.cell.cell_graph import CellGraph
+from keras_jacmon.cell.step import CellStep
+from keras_jacmon.jacobians import cell_jacobian as resolve
+from keras_jacmon.jacobians import checks as evidence
+from keras_jacmon.jacobians import linearise
+from keras_jacmon.measurement import per_step as points
+from keras_jacmon.structure import structure as discovery
+from keras_jacmon.structure.ops import ELEMENTWISE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -513,7 +517,7 @@ def test_no_matrix_for_each_row_on_the_way_to_a_measure(make: Callable[[], Any],
     assert {c.how for choices in meter.choices["rnn"].values() for c in choices} <= {"structure", "zero"}
 
     def entries(shape: Any) -> int:
-        # Rows, and of what is iterated the number of vectors so far, which is no matter of units.
+        # PointBatch, and of what is iterated the number of vectors so far, which is no matter of units.
         unknown = [samples * time, *[1 if "spectral" in key else samples * time] * len(shape)]
         return int(np.prod([unknown.pop(0) if size is None else size for size in shape]))
 

@@ -12,10 +12,10 @@ import tensorflow as tf
 from helpers import BATCH, BY_ID, FEATURES, MOMENTS, STEPS, FunctionCell, assert_layer, build, make_model, normal
 
 from keras_jacmon import JacobianMeter, measure
-from keras_jacmon.jacobians.certificate import in_turns, largest, relative_differences
-from keras_jacmon.jacobians.rowwise import row_by_row
-from keras_jacmon.probe.cellgraph import CellGraph
-from keras_jacmon.probe.step import CellStep
+from keras_jacmon.cell.cell_graph import CellGraph
+from keras_jacmon.cell.step import CellStep
+from keras_jacmon.jacobians.checks import in_turns, largest, relative_differences
+from keras_jacmon.structure.independence import row_by_row
 
 Function = Callable[[Any, Any, Any], Any]
 
@@ -42,7 +42,7 @@ def assert_measured(function: Function, probe: Any, warning: str) -> None:
     assert_layer(meter()["rnn"], layer, probe, measures=[*MOMENTS, "spectral_norm"])
 
 
-# Rows ----------------------------------------------------------------------------------------------------------------
+# Rows ------------------------------------------------------------------------------------------------
 
 
 # The branch is the same for all samples of a step, and another one at other steps.

@@ -10,15 +10,15 @@ import tensorflow as tf
 from helpers import CASES, FEATURES, Case, FunctionCell, call_cell, make_step, normal, randomize
 from structure_laws import double_precision
 
-from keras_jacmon.jacobians import sums as jacobian_sums
-from keras_jacmon.jacobians.resolve import CellJacobian
-from keras_jacmon.probe.step import CellStep
-from keras_jacmon.probe.trajectory import Walk, unroll
+from keras_jacmon.cell.step import CellStep
+from keras_jacmon.cell.trajectory import UnrollInputs, unroll
+from keras_jacmon.jacobians import unroll_rules as jacobian_sums
+from keras_jacmon.jacobians.cell_jacobian import CellJacobian
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from keras_jacmon.probe.cellgraph import CellGraph
+    from keras_jacmon.cell.cell_graph import CellGraph
 
 SAMPLES, TIME, UNITS = 3, 6, 4
 
@@ -113,7 +113,7 @@ def assert_unrolled_as_the_cell(cell: Any, inputs: Any, states: Any) -> int:
 
     @tf.function(autograph=False)
     def run(inputs: Any, *flat: Any) -> Any:
-        walk, step = Walk(inputs, flat, None), CellStep(cell, states)
+        walk, step = UnrollInputs(inputs, flat, None), CellStep(cell, states)
         jacobian = CellJacobian(step, inputs[0], flat)
         shortcut = jacobian.shortcut()
         assert shortcut is not None
@@ -127,7 +127,7 @@ def assert_unrolled_as_the_cell(cell: Any, inputs: Any, states: Any) -> int:
             feeds = {graph.step_inputs.name: inputs[t]}
             feeds |= {old.name: state[t] for old, state in zip(graph.states, trajectory.states, strict=True)}
             values = [trajectory.values[tensor.name][t] for tensor in known]
-            pairs += zip(values, graph.lay(known, feeds), strict=True)
+            pairs += zip(values, graph.replay(known, feeds), strict=True)
         return trajectory.states, trajectory.last, pairs
 
     visited, last, pairs = run(tf.constant(inputs), *flat)

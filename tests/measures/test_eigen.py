@@ -14,7 +14,7 @@ from sequences import built, in_graph, of_cell, rotations
 
 from keras_jacmon.measures import eigen
 from keras_jacmon.measures.eigen import condition_number, eigenvalues, singular_values, spectral_radius
-from keras_jacmon.measures.options import Options
+from keras_jacmon.options import Options
 
 if TYPE_CHECKING:
     from collections.abc import Callable

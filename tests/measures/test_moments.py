@@ -194,7 +194,7 @@ def test_estimates_begin_above_max_entries(measure: Any, reference: Any) -> None
 def test_an_estimated_variance_is_unbiased(make: Any) -> None:
     J = make()
     runs = [estimate(variance, J, seed) for seed in range(60)]
-    # Rows of one run may share their random vectors, runs do not.
+    # PointBatch of one run may share their random vectors, runs do not.
     errors = np.stack([run.value.numpy() - helpers.variance(J) for run in runs])
     means = errors.mean(axis=1)
     if np.ptp(errors) > 1e-5:

@@ -13,8 +13,8 @@ from helpers import normal, reference_jacobians
 from keras_jacmon import JacobianRegularizer, Report, measure
 from keras_jacmon.measures import eigen
 from keras_jacmon.measures.differentiable import DIFFERENTIABLE
-from keras_jacmon.measures.options import Options
 from keras_jacmon.measures.registry import MEASURES, PRESETS
+from keras_jacmon.options import Options
 
 PROBE = normal(3, 6, 2, seed=11)
 

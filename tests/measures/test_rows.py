@@ -7,9 +7,9 @@ import pytest
 import tensorflow as tf
 from helpers import normal
 
-from keras_jacmon.measures.options import Options
 from keras_jacmon.measures.registry import MEASURES
 from keras_jacmon.measures.rows import RowSource, measure_rows, spread_evenly
+from keras_jacmon.options import Options
 
 ROWS = 6
 OPTIONS = Options(max_entries=0, rows=ROWS)

@@ -10,8 +10,8 @@ import pytest
 import tensorflow as tf
 from helpers import normal
 
-from keras_jacmon.measures.options import Memory, Options
 from keras_jacmon.measures.spectrum import LEAST_STEPS, _orthogonal, spectral_norm
+from keras_jacmon.options import Memory, Options
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -58,7 +58,7 @@ def test_nearly_every_row_is_within_the_tolerance() -> None:
 
 
 def test_a_row_alone_is_as_exact_as_a_row_among_others() -> None:
-    # Rows that have converged are left out of the further steps.
+    # PointBatch that have converged are left out of the further steps.
     J = normal(40, 64, 64)
     alone = np.concatenate([measured(J[row : row + 1]) for row in range(len(J))])
     assert np.sum(np.abs(alone / helpers.spectral_norm(J) - 1) > 1e-2) <= 1

@@ -1,0 +1,87 @@
+"""What does a cell make of its inputs and states in one step?"""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from keras_jacmon.model.guard import without_masks
+from keras_jacmon.model.layers import sublayers
+from keras_jacmon.model.recording import training_argument
+
+_HALF = (tf.float16, tf.bfloat16)
+
+
+class CellStep:
+    """One step of a cell, from inputs and flat states to flat new states, without dropout, in float32 or better.
+
+    Args:
+        cell: Anything that `keras.layers.RNN` takes as a cell.
+        states: The cell's states in their own structure; only the structure is kept.
+    """
+
+    def __init__(self, cell: Any, states: Any) -> None:
+        self.cell = cell
+        self._structure = keras.tree.map_structure(lambda _: 0, states)
+        # By identity, the variables of Keras that the last step wrote to, in a scope that forgot it.
+        self._written: set[int] = set()
+
+    def __call__(self, inputs: tf.Tensor, states: Sequence[tf.Tensor]) -> list[tf.Tensor]:
+        """Steps rows `(rows, ...)` of inputs and states, each row by itself."""
+        # A cell may draw a dropout mask that it does not use: neither its seed nor the mask may stay behind.
+        with full_precision(self.cell), keras.StatelessScope() as scope, without_masks(self.cell):
+            _, new = self.cell(inputs, self.packed(states), **training_argument(self.cell))
+        self._written = set(scope.state_mapping)
+        flat = keras.tree.flatten(new)
+        if len(flat) != len(states):
+            raise ValueError(
+                f"Cell {type(self.cell).__name__} was given {len(states)} state tensors and returned {len(flat)}. "
+                "Expected as many new states as old ones."
+            )
+        return [_like(value, old, self.cell) for value, old in zip(flat, states, strict=True)]
+
+    def written(self) -> "list[keras.Variable]":
+        """The variables of Keras that the last step wrote to, but for the states of random numbers."""
+        weights = {id(weight): weight for layer in sublayers(self.cell) for weight in layer.weights}
+        return [weight for key, weight in weights.items() if key in self._written]
+
+    def packed(self, states: Sequence[tf.Tensor]) -> tuple[Any, ...]:
+        """Flat states in the structure that the cell takes, a tuple as Keras' own loop passes it."""
+        return tuple(keras.tree.pack_sequence_as(self._structure, list(states)))
+
+
+@contextlib.contextmanager
+def full_precision(cell: Any) -> Iterator[None]:
+    """Lets the layers of a cell with a half-precision policy compute in float32.
+
+    A float16 Jacobian has three digits, and its variance underflows to zero from 256 units on.
+    """
+    half = [layer for layer in sublayers(cell) if tf.as_dtype(layer.compute_dtype) in _HALF]
+    # The policy object itself is swapped: the public setter would write into a policy map that other layers share.
+    policies = [layer._dtype_policy for layer in half]  # noqa: SLF001
+    try:
+        for layer in half:
+            layer._dtype_policy = keras.dtype_policies.DTypePolicy("float32")  # noqa: SLF001
+        yield
+    finally:
+        for layer, policy in zip(half, policies, strict=True):
+            layer._dtype_policy = policy  # noqa: SLF001
+
+
+def widened(tensor: Any) -> tf.Tensor:
+    """The tensor in float32 if it is of half precision, and as it is otherwise."""
+    tensor = tf.convert_to_tensor(tensor)
+    return tf.cast(tensor, tf.float32) if tensor.dtype in _HALF else tensor
+
+
+def _like(value: tf.Tensor, old: tf.Tensor, cell: Any) -> tf.Tensor:
+    value = tf.cast(tf.convert_to_tensor(value), old.dtype)
+    if not value.shape.is_compatible_with(old.shape):
+        raise ValueError(
+            f"Cell {type(cell).__name__} was given a state of shape {tuple(old.shape)} and returned one of shape "
+            f"{tuple(value.shape)}. Expected a state to keep its shape."
+        )
+    value.set_shape(old.shape)
+    return value

@@ -1,0 +1,158 @@
+"""Report -> TensorBoard event file."""
+
+import contextlib
+import itertools
+import os
+import uuid
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import tensorflow as tf
+
+from keras_jacmon.options import VIEWS
+from keras_jacmon.report.report import LayerReport, Report
+
+
+class EventWriter:
+    """Writes reports to event files under `<log_dir>/jacobian`.
+
+    For each key of a layer there are the scalars `<layer>/<key>` (mean over samples and unmasked steps),
+    `<layer>/<key>/min` and `<layer>/<key>/max` (over time, of the mean over samples), and the histogram
+    `<layer>/<key>/histogram` (over steps and samples). What is measured over the whole sequence has a scalar
+    `<layer>/<key>` and a histogram over the samples; spectra have a histogram, of eigenvalues the moduli.
+
+    Args:
+        log_dir: The directory that `tensorboard --logdir` is given; made if it is not there.
+
+    Raises:
+        ValueError: If nothing can be written there.
+    """
+
+    def __init__(self, log_dir: str | os.PathLike[str]) -> None:
+        self.directory = tf.io.gfile.join(os.fspath(log_dir), "jacobian")
+        self._writer: Any = None
+        self._suffix = ""
+        check_writable(log_dir, self.directory)
+
+    def write(self, report: Report, step: int, others: Mapping[str, float] | None = None) -> None:
+        """Writes a report and flushes, so that a killed training loses nothing that was measured.
+
+        Args:
+            report: The report.
+            step: Of the optimizer.
+            others: Further scalars, by tag.
+
+        Raises:
+            OSError: If TensorFlow cannot write, e.g. to a full disk, or the directory is gone; then the next report
+                begins a new file.
+        """
+        try:
+            if self._writer is None:
+                _try_writing(self.directory)
+                # By its name the file is known from those that others write there.
+                self._suffix = f".{uuid.uuid4().hex[:8]}.v2"
+                self._writer = tf.summary.create_file_writer(self.directory, filename_suffix=self._suffix)
+            # `record_if`: another callback's `TensorBoard(update_freq=...)` switches summaries off between its own.
+            with self._writer.as_default(np.int64(step)), tf.summary.record_if(True):  # noqa: FBT003 - positional only
+                try:
+                    for name, layer in report.layers.items():
+                        _write_layer(_prefix(name, report.layers), layer)
+                    for tag, value in (others or {}).items():
+                        _scalar(tag, value)
+                    self._writer.flush()
+                except tf.errors.OpError:
+                    # A writer that is open would fail again when the context ends, and stay everybody's default.
+                    with contextlib.suppress(OSError):
+                        self.close()
+                    raise
+        except tf.errors.OpError as error:
+            # A file that cannot grow is an `OutOfRangeError`, which Keras would take for the end of the data.
+            raise OSError(error.message) from error
+        # A removed file is still open: TensorFlow would go on writing to nowhere, without an error.
+        if not self._is_there():
+            self.close()
+            raise FileNotFoundError(f"the event file in {self.directory} was removed, and the events in it are lost")
+
+    def _is_there(self) -> bool:
+        try:
+            return any(name.endswith(self._suffix) for name in tf.io.gfile.listdir(self.directory))
+        except tf.errors.NotFoundError:
+            return False
+
+    def close(self) -> None:
+        """Closes the event file; a later `write` begins another one in the same directory."""
+        if self._writer is not None:
+            writer, self._writer = self._writer, None
+            try:
+                writer.close()
+            except tf.errors.OpError as error:
+                raise OSError(error.message) from error
+
+
+def check_writable(log_dir: str | os.PathLike[str], directory: str) -> None:
+    """Finds out whether files can be written, by writing one.
+
+    Raises:
+        ValueError: If not.
+    """
+    try:
+        _try_writing(directory)
+    except (tf.errors.OpError, OSError) as error:
+        raise ValueError(
+            "Invalid value for argument `log_dir`. Expected a directory that can be written to, or None to write no "
+            f"event files. Received: log_dir={os.fspath(log_dir)!r} ({error})"
+        ) from error
+
+
+def _try_writing(directory: str) -> None:
+    # TensorFlow's file system also knows buckets.
+    tf.io.gfile.makedirs(directory)
+    # Of its own, since others may try at the same time.
+    trial = tf.io.gfile.join(directory, f".keras_jacmon.{uuid.uuid4().hex}")
+    try:
+        with tf.io.gfile.GFile(trial, "w") as file:
+            # An empty file fits on a full disk.
+            file.write(" " * 4096)
+    finally:
+        if tf.io.gfile.exists(trial):
+            tf.io.gfile.remove(trial)
+
+
+def _prefix(name: str, names: Collection[str]) -> str:
+    """What the tags of a layer begin with: its name, unless it is that of another one with a view behind it."""
+    above, _, last = name.rpartition("/")
+    if above not in names or last not in VIEWS:
+        return name
+    numbered = (f"{name}_{number}" for number in itertools.count(1))
+    return next(candidate for candidate in numbered if candidate not in names)
+
+
+def _write_layer(name: str, layer: LayerReport) -> None:
+    for key in layer.values:
+        tag = f"{name}/{key}"
+        low, high = layer.extremes(key)
+        _scalar(tag, layer.mean(key))
+        _scalar(f"{tag}/min", low)
+        _scalar(f"{tag}/max", high)
+        values = layer.valid(key)
+        _histogram(tag, values)
+    for key, value in layer.scalars().items():
+        if key not in layer.values:
+            _scalar(f"{name}/{key}", value)
+    for key, array in {**layer.sequences, **layer.spectra}.items():
+        # Over samples; of the flow over spans too, of the exponents and the spectra over all of them.
+        _histogram(f"{name}/{key}", np.abs(array) if np.iscomplexobj(array) else array)
+
+
+def _scalar(tag: str, value: float) -> None:
+    # Of numbers of Python TensorFlow keeps a copy on the device, for ever.
+    tf.summary.scalar(tag, np.asarray(value))
+
+
+def _histogram(tag: str, values: npt.NDArray[Any]) -> None:
+    # TensorFlow cannot sort NaN into buckets; the scalars say that there is one.
+    finite = values[np.isfinite(values)]
+    if finite.size:
+        tf.summary.histogram(f"{tag}/histogram", finite)

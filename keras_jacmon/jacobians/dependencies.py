@@ -1,0 +1,105 @@
+"""Which states does a step connect, and does it connect them by nothing else?"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import tensorflow as tf
+
+from keras_jacmon.cell.step import CellStep
+from keras_jacmon.jacobians.views import floating_states, size
+from keras_jacmon.traced_graph import CALLS
+
+# Operations that call Python.
+_PYTHON = frozenset({"EagerPyFunc", "PyFunc", "PyFuncStateless"})
+
+# How the names of those begin that write to a variable.
+_WRITING = ("Assign", "ResourceScatter", "ResourceStridedSliceAssign")
+
+
+@dataclass(frozen=True)
+class Dependencies:
+    """Which new state depends on which old one, found in the graph of a cell.
+
+    `depends[p][q]` is True if a gradient flows from new floating-point state p to old one q, and `on_inputs` if one
+    flows from the first of them to the inputs. `bytes_per_row` is the memory that one evaluation of the cell with its
+    derivative takes for each row.
+    """
+
+    depends: tuple[tuple[bool, ...], ...]
+    on_inputs: bool
+    bytes_per_row: int
+
+
+def find_dependencies(step: CellStep, inputs: tf.Tensor, states: Sequence[tf.Tensor]) -> Dependencies:
+    """Traces one step and its gradients, inside the graph that is being traced; nothing of it is ever run.
+
+    Raises:
+        ValueError: If a step runs Python, or leaves something for the next one beside the states.
+    """
+    graph = tf.compat.v1.get_default_graph()
+    before = len(graph.get_operations())
+    floating = floating_states(states)
+    old = [states[q] for q in floating]
+    with tf.GradientTape(persistent=True, watch_accessed_variables=False) as tape:
+        tape.watch([*old, *([inputs] if inputs.dtype.is_floating else [])])
+        new = step(inputs, states)
+    stepped = graph.get_operations()[before:]
+    if any(operation.type in _PYTHON for operation in stepped):
+        raise ValueError("Its cell runs Python at each step (`tf.py_function`), which can be differentiated only once")
+    if left := _left_behind(step, stepped, new):
+        raise ValueError(
+            f"Its cell writes to {left}, and its next step depends on it. What is left there is no state "
+            "that is handed on, and is not known at the points where derivatives are taken"
+        )
+    depends = [tuple(g is not None for g in tape.gradient(new[p], old)) for p in floating]
+    on_inputs = inputs.dtype.is_floating and tape.gradient(new[floating[0]], inputs) is not None
+    sizes = [
+        size(tensor) * tensor.dtype.size
+        for operation in graph.get_operations()[before:]
+        for tensor in operation.outputs
+        if tensor.shape.rank and tensor.shape[1:].is_fully_defined() and tensor.dtype.size
+    ]
+    floor = 16 * sum(size(state) * state.dtype.size for state in states)
+    return Dependencies(tuple(depends), on_inputs, max(sum(sizes), floor))
+
+
+def _left_behind(step: CellStep, operations: Sequence[tf.Operation], new: Sequence[tf.Tensor]) -> str | None:
+    """A variable that a step writes to and whose old value has an influence on the new states."""
+    # Of variables of Keras a scope keeps what is written, and hides what they are.
+    by_handle = {id(variable._value.handle): variable.path for variable in step.written()}  # noqa: SLF001
+    captures = getattr(tf.compat.v1.get_default_graph(), "captures", ())
+    written = {
+        id(inner): f"the variable `{by_handle[id(outer)]}`" for outer, inner in captures if id(outer) in by_handle
+    }
+    return _read_before_written(operations, new, written)
+
+
+def _read_before_written(
+    operations: Sequence[tf.Operation], results: Sequence[tf.Tensor], written: Mapping[int, str]
+) -> str | None:
+    """What a graph, or a function that it calls, writes to and reads for its results.
+
+    Args:
+        operations: Of the graph.
+        results: Tensors that they make.
+        written: By identity, tensors that are known to stand for what is written to.
+    """
+    assigning = [operation for operation in operations if operation.type.startswith(_WRITING)]
+    written = {id(operation.inputs[0]): "a `tf.Variable` of its own" for operation in assigning} | {**written}
+    here, met = {operation.name for operation in operations}, set[str]()
+    pending = [tensor.op for tensor in results]
+    while pending:
+        operation = pending.pop()
+        if operation.name in met or operation.name not in here:
+            continue
+        met.add(operation.name)
+        if operation.type in CALLS:
+            body = operation.graph._get_function(operation.get_attr("f").name).graph  # noqa: SLF001 - there is no other way
+            found = _read_before_written(body.get_operations(), body.outputs, {})
+            if found is not None:
+                return found
+        for tensor in operation.inputs:
+            if id(tensor) in written:
+                return written[id(tensor)]
+            pending.append(tensor.op)
+    return None

@@ -1,0 +1,204 @@
+"""One call of a recurrent layer over its whole sequence: the flow, and the Lyapunov exponents.
+
+A long sequence is walked through in segments, forwards for the exponents. The flow needs the Jacobians in the opposite
+order: the states at the beginning of each segment are kept, and each segment is walked through once more.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import tensorflow as tf
+
+from keras_jacmon.cell.step import CellStep
+from keras_jacmon.cell.trajectory import Trajectory, UnrollInputs, unroll
+from keras_jacmon.cell.unroll_plan import UnrollPlan
+from keras_jacmon.jacobians.cell_jacobian import CellJacobian
+from keras_jacmon.jacobians.points import PointBatch
+from keras_jacmon.jacobians.views import View
+from keras_jacmon.measures import flow, lyapunov
+from keras_jacmon.measures.registry import Selection
+from keras_jacmon.measures.steps import Steps
+from keras_jacmon.options import Options
+from keras_jacmon.tensors import known_sizes
+
+# Purposes of random numbers, beside those of the measures of a step.
+_FLOW, _EXPONENTS = 5, 6
+
+
+class _Carry(NamedTuple):
+    """What leads from one segment to the next, by view."""
+
+    flow: dict[str, flow.FlowCarry]
+    exponents: dict[str, lyapunov.LyapunovCarry]
+
+
+@dataclass(frozen=True)
+class SequenceMeasurement:
+    """What is walked through.
+
+    Attributes:
+        step: The cell's.
+        walk: From beginning to end, in the order in which the cell runs.
+        shortcut: As for `unroll`.
+        jacobian: Of the cell.
+        independent: Whether each row of a step is a function of itself.
+        most_steps: Of a segment.
+    """
+
+    step: CellStep
+    walk: UnrollInputs
+    shortcut: UnrollPlan | None
+    jacobian: CellJacobian
+    independent: bool
+    most_steps: int
+
+
+def measure_sequence(
+    sequence: SequenceMeasurement, measures: Selection, options: Options, rows: PointBatch | None
+) -> dict[str, tf.Tensor]:
+    """Measures products of Jacobians over time, in the graph that is being traced.
+
+    Args:
+        sequence: Of which Jacobians.
+        measures: Those of the flow and of the exponents, by view.
+        options: How.
+        rows: The points of the whole trajectory, if they are there.
+
+    Returns:
+        By `view/measure`: `(spans, samples)` for the flow, and `view/flow/uncertainty`; `(exponents, samples)` for
+        the Lyapunov exponents; `(samples,)` for the others.
+    """
+    walk, time = sequence.walk, sequence.walk.inputs.shape[0]
+    steps, samples = known_sizes(walk.inputs)[:2]
+    warmup = steps // 10 if options.warmup is None else options.warmup
+    options = dataclasses.replace(options, warmup=warmup)
+    sizes = {view: View.of(view, walk.states).columns(walk.inputs[0], walk.states) for view in measures}
+    flows = [view for view, chosen in measures.items() if any(m.of == "flow" for m in chosen)]
+    chaotic = [view for view, chosen in measures.items() if any(m.of == "exponents" for m in chosen)]
+    carry = _Carry(
+        {view: _start_flow(samples, sizes[view], options) for view in flows},
+        {view: _start_exponents(samples, sizes[view], options) for view in chaotic},
+    )
+    if rows is not None and time is not None and time <= sequence.most_steps:
+        logs, exponents = _at_once(sequence, rows, carry, options)
+    else:
+        logs, exponents = _in_segments(sequence, carry, options)
+    results: dict[str, tf.Tensor] = {}
+    for view in flows:
+        if options.exact_flow:
+            results[f"{view}/flow"] = flow.by_span(logs[view][:, 0], walk.mask)
+        else:
+            results[f"{view}/flow"], results[f"{view}/flow/uncertainty"] = flow.flow_by_span(logs[view], walk.mask)
+    for view in chaotic:
+        results[f"{view}/lyapunov"] = lyapunov.lyapunov_exponents(exponents[view], warmup=warmup)
+    for view, chosen in measures.items():
+        for measure in chosen:
+            if measure.of == "flow":
+                results[f"{view}/{measure.name}"] = measure.function(results[f"{view}/flow"])
+            else:
+                results[f"{view}/{measure.name}"] = measure.function(results[f"{view}/lyapunov"], sizes[view])
+    wanted = {f"{view}/{measure.name}" for view, chosen in measures.items() for measure in chosen}
+    return {key: value for key, value in results.items() if key.removesuffix("/uncertainty") in wanted}
+
+
+def most_exponents(options: Options, size: int) -> int:
+    """How many Lyapunov exponents are measured."""
+    return min(options.exponents, size)
+
+
+def _start_flow(samples: int | tf.Tensor, size: int, options: Options) -> flow.FlowCarry:
+    if options.exact_flow:
+        return flow.start_exact_flow(samples, size, options.dtype)
+    return flow.start_flow(samples, size, options.flow_vectors, options.seeds(_FLOW), options.dtype)
+
+
+def _start_exponents(samples: int | tf.Tensor, size: int, options: Options) -> lyapunov.LyapunovCarry:
+    count = most_exponents(options, size)
+    return lyapunov.start_lyapunov(samples, size, count, options.seeds(_EXPONENTS), options.dtype)
+
+
+def _at_once(
+    sequence: SequenceMeasurement, rows: PointBatch, carry: _Carry, options: Options
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    steps = _steps(sequence, sequence.walk, rows, {*carry.flow, *carry.exponents}, options)
+    logs = {view: _flow_segment(steps[view], start, options)[0] for view, start in carry.flow.items()}
+    return logs, {view: _exponents(steps[view], start, options) for view, start in carry.exponents.items()}
+
+
+def _in_segments(
+    sequence: SequenceMeasurement, carry: _Carry, options: Options
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    walk = sequence.walk
+    time, samples = tf.shape(walk.inputs)[0], known_sizes(walk.inputs)[1]
+    count = -(-time // sequence.most_steps)
+
+    def segment(index: tf.Tensor, states: list[tf.Tensor]) -> tuple[UnrollInputs, Trajectory]:
+        start = index * sequence.most_steps
+        part = walk.between(start, tf.minimum(start + sequence.most_steps, time), states)
+        return part, unroll(sequence.step, part, sequence.shortcut)
+
+    def forwards(index: tf.Tensor, states: list[tf.Tensor], starts: Any, exponents: Any) -> tuple[Any, ...]:
+        part, trajectory = segment(index, states)
+        starts = [array.write(index, state) for array, state in zip(starts, states, strict=True)]
+        steps = _steps(sequence, part, PointBatch.of(trajectory), set(exponents), options)
+        exponents = {view: _exponents(steps[view], known, options) for view, known in exponents.items()}
+        return index + 1, list(trajectory.last), starts, exponents
+
+    starts = [tf.TensorArray(s.dtype, count, element_shape=s.shape, clear_after_read=False) for s in walk.states]
+    _, _, starts, exponents = tf.while_loop(
+        lambda index, *_: index < count,
+        forwards,
+        [tf.constant(0), list(walk.states), starts, carry.exponents],
+        parallel_iterations=1,
+    )
+    if not carry.flow:
+        return {}, exponents
+
+    def backwards(index: tf.Tensor, flows: Any, arrays: Any) -> tuple[Any, ...]:
+        part, trajectory = segment(index, [array.read(index) for array in starts])
+        steps = _steps(sequence, part, PointBatch.of(trajectory), set(flows), options)
+        found = {view: _flow_segment(steps[view], known, options) for view, known in flows.items()}
+        arrays = {view: array.write(index, tf.reshape(found[view][0], [-1])) for view, array in arrays.items()}
+        return index - 1, {view: known for view, (_, known) in found.items()}, arrays
+
+    empty = {view: tf.TensorArray(tf.float64, count, infer_shape=False, element_shape=[None]) for view in carry.flow}
+    _, _, arrays = tf.while_loop(
+        lambda index, *_: index >= 0, backwards, [count - 1, carry.flow, empty], parallel_iterations=1
+    )
+    logs = {
+        view: tf.reshape(array.concat(), [time, carry.flow[view].logs.shape[1], samples])
+        for view, array in arrays.items()
+    }
+    return logs, exponents
+
+
+def _flow_segment(steps: Steps, carry: flow.FlowCarry, options: Options) -> tuple[tf.Tensor, flow.FlowCarry]:
+    return (flow.exact_flow_segment if options.exact_flow else flow.flow_segment)(steps, carry)
+
+
+def _exponents(steps: Steps, carry: lyapunov.LyapunovCarry, options: Options) -> lyapunov.LyapunovCarry:
+    return lyapunov.lyapunov_segment(steps, carry, warmup=options.warmup or 0, qr_every=options.qr_every)
+
+
+def _steps(
+    sequence: SequenceMeasurement, part: UnrollInputs, rows: PointBatch, views: set[str], options: Options
+) -> dict[str, Steps]:
+    """The Jacobians of each step of a part of the walk, whose points are these rows, by view."""
+    time, samples = known_sizes(part.inputs)[:2]
+
+    def steps(view: str) -> Steps:
+        whole: Any = sequence.jacobian.operators([view], rows)[view] if sequence.independent else None
+
+        def at(t: tf.Tensor) -> tf.linalg.LinearOperator:
+            start, stop = t * samples, (t + 1) * samples
+            # What a structure has in common for all steps is computed once; a cell is differentiated where it is used.
+            taken = whole.take(slice(start, stop)) if hasattr(type(whole), "take") else None
+            if taken is not None:
+                return taken
+            return sequence.jacobian.operators([view], rows.between(start, stop))[view]
+
+        size = View.of(view, part.states).columns(part.inputs[0], part.states)
+        return Steps(time, at, part.mask, samples, size, options.dtype)
+
+    return {view: steps(view) for view in sorted(views)}

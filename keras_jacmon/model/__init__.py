@@ -1,0 +1,1 @@
+"""The model and its probe: inputs, recurrent layers, and what each layer receives."""

@@ -1,0 +1,210 @@
+"""The Jacobian of any differentiable function of rows, as a linear operator."""
+
+import contextlib
+import functools
+from collections.abc import Callable
+
+import tensorflow as tf
+
+from keras_jacmon.tensors import take_rows
+
+Product = Callable[[tf.Tensor], tf.Tensor]
+
+
+class AutodiffJacobian(tf.linalg.LinearOperator):
+    """`J[b, i, k] = d function(x)[b, i] / d x[b, k]` at one point for each row `b`, by automatic differentiation.
+
+    Nothing of size `(i, k)` is formed unless `to_dense` is called, which takes one derivative pass per row of J and
+    `4 * rows * i * k` bytes.
+
+    Products with `Jᵀ` are one backward pass. Products with `J` are the tape applied twice: the gradient
+    `g(u) = Jᵀ u` is linear in `u`, so the derivative of `g` along `v` is `J v`. `tf.autodiff.ForwardAccumulator` would
+    be the direct way, but it differentiates straight through a `tf.custom_gradient` as if it were not there, so its
+    `J v` is not the derivative that training uses; and it knows no `tf.map_fn`. Where the tape cannot be applied
+    twice (`tf.recompute_grad`), J is formed and multiplied. Where it can but gives something else (TensorFlow takes
+    the second derivative of a max-pooling for zero, and a gradient that is clipped is not linear), only a test can
+    tell; see `formed`.
+
+    Args:
+        function: Maps a point `(rows, n)` and the context to `(rows, m)`, each row by itself.
+        point: `(rows, n)`, where the function is differentiated.
+        context: Further tensors whose first axis is the rows, held constant.
+        range_dimension: m.
+        independent: Whether each row of the function is a function of the same row of the point. Otherwise rows are
+            never repeated, and products hold for all rows changing together.
+        for_many: Whether products with more than one vector will be asked for, so that the function had better be
+            evaluated now, once for all of them.
+        twice: Whether the tape may be applied twice.
+
+    References:
+        The forward product from two backward ones: J. Townsend, "A new trick for calculating Jacobian vector
+        products", 2017.
+    """
+
+    def __init__(
+        self,
+        function: Callable[[tf.Tensor, list[tf.Tensor]], tf.Tensor],
+        point: tf.Tensor,
+        context: list[tf.Tensor],
+        range_dimension: int,
+        *,
+        independent: bool = True,
+        for_many: bool = True,
+        twice: bool = True,
+    ) -> None:
+        parameters = {
+            "function": function,
+            "point": point,
+            "context": context,
+            "range_dimension": range_dimension,
+            "independent": independent,
+            "for_many": for_many,
+            "twice": twice,
+        }
+        super().__init__(dtype=point.dtype, parameters=parameters, name="autodiff_jacobian")
+        self._function = function
+        self._point = point
+        self._context = context
+        self._range_dimension = range_dimension
+        self._independent = independent
+        self._for_many, self._twice = for_many, twice
+        self._products: tuple[Product, Product] | None = None
+        self._products = self._linearised() if for_many and not tf.executing_eagerly() else None
+
+    def _shape(self) -> tf.TensorShape:
+        return tf.TensorShape([self._point.shape[0], self._range_dimension, self._point.shape[1]])
+
+    def _shape_tensor(self) -> tf.Tensor:
+        return tf.stack([tf.shape(self._point)[0], self._range_dimension, self._point.shape[1]])
+
+    def _matmul(self, x: tf.Tensor, adjoint: bool = False, adjoint_arg: bool = False) -> tf.Tensor:  # noqa: FBT001, FBT002 - as in the base class
+        x = tf.linalg.adjoint(x) if adjoint_arg else x
+        if x.shape[-1] == 1:
+            return tf.expand_dims(self._matvec(tf.squeeze(x, axis=-1), adjoint=adjoint), axis=-1)
+        multiply = tf.function(self._in_graph, autograph=False) if tf.executing_eagerly() else self._columns
+        return tf.transpose(multiply(tf.transpose(x, [2, 0, 1]), adjoint=adjoint), [1, 2, 0])
+
+    def _matvec(self, x: tf.Tensor, adjoint: bool = False) -> tf.Tensor:  # noqa: FBT001, FBT002 - as in the base class
+        return self._product(adjoint=adjoint)(x)
+
+    def take(self, rows: tf.Tensor | slice) -> "AutodiffJacobian | None":
+        """The operator of the rows with these indices `(k,)`, or of a slice; None if rows depend on each other."""
+        if not self._independent:
+            return None
+        point, *context = [take_rows(t, rows) for t in (self._point, *self._context)]
+        return AutodiffJacobian(self._function, point, context, self._range_dimension, twice=self._twice)
+
+    def _in_graph(self, vectors: tf.Tensor, *, adjoint: bool) -> tf.Tensor:
+        here = AutodiffJacobian(**self.parameters)
+        return here._columns(vectors, adjoint=adjoint)
+
+    def _columns(self, vectors: tf.Tensor, *, adjoint: bool) -> tf.Tensor:
+        """The products with several vectors: (columns, rows, k) -> (columns, rows, l)."""
+        if self._products:
+            # The derivative is taken once, with an axis for the columns in front.
+            with contextlib.suppress(ValueError):
+                return tf.vectorized_map(self._product(adjoint=adjoint), vectors)
+            # An operation is not known to it.
+            return tf.map_fn(self._product(adjoint=adjoint), vectors)
+        if not self._independent:
+            return tf.map_fn(self._product(adjoint=adjoint), vectors)
+        # `vectorized_map` fails on some derivatives of control flow, so the rows are repeated instead.
+        columns, rows = tf.shape(vectors)[0], tf.shape(vectors)[1]
+        point, *context = [tf.tile(t, [columns] + [1] * (t.shape.rank - 1)) for t in (self._point, *self._context)]
+        repeated = AutodiffJacobian(self._function, point, context, self._range_dimension, twice=self._twice)
+        product = repeated.matvec(tf.reshape(vectors, [columns * rows, vectors.shape[2]]), adjoint=adjoint)
+        return tf.reshape(product, [columns, rows, product.shape[1]])
+
+    def _to_dense(self) -> tf.Tensor:
+        identity = tf.eye(self._range_dimension, batch_shape=[tf.shape(self._point)[0]], dtype=self.dtype)
+        return tf.linalg.matrix_transpose(self._matmul(identity, adjoint=True))
+
+    def formed(self) -> "FormedJacobian":
+        """J as matrices, for products with both J and Jᵀ."""
+        return FormedJacobian(self._row_by_row())
+
+    def _row_by_row(self) -> tf.Tensor:
+        """J from its rows, of which one at a time takes the memory of a derivative."""
+        m, rows = self._range_dimension, tf.shape(self._point)[0]
+        basis = tf.broadcast_to(tf.eye(m, dtype=self.dtype)[:, None], [m, rows, m])
+
+        def row(vectors: tf.Tensor) -> tf.Tensor:
+            # The function is evaluated here and not outside, for the derivative of control flow.
+            return self._pull()(vectors)
+
+        return tf.transpose(tf.map_fn(row, basis, parallel_iterations=1), [1, 0, 2])
+
+    def _linearised(self) -> tuple[Product, Product] | None:
+        """Both products, with the function evaluated here: what calls them in a loop does not evaluate it again.
+
+        None if the function has control flow, whose derivative must stand in the graph of its evaluation.
+        """
+        graph = tf.compat.v1.get_default_graph()
+        before = len(graph.get_operations())
+        products = self._push(), self._pull()
+        has_control_flow = any(_calls_a_function(operation) for operation in graph.get_operations()[before:])
+        return None if has_control_flow else products
+
+    def _product(self, *, adjoint: bool) -> Product:
+        if self._products:
+            return self._products[adjoint]
+        return self._pull() if adjoint else self._push()
+
+    def _pull(self) -> Product:
+        """The product with Jᵀ: (rows, m) -> (rows, n)."""
+        with tf.GradientTape(persistent=True, watch_accessed_variables=False) as tape:
+            tape.watch(self._point)
+            value = self._function(self._point, self._context)
+        return lambda vectors: _gradient(tape, value, self._point, vectors)
+
+    def _push(self) -> Product:
+        """The product with J: (rows, n) -> (rows, m)."""
+        if self.forward is None:
+            dense = self._row_by_row()
+            return lambda vectors: tf.linalg.matvec(dense, vectors)
+        return self.forward[1]
+
+    @functools.cached_property
+    def forward(self) -> tuple[tf.Tensor, Product] | None:
+        """The function's value and the product with J, by the tape applied twice.
+
+        None where that cannot be, and J is formed for the product.
+        """
+        if not self._twice:
+            return None
+        try:
+            with tf.GradientTape(persistent=True, watch_accessed_variables=False) as outer:
+                with tf.GradientTape(watch_accessed_variables=False) as inner:
+                    inner.watch(self._point)
+                    value = self._function(self._point, self._context)
+                covector = tf.zeros_like(value)
+                outer.watch(covector)
+                pulled = _gradient(inner, value, self._point, covector)
+            if self._for_many:
+                # Some gradients have none of their own, which TensorFlow says in many ways, and not before it is asked.
+                _gradient(outer, pulled, covector, self._point)
+        except (NotImplementedError, LookupError, TypeError, ValueError):
+            return None
+        return value, lambda vectors: _gradient(outer, pulled, covector, vectors)
+
+
+class FormedJacobian(tf.linalg.LinearOperatorFullMatrix):
+    """The matrices themselves."""
+
+    def take(self, rows: tf.Tensor | slice) -> "FormedJacobian":
+        """The operator of the rows with these indices `(k,)`, or of a slice."""
+        return FormedJacobian(take_rows(self.to_dense(), rows))
+
+
+def _calls_a_function(operation: tf.Operation) -> bool:
+    """Whether it is a branch, a loop, a map or a call of a `tf.function`."""
+    return any(attribute.type == "func" for attribute in operation.op_def.attr)
+
+
+def _gradient(tape: tf.GradientTape, value: tf.Tensor, source: tf.Tensor, vectors: tf.Tensor) -> tf.Tensor:
+    gradient = tape.gradient(value, source, output_gradients=vectors, unconnected_gradients="zero")
+    # A gather inside the cell gives a sparse gradient.
+    gradient = tf.convert_to_tensor(gradient)
+    # Some gradients lose it.
+    gradient.set_shape(source.shape)
+    return gradient

@@ -1,0 +1,108 @@
+"""Elementwise ways between states and products: diagonal matrices, up to an order of the units."""
+
+import functools
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import tensorflow as tf
+
+from keras_jacmon.structure.structure import IndexMap
+from keras_jacmon.tensors import joined, take, take_each, take_rows, total
+from keras_jacmon.traced_graph import graph_of
+
+
+@dataclass(frozen=True)
+class Diagonal:
+    """An elementwise way from a base (a source or a product) to a target (a new state or what a product multiplies).
+
+    Attributes:
+        link: Which unit leads to which.
+        pieces: Some units of the base, each in one of them, and the derivatives of these, `(rows, units)`; None if all
+            are one.
+    """
+
+    link: IndexMap
+    pieces: tuple[tuple[npt.NDArray[np.int64], tf.Tensor], ...] | None
+
+    @functools.cached_property
+    def values(self) -> tf.Tensor | None:
+        """The derivatives, `(rows, units of the base)`; None if all are one."""
+        if self.pieces is None:
+            return None
+        units = np.concatenate([known for known, _ in self.pieces])
+        parts = [derivatives for _, derivatives in self.pieces]
+        with graph_of(parts[0]):
+            return take(joined(parts), np.argsort(units))
+
+    def at(self, units: npt.NDArray[np.int64]) -> tf.Tensor | None:
+        """The derivatives of some units of the base, zero where the index is -1; None if all are one."""
+        for known, derivatives in self.pieces or ():
+            if np.array_equal(known, units):
+                return derivatives
+        return None if self.values is None else take(self.values, units)
+
+    def take(self, rows: tf.Tensor | slice) -> "Diagonal":
+        """That of some rows."""
+        if self.pieces is None:
+            return self
+        if isinstance(rows, slice):
+            # One slice, where each step of a sequence takes its own.
+            return Diagonal(self.link, ((np.arange(self.link.base_size), take_rows(self.values, rows)),))
+        return Diagonal(self.link, tuple((units, take_rows(part, rows)) for units, part in self.pieces))
+
+    def forward(self, tangent: tf.Tensor) -> tf.Tensor:
+        """From a change of the base to that of the target, `(rows, ..., units)`."""
+        scaled = tangent if self.values is None else _beside(self.values, tangent) * tangent
+        return total(take_each(scaled, self.link.slots))
+
+    def backward(self, cotangent: tf.Tensor) -> tf.Tensor:
+        """The transpose of `forward`."""
+        pulled = take(cotangent, self.link.targets)
+        return pulled if self.values is None else _beside(self.values, cotangent) * pulled
+
+
+def _beside(values: tf.Tensor, vectors: tf.Tensor) -> tf.Tensor:
+    """Values `(rows, units)` shaped to go with vectors `(rows, ..., units)`."""
+    return values if vectors.shape.rank == values.shape.rank else values[:, None]
+
+
+class Kernel:
+    """A kernel of products `y @ matrix`.
+
+    Args:
+        matrix: `(units in, units out)`.
+    """
+
+    def __init__(self, matrix: tf.Tensor) -> None:
+        self.matrix = matrix
+        self._columns: dict[bytes, tf.Tensor] = {}
+
+    @functools.cached_property
+    def transposed(self) -> tf.Tensor:
+        """`(units out, units in)`, made once where the matrix stands.
+
+        `tf.matmul(..., transpose_b=True)` transposes each time that it is run, which takes longer than the product of
+        some tens of rows.
+        """
+        with graph_of(self.matrix):
+            return tf.transpose(self.matrix)
+
+    def rows(self, units: npt.NDArray[np.int64]) -> "Kernel":
+        """The kernel with some of its rows, zero where the index is -1; itself if these are all."""
+        if np.array_equal(units, np.arange(self.matrix.shape[0])):
+            return self
+        with graph_of(self.matrix):
+            return Kernel(take(self.matrix, units, axis=0))
+
+    def columns(self, units: npt.NDArray[np.int64]) -> tf.Tensor:
+        """Some columns of the matrix, zero where the index is -1; the same tensor each time."""
+        key = units.tobytes()
+        if key not in self._columns:
+            with graph_of(self.matrix):
+                self._columns[key] = take(self.matrix, units)
+        return self._columns[key]
+
+    def scaled(self, gain: float) -> "Kernel":
+        """The kernel times a number."""
+        return Kernel(gain * self.matrix)

@@ -1,1 +1,0 @@
-"""What does each recurrent layer of a model receive on the probe, and which states does its cell visit?"""

@@ -1,0 +1,1 @@
+"""A measure of the Jacobians as a loss."""

@@ -1,0 +1,1 @@
+"""Reports: numbers, tables and verdicts, in plain NumPy."""

@@ -1,0 +1,1 @@
+"""What the graph of a cell is made of."""
