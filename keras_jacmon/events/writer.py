@@ -36,13 +36,13 @@ class EventWriter:
         self._suffix = ""
         check_writable(log_dir, self.directory)
 
-    def write(self, report: Report, step: int, others: Mapping[str, float] | None = None) -> None:
+    def write(self, report: Report, step: int, scalars: Mapping[str, float] | None = None) -> None:
         """Writes a report and flushes, so that a killed training loses nothing that was measured.
 
         Args:
             report: The report.
             step: Of the optimizer.
-            others: Further scalars, by tag.
+            scalars: Further scalars, by tag.
 
         Raises:
             OSError: If TensorFlow cannot write, e.g. to a full disk, or the directory is gone; then the next report
@@ -59,7 +59,7 @@ class EventWriter:
                 try:
                     for name, layer in report.layers.items():
                         _write_layer(_prefix(name, report.layers), layer)
-                    for tag, value in (others or {}).items():
+                    for tag, value in (scalars or {}).items():
                         _scalar(tag, value)
                     self._writer.flush()
                 except tf.errors.OpError:

@@ -1,0 +1,29 @@
+"""Sink: the contract of what receives the reports of a training."""
+
+from collections.abc import Mapping
+from typing import Protocol
+
+from keras_jacmon.report.report import Report
+
+
+class Sink(Protocol):
+    """Receives each report of a training, such as an event file or a database does."""
+
+    def write(self, report: Report, step: int, scalars: Mapping[str, float] | None = None) -> None:
+        """Writes a report.
+
+        Args:
+            report: `Report`, the measurement.
+            step: Integer, the iteration count of the optimizer.
+            scalars: Dict of further numbers by name; None for no others. Defaults to None.
+
+        Raises:
+            OSError: If it cannot be written now. A later report may be.
+        """
+
+    def close(self) -> None:
+        """Releases what is open at the end of a training; a later `write` opens it again.
+
+        Raises:
+            OSError: If that fails.
+        """
