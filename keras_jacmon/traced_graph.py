@@ -1,10 +1,11 @@
-"""A piece of computation as a graph of TensorFlow operations, to be laid out again, whole or in part."""
+"""Functions of tensors as graphs of TensorFlow operations: traced once, then run, read, or replayed in part."""
 
 import contextlib
 import itertools
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import tensorflow as tf
 from tensorflow.python.framework import ops as framework_ops
@@ -14,6 +15,58 @@ _MOST_WRAPPERS = 20
 
 # Calls of a `tf.function`.
 CALLS = ("PartitionedCall", "StatefulPartitionedCall")
+
+StaticT = TypeVar("StaticT")
+
+
+@dataclass(frozen=True)
+class Traced(Generic[StaticT]):
+    """A function of tensors as a graph, with the Python object that it returned while it was traced.
+
+    Attributes:
+        graph: The concrete function of TensorFlow. Calling it, or the `Traced` itself, runs the graph.
+        static: The Python object, known before the graph runs: metadata, or whatever must live as long as the graph.
+    """
+
+    graph: Any
+    static: StaticT
+
+    def __call__(self, *tensors: Any) -> Any:
+        """Runs the graph for arguments that match the specs, and returns its tensors in the traced structure."""
+        return self.graph(*tensors)
+
+
+def trace(function: Callable[..., tuple[Any, StaticT]], specs: Sequence[Any] = ()) -> Traced[StaticT]:
+    """Traces a function of tensors once, and keeps the Python object that it returns beside them.
+
+    The graph of a `tf.function` returns tensors only: a Python object leaves the trace by a side effect or not at all.
+    That one side effect is here.
+
+    Args:
+        function: From tensors to a pair: any structure of tensors, and any Python object. It should create no
+            variables, since TensorFlow would then trace it twice.
+        specs: Structures of `tf.TensorSpec`, one for each argument; default none.
+
+    Returns:
+        The graph and the object. If the function raises, its error is raised and nothing is left.
+
+    Example:
+
+    ```python
+    traced = trace(lambda x: (tf.reduce_sum(x), x.shape.rank), [tf.TensorSpec([None, 3])])
+    traced.static                   # 2
+    traced(tf.ones([4, 3]))         # 12.0
+    ```
+    """
+    returned: list[StaticT] = []
+
+    def tensors_of(*tensors: Any) -> Any:
+        result, static = function(*tensors)
+        returned.append(static)
+        return result
+
+    graph = tf.function(tensors_of, autograph=False).get_concrete_function(*specs)
+    return Traced(graph, returned[-1])
 
 
 class TracedGraph:
