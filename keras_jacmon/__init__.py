@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from keras_jacmon.meter import JacobianMeter, explain, measure
     from keras_jacmon.monitor import JacobianMonitor
     from keras_jacmon.regularization.regularizer import JacobianRegularizer
-    from keras_jacmon.report.report import LayerReport, Report
+    from keras_jacmon.report.layer_report import LayerReport
+    from keras_jacmon.report.report import Report
 
 __version__ = "0.1.0"
 
@@ -32,7 +33,7 @@ _HOME = {
     "JacobianMeter": "keras_jacmon.meter",
     "JacobianMonitor": "keras_jacmon.monitor",
     "JacobianRegularizer": "keras_jacmon.regularization.regularizer",
-    "LayerReport": "keras_jacmon.report.report",
+    "LayerReport": "keras_jacmon.report.layer_report",
     "Report": "keras_jacmon.report.report",
     "explain": "keras_jacmon.meter",
     "measure": "keras_jacmon.meter",

@@ -12,7 +12,8 @@ import numpy.typing as npt
 import tensorflow as tf
 
 from keras_jacmon.options import VIEWS
-from keras_jacmon.report.report import LayerReport, Report
+from keras_jacmon.report.layer_report import LayerReport
+from keras_jacmon.report.report import Report
 
 
 class EventWriter:

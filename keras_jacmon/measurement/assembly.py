@@ -18,7 +18,7 @@ from keras_jacmon.measures.advice import facts as advice_facts
 from keras_jacmon.measures.registry import KEYS
 from keras_jacmon.model.recording import RecurrentCall
 from keras_jacmon.options import Options
-from keras_jacmon.report.report import LayerReport
+from keras_jacmon.report.layer_report import LayerReport
 
 # Key of the mask of the rows at which expensive measures are taken, if not at all.
 SAMPLED = "sampled"
@@ -181,6 +181,8 @@ class CallMetadata:
             self.go_backwards,
             self.notes,
             {key: self._method(key, named[key], uncertainties.get(key)) for key in keys},
+            {key: reduction for key in of("flow", "exponents") if (reduction := KEYS[key][1].reduction)},
+            frozenset(key for key in of("step") if KEYS[key][1].may_be_infinite),
         )
         counts = ", ".join(f"{count} of `{key}`" for key, count in layer.nonfinite().items())
         notes = [f"NaN or Inf among the values: {counts}"] if counts else self._undecided(layer)

@@ -69,6 +69,9 @@ class Measure:
         vectors: How many vectors it keeps for each row while it is computed, where J is not formed.
         values: Of a spectrum, from the rows and columns of J to how many values it has.
         warm_start: Whether it can start from vectors of the last time.
+        reduction: For a product over time, the name in `REDUCTIONS` of the way to one number over the samples; None
+            for no number.
+        may_be_infinite: Whether inf is a regular value.
     """
 
     name: str
@@ -88,6 +91,8 @@ class Measure:
     vectors: int = 0
     values: Callable[[int, int], int] = min
     warm_start: bool = False
+    reduction: str | None = "mean"
+    may_be_infinite: bool = False
 
     def kept(self, rows: int, columns: int) -> int:
         """How many numbers it keeps for each J `(rows, columns)` while it is computed."""
@@ -180,6 +185,7 @@ MEASURES = {
             views=VIEWS,
             expensive=True,
             dense_up_to=math.inf,
+            may_be_infinite=True,
         ),
         Measure(
             "singular_values",
@@ -220,6 +226,7 @@ MEASURES = {
             cost="standard",
             method=_backwards,
             uncertainty="standard error",
+            reduction=None,
         ),
         Measure(
             "growth",
@@ -242,6 +249,7 @@ MEASURES = {
             reading="after so many steps a gradient has fallen to 1 %, or grown 100-fold; inf beyond the sequence",
             cost="standard",
             method=_backwards,
+            reduction="median",
         ),
         Measure(
             "lyapunov",
@@ -253,6 +261,7 @@ MEASURES = {
             reading="how fast nearby states part (> 0, chaos) or meet (< 0, forgetting), in the leading directions",
             cost="full",
             method=_qr,
+            reduction="first",
         ),
         Measure(
             "kaplan_yorke",

@@ -1,1 +1,1 @@
-"""Reports: numbers, tables and verdicts, in plain NumPy."""
+"""Reports of measurements: numbers, tables and verdicts, in plain NumPy."""

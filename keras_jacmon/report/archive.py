@@ -1,27 +1,33 @@
-"""Dicts of arrays and plain values in a file, and as JSON knows them. Nothing is ever pickled."""
+"""Archive of records of arrays and plain values: an `.npz` file without pickle, and JSON."""
 
 import json
 import math
 import os
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-_FORMAT = 1
+from keras_jacmon.errors import invalid_argument
 
-# In a file, the member with everything that is no array.
+# Raised with each change of the records' fields: a file of another format is refused.
+_FORMAT = 2
+
+# The member of a file with everything but the arrays, which it names.
 _REST = "report"
 
 
 def plain(value: Any) -> Any:
-    """A value in what JSON knows.
+    """Returns a value in types that JSON has.
 
     NaN and inf become the strings `"nan"`, `"inf"` and `"-inf"`, complex numbers pairs of real and imaginary part, and
     sets are sorted.
+
+    Args:
+        value: Mapping, tuple, list, frozenset, array, string or number, nested at will.
     """
     if isinstance(value, Mapping):
         return {key: plain(part) for key, part in value.items()}
@@ -36,26 +42,22 @@ def plain(value: Any) -> Any:
 
 
 def write(path: str | os.PathLike[str], records: Mapping[str, Mapping[str, Any]]) -> None:
-    """Writes records of arrays, dicts of them, strings, numbers, tuples and frozensets to an `.npz` file.
+    """Writes records to an `.npz` file.
+
+    Args:
+        path: String or path of the file; one that is there is replaced.
+        records: Mapping from names to mappings from fields to arrays, dicts of them, strings, numbers, tuples and
+            frozensets.
 
     Raises:
         OSError: If the file cannot be written; one that was there stays as it was.
     """
-    arrays: dict[str, npt.NDArray[Any]] = {}
-
-    def packed(value: Any) -> Any:
-        if isinstance(value, np.ndarray):
-            arrays[f"array_{len(arrays)}"] = value
-            return {"array": f"array_{len(arrays) - 1}"}
-        if isinstance(value, Mapping):
-            return {"dict": {key: packed(part) for key, part in value.items()}}
-        if isinstance(value, (tuple, frozenset)):
-            return {type(value).__name__: sorted(value) if isinstance(value, frozenset) else list(value)}
-        return {"value": value}
-
-    rest = {name: {field: packed(value) for field, value in record.items()} for name, record in records.items()}
+    fields = [value for record in records.values() for value in record.values()]
+    arrays = {f"array_{number}": array for number, array in enumerate(_arrays(fields))}
+    names = iter(arrays)
+    rest = {name: {field: _packed(value, names) for field, value in record.items()} for name, record in records.items()}
     arrays[_REST] = np.array(json.dumps({"format": _FORMAT, "records": rest}))
-    # Beside it, and then in one step to its place: a full disk leaves no half of a report.
+    # Written beside the file and moved to its place in one step: a full disk leaves no half of a report.
     beside = Path(path).parent / f".{Path(path).name}.{uuid.uuid4().hex}"
     try:
         with beside.open("xb") as file:
@@ -68,9 +70,12 @@ def write(path: str | os.PathLike[str], records: Mapping[str, Mapping[str, Any]]
 def read(path: str | os.PathLike[str]) -> dict[str, dict[str, Any]]:
     """Reads the records that `write` has written.
 
+    Args:
+        path: String or path of the file.
+
     Raises:
         OSError: If there is no such file.
-        ValueError: If it was not written by `write`, or by a later version of it.
+        ValueError: If it was not written by `write`, or by another version of it.
     """
     with Path(path).open("rb") as file:
         try:
@@ -85,10 +90,31 @@ def read(path: str | os.PathLike[str]) -> dict[str, dict[str, Any]]:
         # ZIP, zlib, NumPy's headers and json fail in many ways each; ValueError is NumPy's for a pickle.
         except Exception as error:  # noqa: BLE001
             reason = f"{type(error).__name__}: {error}"
-    raise ValueError(
-        "Invalid value for argument `path`. Expected a file that `Report.save` of this version has written. Received: "
-        f"path={os.fspath(path)!r} ({reason})"
+    raise invalid_argument(
+        "path",
+        "a file that `Report.save` of this version has written",
+        f"path={os.fspath(path)!r} ({reason})",
     )
+
+
+def _arrays(values: list[Any]) -> Iterator[npt.NDArray[Any]]:
+    """Yields the arrays among values and in their mappings, in order."""
+    for value in values:
+        if isinstance(value, np.ndarray):
+            yield value
+        elif isinstance(value, Mapping):
+            yield from _arrays(list(value.values()))
+
+
+def _packed(value: Any, names: Iterator[str]) -> dict[str, Any]:
+    """Returns a value as JSON of its type and content; an array takes the next one of the names."""
+    if isinstance(value, np.ndarray):
+        return {"array": next(names)}
+    if isinstance(value, Mapping):
+        return {"dict": {key: _packed(part, names) for key, part in value.items()}}
+    if isinstance(value, (tuple, frozenset)):
+        return {type(value).__name__: sorted(value) if isinstance(value, frozenset) else list(value)}
+    return {"value": value}
 
 
 def _unpacked(packed: Any, arrays: Any) -> Any:

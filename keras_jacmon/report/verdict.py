@@ -1,4 +1,4 @@
-"""Does a gradient survive the sequence, and what could be done? Plain NumPy."""
+"""Verdict on a gradient's way through a layer, and suggestions with the numbers they rest on."""
 
 import math
 import warnings
@@ -9,12 +9,14 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-FloatArray = npt.NDArray[np.floating]
+from keras_jacmon.report.reductions import FloatArray
 
-# A gradient that has fallen to this has vanished, and one that has grown to that has exploded.
+State = Literal["vanishing", "stable", "exploding"]
+
+# The gains at which a gradient has vanished, and at which it has exploded.
 FALL, RISE = 0.01, 100.0
 
-# So much of a cell state shall be left at the end of the sequence, where the forget bias is spoken of.
+# The suggested forget bias leaves this part of a cell state at the end of the sequence.
 _RETAINED = 0.5
 
 # A recurrent kernel is not suggested to be multiplied, or divided, by more.
@@ -23,19 +25,33 @@ _MOST_GAIN = 4.0
 
 @dataclass(frozen=True)
 class Verdict:
-    """What becomes of a gradient on its way through a layer, from the end of a sequence to its beginning.
+    """The fate of a gradient on its way through a layer, from the end of a sequence to its beginning.
+
+    `print(verdict)` shows it in words.
 
     Attributes:
-        state: `"vanishing"`, `"stable"` or `"exploding"`: which threshold the flow meets first, if any.
-        growth: In nats per step, the slope of the flow's mean logarithm; -inf if nothing arrives at the beginning.
-        horizon: After so many steps the geometric mean over the samples meets the threshold; inf if it does not.
-        gain: What is left of a gradient over each sample's whole length, geometric mean over the samples.
-        worst_step: The position in the input at which most is lost, or, of an exploding flow, most is gained.
-        worst_gain: The gain at that step, geometric mean over the samples.
-        suggestions: What could be done, in sentences; each from numbers that were measured.
+        state: `"vanishing"`, `"stable"` or `"exploding"`: the threshold that the flow meets first, if any.
+        growth: Float, nats per step: the slope of the flow's mean logarithm; -inf if nothing arrives at the beginning.
+        horizon: Float, steps after which the geometric mean over the samples meets the threshold; inf if it does not.
+        gain: Float, dimensionless: the rest of a gradient over each sample's whole length, geometric mean over the
+            samples.
+        worst_step: Integer, the position in the input at which most is lost, or, of an exploding flow, most is gained.
+        worst_gain: Float, dimensionless: the gain at that step, geometric mean over the samples.
+        suggestions: Tuple of sentences about possible changes, each with the measured numbers that it rests on.
+
+    Example:
+
+    ```python
+    import keras, numpy as np, keras_jacmon
+
+    model = keras.Sequential([keras.Input((50, 3)), keras.layers.SimpleRNN(8, name="rnn")])
+    verdict = keras_jacmon.measure(model, np.ones((4, 50, 3), "float32")).verdict["rnn"]
+    print(verdict)
+    print(verdict.state, verdict.growth, verdict.horizon)
+    ```
     """
 
-    state: Literal["vanishing", "stable", "exploding"]
+    state: State
     growth: float
     horizon: float
     gain: float
@@ -52,25 +68,28 @@ class Verdict:
 def judge(
     log_gain: FloatArray,
     mask: npt.NDArray[np.bool_],
-    facts: Mapping[str, float],
+    suggestion_inputs: Mapping[str, float],
     *,
     go_backwards: bool = False,
     fall: float = FALL,
     rise: float = RISE,
 ) -> Verdict | None:
-    """The verdict on a flow.
+    """Judges a flow.
 
     Args:
-        log_gain: Natural logarithms of the gains by span, `(spans, samples)`, NaN beyond a sample's length.
-        mask: `(time, samples)`, False at steps that are skipped.
-        facts: What suggestions are computed from: `variance`, `kernel_gain`, `forget`, `step_gain`; those that are
-            known.
-        go_backwards: Whether the layer runs from the last position of the input to the first.
-        fall: A gain of this or less has vanished.
-        rise: A gain of this or more has exploded.
+        log_gain: Float array `(spans, samples)`, the natural logarithms of the gains over the last 1, 2, ... steps; NaN
+            beyond a sample's length.
+        mask: Boolean array `(time, samples)`, False at steps that are skipped.
+        suggestion_inputs: Mapping with those of these numbers that are known, all dimensionless: `variance`, the mean
+            hidden variance; `kernel_gain`, the factor of the recurrent kernel that would bring it to 1; `forget`, the
+            geometric mean of the forget gates; `step_gain`, the geometric mean of the root mean square singular values.
+        go_backwards: Boolean, True if the layer runs from the last position of the input to the first. Defaults to
+            False.
+        fall: Float in (0, 1): a gain of this or less has vanished. Defaults to 0.01.
+        rise: Float above 1: a gain of this or more has exploded. Defaults to 100.
 
     Returns:
-        The verdict; None if there is no sample with a step, or NaN instead of a flow.
+        `Verdict`; None if there is no sample with a step, or NaN instead of a flow.
 
     Raises:
         ValueError: If not 0 < fall < 1 < rise.
@@ -81,35 +100,37 @@ def judge(
             f"fall={fall}, rise={rise}"
         )
     lengths = (~np.isnan(log_gain)).sum(axis=0)
-    known = lengths > 0
-    if not known.any() or not np.array_equal(np.flatnonzero(known), np.flatnonzero(mask.any(axis=0))):
-        return None
-    ends = _mean(log_gain[lengths[known] - 1, np.flatnonzero(known)], axis=0)
+    known = np.flatnonzero(lengths)
     curve = _mean(log_gain, axis=1)
-    if np.isnan(curve[: lengths.max()]).any():
+    incomplete = not np.array_equal(known, np.flatnonzero(mask.any(axis=0)))
+    if not known.size or incomplete or np.isnan(curve[: lengths.max()]).any():
         return None
-    vanished, exploded = (_first(met) for met in (curve <= math.log(fall), curve >= math.log(rise)))
-    state: Literal["vanishing", "stable", "exploding"] = "stable"
-    if min(vanished, exploded) < math.inf:
-        state = "vanishing" if vanished < exploded else "exploding"
+    state, horizon = _fate(curve, fall, rise)
+    growth = _slope(curve)
     local = _by_position(log_gain, mask, go_backwards=go_backwards)
     worst = int(np.nanargmax(local) if state == "exploding" else np.nanargmin(local))
     with np.errstate(over="ignore"):
-        gain, worst_gain = np.exp([ends, local[worst]])
+        gain, worst_gain = np.exp([_mean(log_gain[lengths[known] - 1, known], axis=0), local[worst]])
     steps = float(lengths[known].mean())
-    return Verdict(
-        state,
-        _slope(curve),
-        min(vanished, exploded),
-        float(gain),
-        worst,
-        float(worst_gain),
-        () if state == "stable" else _suggestions(state, facts, steps, _slope(curve)),
-    )
+    suggestions = () if state == "stable" else _suggestions(state, suggestion_inputs, steps, growth)
+    return Verdict(state, growth, horizon, float(gain), worst, float(worst_gain), suggestions)
+
+
+def _fate(curve: FloatArray, fall: float, rise: float) -> tuple[State, float]:
+    """Returns the threshold that a curve of log gains over the spans 1, 2, ... meets first, and the span."""
+    vanished, exploded = (_first(met) for met in (curve <= math.log(fall), curve >= math.log(rise)))
+    if math.isinf(vanished) and math.isinf(exploded):
+        return "stable", math.inf
+    return ("vanishing", vanished) if vanished < exploded else ("exploding", exploded)
+
+
+def _first(met: npt.NDArray[np.bool_]) -> float:
+    """Returns the first span at which a condition is met; inf if there is none."""
+    return float(np.argmax(met) + 1) if met.any() else math.inf
 
 
 def _slope(curve: FloatArray) -> float:
-    """Of a curve over the spans 1, 2, ..., through 0 at span 0, by least squares; -inf if it ends there."""
+    """Returns the least-squares slope of a curve over the spans 1, 2, ..., with 0 at span 0; -inf if it ends there."""
     if np.isneginf(curve).any():
         return -math.inf
     values = np.concatenate([[0.0], curve[np.isfinite(curve)]])
@@ -118,20 +139,15 @@ def _slope(curve: FloatArray) -> float:
     return float(centred @ values / (centred @ centred)) if values.size > 1 else math.nan
 
 
-def _first(met: npt.NDArray[np.bool_]) -> float:
-    """The first span at which a condition is met; inf if there is none."""
-    return float(np.argmax(met) + 1) if met.any() else math.inf
-
-
 def _mean(values: FloatArray, axis: int) -> FloatArray:
-    """The mean without NaN; NaN where there is nothing else."""
+    """Returns the mean of the values that are not NaN; NaN where there is none."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # NumPy's on means of nothing, and of inf and -inf
         return np.asarray(np.nanmean(values, axis=axis))
 
 
 def _by_position(log_gain: FloatArray, mask: npt.NDArray[np.bool_], *, go_backwards: bool) -> FloatArray:
-    """What each step adds to the logarithm of the gain, by its position in the input, mean over the samples."""
+    """Returns each step's share of the logarithm of the gain, by its position in the input, mean over the samples."""
     with np.errstate(invalid="ignore"):
         # From -inf on nothing is lost any more.
         added = np.diff(log_gain, axis=0, prepend=0.0)
@@ -143,30 +159,43 @@ def _by_position(log_gain: FloatArray, mask: npt.NDArray[np.bool_], *, go_backwa
     return _mean(local, axis=1)
 
 
-def _suggestions(state: str, facts: Mapping[str, float], steps: float, growth: float) -> tuple[str, ...]:
-    found = []
-    gain = facts.get("kernel_gain", math.nan)
+def _suggestions(state: State, inputs: Mapping[str, float], steps: float, growth: float) -> tuple[str, ...]:
+    """Returns the sentences for a flow of a mean length in steps and a growth in nats per step."""
+    found = [_kernel_suggestion(state, inputs), _forget_suggestion(state, inputs, steps), _held_gain(inputs, growth)]
+    return tuple(sentence for sentence in found if sentence)
+
+
+def _kernel_suggestion(state: State, inputs: Mapping[str, float]) -> str:
+    gain = inputs.get("kernel_gain", math.nan)
     # A gain that makes a vanishing flow vanish faster, as a hidden variance above 1 would ask for, is no help; and with
     # one far from 1 the states would not be those of this probe any more.
-    if 1 / _MOST_GAIN <= gain <= _MOST_GAIN and (gain > 1) == (state == "vanishing"):
-        found.append(
-            f"multiply the recurrent kernel by {gain:.3g}: with states and slopes of activations as they are on this "
-            f"probe, that brings the variance of the hidden view from {facts['variance']:.3g} to 1"
-        )
-    forget = facts.get("forget", math.nan)
+    if not 1 / _MOST_GAIN <= gain <= _MOST_GAIN or (gain > 1) != (state == "vanishing"):
+        return ""
+    return (
+        f"multiply the recurrent kernel by {gain:.3g}: with states and slopes of activations as they are on this "
+        f"probe, that brings the variance of the hidden view from {inputs['variance']:.3g} to 1"
+    )
+
+
+def _forget_suggestion(state: State, inputs: Mapping[str, float], steps: float) -> str:
+    forget = inputs.get("forget", math.nan)
     target = _RETAINED ** (1 / steps)
-    if state == "vanishing" and 0 < forget < target:
-        shift = math.log(target / (1 - target)) - math.log(forget / (1 - forget))
-        found.append(
-            f"raise the forget bias by {shift:.3g}: the forget gates let {forget:.3g} of the cell state through in a "
-            f"step (geometric mean), so {forget**steps:.2g} in {steps:.0f}; {target:.3g} would leave {_RETAINED:.2g}"
-        )
-    step_gain = facts.get("step_gain", math.nan)
-    needed = step_gain * math.exp(-growth) if abs(growth) < math.log(_MOST_GAIN) else math.nan
-    if needed > 0:
-        found.append(
-            f'train with `JacobianRegularizer({needed:.3g}, measure="rms_singular_value", view="joint")`: that is '
-            f"{step_gain:.3g} now (geometric mean) while the flow has a gain of {math.exp(growth):.3g} in a step, and "
-            f"{math.exp(-growth):.3g} times as much would make that 1"
-        )
-    return tuple(found)
+    if state != "vanishing" or not 0 < forget < target:
+        return ""
+    shift = math.log(target / (1 - target)) - math.log(forget / (1 - forget))
+    return (
+        f"raise the forget bias by {shift:.3g}: the forget gates let {forget:.3g} of the cell state through in a "
+        f"step (geometric mean), so {forget**steps:.2g} in {steps:.0f}; {target:.3g} would leave {_RETAINED:.2g}"
+    )
+
+
+def _held_gain(inputs: Mapping[str, float], growth: float) -> str:
+    gain = inputs.get("step_gain", math.nan)
+    # Beyond the limit the states would not be those of this probe any more.
+    if not abs(growth) < math.log(_MOST_GAIN) or not gain > 0:
+        return ""
+    return (
+        f'train with `JacobianRegularizer({gain * math.exp(-growth):.3g}, measure="rms_singular_value", view="joint")`:'
+        f" that is {gain:.3g} now (geometric mean) while the flow has a gain of {math.exp(growth):.3g} in a step, and "
+        f"{math.exp(-growth):.3g} times as much would make that 1"
+    )

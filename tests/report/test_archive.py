@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from helpers import normal
 
-from keras_jacmon import LayerReport, Report, archive, measure
+from keras_jacmon import LayerReport, Report, measure
+from keras_jacmon.report import archive
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -38,6 +39,8 @@ def odd_report() -> Report:
         {"variance": float("inf"), "kernel_gain": 0.1},
         go_backwards=True,
         notes=("a note", 'with "quotes" and ünïcode'),
+        reductions={"joint/growth": "mean"},
+        may_be_infinite=frozenset({"variance"}),
     )
     return Report({"both/forward_lstm:1": layer, "名前": LayerReport("C", 1, {}, np.zeros((0, 0), bool))})
 
@@ -131,7 +134,9 @@ def test_what_is_no_report_is_refused(tmp_path: Path) -> None:
         {"spectra_at": np.array([[0.5, 1.0]])},
         {"uncertainties": {}},
         {"notes": (3,)},
-        {"facts": {"variance": "much"}},
+        {"suggestion_inputs": {"variance": "much"}},
+        {"reductions": {"joint/growth": "sum"}},
+        {"reductions": {"growth": "mean"}},
     ],
     ids="-".join,
 )

@@ -118,7 +118,7 @@ def test_the_forget_bias_that_is_suggested_keeps_half_of_the_cell_state() -> Non
     bias = layer.cell.bias.numpy()
     bias[32:64] += shift
     layer.cell.bias.assign(bias)
-    kept = report()["lstm"].facts["forget"] ** 40
+    kept = report()["lstm"].suggestion_inputs["forget"] ** 40
     assert 0.3 < kept < 0.7
     assert not any("forget bias" in s for s in report().verdict["lstm"].suggestions)
 
@@ -131,7 +131,7 @@ def test_the_gain_that_is_suggested_brings_the_variance_to_one(make: Any, scale:
     model = keras.Sequential([keras.Input((30, 3)), layer])
     layer.cell.recurrent_kernel.assign(scale * layer.cell.recurrent_kernel)
     report = measure(model, probe)
-    gain = report["rnn"].facts["kernel_gain"]
+    gain = report["rnn"].suggestion_inputs["kernel_gain"]
     if make is L.SimpleRNN:
         sentence = report.verdict["rnn"].suggestions[0]
         assert f"multiply the recurrent kernel by {gain:.3g}" in sentence

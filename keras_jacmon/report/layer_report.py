@@ -1,0 +1,217 @@
+"""Report of one recurrent call: the measured arrays and the numbers that sum them up."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from keras_jacmon.report.reductions import REDUCTIONS, FloatArray, mean
+from keras_jacmon.report.verdict import FALL, RISE, Verdict, judge
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """The measures of one call of a recurrent layer.
+
+    Arrays by key: `"variance"` is a measure of the hidden view, `"joint/variance"` one of the joint view. Time is the
+    position in the input, also for `go_backwards`. `batch` counts the samples of the probe.
+
+    Attributes:
+        cell: String, the class of the cell.
+        units: Integer, the size of the hidden state.
+        values: Dict of float arrays `(time, batch)`: the measures of single steps, NaN at masked steps. Units are those
+            of the measure, mostly dimensionless.
+        mask: Boolean array `(time, batch)`, False at the steps that the layer skips.
+        uncertainties: Dict of float arrays of the shape of the values, for the keys that have one: the standard error
+            of an estimate, or the residual of a value found iteratively. Defaults to none.
+        estimated: Frozenset of the keys whose values are unbiased estimates from random vectors. Defaults to none.
+        sampled: Dict of boolean arrays `(time, batch)` for the keys that were measured at some of the unmasked steps
+            only (`max_rows`): True where they were. Defaults to none.
+        certificate: Float, dimensionless. If the Jacobians rest on a structure that was found in the cell: the largest
+            relative difference between products with them and autodiff at the points that were compared this time,
+            except for one in twenty. None without such a structure. Defaults to None.
+        sequences: Dict of float arrays, the measures of whole sequences: `"flow"` `(span, batch)`, in nats, the natural
+            logarithm of the gain over the last 1, 2, ... steps; `"lyapunov"` `(exponent, batch)`, in nats per step;
+            `"growth"` (nats per step), `"horizon"` (steps) and `"kaplan_yorke"` (dimensionless), `(batch,)`. Their
+            standard errors are among the `uncertainties`. Defaults to none.
+        spectra: Dict of arrays `(point, value)`, dimensionless, `"eigenvalues"` (complex) and `"singular_values"`, the
+            largest first. Defaults to none.
+        spectra_at: Integer array `(point, 2)`, the step and the sample of each spectrum. Defaults to none.
+        joint: String, the prefix of the keys of the joint view: `"joint/"`, or `""` for a cell with one state. Defaults
+            to `""`.
+        suggestion_inputs: Dict of floats that the verdict's suggestions are computed from; see `verdict.judge`.
+            Defaults to none.
+        go_backwards: Boolean, True if the layer reads its input from the end. Defaults to False.
+        notes: Tuple of sentences that a reader of the numbers must know, such as a state without influence. Defaults to
+            none.
+        methods: Dict of strings, the method behind the values of a key: `"exact"`, `"Arnoldi, to 0.01"`,
+            `"3 random vectors"`. Defaults to none, read as `"exact"`.
+        reductions: Dict of strings, by key of `sequences` the reduction to one number over the samples: `"mean"`,
+            `"median"` or `"first"` (the mean of the first value of each sample). A key without one has no number.
+            Defaults to none.
+        may_be_infinite: Frozenset of the keys of `values` in which inf is a regular value. Defaults to none.
+
+    Example:
+
+    ```python
+    import keras, numpy as np, keras_jacmon
+
+    model = keras.Sequential([keras.Input((20, 3)), keras.layers.LSTM(8, name="lstm")])
+    layer = keras_jacmon.measure(model, np.ones((4, 20, 3), "float32"))["lstm"]
+    print(layer["variance"].shape)          # (20, 4): steps and samples
+    print(layer.mean("variance"), layer.scalars()["joint/growth"])
+    ```
+    """
+
+    cell: str
+    units: int
+    values: dict[str, FloatArray]
+    mask: npt.NDArray[np.bool_]
+    uncertainties: dict[str, FloatArray] = field(default_factory=dict)
+    estimated: frozenset[str] = frozenset()
+    sampled: dict[str, npt.NDArray[np.bool_]] = field(default_factory=dict)
+    certificate: float | None = None
+    sequences: dict[str, FloatArray] = field(default_factory=dict)
+    spectra: dict[str, npt.NDArray[np.inexact]] = field(default_factory=dict)
+    spectra_at: npt.NDArray[np.int64] = field(default_factory=lambda: np.empty((0, 2), np.int64))
+    joint: str = ""
+    suggestion_inputs: dict[str, float] = field(default_factory=dict)
+    go_backwards: bool = False
+    notes: tuple[str, ...] = ()
+    methods: dict[str, str] = field(default_factory=dict)
+    reductions: dict[str, str] = field(default_factory=dict)
+    may_be_infinite: frozenset[str] = frozenset()
+
+    def __getitem__(self, key: str) -> npt.NDArray[Any]:
+        everything = {**self.values, **self.sequences, **self.spectra}
+        if key not in everything:
+            raise KeyError(f"No measure '{key}' in this report. Measured: {list(everything)}")
+        return everything[key]
+
+    def measured(self, key: str) -> npt.NDArray[np.bool_]:
+        """Returns where the key was measured: at the unmasked steps, or at some of them.
+
+        Args:
+            key: String, a key of `values`.
+
+        Returns:
+            Boolean array `(time, batch)`.
+        """
+        return self.sampled.get(key, self.mask)
+
+    def valid(self, key: str) -> FloatArray:
+        """Returns the measured values, flat; a NaN among them comes from the network.
+
+        Args:
+            key: String, a key of `values`.
+
+        Returns:
+            Float array `(points,)`, in the unit of the measure.
+        """
+        return self[key][self.measured(key)]
+
+    def mean(self, key: str) -> float:
+        """Returns the mean of the measured values; NaN if a value is NaN, or if there is none.
+
+        Args:
+            key: String, a key of `values`.
+
+        Returns:
+            Float, in the unit of the measure.
+        """
+        return mean(self.valid(key))
+
+    def standard_error(self, key: str) -> float:
+        """Returns the standard error of `mean(key)` if it is an estimate, and 0 if it is exact.
+
+        Args:
+            key: String, a key of `values`.
+
+        Returns:
+            Float, in the unit of the measure.
+        """
+        if key not in self.estimated:
+            return 0.0
+        errors = self.uncertainties[key][self.measured(key)]
+        # The points are estimated with independent random vectors.
+        return float(np.sqrt(np.sum(errors.astype(np.float64) ** 2)) / max(errors.size, 1))
+
+    def over_time(self, key: str) -> FloatArray:
+        """Returns the mean over the measured samples of each step; NaN where there is none.
+
+        Args:
+            key: String, a key of `values`.
+
+        Returns:
+            Float array `(time,)`, in the unit of the measure.
+        """
+        steps = zip(self[key], self.measured(key), strict=True)
+        return np.array([mean(values[valid]) for values, valid in steps], dtype=np.float64)
+
+    def extremes(self, key: str) -> tuple[float, float]:
+        """Returns the least and the greatest of `over_time(key)`, over the steps that have a measured sample.
+
+        Args:
+            key: String, a key of `values`.
+
+        Returns:
+            Two floats, in the unit of the measure; NaN if no step was measured.
+        """
+        steps = self.over_time(key)[self.measured(key).any(axis=1)]
+        return (float(np.min(steps)), float(np.max(steps))) if steps.size else (np.nan, np.nan)
+
+    def scalars(self) -> dict[str, float]:
+        """Returns one number for each key that has one.
+
+        Returns:
+            Dict of floats: the means of the `values`, and the `sequences` after their `reductions`: means over the
+            samples, of the horizon the median, of the Lyapunov exponents the mean of the largest, as `lyapunov_1`.
+        """
+        found = {key: self.mean(key) for key in self.values}
+        for key, name in self.reductions.items():
+            reduction = REDUCTIONS[name]
+            found[key + reduction.suffix] = reduction.reduce(reduction.samples(self.sequences[key]))
+        return found
+
+    def judge(self, fall: float = FALL, rise: float = RISE) -> Verdict | None:
+        """Judges whether a gradient vanishes or explodes on its way through the probe, and what could be done.
+
+        Rests on the joint flow over each sample's real length.
+
+        Args:
+            fall: Float in (0, 1), the gain at which a gradient has vanished. Defaults to 0.01.
+            rise: Float above 1, the gain at which a gradient has exploded. Defaults to 100.
+
+        Returns:
+            `Verdict`; None if no joint flow was measured, or if it is NaN.
+
+        Raises:
+            ValueError: If not 0 < fall < 1 < rise.
+        """
+        key = f"{self.joint}flow"
+        if key not in self.sequences:
+            return None
+        return judge(
+            self.sequences[key].astype(np.float64),
+            self.mask,
+            self.suggestion_inputs,
+            go_backwards=self.go_backwards,
+            fall=fall,
+            rise=rise,
+        )
+
+    def nonfinite(self) -> dict[str, int]:
+        """Counts NaN and inf among the values of single steps.
+
+        Of the keys that `may_be_infinite` only NaN counts.
+
+        Returns:
+            Dict of positive integers, for the keys that have any.
+        """
+        counts = {key: int(self._is_broken(key).sum()) for key in self.values}
+        return {key: count for key, count in counts.items() if count}
+
+    def _is_broken(self, key: str) -> npt.NDArray[np.bool_]:
+        values = self.valid(key)
+        return np.isnan(values) if key in self.may_be_infinite else ~np.isfinite(values)

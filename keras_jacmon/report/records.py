@@ -1,0 +1,82 @@
+"""Records of layer reports: dicts that an archive holds, checked when they are read."""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from keras_jacmon.report.layer_report import LayerReport
+from keras_jacmon.report.reductions import REDUCTIONS
+
+# A report with a value of the right type in each field.
+_TYPES = LayerReport("", 0, {}, np.ones((0, 0), bool), certificate=0.0)
+
+# A point is a step and a sample.
+_POINT = 2
+
+
+def to_record(layer: LayerReport) -> dict[str, Any]:
+    """Returns the fields of a report by name."""
+    return {field.name: getattr(layer, field.name) for field in dataclasses.fields(LayerReport)}
+
+
+def from_record(record: Mapping[str, Any]) -> LayerReport:
+    """Returns the report that a record was made of.
+
+    Raises:
+        TypeError: If fields are missing, unknown, of another type, or do not fit together.
+    """
+    layer = LayerReport(**record)
+    _check_types(layer)
+    _check_arrays(layer)
+    _check_words(layer)
+    if not layer.uncertainties.keys() >= layer.estimated & layer.values.keys():
+        raise TypeError("estimated are values without an uncertainty")
+    if not all(isinstance(value, (int, float)) for value in layer.suggestion_inputs.values()):
+        raise TypeError("suggestion_inputs are not all numbers")
+    return layer
+
+
+def _check_types(layer: LayerReport) -> None:
+    for name, value in to_record(layer).items():
+        expected = type(getattr(_TYPES, name))
+        if not isinstance(value, expected) and not (name == "certificate" and value is None):
+            raise TypeError(f"{name} is of type {type(value).__name__} and not {expected.__name__}")
+
+
+def _check_arrays(layer: LayerReport) -> None:
+    shape = layer.mask.shape
+    _check("mask", [layer.mask], "b", lambda array: array.ndim == _POINT)
+    _check("values", layer.values.values(), "f", lambda array: array.shape == shape)
+    _check("sampled", layer.sampled.values(), "b", lambda array: array.shape == shape)
+    _check("uncertainties", layer.uncertainties.values(), "f", lambda array: array.shape[-1:] == shape[-1:])
+    _check("sequences", layer.sequences.values(), "f", lambda array: array.shape[-1:] == shape[-1:])
+    _check("spectra", layer.spectra.values(), "fc", lambda array: array.shape[:-1] == layer.spectra_at.shape[:1])
+    _check("spectra_at", [layer.spectra_at], "iu", lambda array: array.shape[1:] == (_POINT,))
+
+
+def _check(name: str, arrays: Iterable[Any], kinds: str, fits: Callable[[npt.NDArray[Any]], bool]) -> None:
+    """Checks the types and shapes of arrays.
+
+    Raises:
+        TypeError: If one of them is no array, or one of another type or shape.
+    """
+    for array in arrays:
+        if not isinstance(array, np.ndarray) or array.dtype.kind not in kinds or not fits(array):
+            found = f"dtype {array.dtype} and shape {array.shape}" if isinstance(array, np.ndarray) else repr(array)
+            raise TypeError(f"{name} do not fit: {found}")
+
+
+def _check_words(layer: LayerReport) -> None:
+    for name, words in (
+        ("estimated", layer.estimated),
+        ("notes", layer.notes),
+        ("methods", layer.methods.values()),
+        ("may_be_infinite", layer.may_be_infinite),
+    ):
+        if not all(isinstance(word, str) for word in words):
+            raise TypeError(f"{name} are not all text")
+    if not layer.reductions.keys() <= layer.sequences.keys() or not set(layer.reductions.values()) <= set(REDUCTIONS):
+        raise TypeError(f"reductions do not fit: {layer.reductions}")
