@@ -13,8 +13,8 @@ import numpy as np
 import tensorflow as tf
 
 from keras_jacmon.jacobians.cell_jacobian import Assumptions, Choice
-from keras_jacmon.jacobians.checks import TESTS, diagnose
-from keras_jacmon.measurement.assembly import CallMetadata
+from keras_jacmon.jacobians.checks import diagnose
+from keras_jacmon.measurement.assembly import CHECKS, CallMetadata
 from keras_jacmon.measurement.call import measure_call, merged
 from keras_jacmon.measurement.per_step import Results
 from keras_jacmon.measures.registry import MEASURES, Selection, filtered, select_measures
@@ -245,12 +245,11 @@ class JacobianMeter:
         """What may be relied on, by key, after what tests have found; if that is less than before, says so."""
         trust = dict(self._trust)
         for name, found in results.items():
-            worst = {test: float(found[test]) for test in TESTS if test in found}
             cell = self._traced[True].calls[name].cell
-            verdict = diagnose(worst, trust.get(name, Assumptions()))
+            verdict = diagnose(found[CHECKS].floats(), trust.get(name, Assumptions()))
             if verdict is None:
                 continue
-            if verdict.trust is None:
+            if verdict.assumptions is None:
                 raise ValueError(
                     f"The Jacobians of layer `{name}` ({cell}) cannot be taken; name the other layers in `layers` to "
                     f"leave it out. {verdict.reason}"
@@ -259,7 +258,7 @@ class JacobianMeter:
                 f"Layer `{name}`: {verdict.reason}. {verdict.consequence} from now on, this time included.",
                 stacklevel=3,
             )
-            trust[name] = verdict.trust
+            trust[name] = verdict.assumptions
         return trust
 
     def _trace(self, trust: dict[str, Assumptions]) -> None:

@@ -64,7 +64,7 @@ def register_jacobian(cell_type: type, form: Form | None) -> None:
 
 @dataclass(frozen=True)
 class Assumptions:
-    """What may be relied on, until a test has diagnose it.
+    """What may be relied on, until a check fails.
 
     Attributes:
         structure: That a structure that was found, or a registered form, is right.
@@ -169,6 +169,14 @@ class CellJacobian:
             else:
                 operators[name] = self._hidden_of(parts[wide], rows)
         return operators
+
+    def has_structure(self, views: Sequence[str]) -> bool:
+        """Whether something that is measured of some views does not rest on autodiff."""
+        points = PointBatch(self._inputs, tuple(self._states))
+        return any(
+            self._registered(name, points) is not None or any(structured for _, structured in self._parts(name))
+            for name in views
+        )
 
     def certified(self, views: Sequence[str], rows: PointBatch) -> Iterator[tuple[View, tf.linalg.LinearOperator]]:
         """What is measured of some views and does not rest on autodiff."""

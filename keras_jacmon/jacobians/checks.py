@@ -1,7 +1,9 @@
-"""Does what the Jacobians of some rows rest on hold there?"""
+"""Checks of the assumptions that the Jacobians rest on, at points of the trajectory."""
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import tensorflow as tf
@@ -11,163 +13,236 @@ from keras_jacmon.jacobians.points import PointBatch
 from keras_jacmon.jacobians.views import View, floating_states, side_by_side, size
 from keras_jacmon.tensors import joined, known_sizes
 
-# What is tested: how far a structure is from autodiff, the values of rows that are put together from those among other
-# rows, and products with J from those with Jᵀ; and how large the derivatives of rows by other rows are.
-STRUCTURE_RESIDUAL, DEPENDENCE, PRODUCTS, INFLUENCE = TESTS = ("certificate", "dependence", "products", "influence")
+
+class CheckResults(NamedTuple):
+    """The results of the checks: scalars, each a relative difference that is 0 where its check does not apply.
+
+    Attributes:
+        structure_residual: Distance of a structured Jacobian, or of a registered form, from autodiff.
+        products: Distance of the products with J from those with Jᵀ.
+        dependence: Distance of the new states of some points from those that the cell gave them among others.
+        influence: Size of the derivatives of a point by other points of its step.
+    """
+
+    structure_residual: tf.Tensor | float
+    products: tf.Tensor | float
+    dependence: tf.Tensor | float
+    influence: tf.Tensor | float
+
+    @classmethod
+    def zero(cls, dtype: tf.DType) -> "CheckResults":
+        """The results of no check at all."""
+        nothing = tf.zeros([], dtype)
+        return cls(nothing, nothing, nothing, nothing)
+
+    def worst(self, other: "CheckResults") -> "CheckResults":
+        """The larger of both results of each check, or NaN if one of them is NaN."""
+        return CheckResults(
+            *(tf.where(tf.math.is_nan(b) | (b > a), b, a) for a, b in zip(self, other, strict=True)),
+        )
+
+    def floats(self) -> "CheckResults":
+        """The results as numbers of Python."""
+        return CheckResults(*map(float, self))
+
+
+def worst_of(results: Sequence[CheckResults]) -> CheckResults:
+    """The largest result of each check, or NaN if one of them is NaN."""
+    return functools.reduce(CheckResults.worst, results)
+
 
 # Relative. Rounding in float32 leaves about 1e-6, and of the influence nothing.
-TOLERANCE = {STRUCTURE_RESIDUAL: 1e-3, DEPENDENCE: 1e-3, PRODUCTS: 1e-3, INFLUENCE: 1e-6}
+TOLERANCES = CheckResults(structure_residual=1e-3, products=1e-3, dependence=1e-3, influence=1e-6)
 
-# A gain of a step is known up to so many roundings of one: `1 - tanh²` of a unit that saturates is little else.
+# The gain of a step is known up to this many roundings of 1: `1 - tanh²` of a unit that saturates is little else.
 _ROUNDINGS = 16
+
+# Far below the least state or gradient that training could use.
+_NEGLIGIBLE = 1e-30
+
+# A single point may differ by itself, so a block must be checked at several of them.
+_LEAST_TURNS = 4
+
+# One point in this number of points may differ.
+_POINTS_PER_OUTLIER = 200
 
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What follows from a test that failed.
+    """The consequence of a check that failed.
 
     Attributes:
-        trust: What may still be relied on; None if there is no Jacobian.
-        reason: What is not as it was taken to be.
-        consequence: How the Jacobian is taken instead.
+        assumptions: The assumptions that remain; None if there is no Jacobian.
+        reason: The assumption that does not hold, in words.
+        consequence: The way in which the Jacobian is taken instead, in words.
     """
 
-    trust: Assumptions | None
+    assumptions: Assumptions | None
     reason: str
     consequence: str = ""
 
 
-def diagnose(worst: Mapping[str, float], trust: Assumptions) -> Diagnosis | None:
-    """What follows from the results of tests, for what was relied on; None if nothing does."""
-    # Not the other way round: NaN refutes too.
-    failed = [name for name in TESTS if name in worst and not worst[name] <= TOLERANCE[name]]
+def diagnose(results: CheckResults, assumptions: Assumptions) -> Diagnosis | None:
+    """Finds the assumption that fails.
 
-    def differ(name: str) -> str:
-        return f"(relative difference {worst[name]:.2g}, allowed is {TOLERANCE[name]:.0e})"
+    Args:
+        results: Numbers of Python.
+        assumptions: The assumptions that the Jacobians rested on.
 
-    if not trust.independent and INFLUENCE in failed:
+    Returns:
+        The diagnosis of the most important check that failed; None if no check failed.
+    """
+    # Not the other way round: NaN fails too.
+    failed = {
+        name: f"(relative difference {result:.2g}, allowed is {tolerance:.0e})"
+        for name, result, tolerance in zip(CheckResults._fields, results, TOLERANCES, strict=True)
+        if not result <= tolerance
+    }
+    if not assumptions.independent and "influence" in failed:
         return Diagnosis(
             None, "The new states of a sample depend on the old states of others, so it has no Jacobian of its own"
         )
-    for name in (DEPENDENCE, INFLUENCE):
-        if name in failed:
-            return Diagnosis(
-                replace(trust, independent=False),
-                f"what its cell makes of a sample depends on the other samples of the batch {differ(name)}",
-                "It is measured by autodiff, step by step,",
-            )
-    if STRUCTURE_RESIDUAL in failed:
+    difference = failed.get("dependence", failed.get("influence"))
+    if assumptions.independent and difference is not None:
         return Diagnosis(
-            replace(trust, structure=False),
-            f"the structure of its Jacobian differs from autodiff {differ(STRUCTURE_RESIDUAL)}",
+            replace(assumptions, independent=False),
+            f"what its cell makes of a sample depends on the other samples of the batch {difference}",
+            "It is measured by autodiff, step by step,",
+        )
+    if "structure_residual" in failed:
+        return Diagnosis(
+            replace(assumptions, structure=False),
+            f"the structure of its Jacobian differs from autodiff {failed['structure_residual']}",
             "It is measured by autodiff",
         )
-    if PRODUCTS in failed:
+    if "products" in failed:
         return Diagnosis(
-            replace(trust, products=False),
+            replace(assumptions, products=False),
             f"products with its Jacobian, by the tape applied twice, differ from those with its transpose "
-            f"{differ(PRODUCTS)}",
+            f"{failed['products']}",
             "The Jacobian is formed for them",
         )
     return None
 
 
-def examine_rows(
-    jacobian: CellJacobian, views: Sequence[str], rows: PointBatch, new_states: Sequence[tf.Tensor], seed: tf.Tensor
-) -> dict[str, tf.Tensor]:
-    """Tests at some rows, by stepping the cell itself there, and by its gradient.
+def check_points(
+    jacobian: CellJacobian, views: Sequence[str], points: PointBatch, new_states: Sequence[tf.Tensor], seed: tf.Tensor
+) -> CheckResults:
+    """Checks the assumptions behind the Jacobians at some points, by stepping the cell there and by its gradient.
 
-    Each result is the largest of the rows but for one in 200 (see `largest`), a scalar:
+    Each result is the largest of the points but for one in 200 (see `largest`):
 
-    - `CERTIFICATE`, if there is a structure that was found, or a registered form: how far it is from the derivative of
-      the cell, `‖J w - (J w by autodiff)‖ / ‖J w by autodiff‖`, for each new state and, in turns, each old one, so that
-      no block hides behind larger ones.
-    - `PRODUCTS`, if products with J are made by the tape applied twice: how far they are from those with Jᵀ, by
-      `w · J g = ‖g‖` with `g = Jᵀ w / ‖Jᵀ w‖`, block by block too.
-    - `DEPENDENCE`, if rows are independent by proof: how far the new states of these rows by themselves are from those
-      that the cell gave them among others, relative to their size. Otherwise see `examine_independence`.
+    - `structure_residual`, if there is a structure that was found, or a registered form:
+      `‖J w - (J w by autodiff)‖ / ‖J w by autodiff‖`, for each new state and, in turns, each old one, so that no block
+      hides behind larger ones.
+    - `products`, if products with J are made by the tape applied twice: `|w · J g - ‖g‖| / ‖g‖` with
+      `g = Jᵀ w / ‖Jᵀ w‖`, block by block too.
+    - `dependence`, if points are independent by proof. Otherwise see `check_independence`.
 
     Args:
-        jacobian: Of a cell.
-        views: Those that are measured.
-        rows: Some rows; a whole step if rows are not independent.
+        jacobian: The Jacobians of the cell.
+        views: The views that are measured.
+        points: The points; all points of a step if points are not independent.
         new_states: Their new states in the trajectory.
-        seed: For random vectors w.
+        seed: `(2,)`, of the random vectors w.
     """
-    floating = floating_states(rows.states)
+    of_structure, stepped = _structure_differences(jacobian, views, points, seed)
+    of_products = _product_differences(jacobian, views, points, seed)
+    of_new_states = []
+    floating = floating_states(points.states)
+    if jacobian.row_by_row:
+        if stepped is None:
+            stepped = _beside(jacobian.step(points.inputs, points.states), floating)
+        sizes = [size(points.states[p]) for p in floating]
+        of_new_states = [relative_differences(stepped, _beside(new_states, floating), sizes)]
+    none = tf.zeros([points.count], points.states[floating[0]].dtype)
+    by_check = [
+        tf.reduce_max(tf.concat(differences, axis=0), axis=0) if differences else none
+        for differences in (of_structure, of_products, of_new_states)
+    ]
+    structure_residual, products, dependence = tf.unstack(largest(tf.stack(by_check)))
+    return CheckResults(structure_residual, products, dependence, influence=tf.zeros([], none.dtype))
+
+
+def _structure_differences(
+    jacobian: CellJacobian, views: Sequence[str], points: PointBatch, seed: tf.Tensor
+) -> tuple[list[tf.Tensor], tf.Tensor | None]:
+    """Differences of the structured operators from autodiff, each `(blocks, points)`; the new states if they are known.
+
+    The new states are all floating-point ones, side by side.
+    """
+    floating = floating_states(points.states)
+    differences: list[tf.Tensor] = []
     stepped: tf.Tensor | None = None
-    found: dict[str, list[tf.Tensor]] = {}
-    for view, operator in jacobian.certified(views, rows):
-        # Of all new states where that is safe, so that the cell is stepped once for this and the test below.
+    for view, operator in jacobian.certified(views, points):
+        # By all new states where that is safe, so that the cell is stepped once for this check and for dependence.
         wide = jacobian.stepped_with(view)
-        reference = jacobian.reference(wide, rows)
+        reference = jacobian.reference(wide, points)
         # Jᵀ takes a product with the transposed kernel, which TensorFlow transposes each time.
         adjoint = reference.forward is None
         if reference.forward is None:
-            reference = jacobian.reference(view, rows)
+            reference = jacobian.reference(view, points)
         elif list(wide.news) == floating:
             stepped = reference.forward[0]
-        begin, end = _sizes(view, rows)[:: 1 if adjoint else -1]
-        w = in_turns(_normal(rows, sum(begin), seed, operator.dtype), begin)
+        begin, end = _sizes(view, points)[:: 1 if adjoint else -1]
+        w = in_turns(_normal(points, sum(begin), seed, operator.dtype), begin)
         ours, expected = (J.matvec(w, adjoint=adjoint) for J in (operator, reference))
         if not adjoint:
-            parts = dict(zip(wide.news, tf.split(expected, _sizes(wide, rows)[0], axis=-1), strict=True))
+            parts = dict(zip(wide.news, tf.split(expected, _sizes(wide, points)[0], axis=-1), strict=True))
             expected = joined([parts[p] for p in view.news])
-        differences = relative_differences(ours, expected, end, _rounding(w))
-        found.setdefault(STRUCTURE_RESIDUAL, []).append(differences)
-    for view, J in jacobian.by_tape_twice(views, rows):
-        news, olds = _sizes(view, rows)
-        w = in_turns(_normal(rows, sum(news), seed, J.dtype), news)
-        g = in_turns(J.matvec(w, adjoint=True), olds, every=len(news))
+        differences.append(relative_differences(ours, expected, end, _rounding(w)))
+    return differences, stepped
+
+
+def _product_differences(
+    jacobian: CellJacobian, views: Sequence[str], points: PointBatch, seed: tf.Tensor
+) -> list[tf.Tensor]:
+    """Differences of the products with J from those with Jᵀ, each `(1, points)`."""
+    differences = []
+    for view, J in jacobian.by_tape_twice(views, points):
+        outputs, sources = _sizes(view, points)
+        w = in_turns(_normal(points, sum(outputs), seed, J.dtype), outputs)
+        g = in_turns(J.matvec(w, adjoint=True), sources, every=len(outputs))
         norm = tf.norm(g, axis=-1, keepdims=True)
         image = tf.reduce_sum(w * J.matvec(tf.math.divide_no_nan(g, norm)), axis=-1, keepdims=True)
         # Nothing is known along a gradient that overflows.
         image = tf.where(tf.math.is_finite(norm), image, norm)
-        found.setdefault(PRODUCTS, []).append(relative_differences(image, norm, [1], _rounding(w)))
-    if jacobian.row_by_row:
-        if stepped is None:
-            stepped = _of(jacobian.step(rows.inputs, rows.states), floating)
-        sizes = [size(rows.states[p]) for p in floating]
-        found[DEPENDENCE] = [relative_differences(stepped, _of(new_states, floating), sizes)]
-    if not found:
-        return {}
-    worst = largest(tf.stack([tf.reduce_max(tf.concat(parts, axis=0), axis=0) for parts in found.values()]))
-    return dict(zip(found, tf.unstack(worst), strict=True))
+        differences.append(relative_differences(image, norm, [1], _rounding(w)))
+    return differences
 
 
-def examine_independence(
-    jacobian: CellJacobian, views: Sequence[str], rows: PointBatch, new_states: Sequence[tf.Tensor], seed: tf.Tensor
-) -> dict[str, tf.Tensor]:
-    """Tests whether each row of a step is a function of the same row of inputs and states, where that is not proven.
+def check_independence(
+    jacobian: CellJacobian, views: Sequence[str], points: PointBatch, new_states: Sequence[tf.Tensor], seed: tf.Tensor
+) -> CheckResults:
+    """Checks whether each point's new states are a function of the same point alone, where that is not proven.
 
-    Points of all steps and samples are put together for the derivatives, which is right only then. No row is forgiven:
-    a branch may be taken at a single step.
+    Points of all steps and samples are put together for the derivatives, which is right only then. No point is
+    forgiven: a branch may be taken at a single step.
 
     Args:
-        jacobian: Of a cell.
-        views: Those that are measured.
-        rows: Some rows, or those of a whole step.
+        jacobian: The Jacobians of the cell.
+        views: The views that are measured.
+        points: Some points, or all points of a step.
         new_states: Their new states in the trajectory.
-        seed: For random vectors.
+        seed: `(2,)`, of the random vectors.
 
     Returns:
-        Scalars: `DEPENDENCE`, how far the new states of these rows by themselves are from those among others; and
-        `INFLUENCE`, the largest norm of a product with Jᵀ where the vector is zero, relative to the largest one of the
-        rows where it is not.
+        `dependence`, and `influence`: the largest norm of a product with Jᵀ at the points where the vector is zero,
+        relative to the largest one at the points where it is not. The other results are 0.
     """
-    chosen = [View.of(name, rows.states) for name in views]
-    news = sorted({new for view in chosen for new in view.news})
+    chosen = [View.of(name, points.states) for name in views]
+    outputs = sorted({new for view in chosen for new in view.news})
     olds = sorted({old for view in chosen for old in view.olds})
     # Of their own: one tensor may serve as two states.
-    inputs, states = tf.identity(rows.inputs), [tf.identity(state) for state in rows.states]
+    inputs, states = tf.identity(points.inputs), [tf.identity(state) for state in points.states]
     sources = [*(states[q] for q in olds), *([inputs] if any(not view.olds for view in chosen) else [])]
     with tf.GradientTape(watch_accessed_variables=False) as tape:
         tape.watch(sources)
         new = jacobian.step(inputs, states)
-        measured = _of(new, news)
+        measured = _beside(new, outputs)
     count = known_sizes(inputs)[0]
     speaks = tf.argsort(tf.random.stateless_uniform([count], seed)) < (count + 1) // 2
-    w = _normal(rows, int(measured.shape[1]), seed, measured.dtype) * tf.cast(speaks[:, None], measured.dtype)
+    w = _normal(points, int(measured.shape[1]), seed, measured.dtype) * tf.cast(speaks[:, None], measured.dtype)
     gradients = tape.gradient(measured, sources, output_gradients=w, unconnected_gradients="zero")
     norms = tf.norm(side_by_side(list(map(tf.convert_to_tensor, gradients))), axis=-1)
     zero = tf.zeros([], norms.dtype)
@@ -176,75 +251,69 @@ def examine_independence(
     silent, loud = (tf.reduce_max(tf.where(which, norms, zero)) for which in (~speaks, speaks))
     floating = floating_states(states)
     sizes = [size(states[p]) for p in floating]
-    differences = relative_differences(_of(new, floating), _of(new_states, floating), sizes)
-    return {DEPENDENCE: tf.reduce_max(differences), INFLUENCE: tf.where(silent > 0, silent / loud, zero)}
+    differences = relative_differences(_beside(new, floating), _beside(new_states, floating), sizes)
+    return CheckResults(
+        structure_residual=zero,
+        products=zero,
+        dependence=tf.reduce_max(differences),
+        influence=tf.where(silent > 0, silent / loud, zero),
+    )
 
 
-def _of(states: Sequence[tf.Tensor], chosen: Sequence[int]) -> tf.Tensor:
+def _beside(states: Sequence[tf.Tensor], chosen: Sequence[int]) -> tf.Tensor:
+    """The states at some positions, side by side."""
     return side_by_side([states[p] for p in chosen])
 
 
-def _sizes(view: View, rows: PointBatch) -> tuple[list[int], list[int]]:
-    """Those of the new states of a view and of its old ones, or the inputs."""
-    olds = [size(rows.states[q]) for q in view.olds] or [size(rows.inputs)]
-    return [size(rows.states[p]) for p in view.news], olds
+def _sizes(view: View, points: PointBatch) -> tuple[list[int], list[int]]:
+    """The sizes of the new states of a view, and of its old states or the inputs."""
+    olds = [size(points.states[q]) for q in view.olds] or [size(points.inputs)]
+    return [size(points.states[p]) for p in view.news], olds
 
 
-def _normal(rows: PointBatch, n: int, seed: tf.Tensor, dtype: tf.DType) -> tf.Tensor:
-    """Random vectors `(rows, n)`."""
-    return tf.random.stateless_normal([rows.count, n], seed, dtype=dtype)
+def _normal(points: PointBatch, n: int, seed: tf.Tensor, dtype: tf.DType) -> tf.Tensor:
+    """Random vectors `(points, n)`."""
+    return tf.random.stateless_normal([points.count, n], seed, dtype=dtype)
 
 
 def _rounding(w: tf.Tensor) -> tf.Tensor:
-    """What is no error of a product with these vectors, `(rows,)`."""
+    """The rounding error of a product with these vectors, `(points,)`."""
     return _ROUNDINGS * np.finfo(w.dtype.as_numpy_dtype).eps * tf.norm(w, axis=-1)
 
 
-# Far below the least state or gradient that training could use.
-_NEGLIGIBLE = 1e-30
-
-
-# A single row may differ by itself, so that a part must be tested in more than one.
-_LEAST_TURNS = 4
-
-
-# One row in so many may differ.
-_ROWS_FOR_AN_OUTLIER = 200
-
-
 def in_turns(vectors: tf.Tensor, sizes: Sequence[int], every: int = 1) -> tf.Tensor:
-    """Vectors `(rows, n)` with one of some parts in each row, and zero for the others; of few rows with all parts.
+    """Vectors with one of their parts at each point and zero for the others, or with all parts if points are few.
 
     Args:
-        vectors: As they are with all parts.
-        sizes: Of the parts.
-        every: The turn goes to the next part after so many rows.
+        vectors: `(points, n)`, with all parts.
+        sizes: Sizes of the parts, together n.
+        every: Number of points after which the turn goes to the next part.
     """
     if len(sizes) == 1:
         return vectors
-    rows = vectors.shape[0] or tf.shape(vectors)[0]
+    count = vectors.shape[0] or tf.shape(vectors)[0]
     part = np.repeat(np.arange(len(sizes), dtype=np.int32), sizes)
-    few = rows < _LEAST_TURNS * len(sizes) * every
-    turn = tf.equal(tf.expand_dims(tf.range(rows) // every % len(sizes), axis=1), part) | few
+    few = count < _LEAST_TURNS * len(sizes) * every
+    turn = tf.equal(tf.expand_dims(tf.range(count) // every % len(sizes), axis=1), part) | few
     return tf.where(turn, vectors, tf.zeros([], vectors.dtype))
 
 
 def relative_differences(
     found: tf.Tensor, expected: tf.Tensor, sizes: Sequence[int], negligible: tf.Tensor | float = _NEGLIGIBLE
 ) -> tf.Tensor:
-    """How far each part of vectors is from the one expected, relative to the latter.
+    """The distance of each part of vectors from the one expected, relative to the latter.
 
     Infinite where one of the two is finite and the other is not. Where both are NaN or infinite they agree: that is the
     network's own.
 
     Args:
-        found: `(rows, n)`.
-        expected: `(rows, n)`.
-        sizes: Of the parts that the vectors are made of.
-        negligible: Errors whose norm is not above this are none, `(rows,)` or a number.
+        found: `(points, n)`.
+        expected: `(points, n)`.
+        sizes: Sizes of the parts that the vectors are made of.
+        negligible: Norm up to which an error counts as none, `(points,)` or a number.
 
     Returns:
-        `(parts, rows)`.
+        `(parts, points)`.
     """
     parts = tf.split(tf.stack([found - expected, expected, found]) ** 2, sizes, axis=-1)
     norms = tf.sqrt(tf.stack([tf.reduce_sum(part, axis=-1) for part in parts], axis=1))
@@ -256,13 +325,13 @@ def relative_differences(
 
 
 def largest(differences: tf.Tensor) -> tf.Tensor:
-    """The largest of some differences `(..., rows)`, but for one row in 200, or a single one of fewer, `(...,)`.
+    """The largest of some differences `(..., points)`, but for one point in 200, or a single one of fewer, `(...,)`.
 
-    Where a unit stands at the kink of a ReLU or the step of a rounding, the side that it is on is up to rounding
-    errors, so that in rare rows a right structure differs. A wrong one differs in all of them.
+    Where a unit stands at the kink of a ReLU or the step of a rounding, rounding errors decide on which side it is, so
+    that a right structure differs at rare points. A wrong one differs at all of them.
     """
-    rows = tf.shape(differences)[-1]
-    outliers = tf.maximum(tf.minimum(tf.maximum(rows // _ROWS_FOR_AN_OUTLIER, 1), rows - 1), 0)
-    # The zero is for no rows at all.
+    count = tf.shape(differences)[-1]
+    outliers = tf.maximum(tf.minimum(tf.maximum(count // _POINTS_PER_OUTLIER, 1), count - 1), 0)
+    # The zero is for no points at all.
     padded = tf.pad(differences, [[0, 0]] * (differences.shape.rank - 1) + [[0, 1]])
     return tf.math.top_k(padded, outliers + 1).values[..., -1]

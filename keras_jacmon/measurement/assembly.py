@@ -9,7 +9,6 @@ import numpy as np
 import tensorflow as tf
 
 from keras_jacmon.jacobians.cell_jacobian import CellJacobian, Choice
-from keras_jacmon.jacobians.checks import STRUCTURE_RESIDUAL, TESTS
 from keras_jacmon.jacobians.dependencies import Dependencies
 from keras_jacmon.jacobians.views import View, floating_states, size
 from keras_jacmon.measurement.per_step import Results
@@ -25,6 +24,9 @@ SAMPLED = "sampled"
 
 # And of the places of spectra.
 SPECTRA_AT = "spectra_at"
+
+# And of `CheckResults`.
+CHECKS = "checks"
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,7 @@ class CallMetadata:
         jacobian: Must live as long as what it has given operators to.
         columns: By view, those of its Jacobians.
         options: How it is measured.
+        has_structure: Whether something that is measured rests on a structure, or on a registered form.
     """
 
     cell: str
@@ -54,6 +57,7 @@ class CallMetadata:
     jacobian: CellJacobian
     columns: dict[str, int]
     options: Options
+    has_structure: bool = False
 
     @classmethod
     def of(
@@ -140,11 +144,9 @@ class CallMetadata:
 
     def report(self, results: Results) -> LayerReport:
         """The report of the numbers."""
-        arrays = {key: tensor.numpy() for key, tensor in results.items()}
+        checks = results[CHECKS].floats()
+        arrays = {key: tensor.numpy() for key, tensor in results.items() if key != CHECKS}
         mask, sampled, spectra_at = arrays.pop("mask"), arrays.pop(SAMPLED, None), arrays.pop(SPECTRA_AT, None)
-        certificate = float(arrays.pop(STRUCTURE_RESIDUAL)) if STRUCTURE_RESIDUAL in arrays else None
-        for name in TESTS:
-            arrays.pop(name, None)
         helpers = {
             key.split("/")[1]: arrays.pop(key)[mask]
             for key in list(arrays)
@@ -172,7 +174,7 @@ class CallMetadata:
             uncertainties,
             frozenset(estimated),
             {} if sampled is None else dict.fromkeys(expensive, sampled),
-            certificate,
+            checks.structure_residual if self.has_structure else None,
             of("flow", "exponents"),
             of("spectrum"),
             np.empty((0, 2), np.int64) if spectra_at is None else spectra_at,

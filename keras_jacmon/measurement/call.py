@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import keras
 import tensorflow as tf
@@ -10,11 +11,11 @@ from keras_jacmon.cell.step import CellStep
 from keras_jacmon.cell.trajectory import Trajectory, UnrollInputs, unroll
 from keras_jacmon.cell.unroll_plan import UnrollPlan
 from keras_jacmon.jacobians.cell_jacobian import Assumptions, CellJacobian
-from keras_jacmon.jacobians.checks import TESTS
+from keras_jacmon.jacobians.checks import CheckResults, worst_of
 from keras_jacmon.jacobians.dependencies import find_dependencies
 from keras_jacmon.jacobians.points import PointBatch
 from keras_jacmon.jacobians.views import floating_states, size
-from keras_jacmon.measurement.assembly import SAMPLED, SPECTRA_AT, CallMetadata
+from keras_jacmon.measurement.assembly import CHECKS, SAMPLED, SPECTRA_AT, CallMetadata
 from keras_jacmon.measurement.over_time import SequenceMeasurement, measure_sequence
 from keras_jacmon.measurement.per_step import Results, StepMeasurement, in_segments
 from keras_jacmon.measurement.subsampling import UNKNOWN_SAMPLES, Remember, choose_places, vectors_to_remember
@@ -30,7 +31,7 @@ from keras_jacmon.tensors import known_sizes
 _SHARE_OF_TRAJECTORY, _SHARE_OF_DERIVATIVES, _SHARE_OF_SEQUENCES = 8, 3, 6
 
 # What does not belong to single steps.
-_NOT_OF_STEPS = {*TESTS} | {name for name, measure in MEASURES.items() if measure.of == "spectrum"}
+_NOT_OF_STEPS = {name for name, measure in MEASURES.items() if measure.of == "spectrum"}
 
 
 def measure_call(
@@ -56,8 +57,8 @@ def measure_call(
             start each time anew.
 
     Returns:
-        What is known before any number is, and the results: `mask` and each measure `(time, batch)`, certificates
-        scalars.
+        What is known before any number is, and the results: `mask` and each measure `(time, batch)`, and the results
+        of the checks.
 
     Raises:
         ValueError: If no state has a derivative.
@@ -73,6 +74,7 @@ def measure_call(
     dtype = walk.states[floating_states(walk.states)[0]].dtype
     time, samples = known_sizes(walk.inputs)[:2]
     selection = _of_views(measures, facts.views, several=bool(facts.joint))
+    facts = dataclasses.replace(facts, has_structure=jacobian.has_structure(list(selection)))
     of_steps = filtered(selection, lambda measure: measure.of in ("step", "spectrum"))
     over_time = filtered(selection, lambda measure: measure.of in ("flow", "exponents"))
     places = choose_places(walk.mask, [time, samples], of_steps, options, independent=trust.independent)
@@ -94,7 +96,7 @@ def measure_call(
         samples=samples,
     )
 
-    def measure_segment(trajectory: Trajectory, index: tf.Tensor, start: tf.Tensor) -> Results:
+    def measure_segment(trajectory: Trajectory, index: tf.Tensor, start: tf.Tensor) -> tuple[Results, CheckResults]:
         stop = start + known_sizes(trajectory.inputs)[0]
         here = {key: Memory(m.vectors, m.places[start * samples : stop * samples]) for key, m in memory.items()}
         return points.measure(PointBatch.of(trajectory), trajectory.last, places.between(start, stop), here, index)
@@ -107,14 +109,16 @@ def measure_call(
         rows = PointBatch.of(trajectory)
         # Skipped steps need not be evaluated.
         rows = points.evaluated(rows) if walk.mask is None else rows
-        results = points.measure(rows, trajectory.last, places, memory, 0)
+        results, checks = points.measure(rows, trajectory.last, places, memory, 0)
     else:
 
-        def unrolled(part: UnrollInputs, index: tf.Tensor, start: tf.Tensor) -> tuple[Results, tuple[tf.Tensor, ...]]:
+        def unrolled(
+            part: UnrollInputs, index: tf.Tensor, start: tf.Tensor
+        ) -> tuple[Results, CheckResults, tuple[tf.Tensor, ...]]:
             here = unroll(step, part, shortcut)
-            return measure_segment(here, index, start), here.last
+            return *measure_segment(here, index, start), here.last
 
-        results = in_segments(walk, steps, points.types(), unrolled)
+        results, checks = in_segments(walk, steps, points.types(), unrolled, dtype)
     results["mask"] = tf.ones([time, samples], tf.bool) if walk.mask is None else walk.mask
     if places.expensive is not None:
         results[SAMPLED] = places.expensive
@@ -125,14 +129,14 @@ def measure_call(
     if over_time:
         most_steps = max(1, min(steps, max_bytes // _SHARE_OF_SEQUENCES // points.bytes_per_row // _samples(walk)))
         # One behind the other, so that they do not need their memory at the same time.
-        done = list(results.values())
+        done = [*results.values(), *checks]
         with tf.control_dependencies([value.op for value in done]):
             begin = tuple(map(tf.identity, walk.states))
         whole = SequenceMeasurement(
             step, walk.between(0, time, begin), shortcut, jacobian, trust.independent, most_steps
         )
         results |= measure_sequence(whole, over_time, options, rows and rows.behind(done))
-    return facts, results
+    return facts, results | {CHECKS: checks}
 
 
 def merged(parts: Sequence[dict[str, Results]], offsets: Sequence[int]) -> dict[str, Results]:
@@ -143,10 +147,9 @@ def merged(parts: Sequence[dict[str, Results]], offsets: Sequence[int]) -> dict[
         offsets: By part, the number of its first sample.
     """
 
-    def together(key: str, tensors: Sequence[tf.Tensor]) -> tf.Tensor:
-        if key in TESTS:
-            # The worst one, or NaN if there is one, which a maximum may lose.
-            return tf.reduce_max(tensors) + 0.0 * tf.add_n(tensors)
+    def together(key: str, tensors: Sequence[Any]) -> Any:
+        if key == CHECKS:
+            return worst_of(tensors)
         if key == SPECTRA_AT:
             return tf.concat(
                 [at + tf.constant([0, n], at.dtype) for at, n in zip(tensors, offsets, strict=True)], axis=0

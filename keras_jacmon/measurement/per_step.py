@@ -10,7 +10,7 @@ import tensorflow as tf
 
 from keras_jacmon.cell.trajectory import UnrollInputs
 from keras_jacmon.jacobians.cell_jacobian import CellJacobian
-from keras_jacmon.jacobians.checks import DEPENDENCE, INFLUENCE, TESTS, examine_independence, examine_rows
+from keras_jacmon.jacobians.checks import CheckResults, check_independence, check_points
 from keras_jacmon.jacobians.points import PointBatch
 from keras_jacmon.jacobians.views import View, size
 from keras_jacmon.measurement.subsampling import Subsample, indices_of
@@ -27,9 +27,8 @@ CERTIFIED_ROWS = 16
 # The random numbers of one segment are told from those of another by as many streams as it may have chunks.
 _STREAMS = 2**12
 
-# What is known of each (step, sample): `hidden/variance`, and `hidden/variance/uncertainty` if there is one; and what
-# `TESTS` found, scalars.
-Results = dict[str, tf.Tensor]
+# What is known of each (step, sample): `hidden/variance`, and `hidden/variance/uncertainty` if there is one.
+Results = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -61,7 +60,7 @@ class StepMeasurement:
     def types(self) -> dict[str, tf.DType]:
         """What `measure` may return."""
         real = self.options.dtype
-        types = dict.fromkeys(TESTS, real)
+        types = {}
         for view, chosen in self.measures.items():
             for measure in chosen:
                 types[f"{view}/{measure.name}"] = _complex(real) if measure.name == "eigenvalues" else real
@@ -81,8 +80,8 @@ class StepMeasurement:
         places: Subsample,
         memory: Mapping[str, Memory],
         segment: tf.Tensor | int,
-    ) -> Results:
-        """The measures, `(time * batch,)`, the spectra, `(rows, values)`, and what the tests found, scalars.
+    ) -> tuple[Results, CheckResults]:
+        """The measures, `(time * batch,)`, and the spectra, `(rows, values)`; the results of the checks.
 
         Args:
             rows: The points.
@@ -108,10 +107,10 @@ class StepMeasurement:
             found = self._spectra(spectra, rows, indices_of(places.spectra), options)
             count = tf.math.count_nonzero(places.spectra)
             results |= {key: values[:count] for key, values in found.items()}
-        tests = self._examined(rows, last, valid)
+        checks = self._checked(rows, last, valid)
         # Of a row that stands in for none, the state behind it is not what the cell makes of it.
         exists = True if places.mask is None else tf.reduce_any(places.mask)
-        return results | {name: tf.where(exists, worst, tf.zeros_like(worst)) for name, worst in tests.items()}
+        return results, CheckResults(*(tf.where(exists, check, tf.zeros_like(check)) for check in checks))
 
     def _at(
         self, valid: tf.Tensor | None, expensive: tf.Tensor | None
@@ -173,11 +172,11 @@ class StepMeasurement:
             memory,
         )
 
-    def _examined(self, rows: PointBatch, last: Sequence[tf.Tensor], valid: tf.Tensor | None) -> Results:
-        """Tests of what the measures rest on."""
+    def _checked(self, rows: PointBatch, last: Sequence[tf.Tensor], valid: tf.Tensor | None) -> CheckResults:
+        """Checks of what the measures rest on."""
         if not self.views:
             # No gradient connects the states, and there is nothing to measure.
-            return {}
+            return CheckResults.zero(self.options.dtype)
         count = rows.count
         total = count if valid is None else tf.size(valid)
         # Half as many rows as are measured at once, since autodiff takes its memory beside them.
@@ -195,26 +194,23 @@ class StepMeasurement:
         chosen = (tf.range(number) * stride + self.draw % tf.maximum(stride, 1)) % tf.maximum(total, 1)
         if not self.independent:
             chosen = tf.range(self.samples) + self.draw * self.samples % count
-        results = examine_rows(self.jacobian, self.views, *at(chosen), seed)
+        checks = check_points(self.jacobian, self.views, *at(chosen), seed)
         if self.jacobian.row_by_row:
-            return results
+            return checks
 
         # All of them, at each measurement.
-        def body(start: tf.Tensor, worst: Results) -> tuple[tf.Tensor, Results]:
+        def body(start: tf.Tensor, worst: CheckResults) -> tuple[tf.Tensor, CheckResults]:
             here = tf.range(start, tf.minimum(start + most, total))
             own = tf.random.experimental.stateless_fold_in(seed, start)
-            found = examine_independence(self.jacobian, self.views, *at(here), own)
-            return start + most, {name: tf.maximum(worst[name], found[name]) for name in worst}
+            return start + most, worst.worst(check_independence(self.jacobian, self.views, *at(here), own))
 
-        wanted = (DEPENDENCE, INFLUENCE) if self.independent else (INFLUENCE,)
-        nothing = tf.zeros([], self.options.dtype)
         _, worst = tf.while_loop(
             lambda start, _: start < total,
             body,
-            [tf.constant(0), dict.fromkeys(wanted, nothing)],
+            [tf.constant(0), checks],
             parallel_iterations=1,
         )
-        return results | worst
+        return worst
 
     def _following(self, rows: PointBatch, last: Sequence[tf.Tensor], chosen: tf.Tensor) -> list[tf.Tensor]:
         """The states behind some rows: the old ones of the next step, and of the last step the last ones."""
@@ -233,37 +229,41 @@ def in_segments(
     walk: UnrollInputs,
     steps: int,
     types: Mapping[str, tf.DType],
-    measure_segment: Callable[[UnrollInputs, tf.Tensor, tf.Tensor], tuple[Results, tuple[tf.Tensor, ...]]],
-) -> Results:
+    measure_segment: Callable[
+        [UnrollInputs, tf.Tensor, tf.Tensor], tuple[Results, CheckResults, tuple[tf.Tensor, ...]]
+    ],
+    dtype: tf.DType,
+) -> tuple[Results, CheckResults]:
     """Measures so many steps at a time, so that a long sequence is never held as a whole."""
     time = tf.shape(walk.inputs)[0]
     count = -(-time // steps)
 
     widths: dict[str, int | None] = {}
 
-    def body(index: tf.Tensor, states: Sequence[tf.Tensor], arrays: dict[str, tf.TensorArray]) -> tuple[Any, ...]:
+    def body(
+        index: tf.Tensor, states: Sequence[tf.Tensor], arrays: dict[str, tf.TensorArray], worst: CheckResults
+    ) -> tuple[Any, ...]:
         start = index * steps
         part = walk.between(start, tf.minimum(start + steps, time), states)
-        results, last = measure_segment(part, index, start)
+        results, checks, last = measure_segment(part, index, start)
         # Which keys there are is known once the body is traced, and a loop needs its variables before.
         widths.update({key: value.shape[1] if value.shape.rank == 2 else None for key, value in results.items()})  # noqa: PLR2004
         arrays = {
             key: array.write(index, tf.reshape(results[key], [-1])) if key in results else array
             for key, array in arrays.items()
         }
-        return index + 1, list(last), arrays
+        return index + 1, list(last), arrays, worst.worst(checks)
 
     empty = {key: tf.TensorArray(dtype, count, infer_shape=False, element_shape=[None]) for key, dtype in types.items()}
-    _, _, arrays = tf.while_loop(
+    _, _, arrays, checks = tf.while_loop(
         lambda index, *_: index < count,
         body,
-        [tf.constant(0), list(walk.states), empty],
+        [tf.constant(0), list(walk.states), empty, CheckResults.zero(dtype)],
         # The next segment could be unrolled while this one is measured, and would need its memory beside it.
         parallel_iterations=1,
     )
     results = {key: arrays[key].concat() for key in sorted(widths)}
-    results = {key: tf.reduce_max(x) if key in TESTS else x for key, x in results.items()}
-    return {key: tf.reshape(x, [-1, widths[key]]) if widths[key] else x for key, x in results.items()}
+    return {key: tf.reshape(x, [-1, widths[key]]) if widths[key] else x for key, x in results.items()}, checks
 
 
 def _where(mask: tf.Tensor, values: tf.Tensor) -> tf.Tensor:

@@ -1,6 +1,6 @@
 """How far the Jacobians of one call of a recurrent layer are from where they should be."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -11,7 +11,7 @@ from keras_jacmon.cell.sampling import Sample, sample, without_values
 from keras_jacmon.cell.step import CellStep
 from keras_jacmon.cell.trajectory import UnrollInputs
 from keras_jacmon.jacobians.cell_jacobian import Assumptions, CellJacobian
-from keras_jacmon.jacobians.checks import diagnose, examine_independence, examine_rows
+from keras_jacmon.jacobians.checks import CheckResults, check_independence, check_points, diagnose
 from keras_jacmon.jacobians.dependencies import find_dependencies
 from keras_jacmon.jacobians.points import PointBatch
 from keras_jacmon.jacobians.views import floating_states, side_by_side
@@ -23,9 +23,6 @@ from keras_jacmon.model.guard import foreign_variables, put_back
 from keras_jacmon.model.recording import RecurrentCall
 from keras_jacmon.options import Memory, Options
 from keras_jacmon.tensors import known_sizes
-
-# Beside the tests of what a penalty rests on: at how many points it is not finite.
-LEFT_OUT = "left_out"
 
 # What the unrolling may hold at once, in numbers.
 _MOST_HOISTED = 2**24
@@ -150,21 +147,21 @@ class CallPenalty:
         # PointBatch of all steps are put together for it.
         return self._trust.independent
 
-    def refute(self, tests: Mapping[str, float]) -> str | None:
-        """Changes how the Jacobian is taken if a test failed, and says so; None if none did."""
-        refutation = diagnose(tests, self._trust)
+    def refute(self, checks: CheckResults) -> str | None:
+        """Changes how the Jacobian is taken if a check failed, and says so; None if none did."""
+        refutation = diagnose(checks, self._trust)
         # A layer without a penalty is not warned of again.
-        if refutation is None or refutation.trust is None or not self.holds:
+        if refutation is None or refutation.assumptions is None or not self.holds:
             return None
-        self._eager, self._trust = None, refutation.trust
+        self._eager, self._trust = None, refutation.assumptions
         consequence = f"{refutation.consequence} from now on" if self.holds else "It has no penalty"
         return f"{refutation.reason}. {consequence}"
 
-    def refresh(self, call: RecurrentCall) -> dict[str, tf.Tensor]:
+    def refresh(self, call: RecurrentCall) -> tuple[CheckResults, tf.Tensor]:
         """Takes other points of the trajectory, in the graph that is being traced.
 
         Returns:
-            Tests, at some of them, of what the Jacobians rest on; and at how many the penalty is not finite.
+            Checks, at some of them, of what the Jacobians rest on; and at how many the penalty is not finite.
         """
         points, jacobian = self._sampled(call)
         tensors = (points.inputs, *points.states, points.weights)
@@ -183,17 +180,17 @@ class CallPenalty:
         seed = tf.random.experimental.stateless_fold_in([self._aim.seed, 4], self._turn)
         chosen = tf.cast(tf.where(points.weights > 0)[:, 0], tf.int32)
 
-        def tested(examine: Callable[..., dict[str, tf.Tensor]], some: tf.Tensor) -> dict[str, tf.Tensor]:
+        def checked(check: Callable[..., CheckResults], some: tf.Tensor) -> CheckResults:
             new = [tf.gather(state, some) for state in points.new]
-            return examine(jacobian, [self._view], rows.take(some), new, seed)
+            return check(jacobian, [self._view], rows.take(some), new, seed)
 
-        tests = tested(examine_rows, chosen[:CERTIFIED_ROWS])
+        checks = checked(check_points, chosen[:CERTIFIED_ROWS])
         if not jacobian.row_by_row:
-            tests |= tested(examine_independence, chosen)
+            checks = checks.worst(checked(check_independence, chosen))
         usable = self._usable(jacobian, rows)
         left_out = tf.math.count_nonzero((points.weights > 0) & ~usable)
         self._points[-1].assign(tf.where(usable, points.weights, tf.zeros_like(points.weights)))
-        return {LEFT_OUT: left_out, **tests}
+        return checks, left_out
 
     def _traced(self) -> Any:
         graph = tf.function(self._value, autograph=False).get_concrete_function()

@@ -8,11 +8,12 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from keras_jacmon.jacobians.checks import CheckResults
 from keras_jacmon.model.distribution import own_variable
 from keras_jacmon.model.guard import foreign_variables, put_back, shielded
 from keras_jacmon.model.layers import RecurrentLayer
 from keras_jacmon.model.recording import RecurrentCall, record_calls
-from keras_jacmon.regularization.call_penalty import LEFT_OUT, CallPenalty, PenaltyConfig
+from keras_jacmon.regularization.call_penalty import CallPenalty, PenaltyConfig
 
 
 class ModelPenalty:
@@ -62,19 +63,17 @@ class ModelPenalty:
         """
         self._turn.assign_add(1)
         with put_back(self._foreign):
-            tests = self._traced()
+            refreshed = self._traced()
         notes, changed = [], False
-        for key, found in tests.items():
-            residuals = {name: float(residual) for name, residual in found.items()}
-            left_out = residuals.pop(LEFT_OUT)
-            note = self.calls[key].refute(residuals)
+        for key, (checks, left_out) in refreshed.items():
+            note = self.calls[key].refute(checks.floats())
             if note is not None:
                 notes.append(f"Layer `{key}`: {note}")
                 changed = True
-            if left_out and key not in self._told:
+            if (left_out := int(left_out)) and key not in self._told:
                 self._told.add(key)
                 notes.append(
-                    f"Layer `{key}`: at {left_out:.0f} points of its trajectory the penalty is not finite. Such points "
+                    f"Layer `{key}`: at {left_out} points of its trajectory the penalty is not finite. Such points "
                     "are left out; later ones of this layer are not warned of."
                 )
         if changed:
@@ -98,9 +97,9 @@ class ModelPenalty:
         self._foreign = foreign_variables(graph.graph, self._model, own)
         return graph
 
-    def _refresh(self) -> dict[str, dict[str, tf.Tensor]]:
+    def _refresh(self) -> dict[str, tuple[CheckResults, tf.Tensor]]:
         names = {id(item.layer): item.name for item in self._layers}
-        tests = {}
+        refreshed = {}
         with shielded(self._model):
             for recorded in self._recorded(self._layers):
                 name = names[id(recorded.layer)]
@@ -108,8 +107,8 @@ class ModelPenalty:
                 if recorded.name not in self.calls and not self._add(recorded, name):
                     continue
                 with _naming(recorded.name):
-                    tests[recorded.name] = self.calls[recorded.name].refresh(recorded)
-        return tests
+                    refreshed[recorded.name] = self.calls[recorded.name].refresh(recorded)
+        return refreshed
 
     def _add(self, call: RecurrentCall, name: str) -> bool:
         """Adds the penalty on a call, if there is a target for it."""

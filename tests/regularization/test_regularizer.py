@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from keras_jacmon.jacobians.checks import CheckResults
+
 BATCH, STEPS, FEATURES, SAMPLES = 4, 5, 3, 32
 X, Y = normal(SAMPLES, STEPS, FEATURES, seed=1), normal(SAMPLES, 1, seed=2)
 PROBE = normal(BATCH, STEPS, FEATURES, seed=3)
@@ -528,9 +530,9 @@ def test_a_structure_that_is_wrong_is_refuted_and_the_training_goes_on(monkeypat
     seen = []
     refute = CallPenalty.refute
 
-    def once(self: CallPenalty, tests: dict[str, float]) -> str | None:
-        seen.append("certificate" in tests)
-        return refute(self, tests | ({"certificate": 1.0} if len(seen) == 3 else {}))
+    def once(self: CallPenalty, checks: CheckResults) -> str | None:
+        seen.append(self._trust.structure)
+        return refute(self, checks._replace(structure_residual=1.0) if len(seen) == 3 else checks)
 
     monkeypatch.setattr(CallPenalty, "refute", once)
     model = compiled(optimizer=keras.optimizers.SGD(0.0))

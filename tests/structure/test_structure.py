@@ -336,13 +336,13 @@ def test_the_operator_that_is_tested_is_the_one_that_is_measured(monkeypatch: py
 
 def test_every_row_has_its_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: set[float] = set()
-    original = evidence.examine_rows
+    original = evidence.check_points
 
     def spy(jacobian: Any, views: Sequence[str], rows: Any, *args: Any) -> Any:
         tf.py_function(lambda x: seen.update(np.ravel(x.numpy()[:, 0]).tolist()), [rows.inputs], [])
         return original(jacobian, views, rows, *args)
 
-    monkeypatch.setattr(points, "examine_rows", spy)
+    monkeypatch.setattr(points, "check_points", spy)
     monkeypatch.setattr(points, "CERTIFIED_ROWS", 4)
     probe = np.arange(21, dtype=np.float32).reshape(3, 7, 1) / 21
     model = build(keras.Sequential([keras.Input((7, 1)), keras.layers.GRU(3)]), probe)
