@@ -13,12 +13,13 @@ from helpers import step_jacobians
 from keras_jacmon.cell.cell_graph import CellGraph
 from keras_jacmon.cell.step import CellStep
 from keras_jacmon.jacobians.linearise import fixed_values, kernels_of, structured_jacobian
-from keras_jacmon.structure.structure import Node, Structure
+from keras_jacmon.structure.index_map import Node
+from keras_jacmon.structure.structure import Structure
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-INPUTS: Node = ("inputs", 0)
+INPUTS = Node.inputs()
 
 
 @contextlib.contextmanager
@@ -41,7 +42,7 @@ def structured_blocks(cell: Any, inputs: Any, states: Any) -> tuple[dict[Any, tu
     """
     flat = tf.nest.flatten(states)
     floating = [k for k, state in enumerate(flat) if state.dtype.is_floating]
-    olds: list[Node] = [("state", q) for q in floating]
+    olds = [Node.state(q) for q in floating]
     reasons: dict[Any, str | None] = {}
 
     def numbers(operator: Any) -> tuple[Any, ...]:
@@ -91,7 +92,7 @@ def assert_structured_as_autodiff(cell: Any, inputs: Any, states: Any, tolerance
                 continue
             expected = dense["inputs"]
         else:
-            p, q = floating.index(key[0]), floating.index(key[1][1])
+            p, q = floating.index(key[0]), floating.index(key[1].position)
             expected = dense["joint"][:, edges[p] : edges[p + 1], edges[q] : edges[q + 1]]
         scale = np.abs(expected).max(initial=0.0) or 1.0
         np.testing.assert_allclose(found / scale, expected / scale, atol=tolerance, err_msg=str(key))

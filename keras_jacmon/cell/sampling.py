@@ -78,7 +78,7 @@ def without_values(
             return None
         rows *= size
     hoisted = sum(int(tensor.shape[1:].num_elements()) for tensor in shortcut.prepared)
-    return dataclasses.replace(shortcut, kept=()) if rows * hoisted <= most_values else None
+    return dataclasses.replace(shortcut, saved=()) if rows * hoisted <= most_values else None
 
 
 def _choose_samples(

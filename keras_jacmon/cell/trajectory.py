@@ -71,8 +71,8 @@ def unroll(
     """
     inputs, mask = walk.inputs, walk.mask
     time = known_sizes(inputs)[0]
-    kept: Sequence[tf.Tensor] = shortcut.kept if shortcut else ()
-    beforehand = shortcut.beforehand(inputs) if shortcut else None
+    kept: Sequence[tf.Tensor] = shortcut.saved if shortcut else ()
+    beforehand = shortcut.precompute(inputs) if shortcut else None
 
     def body(
         t: tf.Tensor, states: list[tf.Tensor], arrays: list[tf.TensorArray]

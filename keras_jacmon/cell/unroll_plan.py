@@ -1,4 +1,4 @@
-"""How can a cell be unrolled at a lower cost than by calling it at each step?"""
+"""A plan for unrolling a cell at a lower cost than by calling it at each step."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,16 +12,16 @@ from keras_jacmon.tensors import as_rows, known_sizes
 
 @dataclass(frozen=True)
 class Sum:
-    """A tensor of a cell's graph as the sum of products with matrices that all rows share, and of a constant.
+    """A tensor of a cell's graph as a sum of products with matrices that all rows share, and of a constant.
 
-    The graph may come to it by a product for several gates, a bias, and a split: passes over wide tensors, each of
-    which takes a fair part of the time of the product in a step.
+    The graph may reach the tensor by one product for several gates, a bias, and a split. These are passes over wide
+    tensors, and each takes a fair part of the time of the product in a step.
 
     Attributes:
-        tensor: In the graph, `(rows, ...)`.
-        of_inputs: What is multiplied, tensors `(rows, n)` of the graph that depend on the inputs alone, each with its
-            matrix `(n, units of the tensor)`.
-        of_states: The same for a tensor that depends on the states; None if there is none.
+        tensor: Tensor of the graph, `(rows, ...)`.
+        of_inputs: Pairs of a factor, a tensor `(rows, n)` of the graph that depends on the inputs alone, and its matrix
+            `(n, units of the tensor)`.
+        of_states: Such a pair for a factor that depends on the states; None if there is none.
         constant: `(units of the tensor,)`.
     """
 
@@ -31,83 +31,88 @@ class Sum:
     constant: tf.Tensor
 
     def shaped(self, flat: tf.Tensor) -> tf.Tensor:
-        """Values `(..., units)` with the shape that the tensor has for a row."""
+        """Gives values `(..., units)` the shape that a row of the tensor has."""
         return tf.reshape(flat, [*known_sizes(flat)[:-1], *self.tensor.shape[1:]])
 
 
 @dataclass(frozen=True)
 class UnrollPlan:
-    """What an unrolling can do besides calling the cell.
+    """A split of a cell's graph into what is computed before the first step and what is computed at each step.
 
     Attributes:
         graph: The cell's step.
-        fixed: Values of tensors of the graph that are the same at all steps, by name.
-        hoisted: Tensors of the graph that depend on the inputs alone: computed for all steps at once.
-        sums: Tensors of the graph that are computed by themselves: what depends on the inputs for all steps at once.
-        kept: Tensors of the graph whose values at all steps are wanted.
+        weights_only: By name, values of tensors of the graph that are the same at all steps.
+        inputs_only: Tensors of the graph that depend on the inputs alone; computed for all steps at once.
+        sums: Tensors of the graph that are computed as sums; what depends on the inputs for all steps at once.
+        saved: Tensors of the graph whose values at all steps are wanted.
     """
 
     graph: CellGraph
-    fixed: Mapping[str, tf.Tensor]
-    hoisted: Sequence[tf.Tensor]
+    weights_only: Mapping[str, tf.Tensor]
+    inputs_only: Sequence[tf.Tensor]
     sums: Sequence[Sum]
-    kept: Sequence[tf.Tensor]
+    saved: Sequence[tf.Tensor]
 
     @property
     def prepared(self) -> list[tf.Tensor]:
-        """The tensors of which something is held for all steps before the first one."""
-        return [*self.hoisted, *(part.tensor for part in self.sums)]
+        """The tensors whose values, or a part of them, are held for all steps before the first one."""
+        return [*self.inputs_only, *(part.tensor for part in self.sums)]
 
-    def beforehand(self, inputs: tf.Tensor) -> "Precomputed":
-        """What can be computed before the first step, for inputs `(time, batch, ...)`."""
+    def precompute(self, inputs: tf.Tensor) -> "Precomputed":
+        """Computes what can be computed before the first step, from inputs `(time, batch, ...)`."""
         time, samples = known_sizes(inputs)[:2]
-        feeds = {**self.fixed, self.graph.step_inputs.name: as_rows(inputs)}
+        feeds = {**self.weights_only, self.graph.step_inputs.name: as_rows(inputs)}
 
         def by_step(rows: tf.Tensor) -> tf.Tensor:
             return tf.reshape(rows, [time, samples, *rows.shape[1:]])
 
         factors = [factor for part in self.sums for factor, _ in part.of_inputs]
-        laid = iter(self.graph.replay([*self.hoisted, *factors], feeds))
-        values = {tensor.name: by_step(next(laid)) for tensor in self.hoisted}
-        rests: list[tuple[Sum, tf.Tensor]] = []
+        replayed = iter(self.graph.replay([*self.inputs_only, *factors], feeds))
+        values = {tensor.name: by_step(next(replayed)) for tensor in self.inputs_only}
+        partial_sums: list[tuple[Sum, tf.Tensor]] = []
         for part in self.sums:
-            products = [next(laid) @ matrix for _, matrix in part.of_inputs]
-            # One operation with the last product, as TensorFlow runs it.
-            rest = by_step(tf.nn.bias_add(reduce(tf.add, products), part.constant)) if products else part.constant
-            rests.append((part, rest))
-        values |= {part.tensor.name: part.shaped(rest) for part, rest in rests if part.of_states is None}
-        return Precomputed(self, values, rests)
+            products = [next(replayed) @ matrix for _, matrix in part.of_inputs]
+            # TensorFlow runs the bias and the last product as one operation.
+            partial = by_step(tf.nn.bias_add(reduce(tf.add, products), part.constant)) if products else part.constant
+            partial_sums.append((part, partial))
+        values |= {part.tensor.name: part.shaped(value) for part, value in partial_sums if part.of_states is None}
+        return Precomputed(self, values, partial_sums)
 
 
 @dataclass(frozen=True)
 class Precomputed:
-    """What is known of a walk before its first step.
+    """The values of a cell's graph that are known before its first step.
 
     Attributes:
-        shortcut: Says of what.
+        plan: The plan that they were computed by.
         values: By name, those of tensors that depend on the inputs alone, `(time, batch, ...)`.
-        rests: The sums, without the product of the states, `(time, batch, units)`, or `(units,)` for all steps.
+        partial_sums: The sums without their product of the states, `(time, batch, units)`; `(units,)` if they are the
+            same for all steps.
     """
 
-    shortcut: UnrollPlan
+    plan: UnrollPlan
     values: dict[str, tf.Tensor]
-    rests: Sequence[tuple[Sum, tf.Tensor]]
+    partial_sums: Sequence[tuple[Sum, tf.Tensor]]
 
     def step(
         self, inputs: tf.Tensor, states: Sequence[tf.Tensor], t: tf.Tensor
     ) -> tuple[list[tf.Tensor], list[tf.Tensor]]:
-        """The new states, and the values to keep, of step `t` with its inputs `(batch, ...)`."""
-        shortcut, graph = self.shortcut, self.shortcut.graph
-        feeds = {**shortcut.fixed, graph.step_inputs.name: inputs}
+        """Takes step `t` from its inputs and states, each `(batch, ...)`.
+
+        Returns:
+            The new states, and the values of the plan's `saved` tensors.
+        """
+        graph = self.plan.graph
+        feeds = {**self.plan.weights_only, graph.step_inputs.name: inputs}
         feeds |= {name: value[t] for name, value in self.values.items()}
         feeds |= {tensor.name: state for tensor, state in zip(graph.states, states, strict=True)}
-        # In the order of the products: what one multiplies may be made of another one.
-        for part, rest in self.rests:
+        # In the order of the products, since the factor of one may be made from another one.
+        for part, partial in self.partial_sums:
             if part.of_states is None:
                 continue
             factor, matrix = part.of_states
             (feeds[factor.name],) = graph.replay([factor], feeds)
-            value = feeds[factor.name] @ matrix + (rest if rest.shape.rank == 1 else rest[t])
+            value = feeds[factor.name] @ matrix + (partial if partial.shape.rank == 1 else partial[t])
             feeds[part.tensor.name] = part.shaped(value)
-        results = graph.replay([*graph.new_states, *shortcut.kept], feeds)
+        results = graph.replay([*graph.new_states, *self.plan.saved], feeds)
         return results[: len(states)], results[len(states) :]

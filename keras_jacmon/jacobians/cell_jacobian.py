@@ -11,12 +11,13 @@ from keras_jacmon.cell.step import CellStep
 from keras_jacmon.cell.unroll_plan import UnrollPlan
 from keras_jacmon.jacobians.linearise import fixed_values, kernels_of, structured_jacobian
 from keras_jacmon.jacobians.points import PointBatch
-from keras_jacmon.jacobians.unroll_rules import shortcut_of
+from keras_jacmon.jacobians.unroll_rules import unroll_plan_of
 from keras_jacmon.jacobians.views import View, floating_states, size, view_function
 from keras_jacmon.operators.autodiff import AutodiffJacobian
 from keras_jacmon.operators.block import BlockJacobian, BlockPart
 from keras_jacmon.operators.structured import StructuredJacobian
-from keras_jacmon.structure.structure import Node, Structure
+from keras_jacmon.structure.index_map import Node
+from keras_jacmon.structure.structure import Structure
 
 Form = Callable[[Any, tf.Tensor, Any, str], tf.linalg.LinearOperator | None]
 
@@ -141,7 +142,7 @@ class CellJacobian:
         """How the cell can be unrolled at a lower cost; None if nothing is known of its graph."""
         if self._structure is None:
             return None
-        return shortcut_of(self._structure, self._fixed, self._kernels)
+        return unroll_plan_of(self._structure, self._fixed, self._kernels)
 
     def evaluated(self, views: Sequence[str], rows: PointBatch) -> PointBatch:
         """The same rows, with what is structured of some views evaluated once for all that is made of some rows."""
@@ -214,7 +215,7 @@ class CellJacobian:
         return [self._choice(new, source, registered=registered) for new in view.news for source in _sources(view)]
 
     def _choice(self, new: int, source: Node, *, registered: bool) -> Choice:
-        old = source[1] if source[0] == "state" else None
+        old = source.position if source.is_state else None
         if registered:
             return Choice(new, old, "registered form", getattr(self._form, "__name__", repr(self._form)))
         reason = self._reason_against(new, source)
@@ -231,11 +232,11 @@ class CellJacobian:
         """The view as rectangles of blocks, each with whether it has a structure."""
         view = View.of(name, self._states)
         if not view.olds:
-            return [(view, self._reason_against(view.news[0], ("inputs", 0)) is None)]
+            return [(view, self._reason_against(view.news[0], Node.inputs()) is None)]
         rectangles: dict[tuple[tuple[int, ...], bool], list[int]] = {}
         for new in view.news:
             for structured in (True, False):
-                olds = tuple(o for o in view.olds if (self._reason_against(new, ("state", o)) is None) == structured)
+                olds = tuple(o for o in view.olds if (self._reason_against(new, Node.state(o)) is None) == structured)
                 if olds:
                     rectangles.setdefault((olds, structured), []).append(new)
         return [(View(tuple(news), olds), structured) for (olds, structured), news in rectangles.items()]
@@ -258,7 +259,7 @@ class CellJacobian:
         hidden = View.of("hidden", self._states)
         for part, operator, structured in parts:
             if structured and hidden.news[0] in part.news and hidden.olds[0] in part.olds:
-                return operator.block(hidden.news[0], ("state", hidden.olds[0]))
+                return operator.block(hidden.news[0], hidden.olds[0])
         return self._by_autodiff(hidden, rows)
 
     def _registered(self, name: str, rows: PointBatch) -> tf.linalg.LinearOperator | None:
@@ -293,4 +294,4 @@ def _wide(name: str, views: Sequence[str]) -> str:
 
 def _sources(view: View) -> list[Node]:
     """What the columns of a view are."""
-    return [("state", old) for old in view.olds] or [("inputs", 0)]
+    return [Node.state(old) for old in view.olds] or [Node.inputs()]

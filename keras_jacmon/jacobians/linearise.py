@@ -8,19 +8,20 @@ import tensorflow as tf
 from keras_jacmon.jacobians.views import flattened
 from keras_jacmon.operators.factors import Diagonal, Kernel
 from keras_jacmon.operators.structured import StructuredJacobian
-from keras_jacmon.structure.structure import IndexMap, Node, Product, Segment, Structure
+from keras_jacmon.structure.index_map import IndexMap, Node
+from keras_jacmon.structure.structure import Product, Segment, Structure
 
 
 def fixed_values(structure: Structure) -> dict[str, tf.Tensor]:
     """What the cell computes from its weights alone, by the names of the cell's graph; the same for all rows."""
-    values = structure.graph.replay(structure.fixed, {})
-    return {tensor.name: value for tensor, value in zip(structure.fixed, values, strict=True)}
+    values = structure.graph.replay(structure.weights_only, {})
+    return {tensor.name: value for tensor, value in zip(structure.weights_only, values, strict=True)}
 
 
 def kernels_of(structure: Structure, fixed: Mapping[str, tf.Tensor], dtype: tf.DType) -> dict[Node, Kernel]:
     """The kernels of the products, in the type of the states."""
     return {
-        ("product", k): Kernel(tf.cast(_matrix(structure, product, fixed), dtype))
+        Node.product(k): Kernel(tf.cast(_matrix(structure, product, fixed), dtype))
         for k, product in enumerate(structure.products)
     }
 
@@ -40,7 +41,7 @@ def structured_jacobian(
             need not be computed again.
         kernels: From `kernels_of`.
         news: Positions of new states.
-        sources: `("state", q)` or `("inputs", 0)`.
+        sources: Nodes of old states, or of the inputs.
 
     Returns:
         The operator, batch shape `(rows,)`.
@@ -48,20 +49,20 @@ def structured_jacobian(
     graph, point = structure.graph, values[structure.tensor(sources[0]).name]
     # What leads to a new state, or to what a product multiplies; the latter before the former only in the graph.
     links: dict[Node, dict[Node, IndexMap]] = {}
-    pending: list[Node] = [("new", new) for new in news]
+    pending: list[Node] = [Node.new_state(new) for new in news]
     while pending:
         target = pending.pop()
         links[target] = {
             base: link
-            for base, link in structure.links(structure.target(target)).items()
-            if base in sources or (base[0] == "product" and structure.reaches(base[1], sources))
+            for base, link in structure.index_maps(structure.target(target)).items()
+            if base in sources or (base.is_product and structure.reaches(base, sources))
         }
-        pending += [base for base in links[target] if base[0] == "product" and base not in links]
-    products = sorted(target for target in links if target[0] == "product")
+        pending += [base for base in links[target] if base.is_product and base not in links]
+    products = sorted(target for target in links if target.is_product)
 
     # A tensor of its own for each base: two states may be one tensor, and the derivatives must tell them apart.
     pieces = {source: [Segment(t := structure.tensor(source), np.arange(structure.size(t)))] for source in sources}
-    pieces |= {product: structure.pieces(product[1], sources) for product in products}
+    pieces |= {product: structure.segments(product, sources) for product in products}
     everything = [piece.tensor for parts in pieces.values() for piece in parts]
     feeds = dict(values)
     results = graph.replay(everything, feeds)
@@ -89,8 +90,8 @@ def structured_jacobian(
         news={new: structure.size(graph.new_states[new]) for new in news},
         sources={source: structure.size(structure.tensor(source)) for source in sources},
         kernels={product: kernels[product] for product in products},
-        outer={(target[1], base): d for (target, base), d in diagonals.items() if target[0] == "new"},
-        inner={(target, base): d for (target, base), d in diagonals.items() if target[0] == "product"},
+        outer={(target.position, base): d for (target, base), d in diagonals.items() if not target.is_product},
+        inner={(target, base): d for (target, base), d in diagonals.items() if target.is_product},
         dtype=point.dtype,
     )
 

@@ -1,4 +1,4 @@
-"""Which tensors of a cell are sums of products, and had better be computed as such when it is unrolled?"""
+"""Rules for unrolling a cell with a known structure at a lower cost than by calling it at each step."""
 
 from collections.abc import Collection, Mapping, Sequence
 
@@ -6,95 +6,118 @@ import tensorflow as tf
 
 from keras_jacmon.cell.unroll_plan import Sum, UnrollPlan
 from keras_jacmon.operators.factors import Kernel
+from keras_jacmon.structure.index_map import Node
 from keras_jacmon.structure.ops import MOVING, Labels, passes_unchanged
-from keras_jacmon.structure.structure import Node, Structure
+from keras_jacmon.structure.structure import Structure
 
-# More parts than this, or narrower ones, take longer as products of their own than one product for all of them, and its
-# split: 1.1 times as long at 64 units, 0.75 times at 128.
+# With more parts than this, or narrower ones, a product for each part takes longer than one product for all of them and
+# its split: 1.1 times as long at 64 units, 0.75 times at 128.
 _MOST_PARTS, _LEAST_UNITS = 8, 128
 
 
-def shortcut_of(structure: Structure, fixed: Mapping[str, tf.Tensor], kernels: Mapping[Node, Kernel]) -> UnrollPlan:
-    """How a cell with a known structure is unrolled."""
-    graph = structure.graph
-    states = [("state", q) for q in range(len(graph.states))]
-    products = [k for k in range(len(structure.products)) if structure.reaches(k, states)]
-    pieces = {k: [piece.tensor for piece in structure.pieces(k, states)] for k in products}
-    kept = [tensor for tensors in pieces.values() for tensor in tensors]
+def unroll_plan_of(
+    structure: Structure, weights_only: Mapping[str, tf.Tensor], kernels: Mapping[Node, Kernel]
+) -> UnrollPlan:
+    """Plans the unrolling of a cell with a known structure.
 
-    sums = [part for k in products for part in _as_sums(structure, pieces[k], k, fixed, kernels)]
+    Args:
+        structure: The structure of the cell's step.
+        weights_only: By name, the values of the tensors of its graph that depend on weights alone.
+        kernels: The kernels of its products.
+    """
+    graph = structure.graph
+    states = [Node.state(q) for q in range(len(graph.states))]
+    products = [node for node in map(Node.product, range(len(structure.products))) if structure.reaches(node, states)]
+    segments = {node: [segment.tensor for segment in structure.segments(node, states)] for node in products}
+    saved = [tensor for tensors in segments.values() for tensor in tensors]
+
+    sums = [part for node in products for part in _as_sums(structure, segments[node], node, weights_only, kernels)]
     done = {part.tensor.name for part in sums}
-    wanted = [*graph.new_states, *kept, *(part.of_states[0] for part in sums if part.of_states)]
+    wanted = [*graph.new_states, *saved, *(part.of_states[0] for part in sums if part.of_states)]
     wanted = [tensor for tensor in wanted if tensor.name not in done]
-    hoisted = {tensor.name: tensor for tensor in structure.hoisted}
-    needed = graph.between(done | hoisted.keys(), wanted)[1] | {tensor.name for tensor in wanted}
-    rest = [tensor for name, tensor in hoisted.items() if name in needed]
-    of_inputs = _as_sums(structure, rest, None, fixed, kernels)
-    return UnrollPlan(graph, fixed, [] if of_inputs else rest, [*sums, *of_inputs], kept)
+    inputs_only = {tensor.name: tensor for tensor in structure.inputs_only}
+    needed = graph.between(done | inputs_only.keys(), wanted)[1] | {tensor.name for tensor in wanted}
+    rest = [tensor for name, tensor in inputs_only.items() if name in needed]
+    of_inputs = _as_sums(structure, rest, None, weights_only, kernels)
+    return UnrollPlan(graph, weights_only, [] if of_inputs else rest, [*sums, *of_inputs], saved)
 
 
 def _as_sums(
     structure: Structure,
     tensors: Sequence[tf.Tensor],
-    of_states: int | None,
-    fixed: Mapping[str, tf.Tensor],
+    of_states: Node | None,
+    weights_only: Mapping[str, tf.Tensor],
     kernels: Mapping[Node, Kernel],
 ) -> list[Sum]:
-    """Tensors as sums of products of the inputs, and one of the states if it is given; nothing unless all of them are.
+    """Writes tensors as sums of products of the inputs, and of one product of the states if it is given.
 
-    As long as one of them is not, the wide product that they have in common is needed anyway.
+    Returns nothing unless all of them are such sums: the wide product that they have in common is needed as long as one
+    of them is not.
     """
-    sums: list[Sum] = []
     if len(tensors) > 1 and (len(tensors) > _MOST_PARTS or min(map(structure.size, tensors)) < _LEAST_UNITS):
-        return sums
-    for tensor in tensors:
-        summands = _summands(structure, tensor)
-        of_inputs = [k for k in summands or {} if k != of_states]
-        alone = all(structure.is_of_inputs_alone(structure.products[k].y) for k in of_inputs)
-        alike = all(kernels["product", k].matrix.dtype == tensor.dtype for k in summands or {})
-        if summands is None or not alone or not alike:
-            return []
-        parts = {k: (structure.products[k].y, kernels["product", k].columns(units)) for k, units in summands.items()}
-        results = [structure.products[k].z for k in summands]
-        zeros = {z.name: tf.zeros([1, *structure.units(z)], z.dtype) for z in results}
-        (constant,) = structure.graph.replay([tensor], {**fixed, **zeros})
-        constant = tf.reshape(constant, [structure.size(tensor)])
-        sums.append(
-            Sum(tensor, [parts[k] for k in of_inputs], None if of_states is None else parts[of_states], constant)
-        )
-    return sums
+        return []
+    sums = [_as_sum(structure, tensor, of_states, weights_only, kernels) for tensor in tensors]
+    found = [part for part in sums if part is not None]
+    return found if len(found) == len(sums) else []
 
 
-def _summands(structure: Structure, tensor: tf.Tensor) -> dict[int, Labels] | None:
-    """The products that add up to a tensor, but for a constant, each with the unit that each unit of it is made from.
+def _as_sum(
+    structure: Structure,
+    tensor: tf.Tensor,
+    of_states: Node | None,
+    weights_only: Mapping[str, tf.Tensor],
+    kernels: Mapping[Node, Kernel],
+) -> Sum | None:
+    """Writes one tensor as a sum; None if it is none."""
+    summands = _summands(structure, tensor)
+    if summands is None:
+        return None
+    products = {node: structure.product(node) for node in summands}
+    of_inputs = [node for node in summands if node != of_states]
+    if not all(structure.depends_on_inputs_only(products[node].y) for node in of_inputs):
+        return None
+    if any(kernels[node].matrix.dtype != tensor.dtype for node in summands):
+        return None
+    parts = {node: (products[node].y, kernels[node].columns(units)) for node, units in summands.items()}
+    results = [product.z for product in products.values()]
+    zeros = {z.name: tf.zeros([1, *structure.units(z)], z.dtype) for z in results}
+    (constant,) = structure.graph.replay([tensor], {**weights_only, **zeros})
+    constant = tf.reshape(constant, [structure.size(tensor)])
+    return Sum(tensor, [parts[node] for node in of_inputs], None if of_states is None else parts[of_states], constant)
 
-    None if it is not such a sum, or no other than a product itself.
+
+def _summands(structure: Structure, tensor: tf.Tensor) -> dict[Node, Labels] | None:
+    """Finds the products that add up to a tensor, but for a constant.
+
+    Returns:
+        For each product, the unit of it that each unit of the tensor is made from. None if the tensor is not such a
+        sum, or is itself a product.
     """
-    summands: dict[int, Labels] = {}
-    for (kind, k), link in structure.links(tensor).items():
-        slots = link.slots
-        if kind != "product" or not link.unchanged or len(slots) != 1 or (slots < 0).any():
+    summands: dict[Node, Labels] = {}
+    for node, index_map in structure.index_maps(tensor).items():
+        slots = index_map.slots
+        if not node.is_product or not index_map.unchanged or len(slots) != 1 or (slots < 0).any():
             return None
-        product = structure.products[k]
+        product = structure.product(node)
         if product.operation.type != "MatMul" or not product.z.dtype == product.y.dtype == tensor.dtype:
             return None
-        summands[k] = slots[0]
-    results = {structure.products[k].z.name for k in summands}
+        summands[node] = slots[0]
+    results = {structure.product(node).z.name for node in summands}
     return summands if tensor.name not in results and _adds_up(structure, tensor, results) else None
 
 
 def _adds_up(structure: Structure, tensor: tf.Tensor, results: Collection[str]) -> bool:
-    """Whether nothing but these results of products, and constants, is moved and added on all ways to a tensor.
+    """Tells if a tensor is made by moving and adding only these results of products, and constants.
 
-    Derivatives of one do not tell it all: what has none (integers, a stopped gradient) and what has no labels (a unit
-    that is used several times) may be a part of the values, and a narrower type rounds them.
+    Derivatives of one do not tell it all. A part of the values may have no derivative (integers, a stopped gradient) or
+    no index map (a unit that is used several times), and a narrower type rounds.
     """
     pending = [tensor]
     while pending:
         part = pending.pop()
         if part.name in results or not structure.varies(part):
             continue
-        if part.dtype != tensor.dtype or structure.is_spoilt(part) or not part.op.inputs:
+        if part.dtype != tensor.dtype or structure.is_unstructured(part) or not part.op.inputs:
             return False
         varying = [k for k, operand in enumerate(part.op.inputs) if structure.varies(operand)]
         if part.op.type not in MOVING and not all(passes_unchanged(part.op, k) for k in varying):

@@ -168,7 +168,7 @@ def _most_steps(walk: UnrollInputs, shortcut: UnrollPlan | None, max_bytes: int)
     if shortcut:
         once += shortcut.prepared
         # A list of steps becomes one tensor, and for a moment there are both.
-        twice += shortcut.kept
+        twice += shortcut.saved
     values = sum(map(size, once)) + 2 * sum(map(size, twice))
     return max(1, max_bytes // (values * walk.states[floating_states(walk.states)[0]].dtype.size * _samples(walk)))
 

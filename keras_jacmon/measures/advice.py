@@ -87,7 +87,7 @@ def _log_forget(operator: Any, options: Options) -> Measured:  # noqa: ARG001 - 
     if not hasattr(type(operator), "scaled"):
         return _unknown(operator)
     # A diagonal matrix times ones is its diagonal.
-    block = operator.block(1, ("state", 1))
+    block = operator.block(1, 1)
     gates = block.matvec(tf.ones([operator.batch_shape_tensor()[0], int(block.shape[-1])], operator.dtype))
     return Measured(tf.reduce_mean(tf.math.log(tf.abs(gates)), axis=-1), None)
 

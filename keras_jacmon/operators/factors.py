@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 import tensorflow as tf
 
-from keras_jacmon.structure.structure import IndexMap
+from keras_jacmon.structure.index_map import IndexMap
 from keras_jacmon.tensors import joined, take, take_each, take_rows, total
 from keras_jacmon.traced_graph import graph_of
 
@@ -48,7 +48,7 @@ class Diagonal:
             return self
         if isinstance(rows, slice):
             # One slice, where each step of a sequence takes its own.
-            return Diagonal(self.link, ((np.arange(self.link.base_size), take_rows(self.values, rows)),))
+            return Diagonal(self.link, ((np.arange(self.link.node_size), take_rows(self.values, rows)),))
         return Diagonal(self.link, tuple((units, take_rows(part, rows)) for units, part in self.pieces))
 
     def forward(self, tangent: tf.Tensor) -> tf.Tensor:

@@ -8,7 +8,7 @@ import tensorflow as tf
 
 from keras_jacmon.operators.entry_moments import entry_sums, square_sums
 from keras_jacmon.operators.factors import Diagonal, Kernel
-from keras_jacmon.structure.structure import Node
+from keras_jacmon.structure.index_map import Node
 from keras_jacmon.tensors import joined, total
 
 
@@ -121,8 +121,11 @@ class StructuredJacobian(tf.linalg.LinearOperator):
         kernels = {product: kernel.scaled(gain) for product, kernel in self._kernels.items()} if gain else {}
         return StructuredJacobian(**{**self._given, "kernels": kernels})
 
-    def block(self, new: int, source: Node) -> "StructuredJacobian":
-        """The derivative of one new state by one source; the same operator each time."""
+    def block(self, new: int, old: int) -> "StructuredJacobian":
+        """Returns the derivative of one new state by one old one; the same operator each time."""
+        return self._block(new, Node.state(old))
+
+    def _block(self, new: int, source: Node) -> "StructuredJacobian":
         if len(self._news) == len(self._sources) == 1:
             return self
         if (new, source) not in self._blocks:
@@ -137,7 +140,7 @@ class StructuredJacobian(tf.linalg.LinearOperator):
 
     def blocks(self) -> "list[StructuredJacobian]":
         """The derivative of each new state by each source, as operators of their own."""
-        return [self.block(new, source) for new in self._news for source in self._sources]
+        return [self._block(new, source) for new in self._news for source in self._sources]
 
     @property
     def is_chain(self) -> bool:

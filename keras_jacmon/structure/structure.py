@@ -15,6 +15,7 @@ import tensorflow as tf
 
 from keras_jacmon.cell.cell_graph import ROWS, CellGraph
 from keras_jacmon.structure.independence import row_by_row
+from keras_jacmon.structure.index_map import IndexMap, Node
 from keras_jacmon.structure.ops import (
     BLOCKING,
     ELEMENTWISE,
@@ -27,38 +28,11 @@ from keras_jacmon.structure.ops import (
 )
 from keras_jacmon.traced_graph import has_custom_gradient
 
-# A tensor whose derivative is asked for, or the result of a product: ("state", 0), ("inputs", 0), ("product", 2).
-Node = tuple[str, int]
-
 # More units than this that one unit is made from, in one elementwise stretch, is no structure any more.
 _MOST_SLOTS = 64
 
 # The most entries of a kernel that is not a plain matrix and has to be written as one.
 _MOST_ENTRIES = 2**24
-
-
-@dataclass(frozen=True)
-class IndexMap:
-    """How the units of a base reach those of another tensor through elementwise operations.
-
-    Attributes:
-        slots: `(slots, size)`, the units of the base that each unit of the target is made from; -1 for none. A unit of
-            the base stands in it at most once.
-        base_size: Units of the base.
-        unchanged: All derivatives are one.
-    """
-
-    slots: Labels
-    base_size: int
-    unchanged: bool
-
-    @property
-    def targets(self) -> Labels:
-        """`(base_size,)`: the unit of the target that each unit of the base reaches; -1 for none."""
-        targets = np.full(self.base_size, -1)
-        for slot in self.slots:
-            targets[slot[slot >= 0]] = np.flatnonzero(slot >= 0)
-        return targets
 
 
 @dataclass(frozen=True)
@@ -96,15 +70,15 @@ class _Origin:
         labels: By base, the labels `(slots, ...)` of the units that reach this tensor elementwise.
         unchanged: The bases whose units come with a derivative of one.
         sources: States and inputs with an influence on this tensor, also through products.
-        spoilt: Of these, the ones whose influence has no structure, each with the reason.
-        touched: Whether a state has an influence on its values, be it one without a derivative.
+        unstructured: Of these, the ones whose influence has no structure, each with the reason.
+        depends_on_state: Whether a state has an influence on its values, be it one without a derivative.
     """
 
     labels: dict[Node, Labels] = field(default_factory=dict)
     unchanged: frozenset[Node] = frozenset()
     sources: frozenset[Node] = frozenset()
-    spoilt: dict[Node, str] = field(default_factory=dict)
-    touched: bool = False
+    unstructured: dict[Node, str] = field(default_factory=dict)
+    depends_on_state: bool = False
 
 
 class Structure:
@@ -115,8 +89,8 @@ class Structure:
 
     Attributes:
         products: In the order in which they are computed.
-        hoisted: The tensors of the graph that depend on the inputs alone, row by row, and feed others.
-        fixed: The tensors that depend on weights alone, and feed others.
+        inputs_only: The tensors of the graph that depend on the inputs alone, row by row, and feed others.
+        weights_only: The tensors that depend on weights alone, and feed others.
         row_by_row: Whether it is proven that each row of the new states is a function of the same row of inputs and
             states.
     """
@@ -127,8 +101,8 @@ class Structure:
         self._used = graph.between((), graph.new_states)[0]
         self.products: list[Product] = []
         self._origins: dict[str, _Origin] = {}
-        self._sources: dict[Node, tf.Tensor] = {("inputs", 0): graph.step_inputs}
-        self._sources |= {("state", q): state for q, state in enumerate(graph.states)}
+        self._sources: dict[Node, tf.Tensor] = {Node.inputs(): graph.step_inputs}
+        self._sources |= {Node.state(q): state for q, state in enumerate(graph.states)}
         for base, tensor in self._sources.items():
             self._origins[tensor.name] = self._start(base, tensor)
         for operation in graph.operations:
@@ -137,13 +111,13 @@ class Structure:
                 self._follow(operation, known)
         self._row_by_row = row_by_row(graph)
         self.row_by_row = self._row_by_row.issuperset(tensor.name for tensor in graph.new_states)
-        self.hoisted = self._hoisted()
-        self.fixed = self._fixed()
+        self.inputs_only = self._inputs_only()
+        self.weights_only = self._weights_only()
 
     def reason(self, new: int, source: Node) -> str | None:
         """Why the block of new state `new` and an old state, or the inputs, has no structure; None if it has."""
         origin = self._origins.get(self.graph.new_states[new].name, _Origin())
-        return origin.spoilt.get(source)
+        return origin.unstructured.get(source)
 
     def depends(self, new: int, source: Node) -> bool:
         """Whether new state `new` depends on an old state, or the inputs, through what has a derivative."""
@@ -151,21 +125,20 @@ class Structure:
 
     def describe(self, new: int, source: Node) -> str:
         """What the block of a new state and an old one, or the inputs, is made of."""
-        pending, products = [self.graph.new_states[new]], set()
-        direct = source in self.links(pending[0])
+        pending, products = [self.graph.new_states[new]], set[Node]()
+        direct = source in self.index_maps(pending[0])
         while pending:
-            for kind, k in self.links(pending.pop()):
-                if kind == "product" and k not in products and self.reaches(k, [source]):
-                    products.add(k)
-                    pending.append(self.products[k].y)
+            for node in self.index_maps(pending.pop()):
+                if node.is_product and node not in products and self.reaches(node, [source]):
+                    products.add(node)
+                    pending.append(self.product(node).y)
         parts = ["a diagonal"] if direct else []
-        for k in sorted(products):
-            product = self.products[k]
-            chain = any(kind == "product" and m in products for kind, m in self.links(product.y))
+        for product in [self.product(node) for node in sorted(products)]:
+            chain = not products.isdisjoint(self.index_maps(product.y))
             parts.append(f"the product with {product.kernel}" + (", of another product" if chain else ""))
         return " + ".join(parts)
 
-    def links(self, tensor: tf.Tensor) -> dict[Node, IndexMap]:
+    def index_maps(self, tensor: tf.Tensor) -> dict[Node, IndexMap]:
         """How a tensor of the graph is made from states, inputs and products, elementwise."""
         origin = self._origins.get(tensor.name, _Origin())
         size = self.size(tensor)
@@ -174,25 +147,25 @@ class Structure:
             for base, labels in origin.labels.items()
         }
 
-    def reaches(self, product: int, sources: Iterable[Node]) -> bool:
+    def reaches(self, product: Node, sources: Iterable[Node]) -> bool:
         """Whether one of the sources has an influence on the result of a product."""
-        return not self._origins[self.products[product].z.name].sources.isdisjoint(sources)
+        return not self._origins[self.product(product).z.name].sources.isdisjoint(sources)
 
     def varies(self, tensor: tf.Tensor) -> bool:
         """Whether the states or the inputs have an influence on a tensor, be it one without a derivative."""
         return tensor.name in self._origins
 
-    def is_spoilt(self, tensor: tf.Tensor) -> bool:
+    def is_unstructured(self, tensor: tf.Tensor) -> bool:
         """Whether some state or input has an influence on a tensor that is not understood."""
-        return bool(self._origins.get(tensor.name, _Origin()).spoilt)
+        return bool(self._origins.get(tensor.name, _Origin()).unstructured)
 
-    def is_of_inputs_alone(self, tensor: tf.Tensor) -> bool:
+    def depends_on_inputs_only(self, tensor: tf.Tensor) -> bool:
         """Whether row r of a tensor is known to be made from row r of the inputs, and from no state."""
-        origin = self._origins.get(tensor.name, _Origin(touched=True))
-        understood = origin.sources == {("inputs", 0)} and not origin.spoilt and tensor.name in self._row_by_row
-        return understood and not origin.touched
+        origin = self._origins.get(tensor.name, _Origin(depends_on_state=True))
+        understood = origin.sources == {Node.inputs()} and not origin.unstructured and tensor.name in self._row_by_row
+        return understood and not origin.depends_on_state
 
-    def pieces(self, product: int, sources: Iterable[Node]) -> "list[Segment]":
+    def segments(self, product: Node, sources: Iterable[Node]) -> "list[Segment]":
         """The tensors nearest to what follows that together hold the result of a product, apart from what is added.
 
         Biases and inputs that are added, and the split into gates, need not be gone through again to know the
@@ -203,23 +176,22 @@ class Structure:
             sources: What derivatives are taken by; what depends on them is not passed.
         """
         sources = frozenset(sources)
-        z = self.products[product].z
-        pieces = [Segment(z, np.arange(self.size(z)))]
+        z = self.product(product).z
+        segments = [Segment(z, np.arange(self.size(z)))]
         place = 0
-        while place < len(pieces):
-            beyond = self._beyond(pieces[place], product, sources)
-            pieces[place : place + 1] = beyond or pieces[place : place + 1]
+        while place < len(segments):
+            beyond = self._beyond(segments[place], product, sources)
+            segments[place : place + 1] = beyond or segments[place : place + 1]
             place += not beyond
-        return pieces
+        return segments
 
-    def _beyond(self, piece: "Segment", product: int, sources: frozenset[Node]) -> "list[Segment]":
-        """The pieces that one operation later hold the same units; none if there are none."""
-        base = ("product", product)
-        name = piece.tensor.name
+    def _beyond(self, segment: "Segment", product: Node, sources: frozenset[Node]) -> "list[Segment]":
+        """The segments that one operation later hold the same units; none if there are none."""
+        name = segment.tensor.name
         if any(name == target.name for target in (*self.graph.new_states, *(p.y for p in self.products))):
             return []
         beyond = []
-        for operation in piece.tensor.consumers():
+        for operation in segment.tensor.consumers():
             if operation.name not in self._used:
                 continue
             operands = [tensor.name for tensor in operation.inputs]
@@ -231,21 +203,25 @@ class Structure:
                 return []
             for tensor in operation.outputs:
                 origin = self._origins[tensor.name]
-                labels = origin.labels.get(base)
-                if labels is None or len(labels) != 1 or base not in origin.unchanged or (labels < 0).any():
+                labels = origin.labels.get(product)
+                if labels is None or len(labels) != 1 or product not in origin.unchanged or (labels < 0).any():
                     return []
                 beyond.append(Segment(tensor, labels.ravel()))
         units = np.concatenate([part.units for part in beyond]) if beyond else np.empty(0, np.int64)
         # As many of each as before, so that nothing is left out and nothing counts twice.
-        return beyond if np.array_equal(np.sort(units), np.sort(piece.units)) else []
+        return beyond if np.array_equal(np.sort(units), np.sort(segment.units)) else []
 
     def tensor(self, base: Node) -> tf.Tensor:
         """The tensor of the graph that a base is."""
-        return self.products[base[1]].z if base[0] == "product" else self._sources[base]
+        return self.product(base).z if base.is_product else self._sources[base]
 
-    def target(self, name: Node) -> tf.Tensor:
-        """The tensor of the graph that bases lead to: new state `("new", p)`, or what a `("product", m)` multiplies."""
-        return self.graph.new_states[name[1]] if name[0] == "new" else self.products[name[1]].y
+    def product(self, node: Node) -> Product:
+        """The product that a node stands for."""
+        return self.products[node.position]
+
+    def target(self, node: Node) -> tf.Tensor:
+        """The tensor of the graph that nodes lead to: a new state, or the factor of a product."""
+        return self.product(node).y if node.is_product else self.graph.new_states[node.position]
 
     def size(self, tensor: tf.Tensor) -> int:
         """The units of a tensor, per row."""
@@ -263,28 +239,32 @@ class Structure:
         return tuple(int(size) for size in shape[1:] if size is not None)
 
     def _start(self, base: Node, tensor: tf.Tensor) -> _Origin:
-        touched = base[0] == "state"
+        depends_on_state = base.is_state
         if not tensor.dtype.is_floating:
-            return _Origin(touched=touched)
+            return _Origin(depends_on_state=depends_on_state)
         units = tuple(int(size) for size in tensor.shape[1:])
         labels = np.arange(int(np.prod(units))).reshape(1, *units)
-        return _Origin({base: labels}, frozenset([base]), frozenset([base]), touched=touched)
+        return _Origin({base: labels}, frozenset([base]), frozenset([base]), depends_on_state=depends_on_state)
 
     def _follow(self, operation: tf.Operation, operands: dict[int, _Origin]) -> None:
         """Finds out what the outputs of an operation are made from, given that for some of its operands."""
         known = {k: origin for k, origin in operands.items() if origin.sources}
-        touched = any(origin.touched for origin in operands.values())
+        depends_on_state = any(origin.depends_on_state for origin in operands.values())
         # What has no derivative has no source, but is no constant either.
         origins = [_Origin()] * len(operation.outputs)
-        if known and operation.type not in BLOCKING and not all(_is_flat(tensor) for tensor in operation.outputs):
+        if (
+            known
+            and operation.type not in BLOCKING
+            and not all(_non_differentiable(tensor) for tensor in operation.outputs)
+        ):
             try:
                 origins = self._understood(operation, known)
             except NotImplementedError as error:
                 reason = str(error) or f"`{operation.type}` mixes units or rows (operation `{operation.name}`)"
-                origins = [_spoilt(known.values(), reason)] * len(operation.outputs)
+                origins = [_unstructured(known.values(), reason)] * len(operation.outputs)
         for tensor, origin in zip(operation.outputs, origins, strict=True):
-            found = _Origin() if _is_flat(tensor) else origin
-            self._origins[tensor.name] = dataclasses.replace(found, touched=touched)
+            found = _Origin() if _non_differentiable(tensor) else origin
+            self._origins[tensor.name] = dataclasses.replace(found, depends_on_state=depends_on_state)
 
     def _understood(self, operation: tf.Operation, known: dict[int, _Origin]) -> list[_Origin]:
         if has_custom_gradient(operation):
@@ -340,7 +320,7 @@ class Structure:
 
     def _checked(self, labels: dict[Node, Labels], unchanged: frozenset[Node], known: dict[int, _Origin]) -> _Origin:
         """The origin with these labels, where a base that reaches a unit on too many ways spoils its sources."""
-        spoilt = {source: reason for origin in known.values() for source, reason in origin.spoilt.items()}
+        unstructured = {source: reason for origin in known.values() for source, reason in origin.unstructured.items()}
         kept = {}
         for base, made_from in labels.items():
             used = made_from[made_from >= 0]
@@ -350,16 +330,16 @@ class Structure:
             elif len(made_from) > _MOST_SLOTS:
                 reason = f"a unit is made from more than {_MOST_SLOTS} units of {self._describe(base)}"
             if reason:
-                spoilt |= dict.fromkeys(self._origins[self.tensor(base).name].sources, reason)
+                unstructured |= dict.fromkeys(self._origins[self.tensor(base).name].sources, reason)
             else:
                 kept[base] = made_from
         sources = frozenset[Node]().union(*(origin.sources for origin in known.values()))
-        return _Origin(kept, unchanged & frozenset(kept), sources, spoilt)
+        return _Origin(kept, unchanged & frozenset(kept), sources, unstructured)
 
     def _describe(self, base: Node) -> str:
-        if base[0] == "product":
-            return f"the product with {self.products[base[1]].kernel}"
-        return f"state {base[1]}" if base[0] == "state" else "the inputs"
+        if base.is_product:
+            return f"the product with {self.product(base).kernel}"
+        return f"state {base.position}" if base.is_state else "the inputs"
 
     def _product(self, operation: tf.Operation, known: dict[int, _Origin]) -> _Origin:
         if operation.type not in PRODUCTS:
@@ -376,44 +356,44 @@ class Structure:
         if operation.type != "MatMul" and size * int(np.prod(units)) > _MOST_ENTRIES:
             raise NotImplementedError(f"the kernel of `{operation.name}` is too large to be written as a matrix")
         (kernel,) = (t for t in operation.inputs if t is not y)
-        base = ("product", len(self.products))
+        base = Node.product(len(self.products))
         self.products.append(Product(operation, y, z, self.graph.source_of(kernel), (size, int(np.prod(units)))))
         (origin,) = known.values()
         labels = np.arange(int(np.prod(units))).reshape(1, *units)
-        return _Origin({base: labels}, frozenset([base]), origin.sources, origin.spoilt)
+        return _Origin({base: labels}, frozenset([base]), origin.sources, origin.unstructured)
 
-    def _hoisted(self) -> list[tf.Tensor]:
+    def _inputs_only(self) -> list[tf.Tensor]:
         """The last tensors on the ways from the inputs that depend on nothing else and are understood."""
-        hoisted = {}
+        inputs_only = {}
         for operation in self.graph.operations:
-            if not all(self.is_of_inputs_alone(tensor) for tensor in operation.outputs) or not operation.outputs:
-                hoisted.update({t.name: t for t in operation.inputs if self.is_of_inputs_alone(t)})
-        hoisted.update({t.name: t for t in self.graph.new_states if self.is_of_inputs_alone(t)})
-        return list(hoisted.values())
+            if not all(self.depends_on_inputs_only(tensor) for tensor in operation.outputs) or not operation.outputs:
+                inputs_only.update({t.name: t for t in operation.inputs if self.depends_on_inputs_only(t)})
+        inputs_only.update({t.name: t for t in self.graph.new_states if self.depends_on_inputs_only(t)})
+        return list(inputs_only.values())
 
-    def _fixed(self) -> list[tf.Tensor]:
+    def _weights_only(self) -> list[tf.Tensor]:
         # Constants stay where they are: shape functions and derivatives must see them.
         constant: dict[str, bool] = {}
-        fixed = {}
+        weights_only = {}
         for operation in self.graph.operations:
             if all(tensor.name in self._origins for tensor in operation.outputs):
-                fixed.update({t.name: t for t in operation.inputs if not constant.get(t.name, True)})
+                weights_only.update({t.name: t for t in operation.inputs if not constant.get(t.name, True)})
             else:
                 of_constants = operation.type != "Placeholder" and all(constant[t.name] for t in operation.inputs)
                 constant.update({tensor.name: of_constants for tensor in operation.outputs})
-        return [tensor for tensor in fixed.values() if tensor.dtype != tf.resource]
+        return [tensor for tensor in weights_only.values() if tensor.dtype != tf.resource]
 
 
-def _is_flat(tensor: tf.Tensor) -> bool:
+def _non_differentiable(tensor: tf.Tensor) -> bool:
     """Whether it has no derivative, by its type. A list of tensors (a variant) has."""
     return tensor.dtype.is_integer or tensor.dtype.is_bool or tensor.dtype == tf.string
 
 
-def _spoilt(origins: Iterable[_Origin], reason: str) -> _Origin:
+def _unstructured(origins: Iterable[_Origin], reason: str) -> _Origin:
     origins = list(origins)
     sources = frozenset[Node]().union(*(origin.sources for origin in origins))
-    earlier = {source: why for origin in origins for source, why in origin.spoilt.items()}
-    return _Origin(sources=sources, spoilt={source: earlier.get(source, reason) for source in sources})
+    earlier = {source: why for origin in origins for source, why in origin.unstructured.items()}
+    return _Origin(sources=sources, unstructured={source: earlier.get(source, reason) for source in sources})
 
 
 def _tidied(labels: Labels) -> Labels:

@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from structure_laws import assert_structured_as_autodiff, double_precision
 
 from keras_jacmon import measure
+from keras_jacmon.structure.index_map import Node
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -146,7 +147,7 @@ def test_cells_that_may_have_none(cell: Any, rows: int, features: int) -> None:
     for new, recipe in enumerate(cell.recipes):
         for kind, source, *_ in recipe:
             mixing = kind in {"norm", "softmax"} and cell.state_size[source if kind == "norm" else new] > 1
-            assert not mixing or reasons[new, ("state", source)] is not None
+            assert not mixing or reasons[new, Node.state(source)] is not None
 
 
 def jacobians_of_all_steps(layer: Any, probe: NDArray[Any], mask: NDArray[np.bool_]) -> dict[str, NDArray[Any]]:

@@ -120,7 +120,7 @@ def assert_unrolled_as_the_cell(cell: Any, inputs: Any, states: Any) -> int:
         trajectory = unroll(step, walk, shortcut)
         sums.extend(part for part in shortcut.sums if part.of_states is not None)
         graph: CellGraph = shortcut.graph
-        known = [*shortcut.kept, *(t for t in shortcut.prepared if t.name in trajectory.values)]
+        known = [*shortcut.saved, *(t for t in shortcut.prepared if t.name in trajectory.values)]
         assert {tensor.name for tensor in known} == set(trajectory.values)
         pairs: list[Any] = []
         for t in range(TIME):

@@ -36,6 +36,7 @@ from keras_jacmon.jacobians import checks as evidence
 from keras_jacmon.jacobians import linearise
 from keras_jacmon.measurement import per_step as points
 from keras_jacmon.structure import structure as discovery
+from keras_jacmon.structure.index_map import Node
 from keras_jacmon.structure.ops import ELEMENTWISE
 
 if TYPE_CHECKING:
@@ -78,10 +79,10 @@ def test_structured_is_autodiff_in_float64(case: Case) -> None:
 def test_chains_and_closed_forms() -> None:
     cell, inputs, states = make_step(BY_ID["gru_reset_before"])
     blocks, _ = structured_blocks(cell, inputs, states)
-    assert blocks[0, ("state", 0)][3] is None
+    assert blocks[0, Node.state(0)][3] is None
     cell, inputs, states = make_step(BY_ID["gru_reset_after"])
     blocks, _ = structured_blocks(cell, inputs, states)
-    assert blocks[0, ("state", 0)][3] is not None
+    assert blocks[0, Node.state(0)][3] is not None
 
 
 # Cells of all kinds ----------------------------------------------------------------------------------------------
@@ -260,8 +261,8 @@ def structure_of(function: Callable[[Any, Any, Any], Any]) -> discovery.Structur
 def test_what_activations_do_to_units_is_known(name: str) -> None:
     function = getattr(keras.activations, name) if name in MIXING else ACTIVATIONS[name]
     structure = structure_of(lambda c, x, h: function(x + h @ c.U))
-    assert structure.depends(0, ("state", 0))
-    for source in (("state", 0), ("inputs", 0)):
+    assert structure.depends(0, Node.state(0))
+    for source in (Node.state(0), Node.inputs()):
         reason = structure.reason(0, source)
         assert (reason is not None) == (name in MIXING), reason
 
