@@ -20,6 +20,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from keras_jacmon import JacobianMonitor
 
 MEASURES = ("variance", "rms_singular_value", "spectral_norm")
+EPOCHS = 15
 
 
 def load_sequences() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -30,6 +31,13 @@ def load_sequences() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         sequences, digits.target, test_size=300, stratify=digits.target, random_state=0
     )
     return train, test, train_classes, test_classes
+
+
+def make_model() -> keras.Model:
+    """Returns the compiled model: an LSTM of 64 units and a softmax over the ten digits."""
+    model = keras.Sequential([keras.Input((64, 1)), keras.layers.LSTM(64), keras.layers.Dense(10, "softmax")])
+    model.compile(keras.optimizers.Adam(5e-3, clipnorm=1.0), "sparse_categorical_crossentropy", metrics=["accuracy"])
+    return model
 
 
 def written_tags(log_dir: Path) -> dict[str, set[str]]:
@@ -49,11 +57,9 @@ def main(log_dir: Path) -> None:
     train, test, train_classes, test_classes = load_sequences()
     probe, test, test_classes = test[:32], test[32:], test_classes[32:]
 
-    model = keras.Sequential([keras.Input((64, 1)), keras.layers.LSTM(64), keras.layers.Dense(10, "softmax")])
-    model.compile(keras.optimizers.Adam(5e-3, clipnorm=1.0), "sparse_categorical_crossentropy", metrics=["accuracy"])
-
+    model = make_model()
     monitor = JacobianMonitor(probe, log_dir=log_dir)
-    history = model.fit(train, train_classes, batch_size=32, epochs=15, callbacks=[monitor], verbose=2)
+    history = model.fit(train, train_classes, batch_size=32, epochs=EPOCHS, callbacks=[monitor], verbose=2)
     _, accuracy = model.evaluate(test, test_classes, verbose=0)
 
     (first_step, before), (last_step, after) = monitor.reports[0], monitor.reports[-1]
@@ -63,7 +69,7 @@ def main(log_dir: Path) -> None:
     print(f"To look at it: tensorboard --logdir {log_dir}")
 
     assert accuracy > 0.6, "guessing gives 10 %"
-    assert len(history.history["lstm_jac_joint_spectral_norm"]) == 15, "one value an epoch is in History"
+    assert len(history.history["lstm_jac_joint_spectral_norm"]) == EPOCHS, "one value an epoch is in History"
     # A horizon beyond the sequence is infinite.
     finite = [[x for key, x in report.scalars().items() if "horizon" not in key] for _, report in monitor.reports]
     assert np.isfinite(finite).all()

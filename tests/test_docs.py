@@ -1,0 +1,86 @@
+"""What the documentation shows is run, and what it lists is there."""
+
+from __future__ import annotations
+
+import ast
+import runpy
+import warnings
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+from markdown import BATCH, FEATURES, ROOT, STEPS, blocks, codes, page, reader_names, run, table
+
+from keras_jacmon import JacobianMonitor, explain, measure
+
+SUPPORTED = [
+    (codes(example)[0], codes(layers))
+    for _, example, layers in table(page("docs/supported.md"), "| what | for example | layers in the report |")
+]
+PROMISES = [codes(test)[0].split("::") for _, test in table(page("docs/promises.md"), "| promise | test |")]
+
+
+@pytest.fixture
+def names() -> dict[str, Any]:
+    keras.backend.clear_session()
+    return reader_names()
+
+
+@pytest.mark.parametrize(
+    "name", [path.name for path in sorted((ROOT / "docs").glob("*.md")) if blocks(path.read_text(), "python")]
+)
+def test_the_code_of_a_page_runs(
+    name: str, names: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run(f"docs/{name}", names)
+
+
+def test_the_table_of_what_is_supported_is_found() -> None:
+    assert len(SUPPORTED) >= 15
+
+
+@pytest.mark.parametrize(("example", "layers"), SUPPORTED, ids=[example for example, _ in SUPPORTED])
+def test_each_supported_row(example: str, layers: list[str], names: dict[str, Any]) -> None:
+    run("docs/supported.md", names)
+    x = keras.Input(batch_shape=(2, STEPS, 4))
+    model = keras.Model(x, eval(example, names | {"x": x}))  # noqa: S307 - the page is ours
+    report = measure(model, np.ones((2, STEPS, 4), np.float32), measures=["variance"])
+    assert set(report.layers) == set(layers)
+    for layer in report.layers.values():
+        assert layer["variance"].shape == (STEPS, 2)
+
+
+def test_each_promise_has_its_test() -> None:
+    assert len(PROMISES) >= 20
+    for file, name in PROMISES:
+        tree = ast.parse((ROOT / "tests" / file).read_text(encoding="utf-8"))
+        assert name in [node.name for node in tree.body if isinstance(node, ast.FunctionDef)], f"{file}::{name}"
+
+
+def test_the_table_of_measures_is_that_of_the_registry() -> None:
+    with_table = runpy.run_path(str(ROOT / "docs" / "write_measures.py"))["with_table"]
+    assert with_table(page("docs/measures.md")) == page("docs/measures.md")
+
+
+def test_the_explanation_that_is_shown() -> None:
+    (shown,) = [text for text in blocks(page("docs/guide.md"), "text") if "d state" in text]
+    names = reader_names()
+    assert shown == f"{explain(names['model'], names['x'])}\n"
+
+
+def test_early_stopping_after_and_before_the_monitor(names: dict[str, Any]) -> None:
+    """The first limit: what reads `logs` comes after the monitor."""
+
+    def train(*callbacks: Any) -> list[str]:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            names["model"].fit(names["x"], names["y"], verbose=0, callbacks=list(callbacks))
+        return [str(warning.message) for warning in caught if "lstm_jac_variance" in str(warning.message)]
+
+    monitor = JacobianMonitor(names["x"], log_dir=None, measures=["variance"])
+    stopping = keras.callbacks.EarlyStopping(monitor="lstm_jac_variance", mode="min")
+    assert train(monitor, stopping) == []
+    assert len(train(stopping, monitor)) == 1
