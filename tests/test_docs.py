@@ -5,15 +5,17 @@ from __future__ import annotations
 import ast
 import runpy
 import warnings
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import keras
 import numpy as np
 import pytest
-from markdown import BATCH, FEATURES, ROOT, STEPS, blocks, codes, page, reader_names, run, table
+from pages import ROOT, STEPS, blocks, codes, page, reader_names, run, table
 
 from keras_jacmon import JacobianMonitor, explain, measure
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 SUPPORTED = [
     (codes(example)[0], codes(layers))
@@ -66,7 +68,7 @@ def test_the_table_of_measures_is_that_of_the_registry() -> None:
 
 
 def test_the_explanation_that_is_shown() -> None:
-    (shown,) = [text for text in blocks(page("docs/guide.md"), "text") if "d state" in text]
+    (shown,) = [text for text in blocks(page("docs/methods.md"), "text") if "d state" in text]
     names = reader_names()
     assert shown == f"{explain(names['model'], names['x'])}\n"
 
