@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import runpy
 import warnings
 from typing import TYPE_CHECKING, Any
@@ -60,6 +61,17 @@ def test_each_promise_has_its_test() -> None:
     for file, name in PROMISES:
         tree = ast.parse((ROOT / "tests" / file).read_text(encoding="utf-8"))
         assert name in [node.name for node in tree.body if isinstance(node, ast.FunctionDef)], f"{file}::{name}"
+
+
+def test_the_places_that_the_architecture_names_are_there() -> None:
+    package = ROOT / "keras_jacmon"
+    places = re.findall(r"`([\w/]+\.py)(?:::(\w+))?`", page("docs/architecture.md"))
+    assert len(places) > 20
+    for file, name in places:
+        path = package / file if (package / file).is_file() else ROOT / file
+        definitions = (ast.FunctionDef, ast.ClassDef)
+        names = [node.name for node in ast.parse(path.read_text()).body if isinstance(node, definitions)]
+        assert not name or name in names, f"{file}::{name}"
 
 
 def test_the_table_of_measures_is_that_of_the_registry() -> None:
