@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
-import gc
-import os
 from typing import TYPE_CHECKING, Any
 
-import hypothesis
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
 from drawn_models import HALF, DrawnModel, models, recurrent_layers, visits
+from draws import DRAWS, each_part, for_each_draw
 from helpers import MOMENTS, normal, randomize, reference_jacobians, reference_values, rms_singular_value
 from hypothesis import strategies as st
 
 from keras_jacmon import JacobianMonitor, measure
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Mapping
 
     from numpy.typing import NDArray
 
-# Of the values; of the trainings two fifths of these.
-DRAWS = int(os.environ.get("JACMON_DRAWS", "100"))
-PARTS = 10
 # The spectral norm takes long to trace.
 KEYS = st.sampled_from([MOMENTS] * 10 + [("spectral_norm",), ("joint/spectral_norm",)])
 TOLERANCE = 1e-3
@@ -36,40 +31,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:(?s).*does not support masking"),
     pytest.mark.filterwarnings("ignore:(?s).*using a softmax over axis"),
 ]
-
-
-def for_each_draw(part: int, draws: int, check: Callable[..., None], *strategies: Any) -> None:
-    """Checks a part of the draws, the same ones each time. Nothing that is drawn may be refused."""
-    seen: set[str] = set()
-    drawn_before = False
-
-    # Tracing takes seconds, so nothing is shrunk. Of many draws a fifth has been there before.
-    number = -(-draws // PARTS)
-
-    @hypothesis.seed(part)
-    @hypothesis.settings(
-        max_examples=2 * number + 1,
-        deadline=None,
-        database=None,
-        phases=[hypothesis.Phase.generate],
-        suppress_health_check=list(hypothesis.HealthCheck),
-    )
-    @hypothesis.given(st.tuples(*strategies))
-    def draw(drawn: tuple[Any, ...]) -> None:
-        nonlocal drawn_before
-        # The first one is the simplest there is, in each part.
-        if (not drawn_before and part > 0) or repr(drawn) in seen or len(seen) == number:
-            drawn_before = True
-            return
-        seen.add(repr(drawn))
-        keras.backend.clear_session()
-        # Looking at all objects takes a while.
-        if len(seen) % 8 == 0:
-            gc.collect()
-        check(*drawn)
-
-    draw()
-    assert len(seen) == number
 
 
 # Values --------------------------------------------------------------------------------------------------------------
@@ -117,7 +78,7 @@ def assert_close(actual: Any, jacobians: Mapping[str, NDArray[Any]], keys: tuple
         assert np.all(right), f"{key}: {actual[key]}, expected {value}"
 
 
-@pytest.mark.parametrize("part", range(PARTS))
+@each_part
 def test_values_are_those_of_the_loop(part: int) -> None:
     for_each_draw(part, DRAWS, assert_values, models(), KEYS)
 
@@ -163,6 +124,6 @@ def assert_same_training(drawn: DrawnModel) -> None:
 
 # Keras of states that no gradient reaches, with and without a monitor.
 @pytest.mark.filterwarnings("ignore:(?s)Gradients do not exist for variables")
-@pytest.mark.parametrize("part", range(PARTS))
+@each_part
 def test_watching_changes_no_training(part: int) -> None:
     for_each_draw(part, 2 * DRAWS // 5, assert_same_training, models())

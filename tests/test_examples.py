@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
@@ -18,7 +20,7 @@ def run(script: str, cwd: Path, *arguments: str) -> str:
         env={**os.environ, "PYTHONPATH": str(EXAMPLES.parent)},
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=3600,
         check=False,
     )
     assert finished.returncode == 0, finished.stderr
@@ -46,9 +48,14 @@ def test_seed_check(tmp_path: Path) -> None:
     assert [line.split()[0] for line in printed.splitlines() if " mean " in line] == ["relu", "linear"]
 
 
-def test_digits(tmp_path: Path) -> None:
-    """With one of the five seeds, and half of the epochs."""
-    printed = run("digits.py", tmp_path, "--seeds", "1", "--epochs", "20")
+ONE_SEED = ["--seeds", "1"]
+
+
+@pytest.mark.parametrize(
+    "arguments", [[*ONE_SEED, "--epochs", "20"], pytest.param([], marks=pytest.mark.soak)], ids=str
+)
+def test_digits(arguments: list[str], tmp_path: Path) -> None:
+    printed = run("digits.py", tmp_path, *arguments)
     assert [line.split()[:2] for line in printed.splitlines()[1:]] == [
         [gain, held] for gain in ("0.5", "1.5") for held in ("without", "with")
     ]
@@ -56,6 +63,11 @@ def test_digits(tmp_path: Path) -> None:
 
 def test_recall(tmp_path: Path) -> None:
     """With one of the five seeds, whose training without the regularizer fails."""
-    printed = run("recall.py", tmp_path, "--seeds", "1")
+    printed = run("recall.py", tmp_path, *ONE_SEED)
     assert "without      0 of 1 recall it" in printed
     assert "with         1 of 1 recall it" in printed
+
+
+@pytest.mark.soak
+def test_recall_with_five_seeds(tmp_path: Path) -> None:
+    assert "of 5 recall it" in run("recall.py", tmp_path)

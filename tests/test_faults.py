@@ -15,7 +15,8 @@ import tensorflow as tf
 from event_files import by_tag, read_summaries
 from helpers import WeightedCell, normal, randomize
 
-from keras_jacmon import JacobianMeter, JacobianMonitor, JacobianRegularizer, attachment, measure
+from keras_jacmon import JacobianMeter, JacobianMonitor, JacobianRegularizer, measure
+from keras_jacmon.regularization import loss_terms
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -263,7 +264,7 @@ def test_a_layer_that_is_deleted_and_was_asked_for_by_name() -> None:
     assert len(user_warnings(caught)) == 1
     assert len(monitor.reports) == 9
     assert not other.losses
-    assert not list(attachment._FITS)
+    assert not list(loss_terms._FITS)
 
 
 class Held(keras.Model):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import hypothesis
 import keras
 import numpy as np
+import pytest
 import tensorflow as tf
+from draws import DRAWS, each_part, for_each_draw
 from helpers import (
     build,
     call_cell,
@@ -26,15 +27,6 @@ from keras_jacmon.structure.index_map import Node
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-
-# The same draws each time: what fails must fail for all. Tracing takes a second, so nothing is shrunk.
-DRAWS = hypothesis.settings(
-    max_examples=14,
-    deadline=None,
-    derandomize=True,
-    phases=[hypothesis.Phase.generate],
-    suppress_health_check=list(hypothesis.HealthCheck),
-)
 
 ACTIVATIONS = {
     "linear": tf.identity,
@@ -112,42 +104,47 @@ class DrawnCell(keras.layers.Layer):
 
 
 @st.composite
-def cells(draw: st.DrawFn, kinds: tuple[str, ...]) -> DrawnCell:
+def recipes(draw: st.DrawFn, kinds: tuple[str, ...]) -> tuple[list[int], list[list[Term]]]:
+    """Draw the sizes of the states of a cell, and the terms of each new state."""
     sizes = draw(st.lists(st.integers(1, 5), min_size=1, max_size=3))
     names = st.sampled_from(sorted(ACTIVATIONS))
     term = st.tuples(st.sampled_from(kinds), st.integers(0, len(sizes) - 1), names, names)
-    recipes = [draw(st.lists(term, min_size=1, max_size=3)) for _ in sizes]
-    return DrawnCell(sizes, recipes)
+    return sizes, [draw(st.lists(term, min_size=1, max_size=3)) for _ in sizes]
 
 
-def evaluated(cell: Any, rows: int, features: int) -> dict[Any, str | None]:
-    """Builds the cell, compares it at random rows, and returns the reasons against a structure by block."""
-    states = [tf.constant(normal(rows, size, seed=k).astype(np.float64)) for k, size in enumerate(cell.state_size)]
-    inputs = tf.constant(normal(rows, features, seed=9).astype(np.float64))
-    cell.build((None, features))
-    randomize(cell)
-    return assert_structured_as_autodiff(cell, inputs, states, 1e-10)
-
-
-@DRAWS
-@hypothesis.given(cells(STRUCTURED), st.integers(0, 4), st.integers(1, 3))
-def test_cells_with_a_structure(cell: Any, rows: int, features: int) -> None:
+def evaluated(recipe: tuple[list[int], list[list[Term]]], rows: int, features: int) -> dict[Any, str | None]:
+    """Build the cell, compare it at random rows, and return the reasons against a structure by block."""
     with double_precision():
-        cell = DrawnCell(cell.state_size, cell.recipes)
-        reasons = evaluated(cell, rows, features)
-    assert set(reasons.values()) == {None}
+        cell = DrawnCell(*recipe)
+        states = [tf.constant(normal(rows, size, seed=k).astype(np.float64)) for k, size in enumerate(cell.state_size)]
+        inputs = tf.constant(normal(rows, features, seed=9).astype(np.float64))
+        cell.build((1, features))
+        randomize(cell)
+        return assert_structured_as_autodiff(cell, inputs, states, 1e-10)
 
 
-@DRAWS
-@hypothesis.given(cells((*STRUCTURED, *UNSTRUCTURED)), st.integers(1, 4), st.integers(1, 3))
-def test_cells_that_may_have_none(cell: Any, rows: int, features: int) -> None:
-    with double_precision():
-        cell = DrawnCell(cell.state_size, cell.recipes)
-        reasons = evaluated(cell, rows, features)
-    for new, recipe in enumerate(cell.recipes):
-        for kind, source, *_ in recipe:
-            mixing = kind in {"norm", "softmax"} and cell.state_size[source if kind == "norm" else new] > 1
+def assert_structured(recipe: tuple[list[int], list[list[Term]]], rows: int, features: int) -> None:
+    assert set(evaluated(recipe, rows, features).values()) == {None}
+
+
+@each_part
+def test_cells_with_a_structure(part: int) -> None:
+    for_each_draw(part, 2 * DRAWS // 5, assert_structured, recipes(STRUCTURED), st.integers(0, 4), st.integers(1, 3))
+
+
+def assert_right_or_refused(recipe: tuple[list[int], list[list[Term]]], rows: int, features: int) -> None:
+    reasons = evaluated(recipe, rows, features)
+    sizes, terms = recipe
+    for new, terms_of_state in enumerate(terms):
+        for kind, source, *_ in terms_of_state:
+            mixing = kind in {"norm", "softmax"} and sizes[source if kind == "norm" else new] > 1
             assert not mixing or reasons[new, Node.state(source)] is not None
+
+
+@each_part
+def test_cells_that_may_have_none(part: int) -> None:
+    kinds = (*STRUCTURED, *UNSTRUCTURED)
+    for_each_draw(part, 2 * DRAWS // 5, assert_right_or_refused, recipes(kinds), st.integers(1, 4), st.integers(1, 3))
 
 
 def jacobians_of_all_steps(layer: Any, probe: NDArray[Any], mask: NDArray[np.bool_]) -> dict[str, NDArray[Any]]:
@@ -167,49 +164,19 @@ def jacobians_of_all_steps(layer: Any, probe: NDArray[Any], mask: NDArray[np.boo
     return {view: found.reshape(len(order), len(probe), *found.shape[1:])[back] for view, found in J.items()}
 
 
-# Beside the draws, which do not promise them: sequences of one step, and sequences without any.
-@hypothesis.settings(DRAWS, max_examples=6, phases=[hypothesis.Phase.explicit, hypothesis.Phase.generate])
-@hypothesis.example(
-    kind="LSTM",
-    units=3,
-    features=2,
-    activation="tanh",
-    gate="sigmoid",
-    go_backwards=False,
-    lengths=[1, 0, 1],
-    steps=1,
-)
-@hypothesis.example(
-    kind="GRU",
-    units=2,
-    features=3,
-    activation="sigmoid",
-    gate="tanh",
-    go_backwards=True,
-    lengths=[0, 0],
-    steps=4,
-)
-@hypothesis.given(
-    kind=st.sampled_from(["LSTM", "GRU", "GRU, reset before", "SimpleRNN"]),
-    units=st.integers(1, 12),
-    features=st.integers(1, 5),
-    activation=st.sampled_from(["tanh", "relu", "linear", "softplus", "gelu", "elu", "selu"]),
-    gate=st.sampled_from(["sigmoid", "hard_sigmoid", "tanh"]),
-    go_backwards=st.booleans(),
-    lengths=st.lists(st.integers(0, 6), min_size=1, max_size=5),
-    steps=st.integers(1, 6),
-)
-def test_layers_on_sequences_of_any_length(
-    *,
-    kind: str,
-    units: int,
-    features: int,
-    activation: str,
-    gate: str,
-    go_backwards: bool,
-    lengths: list[int],
-    steps: int,
-) -> None:
+class DrawnLayer(NamedTuple):
+    kind: str
+    units: int
+    features: int
+    activation: str
+    gate: str
+    go_backwards: bool
+    lengths: list[int]
+    steps: int
+
+
+def assert_layer_as_its_cell(drawn: DrawnLayer) -> None:
+    kind, units, features, activation, gate, go_backwards, lengths, steps = drawn
     name, _, reset_before = kind.partition(", ")
     options: dict[str, Any] = {} if name == "SimpleRNN" else {"recurrent_activation": gate}
     options |= {"reset_after": False} if reset_before else {}
@@ -235,3 +202,33 @@ def test_layers_on_sequences_of_any_length(
             np.testing.assert_allclose(
                 report[prefix + key] / scale, values / scale, rtol=0, atol=1e-10, err_msg=prefix + key, strict=True
             )
+
+
+# Beside the draws, which do not promise them.
+SHORT = {
+    "one step": DrawnLayer("LSTM", 3, 2, "tanh", "sigmoid", go_backwards=False, lengths=[1, 0, 1], steps=1),
+    "no step": DrawnLayer("GRU", 2, 3, "sigmoid", "tanh", go_backwards=True, lengths=[0, 0], steps=4),
+}
+
+
+@pytest.mark.parametrize("drawn", SHORT.values(), ids=SHORT)
+def test_layers_on_short_sequences(drawn: DrawnLayer) -> None:
+    assert_layer_as_its_cell(drawn)
+
+
+LAYERS = st.builds(
+    DrawnLayer,
+    kind=st.sampled_from(["LSTM", "GRU", "GRU, reset before", "SimpleRNN"]),
+    units=st.integers(1, 12),
+    features=st.integers(1, 5),
+    activation=st.sampled_from(["tanh", "relu", "linear", "softplus", "gelu", "elu", "selu"]),
+    gate=st.sampled_from(["sigmoid", "hard_sigmoid", "tanh"]),
+    go_backwards=st.booleans(),
+    lengths=st.lists(st.integers(0, 6), min_size=1, max_size=5),
+    steps=st.integers(1, 6),
+)
+
+
+@each_part
+def test_layers_on_sequences_of_any_length(part: int) -> None:
+    for_each_draw(part, DRAWS // 10, assert_layer_as_its_cell, LAYERS)

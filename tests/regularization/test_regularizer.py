@@ -18,7 +18,8 @@ import tensorflow as tf
 from event_files import by_tag, read_summaries
 from helpers import WeightedCell, normal, randomize
 
-from keras_jacmon import JacobianMonitor, JacobianRegularizer, attachment, measure
+from keras_jacmon import JacobianMonitor, JacobianRegularizer, measure
+from keras_jacmon.regularization import loss_terms
 from keras_jacmon.regularization.call_penalty import CallPenalty
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ PROBE = normal(BATCH, STEPS, FEATURES, seed=3)
 def _no_leftovers() -> Iterator[None]:
     yield
     gc.collect()
-    assert not list(attachment._FITS)
+    assert not list(loss_terms._FITS)
 
 
 def compiled(*layers: Any, optimizer: Any = "adam", **arguments: Any) -> Any:
