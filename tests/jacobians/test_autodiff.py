@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import keras
@@ -12,7 +11,6 @@ import tensorflow as tf
 from helpers import (
     BY_ID,
     CASES,
-    VIEWS,
     Case,
     CounterCell,
     LinearCell,
@@ -28,100 +26,68 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 TOLERANCE: Any = {"rtol": 1e-5, "atol": 1e-6}
-
-every_cell = pytest.mark.parametrize("case", CASES, ids=str)
-every_view = pytest.mark.parametrize("view", VIEWS)
-# The other views are blocks of the joint one; `test_dense_is_the_batch_jacobian` has them all.
-joint_view = pytest.mark.parametrize("view", ["joint"])
-square_and_rectangular = pytest.mark.parametrize("view", ["joint", "inputs"])
-some_cells = pytest.mark.parametrize(
-    "case",
-    [BY_ID[name] for name in ("lstm", "gru_reset_before", "unequal_states", "while_loop", "conv_lstm_1d", "counter")],
-    ids=str,
-)
+SOME_CELLS = ("lstm", "gru_reset_before", "unequal_states", "while_loop", "conv_lstm_1d", "counter")
 
 
-@cache
-def step_and_reference(case: Case) -> tuple[Any, Any, Any, dict[str, NDArray[np.floating[Any]]]]:
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_laws_of_an_operator(case: Case) -> None:
     cell, inputs, states = make_step(case)
-    return cell, inputs, states, step_jacobians(cell, inputs, states)[0]
+    jacobians, _ = step_jacobians(cell, inputs, states)
+    for view, expected in jacobians.items():
+        J = state_jacobian(cell, inputs, states, view=view)
+        assert isinstance(J, tf.linalg.LinearOperator)
+        assert tuple(J.shape) == expected.shape
+        assert J.dtype == tf.float32
+        np.testing.assert_allclose(J.to_dense().numpy(), expected, **TOLERANCE, strict=True)
+        assert_products(J, expected)
+        # The hidden view is a block of the joint one.
+        if view == "joint":
+            assert_products_with_basis_vectors(J, expected)
 
 
-def operator_and_reference(case: Case, view: str) -> tuple[Any, NDArray[np.floating[Any]]]:
-    cell, inputs, states, expected = step_and_reference(case)
-    return state_jacobian(cell, inputs, states, view=view), expected[view]
+def assert_products(J: Any, expected: NDArray[np.floating[Any]]) -> None:
+    """Hold products with several vectors at once, and the adjoint, which moves to the other side of a dot product."""
+    rows, new, old = expected.shape
+    U, V = normal(rows, new, 5, seed=1), normal(rows, old, 5, seed=2)
+    forward, backward = J.matmul(V).numpy(), J.matmul(U, adjoint=True).numpy()
+    np.testing.assert_allclose(forward, expected @ V, **TOLERANCE, strict=True)
+    np.testing.assert_allclose(backward, np.swapaxes(expected, -2, -1) @ U, **TOLERANCE, strict=True)
+    np.testing.assert_allclose(
+        np.sum(U * forward, axis=1), np.sum(backward * V, axis=1), rtol=1e-4, atol=1e-5, strict=True
+    )
 
 
-@every_view
-@every_cell
-def test_dense_is_the_batch_jacobian(case: Case, view: str) -> None:
-    J, expected = operator_and_reference(case, view)
-    assert isinstance(J, tf.linalg.LinearOperator)
-    assert tuple(J.shape) == expected.shape
-    assert J.dtype == tf.float32
-    np.testing.assert_allclose(J.to_dense().numpy(), expected, **TOLERANCE, strict=True)
-
-
-@joint_view
-@every_cell
-def test_columns_are_products_with_basis_vectors(case: Case, view: str) -> None:
-    J, expected = operator_and_reference(case, view)
-    rows, _, old = expected.shape
+def assert_products_with_basis_vectors(J: Any, expected: NDArray[np.floating[Any]]) -> None:
+    rows, new, old = expected.shape
     for k in range(old):
         column = J.matvec(tf.one_hot(tf.fill((rows,), k), old))
         np.testing.assert_allclose(column.numpy(), expected[:, :, k], **TOLERANCE, strict=True)
-
-
-@joint_view
-@every_cell
-def test_rows_are_adjoint_products_with_basis_vectors(case: Case, view: str) -> None:
-    J, expected = operator_and_reference(case, view)
-    rows, new, _ = expected.shape
     for i in range(new):
         row = J.matvec(tf.one_hot(tf.fill((rows,), i), new), adjoint=True)
         np.testing.assert_allclose(row.numpy(), expected[:, i], **TOLERANCE, strict=True)
 
 
-@square_and_rectangular
-@every_cell
-def test_the_adjoint_moves_to_the_other_side_of_a_dot_product(case: Case, view: str) -> None:
-    J, expected = operator_and_reference(case, view)
-    rows, new, old = expected.shape
-    u, v = normal(rows, new, seed=1), normal(rows, old, seed=2)
-    left = np.sum(u * J.matvec(v).numpy(), axis=-1)
-    right = np.sum(J.matvec(u, adjoint=True).numpy() * v, axis=-1)
-    np.testing.assert_allclose(left, right, rtol=1e-4, atol=1e-5, strict=True)
-    np.testing.assert_allclose(left, np.einsum("bi,bik,bk->b", u, expected, v), rtol=1e-4, atol=1e-5, strict=True)
-
-
-@every_view
-@some_cells
-def test_several_vectors_at_once(case: Case, view: str) -> None:
-    J, expected = operator_and_reference(case, view)
-    rows, new, old = expected.shape
-    U, V = normal(rows, new, 5, seed=1), normal(rows, old, 5, seed=2)
-    np.testing.assert_allclose(J.matmul(V).numpy(), expected @ V, **TOLERANCE, strict=True)
-    transposed = np.swapaxes(expected, -2, -1)
-    np.testing.assert_allclose(J.matmul(U, adjoint=True).numpy(), transposed @ U, **TOLERANCE, strict=True)
-
-
-@every_view
-@some_cells
-def test_the_operator_works_inside_a_graph(case: Case, view: str) -> None:
-    cell, inputs, states, references = step_and_reference(case)
-    expected = references[view]
-    rows, new, old = expected.shape
-    u, v = normal(rows, new, seed=1), normal(rows, old, seed=2)
+@pytest.mark.parametrize("case_id", SOME_CELLS)
+def test_the_operator_works_inside_a_graph(case_id: str) -> None:
+    cell, inputs, states = make_step(BY_ID[case_id])
+    jacobians, _ = step_jacobians(cell, inputs, states)
+    vectors = {
+        view: (normal(*J.shape[:2], seed=1), normal(J.shape[0], J.shape[2], seed=2)) for view, J in jacobians.items()
+    }
 
     @tf.function
-    def graph(inputs: Any, states: Any) -> tuple[Any, Any, Any]:
-        J = state_jacobian(cell, inputs, states, view=view)
-        return J.to_dense(), J.matvec(v), J.matvec(u, adjoint=True)
+    def graph(inputs: Any, states: Any) -> dict[str, tuple[Any, Any, Any]]:
+        operators = {view: state_jacobian(cell, inputs, states, view=view) for view in jacobians}
+        return {
+            view: (J.to_dense(), J.matvec(vectors[view][1]), J.matvec(vectors[view][0], adjoint=True))
+            for view, J in operators.items()
+        }
 
-    dense, forward, backward = graph(inputs, states)
-    np.testing.assert_allclose(dense.numpy(), expected, **TOLERANCE, strict=True)
-    np.testing.assert_allclose(forward.numpy(), np.einsum("bik,bk->bi", expected, v), **TOLERANCE, strict=True)
-    np.testing.assert_allclose(backward.numpy(), np.einsum("bik,bi->bk", expected, u), **TOLERANCE, strict=True)
+    for view, (dense, forward, backward) in graph(inputs, states).items():
+        expected, (u, v) = jacobians[view], vectors[view]
+        np.testing.assert_allclose(dense.numpy(), expected, **TOLERANCE, strict=True)
+        np.testing.assert_allclose(forward.numpy(), np.einsum("bik,bk->bi", expected, v), **TOLERANCE, strict=True)
+        np.testing.assert_allclose(backward.numpy(), np.einsum("bik,bi->bk", expected, u), **TOLERANCE, strict=True)
 
 
 def test_a_graph_without_a_known_number_of_rows() -> None:
@@ -135,12 +101,11 @@ def test_a_graph_without_a_known_number_of_rows() -> None:
     np.testing.assert_allclose(graph(inputs, states).numpy(), expected, **TOLERANCE, strict=True)
 
 
-@every_view
-def test_one_row(view: str) -> None:
+def test_one_row() -> None:
     cell, inputs, states = make_step(BY_ID["gru_reset_after"], rows=1)
-    expected = step_jacobians(cell, inputs, states)[0][view]
-    dense = state_jacobian(cell, inputs, states, view=view).to_dense().numpy()
-    np.testing.assert_allclose(dense, expected, **TOLERANCE, strict=True)
+    for view, expected in step_jacobians(cell, inputs, states)[0].items():
+        dense = state_jacobian(cell, inputs, states, view=view).to_dense().numpy()
+        np.testing.assert_allclose(dense, expected, **TOLERANCE, strict=True)
 
 
 def test_orientation_of_a_2x2_cell() -> None:

@@ -129,7 +129,7 @@ def assert_structured(recipe: tuple[list[int], list[list[Term]]], rows: int, fea
 
 @each_part
 def test_cells_with_a_structure(part: int) -> None:
-    for_each_draw(part, 2 * DRAWS // 5, assert_structured, recipes(STRUCTURED), st.integers(0, 4), st.integers(1, 3))
+    for_each_draw(part, DRAWS // 5, assert_structured, recipes(STRUCTURED), st.integers(0, 4), st.integers(1, 3))
 
 
 def assert_right_or_refused(recipe: tuple[list[int], list[list[Term]]], rows: int, features: int) -> None:
@@ -144,7 +144,7 @@ def assert_right_or_refused(recipe: tuple[list[int], list[list[Term]]], rows: in
 @each_part
 def test_cells_that_may_have_none(part: int) -> None:
     kinds = (*STRUCTURED, *UNSTRUCTURED)
-    for_each_draw(part, 2 * DRAWS // 5, assert_right_or_refused, recipes(kinds), st.integers(1, 4), st.integers(1, 3))
+    for_each_draw(part, DRAWS // 5, assert_right_or_refused, recipes(kinds), st.integers(1, 4), st.integers(1, 3))
 
 
 def jacobians_of_all_steps(layer: Any, probe: NDArray[Any], mask: NDArray[np.bool_]) -> dict[str, NDArray[Any]]:
