@@ -1,7 +1,8 @@
-"""What one measurement costs, as a multiple of what a user would otherwise run.
+"""The cost of a measurement, as a multiple of a forward pass of the layer.
 
-Prints markdown tables of ratios of medians taken in one process, both sides compiled with `tf.function` and warm: the
-whole `meter()` over a forward pass of the layer, and a loop over `GradientTape.batch_jacobian` over `meter()`. Run it:
+Prints the Markdown tables of `docs/costs.md`. A ratio divides two medians that are taken in one process. Both sides are
+compiled with `tf.function` and have run before: `meter()` divided by a forward pass of the layer, and a loop over
+`GradientTape.batch_jacobian` divided by `meter()`.
 
     python benchmarks/cost.py                 # every table, some minutes
     python benchmarks/cost.py units fit       # some of them
@@ -27,13 +28,13 @@ from keras_jacmon import JacobianMeter, JacobianMonitor, JacobianRegularizer
 
 BATCH, STEPS, FEATURES = 32, 50, 64
 UNITS = (64, 256, 512, 1024)
-# So often is each of several calls timed, in turns, and before that not timed.
+# Timed runs of each call, and runs before them that are not timed. The calls take turns.
 TURNS, WARM_UP = 15, 2
-# Batches of an epoch, and epochs with and without a monitor.
+# Batches of an epoch, and epochs both with and without a monitor.
 FIT_BATCHES, FIT_TURNS = 300, 7
-# Units and steps of which the memory is measured.
+# (units, steps) for the table of memory.
 MEMORY_SIZES = ((256, 50), (256, 2000), (1024, 2000))
-# What takes longer is timed once.
+# Seconds; a call that takes longer is timed once.
 MOST_SECONDS = 10.0
 
 
@@ -100,7 +101,7 @@ def make_model(kind: str, units: int, steps: int | None = STEPS) -> tuple[keras.
 
 
 def seconds_of_loop(layer: keras.layers.RNN, probe: tf.Tensor) -> float:
-    """Returns the median time of a loop over the steps that takes the hidden variance at each, by the tape alone."""
+    """Returns the median time of a plain loop with a gradient tape that takes the hidden variance at each step."""
 
     @tf.function
     def variances(inputs: tf.Tensor) -> tf.Tensor:
@@ -120,7 +121,7 @@ def seconds_of_loop(layer: keras.layers.RNN, probe: tf.Tensor) -> float:
     start = time.perf_counter()
     graph(probe).numpy()
     seconds = time.perf_counter() - start
-    # Some minutes at 1024 units, where the first time is told from others by less than the noise.
+    # Some minutes at 1024 units, where the first run takes no longer than others.
     return seconds if seconds > MOST_SECONDS else median_seconds(lambda: graph(probe).numpy(), 3)
 
 
@@ -137,7 +138,7 @@ def head(title: str, *cells: str) -> None:
 
 
 def ratios_to_forward(layer: keras.layers.RNN, probe: tf.Tensor, meters: Sequence[JacobianMeter]) -> list[float]:
-    """Returns the median time of a forward pass, and those of the meters as multiples of it, measured in turns."""
+    """Returns the median time of a forward pass, and the times of the meters as multiples of it. All take turns."""
     function = tf.function(partial(layer, training=False))
     calls: list[Callable[[], object]] = [lambda: function(probe).numpy(), *meters]
     times: list[list[float]] = [[] for _ in calls]
@@ -152,7 +153,7 @@ def ratios_to_forward(layer: keras.layers.RNN, probe: tf.Tensor, meters: Sequenc
 
 
 def by_units() -> None:
-    """Exact `variance` of every step and sample, and `spectral_norm` of some and of all, by layer and units."""
+    """`variance` and `spectral_norm` by layer and units."""
     names = ("variance", "joint/variance", "spectral_norm", "joint/spectral_norm")
     head(
         f"{BATCH} samples x {STEPS} steps, {FEATURES} features; multiples of a forward pass, but for itself",
@@ -174,7 +175,7 @@ def by_units() -> None:
 
 
 def without_structure() -> None:
-    """`variance` of a cell that is left to automatic differentiation; exact up to `max_entries`, then an estimate."""
+    """`variance` of a cell without structure; above `max_entries` it is an estimate."""
     head(
         f"A SimpleRNN with a softmax, {BATCH} samples x {STEPS} steps; multiples of a forward pass, but for itself",
         "units", "forward pass", "`variance`", "`batch_jacobian` loop / `variance`",
@@ -191,7 +192,7 @@ def without_structure() -> None:
 
 
 def over_time() -> None:
-    """Presets, and what is measured over the whole sequence, of an LSTM by units."""
+    """Presets and measures over time of an LSTM, by units."""
     wanted = ("fast", "standard", "joint/flow", "joint/lyapunov")
     head(
         f"LSTM, {BATCH} samples x {STEPS} steps; multiples of a forward pass, but for itself",
@@ -206,7 +207,7 @@ def over_time() -> None:
 
 
 def by_size() -> None:
-    """Exact `variance` of an LSTM with 64 units, by steps and samples."""
+    """`variance` of an LSTM with 64 units, by steps and samples."""
     head("LSTM, 64 units", "samples", "steps", "forward pass", "`variance` / forward")
     for samples, steps in ((4, 50), (4, 500), (4, 10_000), (32, 50), (128, 50)):
         probe = noise(samples, steps, FEATURES)
@@ -216,7 +217,7 @@ def by_size() -> None:
 
 
 def during_fit() -> None:
-    """A training with the monitor over the same without it: median of the ratios of trainings next to each other."""
+    """A training with the monitor, divided by the same training without it: the median over neighbouring pairs."""
     batches = FIT_BATCHES
     head(
         f"`fit` of an LSTM with 256 units, {batches} batches of {BATCH} x {STEPS} steps an epoch; what is traced once "
@@ -248,7 +249,7 @@ def during_fit() -> None:
 
 
 class Clock(keras.callbacks.Callback):
-    """Times an epoch from behind its first batch to its end, what the callbacks before it do at its end included."""
+    """Times an epoch from the end of its first batch to its own end, including callbacks that stand before this one."""
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         """Starts."""
@@ -261,7 +262,7 @@ class Clock(keras.callbacks.Callback):
 
 
 def memory() -> None:
-    """The peak of the memory of a process that has run a model on a long sequence, and how much measuring adds."""
+    """Memory that measuring adds to the peak of a process that has run the model on a long sequence."""
     head("LSTM, 32 samples, peak of the resident memory", "units", "steps", "measures", "model", "measuring adds")
     script = """if True:
         import pathlib, re, sys
@@ -270,7 +271,7 @@ def memory() -> None:
         units, steps, features, measures = int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
         model = keras.Sequential([keras.Input((steps, features)), keras.layers.LSTM(units)])
         probe = tf.constant(np.random.default_rng(0).normal(size=(32, steps, features)), tf.float32)
-        # Of this program alone; what `getrusage` knows includes the one that started it.
+        # The peak of this program alone; `getrusage` includes that of its parent.
         peak = lambda: int(re.search(r"VmHWM:\\s*(\\d+)", pathlib.Path("/proc/self/status").read_text())[1]) / 2**20
         tf.function(model)(probe)
         before = peak()
@@ -286,7 +287,7 @@ def memory() -> None:
 
 
 def with_regularizer() -> None:
-    """Training with a penalty over the same without it: 50 batches at a time, new states for them included."""
+    """Training with a penalty, divided by the same training without it: 50 batches, including new states for them."""
     steps, batches, turns = 100, 50, 5
     head(
         f"Training steps, 256 units, {BATCH} samples x {steps} steps, {batches} batches at a time; multiples of those "
@@ -324,9 +325,9 @@ def with_regularizer() -> None:
 
 
 def once() -> None:
-    """What is paid once."""
+    """Times that are spent once: imports and the first report."""
     head("Paid once", "what", "seconds")
-    # Collected, so that none of the garbage of TensorFlow is collected within the import.
+    # Collect the garbage of TensorFlow first, so that none is collected during the import.
     script = (
         "import gc, time, tensorflow, keras; gc.collect(); start = time.perf_counter(); import keras_jacmon; {}; "
         "print(time.perf_counter() - start)"
@@ -335,7 +336,7 @@ def once() -> None:
         ("import keras_jacmon", "keras_jacmon"),
         ("and JacobianMonitor", "keras_jacmon.JacobianMonitor"),
     ):
-        # With the bytecode cached, as an installer leaves it.
+        # Cache the bytecode, as an installer does.
         command = [sys.executable, "-c", script.format(names)]
         environment = {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}
         seconds = []
@@ -364,7 +365,7 @@ TABLES = {
 
 
 def main() -> None:
-    """Prints the tables that were asked for."""
+    """Prints the tables that the command line names."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tables", nargs="*", help=f"out of {', '.join(TABLES)}; all of them if none is named")
     names = parser.parse_args().tables or list(TABLES)

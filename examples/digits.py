@@ -1,11 +1,10 @@
-"""Digits read pixel by pixel: where does the variance of the Jacobian end, and what becomes of the accuracy?
+"""Read digits pixel by pixel, with and without a `JacobianRegularizer`: variance of the Jacobian, and accuracy.
 
-A `SimpleRNN` reads the 64 pixels of scikit-learn's digits one at a time. Its recurrent kernel starts with half of, and
-with one and a half times, the gain at which a linear network keeps its gradient. Each training is run without and with
-a `JacobianRegularizer` that holds `variance` at 1, for several seeds.
+A `SimpleRNN` reads the 64 pixels of scikit-learn's digits one at a time. At gain 1 of the recurrent kernel a linear
+network keeps the size of its gradient; the trainings start at gains 0.5 and 1.5. The regularizer holds `variance` at 1.
 
     python examples/digits.py               # 5 seeds, some minutes on two cores
-    python examples/digits.py --seeds 1     # a look
+    python examples/digits.py --seeds 1     # one seed
 """
 
 import argparse
@@ -24,7 +23,7 @@ Data = tuple[NDArray[np.float32], NDArray[np.int64]]
 
 
 def load() -> tuple[Data, Data]:
-    """Returns pixels `(samples, 64, 1)` and digits, of training and of test."""
+    """Returns pixels `(samples, 64, 1)` and digits `(samples,)`, for training and for testing."""
     x, y = load_digits(return_X_y=True)
     x = (x / 8.0 - 1.0).astype(np.float32)[:, :, None]
     order = np.random.default_rng(0).permutation(len(x))
@@ -33,9 +32,9 @@ def load() -> tuple[Data, Data]:
 
 
 def make_model(gain: float, seed: int) -> keras.Model:
-    """Returns a compiled model whose recurrent kernel is Gaussian with this gain."""
+    """Returns a compiled model; its recurrent kernel is Gaussian with the given gain."""
     keras.utils.set_random_seed(seed)
-    # The variance of the entries times the units is the square of the gain.
+    # gain² = variance of the entries * units
     recurrent = keras.initializers.RandomNormal(stddev=gain / UNITS**0.5)
     layers = [
         keras.Input((64, 1)),
@@ -49,7 +48,7 @@ def make_model(gain: float, seed: int) -> keras.Model:
 
 
 def train(model: keras.Model, strength: float, epochs: int, train: Data, test: Data) -> tuple[float, float, float]:
-    """Trains a model; returns the variance before and after, and the accuracy on the test digits."""
+    """Trains a model; returns the variance before and after the training, and the accuracy on the test digits."""
     regularizer = JacobianRegularizer(TARGET, strength, rows=256) if strength else None
     monitor = JacobianMonitor(train[0][:BATCH], measures=["variance"], log_dir=None, regularizer=regularizer)
     model.fit(*train, batch_size=BATCH, epochs=epochs, verbose=0, callbacks=[monitor])

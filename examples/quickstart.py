@@ -1,8 +1,8 @@
 """Watch the Jacobians of an LSTM that learns to read handwritten digits pixel by pixel.
 
-Each 8 x 8 image of scikit-learn's `load_digits` is a sequence of 64 steps of one pixel, so the class can only be told
-if something of the first rows is still in the state at the last step. The monitor shows the state-to-state Jacobians
-before, during and after training. Run it with
+Each 8 x 8 image of scikit-learn's `load_digits` is a sequence of 64 steps with one pixel each. The LSTM can tell the
+digit only if the state at the last step still holds something of the first pixels. The monitor shows the
+state-to-state Jacobians before, during and after the training.
 
     python examples/quickstart.py [log_dir]
 """
@@ -24,7 +24,7 @@ EPOCHS = 15
 
 
 def load_sequences() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Returns training sequences `(images, 64, 1)`, held-out ones, and the classes of both."""
+    """Returns the sequences `(images, 64, 1)` for training and for testing, and the classes of both."""
     digits = load_digits()
     sequences = (digits.data / 16.0).astype("float32")[..., np.newaxis]
     train, test, train_classes, test_classes = train_test_split(
@@ -41,7 +41,7 @@ def make_model() -> keras.Model:
 
 
 def written_tags(log_dir: Path) -> dict[str, set[str]]:
-    """Returns the tags found in the event files below `log_dir`, by kind."""
+    """Returns the tags in the event files below `log_dir`, by kind."""
     tags = defaultdict(set)
     for directory in {file.parent for file in log_dir.rglob("*.tfevents.*")}:
         events = EventAccumulator(str(directory))
@@ -52,7 +52,7 @@ def written_tags(log_dir: Path) -> dict[str, set[str]]:
 
 
 def main(log_dir: Path) -> None:
-    """Trains, prints what the monitor saw, and checks that it is in the event files."""
+    """Trains the model, prints the first and the last report, and checks the event files."""
     keras.utils.set_random_seed(0)
     train, test, train_classes, test_classes = load_sequences()
     probe, test, test_classes = test[:32], test[32:], test_classes[32:]
@@ -65,11 +65,11 @@ def main(log_dir: Path) -> None:
     (first_step, before), (last_step, after) = monitor.reports[0], monitor.reports[-1]
     print(f"\nBefore training (step {first_step}):\n{before}")
     print(f"\nAfter training (step {last_step}):\n{after}")
-    print(f"\nAccuracy on {len(test)} images never seen in training: {accuracy:.1%}")
-    print(f"To look at it: tensorboard --logdir {log_dir}")
+    print(f"\nAccuracy on {len(test)} images that were not used for training: {accuracy:.1%}")
+    print(f"Curves and histograms: tensorboard --logdir {log_dir}")
 
     assert accuracy > 0.6, "guessing gives 10 %"
-    assert len(history.history["lstm_jac_joint_spectral_norm"]) == EPOCHS, "one value an epoch is in History"
+    assert len(history.history["lstm_jac_joint_spectral_norm"]) == EPOCHS, "History has one value for each epoch"
     # A horizon beyond the sequence is infinite.
     finite = [[x for key, x in report.scalars().items() if "horizon" not in key] for _, report in monitor.reports]
     assert np.isfinite(finite).all()

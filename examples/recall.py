@@ -1,12 +1,11 @@
-"""Recall the first symbol of a long sequence: does it help to hold the Jacobian where gradients keep their size?
+"""Recall the first symbol of a long sequence, with and without a `JacobianRegularizer`.
 
-The first step shows one of four symbols. A `SimpleRNN` with the initial weights that Keras gives it reads noise from
-then on, and is asked for the symbol after the last step. Each training is run without and with a `JacobianRegularizer`
-that holds `variance` at 1, for several seeds. A training has succeeded if it recalls 95 of 100 symbols of sequences
-that it has not seen.
+The first step shows one of four symbols; all later steps are noise. After the last step a `SimpleRNN` with the default
+initial weights of Keras has to name the symbol. The regularizer holds `variance` at 1, where gradients keep their size.
+A training succeeds if it recalls at least 95 % of the symbols of new sequences.
 
     python examples/recall.py               # 5 seeds, some minutes on two cores
-    python examples/recall.py --seeds 1     # a look
+    python examples/recall.py --seeds 1     # one seed
 """
 
 import argparse
@@ -23,7 +22,7 @@ Data = tuple[NDArray[np.float32], NDArray[np.int64]]
 
 
 def make_data(samples: int, steps: int, seed: int) -> Data:
-    """Returns sequences `(samples, steps, symbols + 1)` and the symbols that they begin with."""
+    """Returns sequences `(samples, steps, symbols + 1)` and their first symbols `(samples,)`."""
     random = np.random.default_rng(seed)
     x = np.zeros((samples, steps, SYMBOLS + 1), np.float32)
     x[:, :, -1] = random.normal(size=(samples, steps))
@@ -33,7 +32,7 @@ def make_data(samples: int, steps: int, seed: int) -> Data:
 
 
 def train(seed: int, strength: float, epochs: int, train: Data, test: Data) -> tuple[float, float, float]:
-    """Trains once; returns the accuracy, and the mean of `variance` and of `growth` at the end."""
+    """Trains once; returns the accuracy, the mean `variance` and the mean `growth` at the end."""
     keras.utils.set_random_seed(seed)
     rnn = keras.layers.SimpleRNN(UNITS, name="rnn")
     model = keras.Sequential([keras.Input(train[0].shape[1:]), rnn, keras.layers.Dense(SYMBOLS)])
@@ -67,7 +66,7 @@ def main() -> None:
             print(f"{name:<11}  {seed:<4}  {accuracy:<8.3f}  {variance:<8.2f}  {growth:+.3f}", flush=True)
         successes.append(count)
         print(f"{name:<11}  {count} of {arguments.seeds} recall it", flush=True)
-    assert successes[1] > successes[0], "the regularizer was no help"
+    assert successes[1] > successes[0], "the regularizer did not help"
 
 
 if __name__ == "__main__":

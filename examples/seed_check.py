@@ -1,12 +1,12 @@
-"""The smallest check of the numbers: a cell so simple that the variance of its Jacobian is known beforehand.
+"""Check the numbers on a cell whose Jacobian has a known variance.
 
     h_t = W_h f(h_{t-1})            (with bias)
     c_t = c_{t-1} - h_{t-1} + h_t
     o_t = sigmoid(W_o x_t + c_t)
 
-With Glorot weights, `Var(dh_t/dh_{t-1}) * units` is 1/2 for f = ReLU (half of the units pass the gradient on) and 1
-for f = identity. Each number is computed three times: by `measure` on a model, by `state_jacobian` on the cell, and by
-the loop over `GradientTape.batch_jacobian` that one would write without this package.
+With Glorot weights, `Var(dh_t/dh_{t-1}) * units` is 1/2 for f = ReLU, since half of the units pass the gradient on, and
+1 for f = identity. Each number is computed in three ways: by `measure` on a model, by `state_jacobian` on the cell, and
+by a plain loop over `GradientTape.batch_jacobian`.
 """
 
 import warnings
@@ -22,13 +22,13 @@ from keras_jacmon import measure, state_jacobian
 
 UNITS, STEPS, DRAWS = 100, 4, 4
 
-# Expected value and standard deviation of one draw: the published value, and the spread of Monte-Carlo runs at 64 and
-# 128 units (Gaussian weights: 0.063 and 0.042 with the ReLU's mask, 0.022 and 0.010 without).
+# Expected value and standard deviation of one draw. The value is published; the deviation is between those of
+# Monte-Carlo runs with 64 and 128 units (Gaussian weights: 0.063 and 0.042 with a ReLU, 0.022 and 0.010 without).
 THEORY = {"relu": (0.5, 0.05), "linear": (1.0, 0.015)}
 
 
 class TwoStateCell(keras.layers.Layer):
-    """The cell above. It has no `build()`: its weights appear at its first call."""
+    """The cell above. It has no `build()`, so its weights appear at the first call."""
 
     def __init__(self, units: int, activation: str, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -47,7 +47,7 @@ class TwoStateCell(keras.layers.Layer):
 
 
 def tape_step(cell: TwoStateCell, x: tf.Tensor, h: tf.Tensor, c: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-    """Returns the new states of one step and dh_t/dh_{t-1}, from the tape alone."""
+    """Returns the new states of one step and dh_t/dh_{t-1}, by a gradient tape."""
     with tf.GradientTape() as tape:
         tape.watch(h)
         _, [new_h, new_c] = cell(x, [h, c])
@@ -57,14 +57,14 @@ def tape_step(cell: TwoStateCell, x: tf.Tensor, h: tf.Tensor, c: tf.Tensor) -> t
 def operator_step(
     cell: TwoStateCell, x: tf.Tensor, h: tf.Tensor, c: tf.Tensor
 ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-    """Returns the same from the package's operator."""
+    """Returns the same, by the operator of this package."""
     _, [new_h, new_c] = cell(x, [h, c])
     return new_h, new_c, state_jacobian(cell, x, [h, c], view="hidden").to_dense()
 
 
 def loop(step: Callable[..., Any], cell: TwoStateCell, x: tf.Tensor, h: tf.Tensor, c: tf.Tensor) -> list[float]:
     """Returns `np.var(J) * units` of each step."""
-    # Without tf.function TensorFlow traces each Jacobian anew.
+    # Without `tf.function`, TensorFlow would trace each Jacobian anew.
     compiled = tf.function(partial(step, cell))
     values = []
     for t in range(STEPS):
@@ -74,7 +74,7 @@ def loop(step: Callable[..., Any], cell: TwoStateCell, x: tf.Tensor, h: tf.Tenso
 
 
 def check(activation: str) -> None:
-    """Prints and asserts the values of one activation, new weights in each draw."""
+    """Prints and asserts the values for one activation, with new weights in each draw."""
     expected, spread = THEORY[activation]
     means = []
     for draw in range(DRAWS):
@@ -94,14 +94,14 @@ def check(activation: str) -> None:
         np.testing.assert_allclose(operated, looped, rtol=1e-5)
         np.testing.assert_allclose(measured, expected, atol=4 * spread)
         means.append(measured.mean())
-    # The steps of a draw share their weights, the draws do not.
+    # Only the draws are independent; the steps of one draw share their weights.
     print(f"{activation:10} mean  {np.mean(means):.4f}, expected {expected} +- {4 * spread / DRAWS**0.5:.3f}\n")
     np.testing.assert_allclose(np.mean(means), expected, atol=4 * spread / DRAWS**0.5)
 
 
 def main() -> None:
-    """Checks the table."""
-    # Keras says so of every layer that makes its weights at its first call.
+    """Checks each activation."""
+    # Keras warns about each layer that makes its weights at the first call.
     warnings.filterwarnings("ignore", message="`build\\(\\)` was called on layer")
     print("activation draw  computed by     " + "".join(f"    step {step}" for step in range(STEPS)))
     for activation in THEORY:
