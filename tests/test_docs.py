@@ -56,13 +56,21 @@ def test_each_supported_row(example: str, layers: list[str], names: dict[str, An
         assert layer["variance"].shape == (4, 2)
 
 
-def test_each_promise_has_its_test() -> None:
+@pytest.mark.fast
+def test_each_promise_has_its_test_in_the_default_tier() -> None:
     assert len(PROMISES) >= 20
     for file, name in PROMISES:
         tree = ast.parse((ROOT / "tests" / file).read_text(encoding="utf-8"))
-        assert name in [node.name for node in tree.body if isinstance(node, ast.FunctionDef)], f"{file}::{name}"
+        marks = {
+            node.name: [ast.unparse(mark) for mark in node.decorator_list]
+            for node in tree.body
+            if isinstance(node, ast.FunctionDef)
+        }
+        assert name in marks, f"{file}::{name}"
+        assert "pytest.mark.soak" not in marks[name], f"{file}::{name}"
 
 
+@pytest.mark.fast
 def test_the_places_that_the_architecture_names_are_there() -> None:
     package = ROOT / "keras_jacmon"
     places = re.findall(r"`([\w/]+\.py)(?:::(\w+))?`", page("docs/architecture.md"))
@@ -74,11 +82,13 @@ def test_the_places_that_the_architecture_names_are_there() -> None:
         assert not name or name in names, f"{file}::{name}"
 
 
+@pytest.mark.fast
 def test_the_table_of_measures_is_that_of_the_registry() -> None:
     with_table = runpy.run_path(str(ROOT / "docs" / "write_measures.py"))["with_table"]
     assert with_table(page("docs/measures.md")) == page("docs/measures.md")
 
 
+@pytest.mark.fast
 def test_the_explanation_that_is_shown() -> None:
     (shown,) = [text for text in blocks(page("docs/methods.md"), "text") if "d state" in text]
     names = reader_names()

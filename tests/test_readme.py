@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 README = page("README.md")
 
 
+@pytest.mark.fast
 def test_commands() -> None:
     """Two commands, each complete, as they are promised."""
     assert blocks(README, "sh") == [
@@ -35,6 +36,7 @@ def test_the_code_runs_as_it_stands(
     assert (tmp_path / "logs" / "jacobian").is_dir()
 
 
+@pytest.mark.fast
 def test_the_verdicts_that_are_shown() -> None:
     before, after = (
         Verdict("vanishing", -0.17, 23, 0, 63, 0.611, ()),
@@ -44,10 +46,12 @@ def test_the_verdicts_that_are_shown() -> None:
     assert f"lstm: {after}\n" in README
 
 
+@pytest.mark.fast
 def test_one_page() -> None:
     assert len(README.encode()) < 7000
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize(
     "name",
     ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", *(f"docs/{p.name}" for p in sorted((ROOT / "docs").glob("*.md")))],
