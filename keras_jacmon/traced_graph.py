@@ -72,11 +72,11 @@ def trace(function: Callable[..., tuple[Any, StaticT]], specs: Sequence[Any] = (
 class TracedGraph:
     """A function of tensors, traced once.
 
-    Must live as long as what is made with `lay`: TensorFlow forgets the bodies of its loops and branches with it, and
-    then crashes when it is to run them.
+    Must live as long as what is made with `replay`: TensorFlow forgets the bodies of its loops and branches with it,
+    and then crashes when it is to run them.
 
     Args:
-        function: From tensors to any structure of tensors.
+        function: From tensors to any structure of tensors; or such a function that `trace` has traced.
         specs: What it is traced for.
         inline: Whether what a `tf.function` does shall stand in the graph itself, and not a call of it.
 
@@ -87,7 +87,8 @@ class TracedGraph:
     """
 
     def __init__(self, function: Callable[..., Any], specs: Sequence[tf.TensorSpec], *, inline: bool = False) -> None:
-        self._functions = [tf.function(function, autograph=False).get_concrete_function(*specs)]
+        traced = function if isinstance(function, Traced) else trace(lambda *tensors: (function(*tensors), None), specs)
+        self._functions = [traced.graph]
         if inline and any(map(_is_call, self._functions[0].graph.get_operations())):
             # Not by `tf.config.run_functions_eagerly`, which holds for all threads.
             function = partial(_without_calls, self._functions[0].graph)

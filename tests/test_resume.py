@@ -30,7 +30,8 @@ TAGS = {f"{layer}/variance{rest}" for layer in ("a", "b") for rest in ("", "/min
 TRAINING = """
     import os, pathlib, signal, sys
     import keras, numpy as np
-    from keras_jacmon import JacobianMonitor, events
+    from keras_jacmon import JacobianMonitor
+    from keras_jacmon.events import writer as events
 
     directory, kill_at = pathlib.Path(sys.argv[1]), int(sys.argv[2])
     written = 0

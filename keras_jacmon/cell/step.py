@@ -7,9 +7,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_jacmon.model.guard import without_masks
-from keras_jacmon.model.layers import sublayers
-from keras_jacmon.model.recording import training_argument
+from keras_jacmon.model.internals import sublayers, training_argument, without_masks
 
 _HALF = (tf.float16, tf.bfloat16)
 

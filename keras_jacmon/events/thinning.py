@@ -1,12 +1,16 @@
-"""What is kept of a series that has no end."""
+"""Thinning of long series: fewer members the older they are."""
 
 from typing import Any
 
 
 def thin(series: list[Any], most: int) -> None:
-    """Takes members out of a list that has more than so many: every second one, but the first and the newest stay.
+    """Removes every second member of a list that is too long, in place; the first and the newest stay.
 
-    Done at each addition, what is left is the sparser the older it is.
+    Done at each addition, this leaves the members the sparser the older they are.
+
+    Args:
+        series: List.
+        most: Integer, at least 2, the number of members above which it is thinned.
     """
     if len(series) > most:
         del series[1:-1:2]

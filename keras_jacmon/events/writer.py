@@ -1,31 +1,32 @@
-"""Report -> TensorBoard event file."""
+"""Event writer: reports as TensorBoard event files."""
 
 import contextlib
 import itertools
 import os
 import uuid
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import tensorflow as tf
 
+from keras_jacmon.errors import invalid_argument
 from keras_jacmon.options import VIEWS
 from keras_jacmon.report.layer_report import LayerReport
 from keras_jacmon.report.report import Report
 
 
 class EventWriter:
-    """Writes reports to event files under `<log_dir>/jacobian`.
+    """Writes reports to event files under `<log_dir>/jacobian`; a `Sink`.
 
     For each key of a layer there are the scalars `<layer>/<key>` (mean over samples and unmasked steps),
     `<layer>/<key>/min` and `<layer>/<key>/max` (over time, of the mean over samples), and the histogram
-    `<layer>/<key>/histogram` (over steps and samples). What is measured over the whole sequence has a scalar
-    `<layer>/<key>` and a histogram over the samples; spectra have a histogram, of eigenvalues the moduli.
+    `<layer>/<key>/histogram` (over steps and samples). A measure of whole sequences has a scalar `<layer>/<key>` and a
+    histogram over the samples. A spectrum has a histogram, for eigenvalues one of the moduli.
 
     Args:
-        log_dir: The directory that `tensorboard --logdir` is given; made if it is not there.
+        log_dir: String or path, the directory that `tensorboard --logdir` is given; made if it is not there.
 
     Raises:
         ValueError: If nothing can be written there.
@@ -41,40 +42,48 @@ class EventWriter:
         """Writes a report and flushes, so that a killed training loses nothing that was measured.
 
         Args:
-            report: The report.
-            step: Of the optimizer.
-            scalars: Further scalars, by tag.
+            report: `Report`.
+            step: Integer, the iteration count of the optimizer.
+            scalars: Dict of further numbers by tag; None for no others. Defaults to None.
 
         Raises:
-            OSError: If TensorFlow cannot write, e.g. to a full disk, or the directory is gone; then the next report
+            OSError: If TensorFlow cannot write, e.g. to a full disk, or the directory is gone. The next report then
                 begins a new file.
         """
-        try:
+        with _as_os_errors():
             if self._writer is None:
-                _try_writing(self.directory)
-                # By its name the file is known from those that others write there.
-                self._suffix = f".{uuid.uuid4().hex[:8]}.v2"
-                self._writer = tf.summary.create_file_writer(self.directory, filename_suffix=self._suffix)
+                self._open()
             # `record_if`: another callback's `TensorBoard(update_freq=...)` switches summaries off between its own.
             with self._writer.as_default(np.int64(step)), tf.summary.record_if(True):  # noqa: FBT003 - positional only
                 try:
-                    for name, layer in report.layers.items():
-                        _write_layer(_prefix(name, report.layers), layer)
-                    for tag, value in (scalars or {}).items():
-                        _scalar(tag, value)
+                    _write_report(report, scalars or {})
                     self._writer.flush()
                 except tf.errors.OpError:
                     # A writer that is open would fail again when the context ends, and stay everybody's default.
                     with contextlib.suppress(OSError):
                         self.close()
                     raise
-        except tf.errors.OpError as error:
-            # A file that cannot grow is an `OutOfRangeError`, which Keras would take for the end of the data.
-            raise OSError(error.message) from error
         # A removed file is still open: TensorFlow would go on writing to nowhere, without an error.
         if not self._is_there():
             self.close()
             raise FileNotFoundError(f"the event file in {self.directory} was removed, and the events in it are lost")
+
+    def close(self) -> None:
+        """Closes the event file; a later `write` begins another one in the same directory.
+
+        Raises:
+            OSError: If TensorFlow cannot write the last of it.
+        """
+        if self._writer is not None:
+            writer, self._writer = self._writer, None
+            with _as_os_errors():
+                writer.close()
+
+    def _open(self) -> None:
+        _try_writing(self.directory)
+        # The suffix tells the file from those that others write there.
+        self._suffix = f".{uuid.uuid4().hex[:8]}.v2"
+        self._writer = tf.summary.create_file_writer(self.directory, filename_suffix=self._suffix)
 
     def _is_there(self) -> bool:
         try:
@@ -82,18 +91,25 @@ class EventWriter:
         except tf.errors.NotFoundError:
             return False
 
-    def close(self) -> None:
-        """Closes the event file; a later `write` begins another one in the same directory."""
-        if self._writer is not None:
-            writer, self._writer = self._writer, None
-            try:
-                writer.close()
-            except tf.errors.OpError as error:
-                raise OSError(error.message) from error
+
+@contextlib.contextmanager
+def _as_os_errors() -> Iterator[None]:
+    """Raises TensorFlow's errors as OSError.
+
+    A file that cannot grow is an `OutOfRangeError`, which Keras would take for the end of the data.
+    """
+    try:
+        yield
+    except tf.errors.OpError as error:
+        raise OSError(error.message) from error
 
 
 def check_writable(log_dir: str | os.PathLike[str], directory: str) -> None:
-    """Finds out whether files can be written, by writing one.
+    """Checks that files can be written, by writing one.
+
+    Args:
+        log_dir: String or path, as the user gave it.
+        directory: String, the directory to write to; made if it is not there.
 
     Raises:
         ValueError: If not.
@@ -101,16 +117,17 @@ def check_writable(log_dir: str | os.PathLike[str], directory: str) -> None:
     try:
         _try_writing(directory)
     except (tf.errors.OpError, OSError) as error:
-        raise ValueError(
-            "Invalid value for argument `log_dir`. Expected a directory that can be written to, or None to write no "
-            f"event files. Received: log_dir={os.fspath(log_dir)!r} ({error})"
+        raise invalid_argument(
+            "log_dir",
+            "a directory that can be written to, or None to write no event files",
+            f"log_dir={os.fspath(log_dir)!r} ({error})",
         ) from error
 
 
 def _try_writing(directory: str) -> None:
     # TensorFlow's file system also knows buckets.
     tf.io.gfile.makedirs(directory)
-    # Of its own, since others may try at the same time.
+    # A name of its own, since others may try at the same time.
     trial = tf.io.gfile.join(directory, f".keras_jacmon.{uuid.uuid4().hex}")
     try:
         with tf.io.gfile.GFile(trial, "w") as file:
@@ -121,8 +138,15 @@ def _try_writing(directory: str) -> None:
             tf.io.gfile.remove(trial)
 
 
+def _write_report(report: Report, scalars: Mapping[str, float]) -> None:
+    for name, layer in report.layers.items():
+        _write_layer(_prefix(name, report.layers), layer)
+    for tag, value in scalars.items():
+        _scalar(tag, value)
+
+
 def _prefix(name: str, names: Collection[str]) -> str:
-    """What the tags of a layer begin with: its name, unless it is that of another one with a view behind it."""
+    """Returns the beginning of a layer's tags: its name, unless that reads as a view of another layer."""
     above, _, last = name.rpartition("/")
     if above not in names or last not in VIEWS:
         return name
@@ -137,13 +161,12 @@ def _write_layer(name: str, layer: LayerReport) -> None:
         _scalar(tag, layer.mean(key))
         _scalar(f"{tag}/min", low)
         _scalar(f"{tag}/max", high)
-        values = layer.valid(key)
-        _histogram(tag, values)
+        _histogram(tag, layer.valid(key))
     for key, value in layer.scalars().items():
         if key not in layer.values:
             _scalar(f"{name}/{key}", value)
     for key, array in {**layer.sequences, **layer.spectra}.items():
-        # Over samples; of the flow over spans too, of the exponents and the spectra over all of them.
+        # Over the samples, and over all spans of the flow, all exponents and all values of a spectrum.
         _histogram(f"{name}/{key}", np.abs(array) if np.iscomplexobj(array) else array)
 
 

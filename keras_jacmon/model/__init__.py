@@ -1,1 +1,1 @@
-"""The model and its probe: inputs, recurrent layers, and what each layer receives."""
+"""The model and its probe: inputs, recurrent layers, and the tensors that each layer receives."""

@@ -1,22 +1,22 @@
-"""A model that has no weights yet is built from the probe."""
+"""Building: the weights of a model that has none yet, made from the probe."""
 
 from typing import Any
 
 import keras
 import tensorflow as tf
 
+from keras_jacmon.errors import invalid_argument
 from keras_jacmon.model.guard import shielded
 from keras_jacmon.model.inputs import fit_probe
-from keras_jacmon.model.layers import sublayers
-from keras_jacmon.model.recording import training_argument
+from keras_jacmon.model.internals import sublayers, training_argument
 
 
 def build(model: keras.Layer, arrays: Any) -> None:
-    """Lets layers that make their weights at the first call make them, without moving any state.
+    """Builds the layers that make their weights at the first call, without moving any state.
 
     Args:
-        model: The model; one that has its weights is left as it is.
-        arrays: What `read_probe` returned.
+        model: Keras model; one that has its weights is left as it is.
+        arrays: Arrays as `read_probe` returns them.
 
     Raises:
         ValueError: If the model cannot be called on the probe.
@@ -33,20 +33,22 @@ def build(model: keras.Layer, arrays: Any) -> None:
     def call(*tensors: tf.Tensor) -> Any:
         return model(keras.tree.pack_sequence_as(inputs, list(tensors)), **training_argument(model))
 
-    # Traced and not run: a cell may write to a `tf.Variable`, which the scope does not shield. And for any number of
-    # samples: a Sequential model keeps the shape that it was built with, and is saved with it.
+    # Traced and not run: a cell may write to a `tf.Variable`, which the scope does not shield. The number of samples
+    # stays open: a Sequential model keeps the shape that it was built with, and is saved with it.
     specs = [tf.TensorSpec([None, *tensor.shape[1:]], tensor.dtype) for tensor in keras.tree.flatten(inputs)]
     with shielded(model):
         try:
             tf.function(call, autograph=False).get_concrete_function(*specs)
         except Exception as error:
             shapes = keras.tree.map_structure(lambda array: array.shape, arrays)
-            raise ValueError(
-                "Invalid value for argument `probe`. Expected a batch that the model can be built with. Received: "
-                f"shapes {shapes}, for which the model raised {type(error).__name__}: {error}"
+            raise invalid_argument(
+                "probe",
+                "a batch that the model can be built with",
+                f"shapes {shapes}, for which the model raised {type(error).__name__}: {error}",
             ) from error
 
 
 def _cells(model: keras.Layer) -> list[Any]:
+    """Returns the cells of the recurrent layers, and the layers inside of them."""
     recurrent = [layer for layer in sublayers(model) if isinstance(layer, keras.layers.RNN)]
     return [part for layer in recurrent for part in sublayers(layer.cell)]

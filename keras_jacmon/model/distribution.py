@@ -1,4 +1,4 @@
-"""On which devices is the probe measured?"""
+"""Distribution: the strategies of `tf.distribute` that a model may be made in."""
 
 import itertools
 from collections.abc import Callable
@@ -8,9 +8,14 @@ import keras
 import tensorflow as tf
 from tensorflow.python.ops.resource_variable_ops import ResourceVariable
 
+from keras_jacmon.errors import invalid_argument
+
 
 def check_distribution(model: keras.Layer) -> None:
-    """Refuses what is not known to train, or to be measured, in the way that it says.
+    """Refuses a distribution that is not known to train, or to be measured, in the way that it says.
+
+    Args:
+        model: Keras model.
 
     Raises:
         ValueError: If the model belongs to a strategy other than `MirroredStrategy` and `OneDeviceStrategy`, or a
@@ -24,15 +29,16 @@ def check_distribution(model: keras.Layer) -> None:
     strategy = getattr(model, "distribute_strategy", None)
     alone = strategy is None or strategy is _default_strategy()
     if not alone and not isinstance(strategy, (tf.distribute.MirroredStrategy, tf.distribute.OneDeviceStrategy)):
-        raise ValueError(
-            "Invalid value for argument `model`. Expected a model made without a strategy of `tf.distribute`, or in "
-            f"the scope of a `MirroredStrategy` or `OneDeviceStrategy`. Received: model={model.name}, made in the "
-            f"scope of a {type(strategy).__name__}"
+        raise invalid_argument(
+            "model",
+            "a model made without a strategy of `tf.distribute`, or in the scope of a `MirroredStrategy` or "
+            "`OneDeviceStrategy`",
+            f"model={model.name}, made in the scope of a {type(strategy).__name__}",
         )
 
 
 def check_outside_of_scopes() -> None:
-    """Refuses to trace what reads the variables of replicas where that is only possible on each of them.
+    """Refuses to trace in the scope of a strategy, where the variables of replicas cannot be read.
 
     Raises:
         ValueError: In the scope of a `tf.distribute` strategy with replicas.
@@ -46,9 +52,14 @@ def check_outside_of_scopes() -> None:
 
 
 def own_variable(value: Any, shape: tf.TensorShape | None = None) -> tf.Variable:
-    """A variable of ours, which no optimizer trains and which is a single one in the scope of a strategy too.
+    """Returns a variable that no optimizer trains, a single one in the scope of a strategy too.
 
-    `tf.Variable` would make one for each replica there, that can only be read inside of them.
+    `tf.Variable` would make one for each replica there, which can be read inside of the replicas only. TensorFlow has
+    no public way around the scope.
+
+    Args:
+        value: Tensor, the initial value.
+        shape: `tf.TensorShape`; None for that of the value. Defaults to None.
     """
     with tf.init_scope():
         return ResourceVariable(value, trainable=False, shape=shape)
@@ -97,6 +108,6 @@ class Shards:
 
 
 def _default_strategy() -> Any:
-    """That of a model which was made in no scope."""
+    """Returns the strategy of a model that was made in no scope."""
     with tf.Graph().as_default():
         return tf.distribute.get_strategy()

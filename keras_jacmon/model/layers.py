@@ -1,24 +1,20 @@
-"""Which recurrent layers does a model have, and what are they called?"""
+"""Recurrent layers of a model, and their names in reports."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import keras
+
+from keras_jacmon.errors import invalid_argument
+from keras_jacmon.model.internals import sublayers
 
 
 @dataclass(frozen=True)
 class RecurrentLayer:
-    """A recurrent layer and the name it goes by in reports, logs and TensorBoard tags."""
+    """A recurrent layer and its name in reports, logs and TensorBoard tags."""
 
     name: str
     layer: keras.layers.RNN
-
-
-def sublayers(layer: Any) -> list[Any]:
-    """Every Keras layer inside `layer`, itself included; empty for an object that is not a Keras layer."""
-    # Keras offers no public walk over the layers that a custom layer holds (in attributes, lists and dicts).
-    return list(layer._flatten_layers()) if isinstance(layer, keras.Layer) else []  # noqa: SLF001
 
 
 def find_recurrent_layers(model: keras.Layer) -> tuple[RecurrentLayer, ...]:
@@ -28,7 +24,7 @@ def find_recurrent_layers(model: keras.Layer) -> tuple[RecurrentLayer, ...]:
         model: A built Keras model or layer.
 
     Returns:
-        The layers with unique names: Keras paths without the model's own name, e.g. `bidirectional/forward_lstm`.
+        Tuple of layers with unique names: Keras paths without the model's own name, e.g. `bidirectional/forward_lstm`.
 
     Raises:
         ValueError: If the model has no recurrent layer.
@@ -38,10 +34,11 @@ def find_recurrent_layers(model: keras.Layer) -> tuple[RecurrentLayer, ...]:
         if isinstance(layer, keras.layers.RNN):
             found[_unique(_path(layer, model), found)] = layer
     if not found:
-        raise ValueError(
-            "Invalid value for argument `model`. Expected a model with at least one recurrent layer "
-            f"(`keras.layers.RNN` or a subclass). Received: model={model.name} ({type(model).__name__}) "
-            f"with the layers {sorted({type(layer).__name__ for layer in sublayers(model)[1:]})}"
+        raise invalid_argument(
+            "model",
+            "a model with at least one recurrent layer (`keras.layers.RNN` or a subclass)",
+            f"model={model.name} ({type(model).__name__}) "
+            f"with the layers {sorted({type(layer).__name__ for layer in sublayers(model)[1:]})}",
         )
     return tuple(RecurrentLayer(name, layer) for name, layer in found.items())
 
@@ -52,11 +49,11 @@ def select_layers(
     """Narrows the layers found to those that the user named.
 
     Args:
-        found: What `find_recurrent_layers` returned.
+        found: Sequence of layers from `find_recurrent_layers`.
         wanted: Names as in reports, names of Keras layers, or the layers themselves; None for all.
 
     Returns:
-        The wanted layers, in the order in which they were found.
+        Tuple of the wanted layers, in the order in which they were found.
 
     Raises:
         ValueError: If a wanted layer is not among those found, or none is wanted.
@@ -68,17 +65,14 @@ def select_layers(
     for want in wanted:
         matches = [item.name for item in found if want is item.layer or want in (item.name, item.layer.name)]
         if not matches:
-            received = f"'{want}'" if isinstance(want, str) else f"{getattr(want, 'name', want)} (a layer)"
-            raise ValueError(
-                f"Invalid value for argument `layers`. Expected recurrent layers of the model: "
-                f"{[item.name for item in found]}. Received: {received}"
+            raise invalid_argument(
+                "layers",
+                f"recurrent layers of the model: {[item.name for item in found]}",
+                f"'{want}'" if isinstance(want, str) else f"{getattr(want, 'name', want)} (a layer)",
             )
         chosen.update(matches)
     if not chosen:
-        raise ValueError(
-            "Invalid value for argument `layers`. Expected at least one layer, or None for every recurrent layer. "
-            f"Received: layers={wanted}"
-        )
+        raise invalid_argument("layers", "at least one layer, or None for every recurrent layer", f"layers={wanted}")
     return tuple(item for item in found if item.name in chosen)
 
 
@@ -88,7 +82,10 @@ def _path(layer: keras.Layer, model: keras.Layer) -> str:
 
 
 def _unique(name: str, taken: Iterable[str]) -> str:
-    """Keras allows two layers of one path (e.g. the same name in two custom layers); reports must tell them apart."""
+    """Returns the name, numbered if it is taken.
+
+    Keras allows two layers of one path (e.g. the same name in two custom layers); reports must tell them apart.
+    """
     candidate, count = name, 1
     while candidate in taken:
         candidate, count = f"{name}_{count}", count + 1

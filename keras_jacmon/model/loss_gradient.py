@@ -1,7 +1,6 @@
-"""How does the loss change with the states that a recurrent layer goes through?"""
+"""Gradients of the compiled loss by the states that recurrent layers go through."""
 
 import contextlib
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -9,10 +8,12 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from keras_jacmon.errors import invalid_argument
+from keras_jacmon.model.internals import training_argument
 from keras_jacmon.model.layers import RecurrentLayer
-from keras_jacmon.model.recording import numbered, shadowing, training_argument
+from keras_jacmon.model.recording import call_names, shadowing
 from keras_jacmon.tensors import known_sizes
-from keras_jacmon.traced_graph import TracedGraph
+from keras_jacmon.traced_graph import TracedGraph, trace
 
 
 @dataclass(frozen=True)
@@ -20,8 +21,8 @@ class LossGradients:
     """The gradients of the loss by the hidden states.
 
     Attributes:
-        by_call: `(batch, time, units)`, named as recurrent calls are.
-        graph: Must live as long as these.
+        by_call: Dict of tensors `(batch, time, units)`, named as recurrent calls are.
+        graph: `TracedGraph`; must live as long as these.
     """
 
     by_call: dict[str, tf.Tensor]
@@ -31,72 +32,108 @@ class LossGradients:
 def loss_gradients(
     model: keras.Model, inputs: Any, targets: Any, layers: Mapping[int, RecurrentLayer]
 ) -> LossGradients:
-    """Differentiates the loss that the model is compiled with by the hidden state behind each step.
+    """Differentiates the loss that the model is compiled with by the hidden state after each step.
 
     Zeros are added to that state as the cell hands it on, to its next step and, where the output is the same tensor, to
-    what comes behind the layer; the loss is differentiated by these zeros. So the gradient is the one that training
-    would see there, from all later steps and layers together.
+    the following layers; the loss is differentiated by these zeros. So the gradient is the one that training would see
+    there, from all later steps and layers together.
 
     Args:
-        model: A compiled model.
-        inputs: The probe, in the structure that the model takes.
-        targets: Of the probe's samples.
-        layers: Those to look at, by the position that names their operations.
+        model: A compiled Keras model.
+        inputs: The probe's tensors, in the structure that the model takes.
+        targets: Structure of tensors, the targets of the probe's samples.
+        layers: Mapping of the layers to look at, by the position that names their operations.
 
     Returns:
-        The gradients, times the number of samples: what a sample feels of its own loss, if the loss is a mean over
-        them. Time is the position in the input; zero at steps that are skipped.
+        The gradients, times the number of samples: if the loss is a mean over the samples, the gradient of each
+        sample's own loss. Time is the position in the input; zero at steps that are skipped.
 
     Raises:
         ValueError: If the loss cannot be computed from these targets.
     """
-    names: list[str] = []
-    counts: Counter[str] = Counter()
 
-    def run(*flat: tf.Tensor) -> list[tf.Tensor]:
-        graph = tf.compat.v1.get_default_graph()
+    def run(*flat: tf.Tensor) -> tuple[list[tf.Tensor], list[str]]:
         here, wanted = keras.tree.pack_sequence_as([inputs, targets], list(flat))
-        zeros: list[tf.Tensor] = []
-
-        def around(item: RecurrentLayer, loop: Callable[..., Any], sequences: tf.Tensor, states: Any, mask: Any,
-                   **kwargs: Any) -> Any:  # fmt: skip
-            if sequences.graph is not graph:
-                return loop(sequences, states, mask, **kwargs)
-            with _handing_on(item.layer, sequences.shape[2:], states) as cell:
-                zero = tf.zeros([*known_sizes(sequences)[:2], cell.units], sequences.dtype)
-                tape.watch(zero)
-                names.append(numbered(item.name, counts))
-                zeros.append(zero)
-                return loop(cell.widened(sequences, zero), states, mask, **kwargs)
-
         with tf.GradientTape(watch_accessed_variables=False) as tape:
-            with shadowing(model, layers, around):
+            adder = _ZeroAdder(tape, tf.compat.v1.get_default_graph())
+            with shadowing(model, layers, adder):
                 outputs = model(here, **training_argument(model))
-            try:
-                loss = model.compute_loss(x=here, y=wanted, y_pred=outputs, training=False)
-            except Exception as error:
-                shapes = keras.tree.map_structure(lambda tensor: tuple(tensor.shape), targets)
-                raise ValueError(
-                    "Invalid value for argument `targets`. Expected targets that the loss of the model takes. "
-                    f"Received: shapes {shapes}, for which it raised {type(error).__name__}: {error}"
-                ) from error
-        gradients = tape.gradient(loss, zeros, unconnected_gradients="zero")
-        # The precision may be half: what is small is scaled afterwards, as training without loss scaling would see it.
-        return [tf.cast(g, _wide(g)) * tf.cast(tf.shape(g)[0], _wide(g)) for g in gradients]
+            loss = _loss(model, here, wanted, outputs)
+        gradients = tape.gradient(loss, adder.zeros, unconnected_gradients="zero")
+        return [_times_samples(gradient) for gradient in gradients], call_names(adder.layers)
 
     flat = keras.tree.flatten([inputs, targets])
-    traced = TracedGraph(run, [tf.TensorSpec(tensor.shape, tensor.dtype) for tensor in flat])
-    feeds = {inner.name: tensor for inner, tensor in zip(traced.inputs, flat, strict=True)}
-    return LossGradients(dict(zip(names, traced.replay(traced.outputs, feeds), strict=True)), traced)
+    specs = [tf.TensorSpec(tensor.shape, tensor.dtype) for tensor in flat]
+    traced = trace(run, specs)
+    graph = TracedGraph(traced, specs)
+    replayed = graph.replay(graph.outputs, dict(zip([i.name for i in graph.inputs], flat, strict=True)))
+    return LossGradients(dict(zip(traced.static, replayed, strict=True)), graph)
+
+
+def _loss(model: keras.Model, inputs: Any, targets: Any, outputs: Any) -> tf.Tensor:
+    try:
+        return model.compute_loss(x=inputs, y=targets, y_pred=outputs, training=False)
+    except Exception as error:
+        shapes = keras.tree.map_structure(lambda tensor: tuple(tensor.shape), targets)
+        raise invalid_argument(
+            "targets",
+            "targets that the loss of the model takes",
+            f"shapes {shapes}, for which it raised {type(error).__name__}: {error}",
+        ) from error
+
+
+def _times_samples(gradient: tf.Tensor) -> tf.Tensor:
+    """Returns the gradient times the number of samples, in at least single precision.
+
+    The gradient itself may be in half precision, with the rounding that training without loss scaling has.
+    """
+    wide = tf.float64 if gradient.dtype == tf.float64 else tf.float32
+    return tf.cast(gradient, wide) * tf.cast(tf.shape(gradient)[0], wide)
+
+
+class _ZeroAdder:
+    """Adds zeros, which a tape watches, to the hidden states of the layers that are called in one graph.
+
+    Args:
+        tape: `tf.GradientTape`.
+        graph: `tf.Graph`, in which calls can be observed.
+
+    Attributes:
+        layers: List of the names of the called layers, in the order of the calls.
+        zeros: List of the zeros of each call, `(batch, time, units)`.
+    """
+
+    def __init__(self, tape: tf.GradientTape, graph: tf.Graph) -> None:
+        self._tape, self._graph = tape, graph
+        self.layers: list[str] = []
+        self.zeros: list[tf.Tensor] = []
+
+    def __call__(
+        self,
+        item: RecurrentLayer,
+        loop: Callable[..., Any],
+        sequences: tf.Tensor,
+        states: Any,
+        mask: Any,
+        **kwargs: Any,
+    ) -> Any:
+        if sequences.graph is not self._graph:
+            return loop(sequences, states, mask, **kwargs)
+        with _adding_cell(item.layer, sequences.shape[2:], states) as cell:
+            zero = tf.zeros([*known_sizes(sequences)[:2], cell.units], sequences.dtype)
+            self._tape.watch(zero)
+            self.layers.append(item.name)
+            self.zeros.append(zero)
+            return loop(cell.widened(sequences, zero), states, mask, **kwargs)
 
 
 @contextlib.contextmanager
-def _handing_on(layer: keras.layers.RNN, features: tf.TensorShape, states: Any) -> "Iterator[_HandingOn]":
-    """Puts a `_HandingOn` in the place of the cell that makes the hidden state: in a stack, of the lowest one."""
+def _adding_cell(layer: keras.layers.RNN, features: tf.TensorShape, states: Any) -> "Iterator[_AddingCell]":
+    """Puts an `_AddingCell` in the place of the cell that makes the hidden state: in a stack, of the lowest one."""
     owner, name, place = layer, "cell", layer.cell
     while isinstance(place, keras.layers.StackedRNNCells):
         owner, name, place = place, "cells", place.cells[0]
-    cell, before = _HandingOn(place, features, states), vars(owner)[name]
+    cell, before = _AddingCell(place, features, states), vars(owner)[name]
     # Past Keras' `__setattr__`, which would track it as a layer of its own.
     vars(owner)[name] = [cell, *before[1:]] if name == "cells" else cell
     try:
@@ -105,13 +142,15 @@ def _handing_on(layer: keras.layers.RNN, features: tf.TensorShape, states: Any) 
         vars(owner)[name] = before
 
 
-class _HandingOn:
-    """A cell whose inputs carry, behind their features, what is added to the hidden state that it hands on.
+class _AddingCell:
+    """A cell that adds a part of its inputs to the hidden state that it hands on.
+
+    That part stands after the features of the true cell.
 
     Args:
-        cell: The true one.
-        features: Shape of its inputs.
-        states: Its initial states.
+        cell: The true cell.
+        features: Shape of the true cell's inputs.
+        states: Structure of tensors, its initial states.
     """
 
     def __init__(self, cell: Any, features: tf.TensorShape, states: Any) -> None:
@@ -125,7 +164,7 @@ class _HandingOn:
         return getattr(self._cell, name)
 
     def widened(self, sequences: tf.Tensor, added: tf.Tensor) -> tf.Tensor:
-        """What this cell takes in the place of the sequences, `(batch, time, features + units)`."""
+        """Returns the inputs of this cell, `(batch, time, features + units)`, from those of the true one."""
         flat = tf.reshape(sequences, [*known_sizes(sequences)[:2], self._features.num_elements()])
         return tf.concat([flat, added], axis=-1)
 
@@ -139,7 +178,3 @@ class _HandingOn:
         moved = hidden + tf.reshape(tf.cast(added, hidden.dtype), tf.shape(hidden))
         flat[self._hidden] = moved
         return moved if output is hidden else output, keras.tree.pack_sequence_as(new_states, flat)
-
-
-def _wide(tensor: tf.Tensor) -> tf.DType:
-    return tf.float64 if tensor.dtype == tf.float64 else tf.float32

@@ -1,0 +1,81 @@
+"""Private parts of Keras and `tf.data` that this package needs, because there is no public way."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+
+def sublayers(layer: Any) -> list[Any]:
+    """Returns every Keras layer inside a layer, itself included; nothing for an object that is not a Keras layer.
+
+    Keras offers no public walk over the layers that a custom layer holds in attributes, lists and dicts.
+    """
+    return list(layer._flatten_layers()) if isinstance(layer, keras.Layer) else []  # noqa: SLF001
+
+
+def training_argument(layer: Any) -> dict[str, bool]:
+    """Returns `{"training": False}` if the layer's `call` takes it, as Keras itself decides.
+
+    Keras reads the signature of `call` once and keeps the answer to itself.
+    """
+    return {"training": False} if getattr(layer, "_call_has_training_arg", False) else {}
+
+
+@contextlib.contextmanager
+def losses_put_back(model: keras.Layer) -> Iterator[None]:
+    """Gives the layers the losses back that they had added.
+
+    At the beginning of a call Keras forgets the losses that the last one has added, and has no public way to set them.
+    """
+    layers = sublayers(model)
+    before = [(list(layer._losses), set(layer._loss_ids)) for layer in layers]  # noqa: SLF001
+    try:
+        yield
+    finally:
+        for layer, (losses, ids) in zip(layers, before, strict=True):
+            layer._losses[:] = losses  # noqa: SLF001
+            layer._loss_ids.clear()  # noqa: SLF001
+            layer._loss_ids.update(ids)  # noqa: SLF001
+
+
+@contextlib.contextmanager
+def without_fused_kernels(model: keras.Layer) -> Iterator[None]:
+    """Keeps layers from handing their whole sequence to one fused kernel, which never calls their cells.
+
+    On a GPU `Bidirectional` hands both directions to such a kernel, past its layers. The attribute is an argument of
+    `LSTM` and `GRU`, but Keras does not document that it may be set later.
+    """
+    fused = {layer: layer.use_cudnn for layer in sublayers(model) if getattr(layer, "use_cudnn", False)}
+    try:
+        for layer in fused:
+            layer.use_cudnn = False
+        yield
+    finally:
+        for layer, value in fused.items():
+            layer.use_cudnn = value
+
+
+@contextlib.contextmanager
+def without_masks(layer: Any) -> Iterator[None]:
+    """Resets the dropout masks that cells keep: one from a trace is symbolic, and would fail in `fit`.
+
+    The class of the cells that keep masks is not public; its methods are.
+    """
+    try:
+        yield
+    finally:
+        for part in sublayers(layer):
+            for name in ("reset_dropout_mask", "reset_recurrent_dropout_mask"):
+                getattr(part, name, _do_nothing)()
+
+
+def _do_nothing() -> None:
+    pass
+
+
+def dataset_sources(dataset: tf.data.Dataset) -> list[tf.data.Dataset]:
+    """Returns the datasets that a dataset reads from, which it does not say in public."""
+    return list(dataset._inputs())  # noqa: SLF001
