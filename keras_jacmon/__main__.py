@@ -1,12 +1,15 @@
 """`python -m keras_jacmon model.keras probe.npy`: the report of a saved model."""
 
 import argparse
+import dataclasses
 import json
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
+
+from keras_jacmon.options import Options
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -39,11 +42,31 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("model", help="a file that `model.save()` has written (.keras)")
     parser.add_argument("probe", help="a batch of its inputs: .npy, or .npz with an array for each input, by name")
-    parser.add_argument("--measures", nargs="+", metavar="NAME", help="names of measures, or fast, standard, full")
+    for option in dataclasses.fields(Options):
+        _add_option(parser, option)
     parser.add_argument("--layers", nargs="+", metavar="NAME", help="names of recurrent layers; all if not given")
     parser.add_argument("--save", metavar="PATH", help="write the report there, for `Report.load`")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     return parser
+
+
+def _add_option(parser: argparse.ArgumentParser, option: "dataclasses.Field[Any]") -> None:
+    """Adds the argument of an option; one that is not given is left out, so that its default holds."""
+    given: dict[str, Any] = {"metavar": "NUMBER"}
+    if option.name == "measures":
+        given = {"nargs": "+", "metavar": "NAME"}
+    elif option.type is bool:
+        given = {"action": "store_true"}
+    elif type(None) in get_args(option.type):
+        given |= {"type": _number_or_none}
+    else:
+        given |= {"type": option.type}
+    flag, text = f"--{option.name.replace('_', '-')}", option.metadata["help"]
+    parser.add_argument(flag, dest=option.name, default=argparse.SUPPRESS, help=text, **given)
+
+
+def _number_or_none(text: str) -> int | None:
+    return None if text == "none" else int(text)
 
 
 def _measured(options: argparse.Namespace) -> Any:
@@ -68,7 +91,8 @@ def _measured(options: argparse.Namespace) -> Any:
         model = keras.saving.load_model(options.model, compile=False, safe_mode=True)
     except Exception as error:
         raise ValueError(f"{options.model} is no model that can be read: {type(error).__name__}: {error}") from error
-    return measure(model, probe, layers=options.layers, measures=options.measures)
+    chosen = {field.name for field in dataclasses.fields(Options)} & vars(options).keys()
+    return measure(model, probe, layers=options.layers, **{name: vars(options)[name] for name in chosen})
 
 
 if __name__ == "__main__":

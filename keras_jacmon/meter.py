@@ -12,25 +12,34 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from keras_jacmon.errors import invalid_argument
 from keras_jacmon.jacobians.cell_jacobian import Assumptions, Choice
 from keras_jacmon.jacobians.checks import diagnose
 from keras_jacmon.measurement.assembly import CHECKS, CallMetadata
-from keras_jacmon.measurement.call import measure_call, merged
+from keras_jacmon.measurement.call import measure_call
 from keras_jacmon.measurement.per_step import Results
-from keras_jacmon.measures.registry import MEASURES, Selection, filtered, select_measures
+from keras_jacmon.measurement.plan import MeasurementPlan
+from keras_jacmon.measures.registry import MEASURES, Selection, filtered
 from keras_jacmon.model.building import build
-from keras_jacmon.model.distribution import Shards, check_distribution, own_variable
+from keras_jacmon.model.distribution import check_distribution
 from keras_jacmon.model.guard import foreign_variables, put_back, shielded
-from keras_jacmon.model.inputs import fit_probe, read_probe, read_targets
+from keras_jacmon.model.inputs import fit_probe
 from keras_jacmon.model.layers import find_recurrent_layers, select_layers
 from keras_jacmon.model.loss_gradient import LossGradients, loss_gradients
 from keras_jacmon.model.recording import RecurrentCall, record_calls
-from keras_jacmon.option_checks import check_options
-from keras_jacmon.options import Options
+from keras_jacmon.options import takes_options
 from keras_jacmon.report.report import Report
 
 
-def measure(model: keras.Layer, probe: Any, **options: Any) -> Report:
+@takes_options
+def measure(
+    model: keras.Layer,
+    probe: Any,
+    *,
+    layers: Iterable[str | keras.Layer] | str | keras.Layer | None = None,
+    targets: Any = None,
+    **options: Any,
+) -> Report:
     """Measures the state-to-state Jacobians of a model once.
 
     Example:
@@ -44,6 +53,8 @@ def measure(model: keras.Layer, probe: Any, **options: Any) -> Report:
     Args:
         model: A Keras model, compiled or not.
         probe: A batch of model inputs.
+        layers: Names of recurrent layers, or layers; None for all.
+        targets: Targets of the probe's samples, for the gradient of the loss; None for none.
         **options: As for `JacobianMeter`.
 
     Returns:
@@ -52,7 +63,7 @@ def measure(model: keras.Layer, probe: Any, **options: Any) -> Report:
     Raises:
         ValueError: As for `JacobianMeter`.
     """
-    return JacobianMeter(model, probe, **options)()
+    return JacobianMeter(model, probe, layers=layers, targets=targets, **options)()
 
 
 class _Traced(NamedTuple):
@@ -94,18 +105,13 @@ class JacobianMeter:
         max_rows: Spectral norm, spectral radius and condition number are measured at so many (step, sample) at most,
             spread evenly in time; the report says where. None for all.
         spectra: Whole spectra are measured at so many (step, sample) at most.
-        warm_start: Whether the spectral norm starts from the singular vectors of the last measurement, which takes
-            fewer products as long as the weights change little from one to the next. If another singular value takes
-            the lead between two of them it may be found late. The values then depend on the measurements before.
         flow_vectors: So many random vectors for each sample tell the flow, with a standard error; at least 2.
         exact_flow: Whether the flow is the spectral norm of the products, exactly, and not the gain of random vectors.
             Forms matrices of n² entries for each sample: for tens of units.
         exponents: So many Lyapunov exponents, from the largest on; at most n.
         warmup: So many steps of each sample do not count for them; None for a tenth of the sequence.
         qr_every: Steps between two QRs; more than 1 is faster, and loses directions that fall fast.
-        shard_probe: Whether each replica of a model that was made in the scope of a `tf.distribute.MirroredStrategy`
-            measures a part of the probe's samples; otherwise the first one measures all of them.
-        max_bytes: Bounds the memory of the derivatives, through chunks over (step, sample); on each replica.
+        max_bytes: Bounds the memory of the derivatives, through chunks over (step, sample).
         max_entries: Variance and RMS singular value are exact as long as steps * samples * n² is at most this, and
             above it unbiased estimates with a standard error. They take one derivative of the cell per step, sample
             and row of J.
@@ -115,82 +121,48 @@ class JacobianMeter:
             model, or a number is out of range.
     """
 
+    @takes_options
     def __init__(
         self,
         model: keras.Layer,
         probe: Any,
         *,
         layers: Iterable[str | keras.Layer] | str | keras.Layer | None = None,
-        measures: Iterable[str] | str | None = None,
         targets: Any = None,
-        seed: int = 0,
-        tolerance: float = 1e-2,
-        max_rows: int | None = 64,
-        spectra: int = 16,
-        warm_start: bool = False,
-        flow_vectors: int = 3,
-        exact_flow: bool = False,
-        exponents: int = 8,
-        warmup: int | None = None,
-        qr_every: int = 1,
-        shard_probe: bool = False,
-        max_bytes: int = 2**30,
-        max_entries: int = 2**26,
+        **options: Any,
     ) -> None:
-        check_options(
-            measures=measures,
-            seed=seed,
-            tolerance=tolerance,
-            max_rows=max_rows,
-            spectra=spectra,
-            warm_start=warm_start,
-            flow_vectors=flow_vectors,
-            exact_flow=exact_flow,
-            exponents=exponents,
-            warmup=warmup,
-            qr_every=qr_every,
-            shard_probe=shard_probe,
-            max_bytes=max_bytes,
-            max_entries=max_entries,
-        )
+        plan = MeasurementPlan.read("JacobianMeter", probe, layers=layers, targets=targets, options=options)
+        self._set_up(model, plan)
+
+    @classmethod
+    def of_plan(cls, model: keras.Layer, plan: MeasurementPlan) -> "JacobianMeter":
+        """Makes a meter from what has been read already; for internal use."""
+        meter = cls.__new__(cls)
+        meter._set_up(model, plan)  # noqa: SLF001 - its own
+        return meter
+
+    def _set_up(self, model: keras.Layer, plan: MeasurementPlan) -> None:
         check_distribution(model)
-        self._model = model
-        everything = select_measures(measures)
-        quick = filtered(everything, lambda measure: measure.cost != "full")
+        self._model, self._options = model, plan.options
+        quick = filtered(plan.selection, lambda measure: measure.cost != "full")
         # By whether slow measures are taken. Who names nothing else wants them each time.
-        self._selections = {True: everything} | ({False: quick} if quick not in ({}, everything) else {})
-        self._options = Options(
-            seed=seed,
-            tolerance=tolerance,
-            max_entries=max_entries,
-            max_rows=max_rows,
-            spectra=spectra,
-            flow_vectors=flow_vectors,
-            exact_flow=exact_flow,
-            exponents=exponents,
-            warmup=warmup,
-            qr_every=qr_every,
-        )
-        self._warm_start = warm_start
-        self._max_bytes = max_bytes
-        arrays = read_probe(probe)
-        self._targets = None if targets is None else read_targets(targets, arrays)
-        if targets is not None and not getattr(model, "compiled", False):
-            raise ValueError(
-                "Invalid value for argument `targets`. Expected None for a model that is not compiled, which has no "
-                f"loss. Received: targets of type {type(targets).__name__} for the model `{model.name}`"
+        self._selections = {True: plan.selection} | ({False: quick} if quick not in ({}, plan.selection) else {})
+        self._targets = plan.targets
+        if plan.targets is not None and not getattr(model, "compiled", False):
+            raise invalid_argument(
+                "targets",
+                "None for a model that is not compiled, which has no loss",
+                f"targets of type {type(plan.targets).__name__} for the model `{model.name}`",
             )
-        build(model, arrays)
-        self._layers = select_layers(find_recurrent_layers(model), layers)
-        inputs = fit_probe(model, arrays)
+        build(model, plan.probe)
+        self._layers = select_layers(find_recurrent_layers(model), plan.layers)
+        inputs = fit_probe(model, plan.probe)
         self._inputs = keras.tree.flatten(inputs)
-        samples = int(self._inputs[0].shape[0])
-        self._shards = Shards(model, samples) if shard_probe else None
         self._structure = keras.tree.map_structure(lambda _: 0, inputs)
         self._traces = self._measurements = 0
         # Traced here and not at the first call, so that what cannot be measured is said at once.
         self._trace({})
-        self._check_calls(required=layers is not None)
+        self._check_calls(required=plan.layers is not None)
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -262,7 +234,6 @@ class JacobianMeter:
         return trust
 
     def _trace(self, trust: dict[str, Assumptions]) -> None:
-        self._memory: dict[str, tf.Variable] = {}
         traced: dict[bool, _Traced] = {}
         specs = [tf.TensorSpec([], tf.int32), *(tf.TensorSpec(t.shape, t.dtype) for t in self._tensors())]
         for which, selection in self._selections.items():
@@ -272,7 +243,7 @@ class JacobianMeter:
             function = tf.function(measure, autograph=False)
             graph = function.get_concrete_function(*specs)
             self._traces += 1
-            foreign = foreign_variables(graph.graph, self._model, self._memory.values())
+            foreign = foreign_variables(graph.graph, self._model, [])
             traced[which] = _Traced(graph, calls, alive, foreign)
         # Not before: if tracing fails, or is interrupted, the next measurement has what there was.
         self._trust, self._traced = trust, traced
@@ -289,16 +260,6 @@ class JacobianMeter:
             except tf.errors.OpError as error:
                 raise RuntimeError(f"Measuring {self._culprit(error)} failed: {_essence(error)}") from error
 
-    def _remember(self, call: str, key: str, shape: Sequence[int], dtype: tf.DType) -> tf.Variable:
-        """A variable of the meter's own that lives from one measurement to the next one."""
-        # TensorFlow traces a function that makes variables a second time.
-        name = f"{call}/{key}"
-        if name not in self._memory:
-            with tf.init_scope():
-                nothing = tf.zeros(shape, dtype)
-            self._memory[name] = own_variable(nothing)
-        return self._memory[name]
-
     def _measure(
         self,
         selection: Selection,
@@ -309,17 +270,7 @@ class JacobianMeter:
         *tensors: tf.Tensor,
     ) -> dict[str, Results]:
         inputs, targets = tensors[: len(self._inputs)], tensors[len(self._inputs) :]
-        if self._shards is None:
-            results = self._measure_calls(inputs, selection, self._options, draw, trust, calls=calls, alive=alive)
-        else:
-            slices, samples = self._shards.slices, int(inputs[0].shape[0])
-
-            def on_replica(index: int) -> dict[str, Results]:
-                part = [tensor[slices[index]] for tensor in inputs]
-                options = self._options.for_part(index, slices[index].stop - slices[index].start, samples)
-                return self._measure_calls(part, selection, options, draw, trust, calls=calls, alive=alive)
-
-            results = merged(self._shards.map(on_replica), [part.start for part in slices])
+        results = self._measure_calls(inputs, selection, draw, trust, calls=calls, alive=alive)
         if self._targets is not None:
             packed = keras.tree.pack_sequence_as(self._structure, list(inputs))
             with shielded(self._model):
@@ -336,7 +287,6 @@ class JacobianMeter:
         self,
         inputs: Sequence[tf.Tensor],
         selection: Selection,
-        options: Options,
         draw: tf.Tensor,
         trust: Mapping[str, Assumptions],
         *,
@@ -357,11 +307,9 @@ class JacobianMeter:
                     calls[call.name], results[call.name] = measure_call(
                         call,
                         selection,
-                        options,
-                        max_bytes=self._max_bytes,
+                        self._options,
                         trust=trust.get(call.name, Assumptions()),
                         draw=draw,
-                        remember=partial(self._remember, call.name) if self._warm_start else None,
                     )
                 alive.append(calls[call.name])
         return results

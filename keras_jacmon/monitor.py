@@ -1,6 +1,5 @@
 """The Keras callback: when to measure, and what becomes of it."""
 
-import inspect
 import itertools
 import os
 import warnings
@@ -12,9 +11,9 @@ import keras
 
 from keras_jacmon.events.thinning import is_kept, thin
 from keras_jacmon.events.writer import EventWriter
+from keras_jacmon.measurement.plan import MeasurementPlan
 from keras_jacmon.meter import JacobianMeter
-from keras_jacmon.model.inputs import read_probe, read_targets
-from keras_jacmon.option_checks import check_options
+from keras_jacmon.options import takes_options
 from keras_jacmon.regularization.regularizer import JacobianRegularizer, RegularizedModel
 from keras_jacmon.report.report import Report
 
@@ -57,7 +56,7 @@ class JacobianMonitor(keras.callbacks.Callback):
             by the strength, is `jac_penalty` in `logs` and event files, with the weights of that moment.
         seed: Integer, for random vectors.
         verbose: 1 prints each report.
-        **options: As for `JacobianMeter`: `tolerance`, `max_rows`, `warm_start`, `max_bytes`, ...
+        **options: As for `JacobianMeter`: `tolerance`, `max_rows`, `max_bytes`, ...
 
     Attributes:
         reports: `(step, Report)` for each measurement, up to `max_reports`; step is the optimizer's iteration count.
@@ -67,12 +66,12 @@ class JacobianMonitor(keras.callbacks.Callback):
         ValueError: If an argument is invalid; what depends on the model when `fit` begins, before the first batch.
     """
 
+    @takes_options
     def __init__(
         self,
         probe: Any,
         *,
         layers: Iterable[str | keras.Layer] | str | keras.Layer | None = None,
-        measures: Iterable[str] | str | None = None,
         targets: Any = None,
         update_freq: Literal["epoch", "batch"] | int = "epoch",
         slow_freq: int = 10,
@@ -81,7 +80,6 @@ class JacobianMonitor(keras.callbacks.Callback):
         max_reports: int = 1000,
         on_error: Literal["warn", "raise"] = "warn",
         regularizer: JacobianRegularizer | None = None,
-        seed: int = 0,
         verbose: int = 0,
         **options: Any,
     ) -> None:
@@ -112,14 +110,7 @@ class JacobianMonitor(keras.callbacks.Callback):
                 "Invalid value for argument `regularizer`. Expected a `JacobianRegularizer` or None. Received: "
                 f"regularizer={regularizer!r}"
             )
-        unknown = set(options) - set(inspect.signature(check_options).parameters)
-        if unknown:
-            raise TypeError(f"JacobianMonitor() got an unexpected keyword argument {min(unknown)!r}")
-        self._options: dict[str, Any] = {"measures": measures, "seed": seed, **options}
-        check_options(**self._options)
-        self._probe = read_probe(probe)
-        self._targets = None if targets is None else read_targets(targets, self._probe)
-        self._layers = layers
+        self._plan = MeasurementPlan.read("JacobianMonitor", probe, layers=layers, targets=targets, options=options)
         self._every = 1 if update_freq == "batch" else update_freq
         self._slow_every = slow_freq
         self._log_dir = log_dir
@@ -155,9 +146,9 @@ class JacobianMonitor(keras.callbacks.Callback):
         self._meter = self._held = None
         # Until it is known that it can be measured.
         self._traced_for = [model]
-        meter = JacobianMeter(model, self._probe, layers=self._layers, targets=self._targets, **self._options)
+        meter = JacobianMeter.of_plan(model, self._plan)
         if self._regularizer is not None:
-            self._held = RegularizedModel(self._regularizer, model, self._probe, self._layers)
+            self._held = RegularizedModel(self._regularizer, model, self._plan.probe, self._plan.layers)
         self._meter = meter
         # Building a model may have made variables.
         self._traced_for = _identity(model)

@@ -1,115 +1,96 @@
-"""What a measure is given beside the operator, and what it gives back."""
+"""The settings of a measurement: declared, documented and checked in one place."""
 
 import dataclasses
+import inspect
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from numbers import Integral
+from typing import Any, TypeVar
 
-import tensorflow as tf
+from keras_jacmon.errors import invalid_argument
 
 # The parts of a step's Jacobian that are measured, see `state_jacobian`.
 VIEWS = ("hidden", "joint", "inputs")
 
-# A graph may not know how many rows it will get; then a large probe is assumed.
-UNKNOWN_ROWS = 2**16
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
-class Measured(NamedTuple):
-    """A measure of each row.
-
-    `value` is `(rows,)`; `uncertainty`, in the same unit, is the standard error of an estimate or the bound of an
-    iteration, and None for a value that is exact up to rounding.
-    """
-
-    value: tf.Tensor
-    uncertainty: tf.Tensor | None
+def _option(default: Any, description: str) -> Any:
+    return dataclasses.field(default=default, metadata={"help": description})
 
 
-@dataclass(frozen=True, eq=False)
-class Memory:
-    """What an iterative measure may start from: the vectors of the last time, zero the first time.
-
-    Attributes:
-        vectors: Those of all rows, `(places, n)`.
-        places: Where those of the rows at hand are, `(rows,)`.
-    """
-
-    vectors: tf.Variable
-    places: tf.Tensor
-
-    def recall(self) -> tf.Tensor:
-        """The vectors of the rows at hand, `(rows, n)`."""
-        return tf.gather(self.vectors, self.places)
-
-    def keep(self, vectors: tf.Tensor) -> None:
-        """Puts others in their place; zero for one that is not finite, so that the next time starts anew."""
-        finite = tf.reduce_all(tf.math.is_finite(vectors), axis=-1, keepdims=True)
-        vectors = tf.where(finite, vectors, tf.zeros_like(vectors))
-        self.vectors.scatter_nd_update(self.places[:, None], vectors)
-
-    def take(self, rows: tf.Tensor) -> "Memory":
-        """The memory of some of the rows at hand."""
-        return Memory(self.vectors, tf.gather(self.places, rows))
-
-
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, kw_only=True)
 class Options:
-    """What the measures may cost, and how exact they must be.
+    """The settings of a measurement: costs, exactness and random numbers.
 
-    Attributes:
-        seed: For random vectors.
-        tolerance: Relative, of iterative measures.
-        max_entries: Up to so many entries of J, over all rows, its moments are exact.
-        max_rows: Expensive measures are taken at so many rows at most; None for all.
-        spectra: Whole spectra are taken at so many rows at most.
-        flow_vectors: Random vectors for each sample, for the flow.
-        exact_flow: Whether the flow is the spectral norm of the products, and no estimate from random vectors.
-        exponents: So many Lyapunov exponents, at most.
-        warmup: Steps that do not count for them; None for a tenth of the sequence.
-        qr_every: Steps between two QRs.
-        rows: All the rows there are, if the operator holds some of them.
-        stream: Tells the random numbers of one chunk of rows from those of another.
-        dtype: Of the results.
-        vectors: The most (row, vector) pairs that are multiplied at once.
-        memory: What the measure may start from, if anything.
+    `JacobianMeter`, `JacobianMonitor` and the command line take their arguments and defaults from here. The docstring
+    of `JacobianMeter` says what each of them does.
+
+    Raises:
+        ValueError: If a value is out of range.
     """
 
-    seed: int = 0
-    tolerance: float = 1e-2
-    max_entries: int = 2**26
-    max_rows: int | None = None
-    spectra: int = 16
-    flow_vectors: int = 3
-    exact_flow: bool = False
-    exponents: int = 8
-    warmup: int | None = None
-    qr_every: int = 1
-    rows: int | None = None
-    stream: tf.Tensor | int = 0
-    dtype: tf.DType = tf.float32
-    vectors: int = 2**14
-    memory: Memory | None = None
+    measures: Iterable[str] | str | None = _option(None, "names of measures, or fast, standard, full")
+    seed: int = _option(0, "seed of the random vectors")
+    tolerance: float = _option(1e-2, "relative tolerance of the iterative measures")
+    max_rows: int | None = _option(64, "maximum number of (step, sample) points for expensive measures; none for all")
+    spectra: int = _option(16, "maximum number of (step, sample) points for whole spectra")
+    flow_vectors: int = _option(3, "random vectors per sample for the flow")
+    exact_flow: bool = _option(False, "form the products of the flow instead of estimating them")  # noqa: FBT003
+    exponents: int = _option(8, "maximum number of Lyapunov exponents")
+    warmup: int | None = _option(None, "steps that the exponents leave out; none for a tenth of the sequence")
+    qr_every: int = _option(1, "steps between two QR decompositions")
+    max_bytes: int = _option(2**30, "memory for trajectories and derivatives")
+    max_entries: int = _option(2**26, "number of Jacobian entries up to which variance and RMS are exact")
 
-    def exact(self, operator: tf.linalg.LinearOperator) -> bool:
-        """Whether the entries of all Jacobians together are few enough to be looked at one by one."""
-        rows = self.rows or operator.shape[0] or UNKNOWN_ROWS
-        return int(rows * operator.shape[-2] * operator.shape[-1]) <= self.max_entries
+    def __post_init__(self) -> None:
+        if isinstance(self.seed, bool) or not isinstance(self.seed, Integral):
+            raise invalid_argument("seed", "an integer", f"seed={self.seed!r}")
+        if not 0 <= self.tolerance < 1:
+            expected = "a relative tolerance from 0 up to, not including, 1"
+            raise invalid_argument("tolerance", expected, f"tolerance={self.tolerance}")
+        if self.max_rows is not None and self.max_rows < 1:
+            raise invalid_argument("max_rows", "a positive integer, or None for all", f"max_rows={self.max_rows}")
+        if not isinstance(self.exact_flow, bool):
+            raise invalid_argument("exact_flow", "True or False", f"exact_flow={self.exact_flow!r}")
+        for name, value, least in (
+            ("spectra", self.spectra, 1),
+            ("flow_vectors", self.flow_vectors, 2),
+            ("exponents", self.exponents, 1),
+            ("warmup", self.warmup or 0, 0),
+            ("qr_every", self.qr_every, 1),
+            ("max_bytes", self.max_bytes, 1),
+            ("max_entries", self.max_entries, 0),
+        ):
+            if value < least:
+                raise invalid_argument(name, f"an integer of at least {least}", f"{name}={value}")
 
-    def for_part(self, index: int, samples: int, of: int) -> "Options":
-        """Those of a part of a probe, so many of its samples: what is taken of all of it is shared out."""
+    @classmethod
+    def of(cls, owner: str, given: Mapping[str, Any]) -> "Options":
+        """Makes the options from keyword arguments.
 
-        def share(number: int) -> int:
-            return max(1, number * samples // of)
+        Args:
+            owner: The class that was called with them, for the error.
+            given: The keyword arguments.
 
-        # As exact as the whole would be: entries and rows are in proportion to the samples.
-        return dataclasses.replace(
-            self,
-            seed=self.seed + index,
-            max_entries=self.max_entries * samples // of,
-            max_rows=None if self.max_rows is None else share(self.max_rows),
-            spectra=share(self.spectra),
-        )
+        Raises:
+            TypeError: If one of them is no option.
+            ValueError: If a value is out of range.
+        """
+        unknown = given.keys() - {field.name for field in dataclasses.fields(cls)}
+        if unknown:
+            raise TypeError(f"{owner}() got an unexpected keyword argument {min(unknown)!r}")
+        return cls(**given)
 
-    def seeds(self, purpose: int, draw: tf.Tensor | int = 0) -> tf.Tensor:
-        """The seed of a stateless draw: a stream of its own for each purpose, chunk of rows and draw."""
-        seed = tf.random.experimental.stateless_fold_in([self.seed, purpose], self.stream)
-        return tf.random.experimental.stateless_fold_in(seed, draw)
+
+def takes_options(function: _Function) -> _Function:
+    """Shows each option with its default in the signature of a function that ends in `**options`."""
+    signature = inspect.signature(function)
+    own = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+    options = [
+        inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=field.type)
+        for field in dataclasses.fields(Options)
+        if field.name not in signature.parameters
+    ]
+    vars(function)["__signature__"] = signature.replace(parameters=[*own, *options])
+    return function

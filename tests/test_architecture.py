@@ -26,7 +26,6 @@ ROOMS = (
     "jacobians",
     "measures",
     "measurement",
-    "option_checks",
     "regularization",
     "meter",
     "monitor",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -14,7 +15,8 @@ import pytest
 from helpers import WeightedCell, normal
 
 from keras_jacmon import Report, measure
-from keras_jacmon.__main__ import main
+from keras_jacmon.__main__ import _parser, main
+from keras_jacmon.options import Options
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -46,6 +48,16 @@ def test_measures_layers_json_and_save(model: Any, tmp_path: Path, capsys: pytes
     assert run(tmp_path, "--measures", "variance", "flow", "--layers", "gru", "--json", "--save", str(saved)) == 0
     expected = measure(model, PROBE, measures=["variance", "flow"], layers=["gru"])
     assert json.loads(capsys.readouterr().out) == expected.to_dict() == Report.load(saved).to_dict()
+
+
+def test_every_option_is_an_argument(model: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--measures", "joint/lyapunov", "joint/flow", "--exponents", "2", "--warmup", "1", "--exact-flow"]
+    assert run(tmp_path, *arguments, "--max-rows", "none", "--json") == 0
+    options = {"exponents": 2, "warmup": 1, "exact_flow": True, "max_rows": None}
+    expected = measure(model, PROBE, measures=["joint/lyapunov", "joint/flow"], **options)
+    assert json.loads(capsys.readouterr().out) == expected.to_dict()
+    helped = _parser().format_help()
+    assert all(f"--{option.name.replace('_', '-')}" in helped for option in dataclasses.fields(Options))
 
 
 def test_several_inputs_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import re
 from typing import Any
 
@@ -36,9 +38,10 @@ from helpers import (
     variance,
 )
 
-from keras_jacmon import JacobianMeter, Report, measure
+from keras_jacmon import JacobianMeter, JacobianMonitor, Report, measure
 from keras_jacmon.measurement import per_step as points
 from keras_jacmon.measures import rows as rows_module
+from keras_jacmon.options import Options
 
 L = keras.layers
 PROBE = normal(BATCH, STEPS, FEATURES, seed=3)
@@ -508,37 +511,6 @@ def test_expensive_measures_at_some_rows(max_rows: int, max_bytes: int, go_backw
     assert (f"at {max_rows} of {mask.sum()}" in str(Report({"lstm": report}))) == (max_rows < mask.sum())
 
 
-@pytest.mark.parametrize("max_bytes", [20_000], ids=["in segments"])
-def test_a_warm_start_gives_the_same_values_within_the_tolerance(max_bytes: int) -> None:
-    steps, mask = 30, np.arange(30)[None] < np.array([[30], [20], [3]], np.int64)
-    probe = normal(BATCH, steps, FEATURES) * mask[..., None]
-    layer = L.LSTM(5, name="lstm")
-    inputs = keras.Input((steps, FEATURES))
-    model = build(keras.Model(inputs, layer(L.Masking()(inputs))), probe)
-    meter = JacobianMeter(
-        model,
-        probe,
-        measures=["spectral_norm", "joint/spectral_norm"],
-        max_rows=20,
-        max_bytes=max_bytes,
-        warm_start=True,
-    )
-    reports = []
-    for scale in (1.0, 1.0, 1.1):
-        layer.cell.recurrent_kernel.assign(scale * layer.cell.recurrent_kernel)
-        before = [variable.numpy() for variable in model.variables]
-        reports.append(meter()["lstm"])
-        for variable, value in zip(model.variables, before, strict=True):
-            np.testing.assert_array_equal(variable.numpy(), value)
-        expected = reference_values(reference_jacobians(layer, probe, mask=mask), list(reports[-1].values))
-        for key, value in expected.items():
-            measured = reports[-1].measured(key)
-            np.testing.assert_allclose(reports[-1][key][measured], value[measured], rtol=1e-2)
-    # The second starts where the first ended, and not where that started.
-    assert not np.array_equal(reports[0]["spectral_norm"], reports[1]["spectral_norm"], equal_nan=True)
-    assert meter.trace_count == 1
-
-
 def test_the_scalars_are_the_means() -> None:
     model, layer = make_model(BY_ID["lstm"], PROBE)
     report = measure(model, PROBE, measures=list(KEYS))
@@ -930,3 +902,14 @@ def test_a_variable_that_a_cell_writes_to_is_put_back() -> None:
     assert cell.calls.numpy() == 7.0
     meter()
     assert cell.calls.numpy() == 7.0
+
+
+@pytest.mark.parametrize("callable_", [JacobianMeter, JacobianMonitor, measure])
+def test_the_signature_shows_each_option_with_its_default(callable_: Any) -> None:
+    shown = inspect.signature(callable_).parameters
+    for option in dataclasses.fields(Options):
+        assert shown[option.name].default == option.default
+        assert shown[option.name].kind is inspect.Parameter.KEYWORD_ONLY
+    assert "options" not in shown
+    with pytest.raises(TypeError, match=r"got an unexpected keyword argument 'tolerence'"):
+        callable_(*[PROBE] * (1 if callable_ is JacobianMonitor else 2), tolerence=0.1)

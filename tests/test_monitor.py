@@ -641,8 +641,7 @@ TOLERANCE = "Expected a relative tolerance from 0 up to, not including, 1. Recei
         ("seed", 0.5, "Expected an integer. Received: seed=0.5"),
         ("max_bytes", 0, "Expected an integer of at least 1. Received: max_bytes=0"),
         ("max_rows", 0, "Expected a positive integer, or None for all. Received: max_rows=0"),
-        ("warm_start", 1, "Expected True or False. Received: warm_start=1"),
-        ("shard_probe", 1, "Expected True or False. Received: shard_probe=1"),
+        ("exact_flow", 1, "Expected True or False. Received: exact_flow=1"),
         ("max_entries", -1, "Expected an integer of at least 0. Received: max_entries=-1"),
     ],
 )

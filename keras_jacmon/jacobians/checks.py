@@ -1,6 +1,5 @@
 """Checks of the assumptions that the Jacobians rest on, at points of the trajectory."""
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -44,11 +43,6 @@ class CheckResults(NamedTuple):
     def floats(self) -> "CheckResults":
         """The results as numbers of Python."""
         return CheckResults(*map(float, self))
-
-
-def worst_of(results: Sequence[CheckResults]) -> CheckResults:
-    """The largest result of each check, or NaN if one of them is NaN."""
-    return functools.reduce(CheckResults.worst, results)
 
 
 # Relative. Rounding in float32 leaves about 1e-6, and of the influence nothing.

@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 import keras
 import tensorflow as tf
@@ -11,18 +10,19 @@ from keras_jacmon.cell.step import CellStep
 from keras_jacmon.cell.trajectory import Trajectory, UnrollInputs, unroll
 from keras_jacmon.cell.unroll_plan import UnrollPlan
 from keras_jacmon.jacobians.cell_jacobian import Assumptions, CellJacobian
-from keras_jacmon.jacobians.checks import CheckResults, worst_of
+from keras_jacmon.jacobians.checks import CheckResults
 from keras_jacmon.jacobians.dependencies import find_dependencies
 from keras_jacmon.jacobians.points import PointBatch
 from keras_jacmon.jacobians.views import floating_states, size
 from keras_jacmon.measurement.assembly import CHECKS, SAMPLED, SPECTRA_AT, CallMetadata
 from keras_jacmon.measurement.over_time import SequenceMeasurement, measure_sequence
 from keras_jacmon.measurement.per_step import Results, StepMeasurement, in_segments
-from keras_jacmon.measurement.subsampling import UNKNOWN_SAMPLES, Remember, choose_places, vectors_to_remember
+from keras_jacmon.measurement.subsampling import UNKNOWN_SAMPLES, choose_places
 from keras_jacmon.measures.advice import with_advice
+from keras_jacmon.measures.context import MeasureContext
 from keras_jacmon.measures.registry import MEASURES, Selection, filtered
 from keras_jacmon.model.recording import RecurrentCall
-from keras_jacmon.options import Memory, Options
+from keras_jacmon.options import Options
 from keras_jacmon.tensors import known_sizes
 
 # The shares of the memory allowed that a trajectory may take, that the derivatives at its points may take, and those of
@@ -39,22 +39,17 @@ def measure_call(
     measures: Selection,
     options: Options,
     *,
-    max_bytes: int,
     trust: Assumptions,
     draw: tf.Tensor,
-    remember: Remember | None = None,
 ) -> tuple[CallMetadata, Results]:
     """Measures one call, in the graph that is being traced.
 
     Args:
         call: What the layer received.
         measures: What to measure, by view.
-        options: How.
-        max_bytes: Bounds the memory, through segments of the sequence and chunks of rows.
+        options: How. `max_bytes` bounds the memory, through segments of the sequence and chunks of points.
         trust: What may be relied on. If not on the independence of rows, steps are taken one by one.
         draw: Counts the measurements; it decides which rows are certified.
-        remember: Gives a variable that lives from one measurement to the next one, and is zero at first; None to
-            start each time anew.
 
     Returns:
         What is known before any number is, and the results: `mask` and each measure `(time, batch)`, and the results
@@ -78,18 +73,15 @@ def measure_call(
     of_steps = filtered(selection, lambda measure: measure.of in ("step", "spectrum"))
     over_time = filtered(selection, lambda measure: measure.of in ("flow", "exponents"))
     places = choose_places(walk.mask, [time, samples], of_steps, options, independent=trust.independent)
-    memory = {}
-    if remember is not None:
-        memory = vectors_to_remember(walk, of_steps, places.expensive, options.max_rows, remember)
     # Not a subclass, which may do something else with its gates.
     forgets = type(call.layer.cell) is keras.layers.LSTMCell
-    options = dataclasses.replace(options, rows=walk.inputs.shape[:2].num_elements(), dtype=dtype)
+    context = MeasureContext(options, dtype, walk.inputs.shape[:2].num_elements())
     points = StepMeasurement(
         jacobian,
         filtered(with_advice(selection, forgets=forgets), lambda measure: measure.of in ("step", "spectrum")),
         tuple(selection),
-        options,
-        bytes_allowed=max_bytes // _SHARE_OF_DERIVATIVES,
+        context,
+        bytes_allowed=options.max_bytes // _SHARE_OF_DERIVATIVES,
         bytes_per_row=connections.bytes_per_row,
         draw=draw,
         independent=trust.independent,
@@ -98,10 +90,9 @@ def measure_call(
 
     def measure_segment(trajectory: Trajectory, index: tf.Tensor, start: tf.Tensor) -> tuple[Results, CheckResults]:
         stop = start + known_sizes(trajectory.inputs)[0]
-        here = {key: Memory(m.vectors, m.places[start * samples : stop * samples]) for key, m in memory.items()}
-        return points.measure(PointBatch.of(trajectory), trajectory.last, places.between(start, stop), here, index)
+        return points.measure(PointBatch.of(trajectory), trajectory.last, places.between(start, stop), index)
 
-    steps = _most_steps(walk, shortcut, max_bytes // _SHARE_OF_TRAJECTORY)
+    steps = _most_steps(walk, shortcut, options.max_bytes // _SHARE_OF_TRAJECTORY)
     at_once = walk.inputs.shape[0] is not None and walk.inputs.shape[0] <= steps
     rows: PointBatch | None = None
     if at_once:
@@ -109,7 +100,7 @@ def measure_call(
         rows = PointBatch.of(trajectory)
         # Skipped steps need not be evaluated.
         rows = points.evaluated(rows) if walk.mask is None else rows
-        results, checks = points.measure(rows, trajectory.last, places, memory, 0)
+        results, checks = points.measure(rows, trajectory.last, places, 0)
     else:
 
         def unrolled(
@@ -127,7 +118,9 @@ def measure_call(
         at = tf.where(places.spectra)
         results[SPECTRA_AT] = tf.stack([time - 1 - at[:, 0], at[:, 1]], axis=1) if call.layer.go_backwards else at
     if over_time:
-        most_steps = max(1, min(steps, max_bytes // _SHARE_OF_SEQUENCES // points.bytes_per_row // _samples(walk)))
+        most_steps = max(
+            1, min(steps, options.max_bytes // _SHARE_OF_SEQUENCES // points.bytes_per_row // _samples(walk))
+        )
         # One behind the other, so that they do not need their memory at the same time.
         done = [*results.values(), *checks]
         with tf.control_dependencies([value.op for value in done]):
@@ -135,31 +128,8 @@ def measure_call(
         whole = SequenceMeasurement(
             step, walk.between(0, time, begin), shortcut, jacobian, trust.independent, most_steps
         )
-        results |= measure_sequence(whole, over_time, options, rows and rows.behind(done))
+        results |= measure_sequence(whole, over_time, context, rows and rows.behind(done))
     return facts, results | {CHECKS: checks}
-
-
-def merged(parts: Sequence[dict[str, Results]], offsets: Sequence[int]) -> dict[str, Results]:
-    """What was measured of parts of a probe, as of the whole, by name of the call.
-
-    Args:
-        parts: Of each, by name of the call.
-        offsets: By part, the number of its first sample.
-    """
-
-    def together(key: str, tensors: Sequence[Any]) -> Any:
-        if key == CHECKS:
-            return worst_of(tensors)
-        if key == SPECTRA_AT:
-            return tf.concat(
-                [at + tf.constant([0, n], at.dtype) for at, n in zip(tensors, offsets, strict=True)], axis=0
-            )
-        # Samples are the last axis of all that is no spectrum, which is a row for each place.
-        return tf.concat(tensors, axis=0 if key.rpartition("/")[-1] in _NOT_OF_STEPS else -1)
-
-    return {
-        name: {key: together(key, [part[name][key] for part in parts]) for key in parts[0][name]} for name in parts[0]
-    }
 
 
 def _most_steps(walk: UnrollInputs, shortcut: UnrollPlan | None, max_bytes: int) -> int:

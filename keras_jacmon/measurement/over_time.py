@@ -4,7 +4,6 @@ A long sequence is walked through in segments, forwards for the exponents. The f
 order: the states at the beginning of each segment are kept, and each segment is walked through once more.
 """
 
-import dataclasses
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -17,9 +16,9 @@ from keras_jacmon.jacobians.cell_jacobian import CellJacobian
 from keras_jacmon.jacobians.points import PointBatch
 from keras_jacmon.jacobians.views import View
 from keras_jacmon.measures import flow, lyapunov
+from keras_jacmon.measures.context import MeasureContext
 from keras_jacmon.measures.registry import Selection
 from keras_jacmon.measures.steps import Steps
-from keras_jacmon.options import Options
 from keras_jacmon.tensors import known_sizes
 
 # Purposes of random numbers, beside those of the measures of a step.
@@ -55,14 +54,14 @@ class SequenceMeasurement:
 
 
 def measure_sequence(
-    sequence: SequenceMeasurement, measures: Selection, options: Options, rows: PointBatch | None
+    sequence: SequenceMeasurement, measures: Selection, context: MeasureContext, rows: PointBatch | None
 ) -> dict[str, tf.Tensor]:
     """Measures products of Jacobians over time, in the graph that is being traced.
 
     Args:
         sequence: Of which Jacobians.
         measures: Those of the flow and of the exponents, by view.
-        options: How.
+        context: How.
         rows: The points of the whole trajectory, if they are there.
 
     Returns:
@@ -71,22 +70,21 @@ def measure_sequence(
     """
     walk, time = sequence.walk, sequence.walk.inputs.shape[0]
     steps, samples = known_sizes(walk.inputs)[:2]
-    warmup = steps // 10 if options.warmup is None else options.warmup
-    options = dataclasses.replace(options, warmup=warmup)
+    warmup = steps // 10 if context.options.warmup is None else context.options.warmup
     sizes = {view: View.of(view, walk.states).columns(walk.inputs[0], walk.states) for view in measures}
     flows = [view for view, chosen in measures.items() if any(m.of == "flow" for m in chosen)]
     chaotic = [view for view, chosen in measures.items() if any(m.of == "exponents" for m in chosen)]
     carry = _Carry(
-        {view: _start_flow(samples, sizes[view], options) for view in flows},
-        {view: _start_exponents(samples, sizes[view], options) for view in chaotic},
+        {view: _start_flow(samples, sizes[view], context) for view in flows},
+        {view: _start_exponents(samples, sizes[view], context) for view in chaotic},
     )
     if rows is not None and time is not None and time <= sequence.most_steps:
-        logs, exponents = _at_once(sequence, rows, carry, options)
+        logs, exponents = _at_once(sequence, rows, carry, warmup, context)
     else:
-        logs, exponents = _in_segments(sequence, carry, options)
+        logs, exponents = _in_segments(sequence, carry, warmup, context)
     results: dict[str, tf.Tensor] = {}
     for view in flows:
-        if options.exact_flow:
+        if context.options.exact_flow:
             results[f"{view}/flow"] = flow.by_span(logs[view][:, 0], walk.mask)
         else:
             results[f"{view}/flow"], results[f"{view}/flow/uncertainty"] = flow.flow_by_span(logs[view], walk.mask)
@@ -102,32 +100,27 @@ def measure_sequence(
     return {key: value for key, value in results.items() if key.removesuffix("/uncertainty") in wanted}
 
 
-def most_exponents(options: Options, size: int) -> int:
-    """How many Lyapunov exponents are measured."""
-    return min(options.exponents, size)
+def _start_flow(samples: int | tf.Tensor, size: int, context: MeasureContext) -> flow.FlowCarry:
+    if context.options.exact_flow:
+        return flow.start_exact_flow(samples, size, context.dtype)
+    return flow.start_flow(samples, size, context.options.flow_vectors, context.seeds(_FLOW), context.dtype)
 
 
-def _start_flow(samples: int | tf.Tensor, size: int, options: Options) -> flow.FlowCarry:
-    if options.exact_flow:
-        return flow.start_exact_flow(samples, size, options.dtype)
-    return flow.start_flow(samples, size, options.flow_vectors, options.seeds(_FLOW), options.dtype)
-
-
-def _start_exponents(samples: int | tf.Tensor, size: int, options: Options) -> lyapunov.LyapunovCarry:
-    count = most_exponents(options, size)
-    return lyapunov.start_lyapunov(samples, size, count, options.seeds(_EXPONENTS), options.dtype)
+def _start_exponents(samples: int | tf.Tensor, size: int, context: MeasureContext) -> lyapunov.LyapunovCarry:
+    count = min(context.options.exponents, size)
+    return lyapunov.start_lyapunov(samples, size, count, context.seeds(_EXPONENTS), context.dtype)
 
 
 def _at_once(
-    sequence: SequenceMeasurement, rows: PointBatch, carry: _Carry, options: Options
+    sequence: SequenceMeasurement, rows: PointBatch, carry: _Carry, warmup: int | tf.Tensor, context: MeasureContext
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    steps = _steps(sequence, sequence.walk, rows, {*carry.flow, *carry.exponents}, options)
-    logs = {view: _flow_segment(steps[view], start, options)[0] for view, start in carry.flow.items()}
-    return logs, {view: _exponents(steps[view], start, options) for view, start in carry.exponents.items()}
+    steps = _steps(sequence, sequence.walk, rows, {*carry.flow, *carry.exponents}, context)
+    logs = {view: _flow_segment(steps[view], start, context)[0] for view, start in carry.flow.items()}
+    return logs, {view: _exponents(steps[view], start, warmup, context) for view, start in carry.exponents.items()}
 
 
 def _in_segments(
-    sequence: SequenceMeasurement, carry: _Carry, options: Options
+    sequence: SequenceMeasurement, carry: _Carry, warmup: int | tf.Tensor, context: MeasureContext
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     walk = sequence.walk
     time, samples = tf.shape(walk.inputs)[0], known_sizes(walk.inputs)[1]
@@ -141,8 +134,8 @@ def _in_segments(
     def forwards(index: tf.Tensor, states: list[tf.Tensor], starts: Any, exponents: Any) -> tuple[Any, ...]:
         part, trajectory = segment(index, states)
         starts = [array.write(index, state) for array, state in zip(starts, states, strict=True)]
-        steps = _steps(sequence, part, PointBatch.of(trajectory), set(exponents), options)
-        exponents = {view: _exponents(steps[view], known, options) for view, known in exponents.items()}
+        steps = _steps(sequence, part, PointBatch.of(trajectory), set(exponents), context)
+        exponents = {view: _exponents(steps[view], known, warmup, context) for view, known in exponents.items()}
         return index + 1, list(trajectory.last), starts, exponents
 
     starts = [tf.TensorArray(s.dtype, count, element_shape=s.shape, clear_after_read=False) for s in walk.states]
@@ -157,8 +150,8 @@ def _in_segments(
 
     def backwards(index: tf.Tensor, flows: Any, arrays: Any) -> tuple[Any, ...]:
         part, trajectory = segment(index, [array.read(index) for array in starts])
-        steps = _steps(sequence, part, PointBatch.of(trajectory), set(flows), options)
-        found = {view: _flow_segment(steps[view], known, options) for view, known in flows.items()}
+        steps = _steps(sequence, part, PointBatch.of(trajectory), set(flows), context)
+        found = {view: _flow_segment(steps[view], known, context) for view, known in flows.items()}
         arrays = {view: array.write(index, tf.reshape(found[view][0], [-1])) for view, array in arrays.items()}
         return index - 1, {view: known for view, (_, known) in found.items()}, arrays
 
@@ -173,16 +166,18 @@ def _in_segments(
     return logs, exponents
 
 
-def _flow_segment(steps: Steps, carry: flow.FlowCarry, options: Options) -> tuple[tf.Tensor, flow.FlowCarry]:
-    return (flow.exact_flow_segment if options.exact_flow else flow.flow_segment)(steps, carry)
+def _flow_segment(steps: Steps, carry: flow.FlowCarry, context: MeasureContext) -> tuple[tf.Tensor, flow.FlowCarry]:
+    return (flow.exact_flow_segment if context.options.exact_flow else flow.flow_segment)(steps, carry)
 
 
-def _exponents(steps: Steps, carry: lyapunov.LyapunovCarry, options: Options) -> lyapunov.LyapunovCarry:
-    return lyapunov.lyapunov_segment(steps, carry, warmup=options.warmup or 0, qr_every=options.qr_every)
+def _exponents(
+    steps: Steps, carry: lyapunov.LyapunovCarry, warmup: int | tf.Tensor, context: MeasureContext
+) -> lyapunov.LyapunovCarry:
+    return lyapunov.lyapunov_segment(steps, carry, warmup=warmup, qr_every=context.options.qr_every)
 
 
 def _steps(
-    sequence: SequenceMeasurement, part: UnrollInputs, rows: PointBatch, views: set[str], options: Options
+    sequence: SequenceMeasurement, part: UnrollInputs, rows: PointBatch, views: set[str], context: MeasureContext
 ) -> dict[str, Steps]:
     """The Jacobians of each step of a part of the walk, whose points are these rows, by view."""
     time, samples = known_sizes(part.inputs)[:2]
@@ -199,6 +194,6 @@ def _steps(
             return sequence.jacobian.operators([view], rows.between(start, stop))[view]
 
         size = View.of(view, part.states).columns(part.inputs[0], part.states)
-        return Steps(time, at, part.mask, samples, size, options.dtype)
+        return Steps(time, at, part.mask, samples, size, context.dtype)
 
     return {view: steps(view) for view in sorted(views)}

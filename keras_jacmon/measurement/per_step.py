@@ -14,9 +14,9 @@ from keras_jacmon.jacobians.checks import CheckResults, check_independence, chec
 from keras_jacmon.jacobians.points import PointBatch
 from keras_jacmon.jacobians.views import View, size
 from keras_jacmon.measurement.subsampling import Subsample, indices_of
+from keras_jacmon.measures.context import MeasureContext
 from keras_jacmon.measures.registry import Selection, filtered
 from keras_jacmon.measures.rows import RowSource, measure_rows
-from keras_jacmon.options import Memory, Options
 
 # More (row, vector) pairs at once than this do not fit a cache and are no faster.
 _MOST_ROWS = 2**14
@@ -39,7 +39,7 @@ class StepMeasurement:
         jacobian: Of the cell.
         measures: Of a step, and spectra, by view.
         views: Whose structure is tested.
-        options: How.
+        context: How.
         bytes_allowed: For the derivatives.
         bytes_per_row: That an evaluation of the cell with its derivative takes.
         draw: Counts the measurements.
@@ -50,7 +50,7 @@ class StepMeasurement:
     jacobian: CellJacobian
     measures: Selection
     views: tuple[str, ...]
-    options: Options
+    context: MeasureContext
     bytes_allowed: int
     bytes_per_row: int
     draw: tf.Tensor
@@ -59,7 +59,7 @@ class StepMeasurement:
 
     def types(self) -> dict[str, tf.DType]:
         """What `measure` may return."""
-        real = self.options.dtype
+        real = self.context.dtype
         types = {}
         for view, chosen in self.measures.items():
             for measure in chosen:
@@ -78,7 +78,6 @@ class StepMeasurement:
         rows: PointBatch,
         last: Sequence[tf.Tensor],
         places: Subsample,
-        memory: Mapping[str, Memory],
         segment: tf.Tensor | int,
     ) -> tuple[Results, CheckResults]:
         """The measures, `(time * batch,)`, and the spectra, `(rows, values)`; the results of the checks.
@@ -87,24 +86,23 @@ class StepMeasurement:
             rows: The points.
             last: The states behind the last step.
             places: Which of them are measured.
-            memory: By `view/measure`, what they may start from.
             segment: Counts the parts of a sequence.
         """
         # PointBatch that are no functions of themselves stay together: all samples of a step, masked ones included.
         valid = None if places.mask is None or not self.independent else indices_of(places.mask)
-        options = dataclasses.replace(self.options, stream=segment * _STREAMS)
+        context = dataclasses.replace(self.context, stream=segment * _STREAMS)
         results: Results = {}
         for measures, chosen, place in self._at(valid, places.expensive):
             rows = rows.behind(results.values())
-            source = self._source(rows, list(measures), chosen, memory)
+            source = self._source(rows, list(measures), chosen)
             chunk = self._chunk(rows, measures) if self.independent else self.samples
-            for key, (value, uncertainty) in measure_rows(source, measures, options, chunk).items():
+            for key, (value, uncertainty) in measure_rows(source, measures, context, chunk).items():
                 found = {key: value} if uncertainty is None else {key: value, f"{key}/uncertainty": uncertainty}
                 results |= found if place is None else {name: _where(place, array) for name, array in found.items()}
         spectra = filtered(self.measures, lambda measure: measure.of == "spectrum")
         rows = rows.behind(results.values())
         if places.spectra is not None:
-            found = self._spectra(spectra, rows, indices_of(places.spectra), options)
+            found = self._spectra(spectra, rows, indices_of(places.spectra), context)
             count = tf.math.count_nonzero(places.spectra)
             results |= {key: values[:count] for key, values in found.items()}
         checks = self._checked(rows, last, valid)
@@ -125,12 +123,12 @@ class StepMeasurement:
         ]
         return [part for part in split if part[0]]
 
-    def _spectra(self, measures: Selection, rows: PointBatch, indices: tf.Tensor, options: Options) -> Results:
+    def _spectra(self, measures: Selection, rows: PointBatch, indices: tf.Tensor, context: MeasureContext) -> Results:
         """The spectra `(k, values)` of rows with these indices `(k,)`, one by one, since each takes a matrix."""
 
         def at(chosen: tf.Tensor) -> Results:
             operators = self.jacobian.operators(list(measures), rows.take(chosen))
-            return {f"{v}/{m.name}": m.function(operators[v], options) for v, found in measures.items() for m in found}
+            return {f"{v}/{m.name}": m.function(operators[v], context) for v, found in measures.items() for m in found}
 
         if not self.independent:
             return at(indices)
@@ -158,30 +156,27 @@ class StepMeasurement:
         if not self.jacobian.trust.products:
             # J is formed.
             kept += [math.prod(self._shape(view, rows)) for view in self.views]
-        bytes_per_row = self.bytes_per_row + max(kept, default=0) * self.options.dtype.size
+        bytes_per_row = self.bytes_per_row + max(kept, default=0) * self.context.dtype.size
         return max(1, min(self.bytes_allowed // bytes_per_row, _MOST_ROWS))
 
-    def _source(
-        self, rows: PointBatch, views: Sequence[str], valid: tf.Tensor | None, memory: Mapping[str, Memory]
-    ) -> RowSource:
+    def _source(self, rows: PointBatch, views: Sequence[str], valid: tf.Tensor | None) -> RowSource:
         return RowSource(
             rows.count,
             lambda start, stop: self.jacobian.operators(views, rows if start is None else rows.between(start, stop)),
             lambda chosen: self.jacobian.operators(views, rows.take(chosen)),
             valid,
-            memory,
         )
 
     def _checked(self, rows: PointBatch, last: Sequence[tf.Tensor], valid: tf.Tensor | None) -> CheckResults:
         """Checks of what the measures rest on."""
         if not self.views:
             # No gradient connects the states, and there is nothing to measure.
-            return CheckResults.zero(self.options.dtype)
+            return CheckResults.zero(self.context.dtype)
         count = rows.count
         total = count if valid is None else tf.size(valid)
         # Half as many rows as are measured at once, since autodiff takes its memory beside them.
         most = max(1, self._chunk(rows, {}) // 2) if self.independent else self.samples
-        seed = tf.random.experimental.stateless_fold_in([self.options.seed, 3], self.draw)
+        seed = tf.random.experimental.stateless_fold_in([self.context.options.seed, 3], self.draw)
 
         def at(indices: tf.Tensor) -> tuple[PointBatch, list[tf.Tensor]]:
             chosen = tf.cast(indices if valid is None else tf.gather(valid, indices), tf.int32)

@@ -7,17 +7,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from keras_jacmon.cell.trajectory import UnrollInputs
-from keras_jacmon.jacobians.views import View
 from keras_jacmon.measures.registry import Selection, filtered
 from keras_jacmon.measures.rows import spread_evenly
-from keras_jacmon.options import Memory, Options
+from keras_jacmon.options import Options
 
 # A graph may not know how many samples it will get.
 UNKNOWN_SAMPLES = 2**10
-
-# From a key, a shape and a type to a variable.
-Remember = Callable[[str, Sequence[int], tf.DType], tf.Variable]
 
 
 class Subsample(NamedTuple):
@@ -87,34 +82,6 @@ def _sample_rows(
     places = tf.gather(places, spread_evenly(tf.size(places), count))
     chosen = tf.scatter_nd(places[:, None], tf.ones_like(places), tf.cast([time * samples], tf.int64))
     return tf.reshape(chosen > 0, [time, samples])
-
-
-def vectors_to_remember(
-    walk: UnrollInputs,
-    measures: Selection,
-    wanted: tf.Tensor | None,
-    max_rows: int | None,
-    remember: Remember,
-) -> dict[str, Memory]:
-    """For each measure that can use it, vectors of all rows that it is measured at, and the place of each row.
-
-    Nothing if it is not known beforehand how many rows there are.
-    """
-    rows = walk.inputs.shape[:2].num_elements()
-    if rows is None:
-        return {}
-    chosen = tf.ones(walk.inputs.shape[:2], tf.bool) if wanted is None else wanted
-    places = tf.cumsum(tf.cast(tf.reshape(chosen, [-1]), tf.int32), exclusive=True)
-    count = min(rows, rows if wanted is None or max_rows is None else max_rows)
-    memory = {}
-    for name, chosen_measures in measures.items():
-        view = View.of(name, walk.states)
-        shape = [count, view.columns(walk.inputs[0], walk.states)]
-        for measure in chosen_measures:
-            if measure.warm_start:
-                key = f"{name}/{measure.name}"
-                memory[key] = Memory(remember(key, shape, walk.states[view.news[0]].dtype), places)
-    return memory
 
 
 def indices_of(mask: tf.Tensor) -> tf.Tensor:

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from keras_jacmon.measures.context import MeasureContext, Measured
 from keras_jacmon.measures.moments import variance
 from keras_jacmon.measures.registry import Measure, Selection
-from keras_jacmon.options import Measured, Options
 
 # Not in the registry: nobody asks for them by name.
 WITHOUT, OPPOSITE, FORGET = "variance_without_kernels", "variance_with_opposite_kernels", "log_forget"
@@ -70,20 +70,20 @@ def _gain(constant: float, linear: float, square: float) -> float:
     return gain if gain > 0 else math.nan
 
 
-def _helper(name: str, function: Callable[[Any, Options], Measured]) -> Measure:
+def _helper(name: str, function: Callable[[Any, MeasureContext], Measured]) -> Measure:
     return Measure(name, "step", function, definition="", unit="", reference="", reading="", cost="standard")
 
 
-def _at(gain: float) -> Callable[[Any, Options], Measured]:
-    def function(operator: Any, options: Options) -> Measured:
+def _at(gain: float) -> Callable[[Any, MeasureContext], Measured]:
+    def function(operator: Any, context: MeasureContext) -> Measured:
         if not hasattr(type(operator), "scaled") or operator.is_chain:
             return _unknown(operator)
-        return Measured(variance(operator.scaled(gain), options).value, None)
+        return Measured(variance(operator.scaled(gain), context).value, None)
 
     return function
 
 
-def _log_forget(operator: Any, options: Options) -> Measured:  # noqa: ARG001 - as every measure
+def _log_forget(operator: Any, context: MeasureContext) -> Measured:  # noqa: ARG001 - as every measure
     if not hasattr(type(operator), "scaled"):
         return _unknown(operator)
     # A diagonal matrix times ones is its diagonal.

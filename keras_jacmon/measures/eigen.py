@@ -5,7 +5,7 @@ from typing import NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from keras_jacmon.options import Measured, Options
+from keras_jacmon.measures.context import MeasureContext, Measured
 
 # Up to so many units the eigenvalues are found by forming J: 128 units take 5 ms a row, 256 already 43 ms.
 EXACT_SIZE = 128
@@ -57,7 +57,7 @@ def eigenvalues(operator: tf.linalg.LinearOperator) -> tf.Tensor:
     return tf.where(finite[:, None], tf.gather(values, order, batch_dims=1), _nan(values.dtype))
 
 
-def leading_eigenvalues(operator: tf.linalg.LinearOperator, options: Options) -> tf.Tensor:
+def leading_eigenvalues(operator: tf.linalg.LinearOperator, context: MeasureContext) -> tf.Tensor:
     """All eigenvalues of each row up to 512 columns, and above that the 16 largest, as far as they are found.
 
     Above, they are Ritz values in a Krylov space of 240 dimensions (Arnoldi's method), whose residual `‖J x - θ x‖` of
@@ -67,7 +67,7 @@ def leading_eigenvalues(operator: tf.linalg.LinearOperator, options: Options) ->
 
     Args:
         operator: The Jacobians, `(n, n)`, batch shape `(rows,)`.
-        options: `tolerance` is relative; the start vector comes from `seed`.
+        context: `tolerance` is relative; the start vector comes from `seed`.
 
     Returns:
         `(rows, n)` or `(rows, 16)`, complex, the largest modulus first, with NaN in the places of those that are not
@@ -77,12 +77,12 @@ def leading_eigenvalues(operator: tf.linalg.LinearOperator, options: Options) ->
     if n <= SPECTRUM_SIZE:
         return eigenvalues(operator)
     rows = operator.batch_shape_tensor()[0]
-    start, _ = _unit(tf.random.stateless_normal([rows, n], options.seeds(7), dtype=operator.dtype))
+    start, _ = _unit(tf.random.stateless_normal([rows, n], context.seeds(7), dtype=operator.dtype))
     values, residuals = (x[:, :LEADING] for x in _ritz_values(*_krylov(operator, start, SPECTRUM_KRYLOV)))
-    return tf.where(residuals <= options.tolerance * tf.abs(values), values, _nan(values.dtype))
+    return tf.where(residuals <= context.tolerance * tf.abs(values), values, _nan(values.dtype))
 
 
-def spectral_radius(operator: tf.linalg.LinearOperator, options: Options) -> Measured:
+def spectral_radius(operator: tf.linalg.LinearOperator, context: MeasureContext) -> Measured:
     """The largest modulus of an eigenvalue of each row. Dimensionless; what a step repeated for ever would gain.
 
     Up to 128 units from all eigenvalues. Above, by Arnoldi's method in Krylov spaces of 48 dimensions, orthogonalised
@@ -91,7 +91,7 @@ def spectral_radius(operator: tf.linalg.LinearOperator, options: Options) -> Mea
 
     Args:
         operator: The Jacobians, `(n, n)`, batch shape `(rows,)`.
-        options: `tolerance` is relative; the start vector comes from `seed`.
+        context: `tolerance` is relative; the start vector comes from `seed`.
 
     Returns:
         The value `(rows,)`, NaN for rows that hold NaN or inf. The uncertainty is None if it is exact up to rounding,
@@ -104,7 +104,7 @@ def spectral_radius(operator: tf.linalg.LinearOperator, options: Options) -> Mea
     """
     if int(operator.shape[-1]) <= EXACT_SIZE:
         return Measured(tf.abs(eigenvalues(operator)[:, 0]), None)
-    return _arnoldi_radius(operator, options)
+    return _arnoldi_radius(operator, context)
 
 
 def singular_values(operator: tf.linalg.LinearOperator) -> tf.Tensor:
@@ -121,12 +121,12 @@ def singular_values(operator: tf.linalg.LinearOperator) -> tf.Tensor:
     return tf.where(finite[:, None], values, _nan(values.dtype))
 
 
-def condition_number(operator: tf.linalg.LinearOperator, options: Options) -> Measured:  # noqa: ARG001 - as every measure
+def condition_number(operator: tf.linalg.LinearOperator, context: MeasureContext) -> Measured:  # noqa: ARG001 - as every measure
     """The largest singular value over the smallest, for each row. Dimensionless; 1 for an orthogonal J.
 
     Args:
         operator: The Jacobians, `(m, n)`, batch shape `(rows,)`.
-        options: Has no part in it: the value is exact up to rounding.
+        context: Has no part in it: the value is exact up to rounding.
 
     Returns:
         The value `(rows,)`; inf if the smallest one is zero but for rounding, NaN for rows that hold NaN or inf.
@@ -138,13 +138,13 @@ def condition_number(operator: tf.linalg.LinearOperator, options: Options) -> Me
     return Measured(tf.where(smallest <= rounding, tf.constant(np.inf, values.dtype), largest / smallest), None)
 
 
-def _arnoldi_radius(operator: tf.linalg.LinearOperator, options: Options) -> Measured:
+def _arnoldi_radius(operator: tf.linalg.LinearOperator, context: MeasureContext) -> Measured:
     n, dtype = int(operator.shape[-1]), operator.dtype
     rows = operator.batch_shape_tensor()[0]
 
     def unfinished(value: tf.Tensor, residual: tf.Tensor) -> tf.Tensor:
         # A NaN compares as finished: such a row never gets better.
-        return residual > options.tolerance * value
+        return residual > context.tolerance * value
 
     def body(value: tf.Tensor, residual: tf.Tensor, start: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
         space = _krylov(operator, start, KRYLOV)
@@ -155,7 +155,7 @@ def _arnoldi_radius(operator: tf.linalg.LinearOperator, options: Options) -> Mea
         start = _unit(tf.linalg.matvec(space.basis, mixture, transpose_a=True))[0]
         return tf.where(worse, value, new_value), tf.where(worse, residual, new_residual), start
 
-    start, _ = _unit(tf.random.stateless_normal([rows, n], options.seeds(4), dtype=dtype))
+    start, _ = _unit(tf.random.stateless_normal([rows, n], context.seeds(4), dtype=dtype))
     infinite = tf.fill([rows], tf.constant(np.inf, dtype))
     scalar = tf.TensorShape([None])
     value, residual, _ = tf.while_loop(

@@ -5,44 +5,44 @@ from dataclasses import dataclass
 
 import tensorflow as tf
 
-from keras_jacmon.options import Measured, Options
+from keras_jacmon.measures.context import MeasureContext, Measured
 
 # Random vectors of an estimate. The error of a mean over r rows falls as 1/√(16 r).
 ESTIMATE_VECTORS = 16
 
 
-def variance(operator: tf.linalg.LinearOperator, options: Options) -> Measured:
+def variance(operator: tf.linalg.LinearOperator, context: MeasureContext) -> Measured:
     """`n * Var(J)` for each row: population variance over all entries, mean removed, times the units.
 
     Dimensionless; 1.0 for a linear cell with Glorot weights, 0.5 with ReLU.
 
     Args:
         operator: The Jacobians, batch shape `(rows,)`.
-        options: Up to `max_entries` entries the value is exact, above it an estimate.
+        context: Up to `max_entries` entries the value is exact, above it an estimate.
 
     Returns:
         Value and standard error, each `(rows,)`.
     """
-    moments = _moments(operator, options)
+    moments = _moments(operator, context)
     m, n = _dimensions(operator)
     scale = tf.constant(n / (m * n), operator.dtype)
     error = None if moments.error is None else scale * moments.error
     return Measured(scale * moments.centred, error)
 
 
-def rms_singular_value(operator: tf.linalg.LinearOperator, options: Options) -> Measured:
+def rms_singular_value(operator: tf.linalg.LinearOperator, context: MeasureContext) -> Measured:
     """`sqrt(‖J‖_F² / n)` for each row: the RMS gain of a random direction.
 
     Dimensionless; 1 keeps norms. Sees the mean of the entries, to which the variance is blind.
 
     Args:
         operator: The Jacobians, batch shape `(rows,)`.
-        options: Up to `max_entries` entries the value is exact, above it an estimate.
+        context: Up to `max_entries` entries the value is exact, above it an estimate.
 
     Returns:
         Value and standard error, each `(rows,)`; the error by the delta method.
     """
-    moments = _moments(operator, options)
+    moments = _moments(operator, context)
     m, n = _dimensions(operator)
     value = tf.sqrt((moments.centred + m * n * moments.mean**2) / n)
     error = None if moments.error is None else tf.math.divide_no_nan(moments.error, 2 * n * value)
@@ -59,28 +59,30 @@ class _Moments:
 
 
 # Both measures above rest on the same sums; a second pass over all columns of J would double the cost.
-_known: weakref.WeakKeyDictionary[tf.linalg.LinearOperator, tuple[Options, _Moments]] = weakref.WeakKeyDictionary()
+_known: weakref.WeakKeyDictionary[tf.linalg.LinearOperator, tuple[MeasureContext, _Moments]] = (
+    weakref.WeakKeyDictionary()
+)
 
 
-def _moments(operator: tf.linalg.LinearOperator, options: Options) -> _Moments:
-    options_then, moments = _known.get(operator, (None, None))
-    if moments is None or options_then is not options:
-        moments = _moments_by_blocks(operator, options)
-        _known[operator] = (options, moments)
+def _moments(operator: tf.linalg.LinearOperator, context: MeasureContext) -> _Moments:
+    context_then, moments = _known.get(operator, (None, None))
+    if moments is None or context_then is not context:
+        moments = _moments_by_blocks(operator, context)
+        _known[operator] = (context, moments)
     return moments
 
 
-def _moments_by_blocks(operator: tf.linalg.LinearOperator, options: Options) -> _Moments:
+def _moments_by_blocks(operator: tf.linalg.LinearOperator, context: MeasureContext) -> _Moments:
     m, n = _dimensions(operator)
     blocks = closed_blocks(operator)
     mean = tf.add_n([entry_sum(block) for block in blocks]) / tf.cast(m * n, operator.dtype)
     if len(blocks) == 1 and not is_closed(blocks[0]):
         # Centred before squaring: the difference of two sums would cancel.
-        return _Moments(mean, *_squares(blocks[0], mean, options))
+        return _Moments(mean, *_squares(blocks[0], mean, context))
     zero = tf.zeros_like(mean)
     squares, errors = [-m * n * mean**2], []
     for block in blocks:
-        value, error = (block.square_sum, None) if is_closed(block) else _squares(block, zero, options)
+        value, error = (block.square_sum, None) if is_closed(block) else _squares(block, zero, context)
         squares.append(value)
         errors += [] if error is None else [error**2]
     return _Moments(mean, tf.maximum(tf.add_n(squares), zero), tf.sqrt(tf.add_n(errors)) if errors else None)
@@ -109,13 +111,13 @@ def entry_sum(operator: tf.linalg.LinearOperator) -> tf.Tensor:
 
 
 def _squares(
-    operator: tf.linalg.LinearOperator, mean: tf.Tensor, options: Options
+    operator: tf.linalg.LinearOperator, mean: tf.Tensor, context: MeasureContext
 ) -> tuple[tf.Tensor, tf.Tensor | None]:
     """Σ (J_ik - mean)² from products with vectors, and its standard error if it is an estimate."""
-    return _exact(operator, mean, options) if options.exact(operator) else _estimated(operator, mean, options)
+    return _exact(operator, mean, context) if context.exact(operator) else _estimated(operator, mean, context)
 
 
-def _exact(operator: tf.linalg.LinearOperator, mean: tf.Tensor, options: Options) -> tuple[tf.Tensor, None]:
+def _exact(operator: tf.linalg.LinearOperator, mean: tf.Tensor, context: MeasureContext) -> tuple[tf.Tensor, None]:
     """Σ_ik (J_ik - mean)², some rows or columns of J at a time.
 
     Centred before squaring: the difference of sums would cancel.
@@ -125,7 +127,7 @@ def _exact(operator: tf.linalg.LinearOperator, mean: tf.Tensor, options: Options
     adjoint = m <= 2 * n
     side = m if adjoint else n
     rows = operator.batch_shape_tensor()[0]
-    width = tf.clip_by_value(options.vectors // tf.maximum(rows, 1), 1, side)
+    width = tf.clip_by_value(context.workspace_vectors // tf.maximum(rows, 1), 1, side)
 
     def body(start: tf.Tensor, total: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         basis = tf.one_hot(tf.range(start, tf.minimum(start + width, side)), side, axis=0, dtype=operator.dtype)
@@ -141,7 +143,9 @@ def _exact(operator: tf.linalg.LinearOperator, mean: tf.Tensor, options: Options
     return total, None
 
 
-def _estimated(operator: tf.linalg.LinearOperator, mean: tf.Tensor, options: Options) -> tuple[tf.Tensor, tf.Tensor]:
+def _estimated(
+    operator: tf.linalg.LinearOperator, mean: tf.Tensor, context: MeasureContext
+) -> tuple[tf.Tensor, tf.Tensor]:
     """Hutchinson's estimate: `E ‖Aᵀ z‖² = ‖A‖_F²` for independent signs z, with A = J - mean, unbiased.
 
     With Aᵀ, since a tape gives products with Jᵀ in half the time.
@@ -152,7 +156,7 @@ def _estimated(operator: tf.linalg.LinearOperator, mean: tf.Tensor, options: Opt
     rows = operator.batch_shape_tensor()[0]
 
     def body(draw: tf.Tensor, draws: tf.TensorArray) -> tuple[tf.Tensor, tf.TensorArray]:
-        bits = tf.random.stateless_uniform([rows, m], options.seeds(1, draw), 0, 2, tf.int32)
+        bits = tf.random.stateless_uniform([rows, m], context.seeds(1, draw), 0, 2, tf.int32)
         z = tf.cast(2 * bits - 1, operator.dtype)
         image = operator.matvec(z, adjoint=True) - (mean * tf.reduce_sum(z, axis=-1))[:, None]
         return draw + 1, draws.write(draw, tf.reduce_sum(image**2, axis=-1))

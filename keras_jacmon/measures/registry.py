@@ -6,20 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from keras_jacmon.measures import eigen, flow, lyapunov, moments, spectrum
-from keras_jacmon.options import VIEWS, Measured, Options
-
-__all__ = [
-    "KEYS",
-    "MEASURES",
-    "PRESETS",
-    "VIEWS",
-    "Measure",
-    "Measured",
-    "Options",
-    "Selection",
-    "key_of",
-    "select_measures",
-]
+from keras_jacmon.options import VIEWS, Options
 
 _SQUARE = ("hidden", "joint")
 
@@ -48,8 +35,8 @@ class Measure:
 
     Attributes:
         name: Its key in reports, logs and TensorBoard tags.
-        of: What it is a function of. `"step"`: the Jacobian of one step; `function` maps an operator and `Options` to
-            `Measured`, `(rows,)`. `"spectrum"`: that too, but `function` gives `(rows, values)`.
+        of: What it is a function of. `"step"`: the Jacobian of one step; `function` maps an operator and a
+            `MeasureContext` to `Measured`, `(rows,)`. `"spectrum"`: that too, but `function` gives `(rows, values)`.
             `"flow"`: the logarithms of the gains by span, `(spans, samples)`. `"exponents"`: the Lyapunov exponents
             `(exponents, samples)`, and the units. `"loss"`: the gradient of the loss by the hidden state, `(samples,
             time, units)`; it is measured where there are targets, and cannot be asked for by name.
@@ -68,7 +55,6 @@ class Measure:
         dense_up_to: J itself is formed if it has so many columns at most; 0 for never, inf for always.
         vectors: How many vectors it keeps for each row while it is computed, where J is not formed.
         values: Of a spectrum, from the rows and columns of J to how many values it has.
-        warm_start: Whether it can start from vectors of the last time.
         reduction: For a product over time, the name in `REDUCTIONS` of the way to one number over the samples; None
             for no number.
         may_be_infinite: Whether inf is a regular value.
@@ -90,7 +76,6 @@ class Measure:
     dense_up_to: float = 0
     vectors: int = 0
     values: Callable[[int, int], int] = min
-    warm_start: bool = False
     reduction: str | None = "mean"
     may_be_infinite: bool = False
 
@@ -156,7 +141,6 @@ MEASURES = {
             uncertainty="residual",
             expensive=True,
             vectors=spectrum.MAX_STEPS,
-            warm_start=True,
         ),
         Measure(
             "spectral_radius",

@@ -5,8 +5,8 @@ from collections.abc import Callable, Mapping
 
 import tensorflow as tf
 
+from keras_jacmon.measures.context import MeasureContext, Measured
 from keras_jacmon.measures.registry import Selection
-from keras_jacmon.options import Measured, Memory, Options
 
 _GOLDEN = 0.6180339887498949
 
@@ -23,29 +23,23 @@ class RowSource:
         between: From two indices to the operators, by view, of the rows from the one up to the other.
         take: From indices `(k,)` to the operators, by view, of these rows.
         valid: Indices of the rows to measure; None for all.
-        memory: By `view/measure`, what the measures of these rows may start from.
     """
 
     count: int | tf.Tensor
     between: Callable[[tf.Tensor | None, tf.Tensor | None], Operators]
     take: Callable[[tf.Tensor], Operators]
     valid: tf.Tensor | None
-    memory: Mapping[str, Memory] = dataclasses.field(default_factory=dict)
-
-    def memory_of(self, rows: tf.Tensor) -> dict[str, Memory]:
-        """That of some of the rows."""
-        return {key: known.take(rows) for key, known in self.memory.items()}
 
 
 def measure_rows(
-    source: RowSource, measures: Selection, options: Options, chunk: int | tf.Tensor
+    source: RowSource, measures: Selection, context: MeasureContext, chunk: int | tf.Tensor
 ) -> dict[str, Measured]:
     """Measures the operators of many rows.
 
     Args:
         source: Gives the operators.
         measures: What to measure, by view.
-        options: Passed on to the measures.
+        context: Passed on to the measures.
         chunk: The most rows at once.
 
     Returns:
@@ -53,7 +47,7 @@ def measure_rows(
     """
     if isinstance(chunk, int):
         # For fewer rows there is memory for several vectors at once.
-        options = dataclasses.replace(options, vectors=chunk)
+        context = dataclasses.replace(context, workspace_vectors=chunk)
         if isinstance(source.count, int):
             # Chunks of equal size, so that the last one is not a small one.
             chunk = -(-source.count // max(1, -(-source.count // chunk)))
@@ -61,12 +55,12 @@ def measure_rows(
     total = source.count if source.valid is None else source.valid.shape[0]
     at_once = isinstance(total, int) and isinstance(chunk, int) and total <= chunk
     if at_once and source.valid is None:
-        return _measured(source.between(None, None), measures, options, source.memory)
+        return _measured(source.between(None, None), measures, context)
     indices = tf.range(source.count) if source.valid is None else source.valid
-    empty = tf.fill([source.count], tf.constant(float("nan"), options.dtype))
+    empty = tf.fill([source.count], tf.constant(float("nan"), context.dtype))
 
     if at_once:
-        found = _measured(source.take(indices), measures, options, source.memory_of(indices))
+        found = _measured(source.take(indices), measures, context)
         return {
             key: Measured(*(None if part is None else _put(part, empty, indices) for part in parts))
             for key, parts in found.items()
@@ -80,9 +74,9 @@ def measure_rows(
         start, stop = index * chunk, tf.minimum((index + 1) * chunk, tf.size(indices))
         rows = indices[start:stop]
         operators = source.between(start, stop) if source.valid is None else source.take(rows)
-        here = dataclasses.replace(options, stream=options.stream + index)
+        here = dataclasses.replace(context, stream=context.stream + index)
         updated = {}
-        found = _measured(operators, measures, here, source.memory_of(rows))
+        found = _measured(operators, measures, here)
         for key, (value, uncertainty) in found.items():
             has_uncertainty[key] = uncertainty is not None
             parts = (value, value if uncertainty is None else uncertainty)
@@ -103,16 +97,10 @@ def measure_rows(
     }
 
 
-def _measured(
-    operators: Operators, measures: Selection, options: Options, memory: Mapping[str, Memory]
-) -> dict[str, Measured]:
-    results = {}
-    for view, chosen in measures.items():
-        for measure in chosen:
-            key = f"{view}/{measure.name}"
-            own = dataclasses.replace(options, memory=memory[key]) if key in memory else options
-            results[key] = measure.function(operators[view], own)
-    return results
+def _measured(operators: Operators, measures: Selection, context: MeasureContext) -> dict[str, Measured]:
+    return {
+        f"{view}/{m.name}": m.function(operators[view], context) for view, chosen in measures.items() for m in chosen
+    }
 
 
 def _put(part: tf.Tensor, array: tf.Tensor, rows: tf.Tensor) -> tf.Tensor:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from keras_jacmon.options import Measured, Options
+from keras_jacmon.measures.context import MeasureContext, Measured
 
 # Random matrices of 128 x 128 need at most about 25 steps for 1e-2 and 30 for 1e-3. A row that has not converged after
 # so many says so by its residual.
@@ -23,7 +23,7 @@ LEAST_STEPS_FROM_MEMORY = 4
 STEPS_BETWEEN_CHECKS = 2
 
 
-def spectral_norm(operator: tf.linalg.LinearOperator, options: Options) -> Measured:
+def spectral_norm(operator: tf.linalg.LinearOperator, context: MeasureContext) -> Measured:
     """The largest singular value of each row, the worst-case gain of one step. Dimensionless.
 
     Golub-Kahan-Lanczos bidiagonalisation with one-sided reorthogonalisation, of at least 12 steps, until the residual
@@ -32,7 +32,7 @@ def spectral_norm(operator: tf.linalg.LinearOperator, options: Options) -> Measu
 
     Args:
         operator: The Jacobians, batch shape `(rows,)`.
-        options: `tolerance` is relative; the start vector comes from `seed`, or from `memory`, where the leading right
+        context: `tolerance` is relative; the start vector comes from `seed`, or from `memory`, where the leading right
             singular vectors of the last time are. From there 4 steps may be enough.
 
     Returns:
@@ -46,11 +46,11 @@ def spectral_norm(operator: tf.linalg.LinearOperator, options: Options) -> Measu
         applications", 2000: that to reorthogonalise one side is enough.
     """
     rows, n = operator.shape[0] or operator.batch_shape_tensor()[0], int(operator.shape[-1])
-    squarings = math.ceil(math.log2(1 / max(options.tolerance, 1e-6))) + 4
-    start, _ = _normalised(tf.random.stateless_normal([rows, n], options.seeds(2), dtype=operator.dtype))
+    squarings = math.ceil(math.log2(1 / max(context.tolerance, 1e-6))) + 4
+    start, _ = _normalised(tf.random.stateless_normal([rows, n], context.seeds(2), dtype=operator.dtype))
     least: tf.Tensor | int = LEAST_STEPS
-    if options.memory is not None:
-        last = options.memory.recall()
+    if context.memory is not None:
+        last = context.memory.recall()
         # A tenth of something else: the singular value that leads now may not be the one that led then.
         start, _ = _normalised(last + 0.1 * start)
         warm = tf.reduce_all(tf.norm(last, axis=-1) > 0)
@@ -62,7 +62,7 @@ def spectral_norm(operator: tf.linalg.LinearOperator, options: Options) -> Measu
     def unfinished(value: tf.Tensor, residual: tf.Tensor) -> tf.Tensor:
         # Half: what still changes after the whole tolerance is often the second singular value giving way to the first.
         # A NaN compares as finished: such a row never gets better.
-        going = tf.squeeze(residual > options.tolerance / 2 * value, axis=1)
+        going = tf.squeeze(residual > context.tolerance / 2 * value, axis=1)
         return going if separable else tf.fill(tf.shape(going), tf.reduce_any(going))
 
     def some_steps(
@@ -71,7 +71,7 @@ def spectral_norm(operator: tf.linalg.LinearOperator, options: Options) -> Measu
         here = _take(operator, active) if separable else operator
         progress = _advance(here, progress, steps)
         value, residual, q = _leading_singular_value(progress, squarings)
-        new = [value, residual] if options.memory is None else [value, residual, _combined(q, progress.basis)]
+        new = [value, residual] if context.memory is None else [value, residual, _combined(q, progress.basis)]
         old = [tf.gather(array, active) for array in found]
         # Where an invariant subspace has been found, rounding may blur the residual. NaN compares as better: it stays.
         worse = residual > old[1]
@@ -84,7 +84,7 @@ def spectral_norm(operator: tf.linalg.LinearOperator, options: Options) -> Measu
         return tf.constant(STEPS_BETWEEN_CHECKS), tf.gather(active, going), found, progress.take(going)
 
     nothing = tf.zeros_like(start[:, :1])
-    found = (nothing, nothing + np.inf) if options.memory is None else (nothing, nothing + np.inf, tf.zeros_like(start))
+    found = (nothing, nothing + np.inf) if context.memory is None else (nothing, nothing + np.inf, tf.zeros_like(start))
     progress = _Progress.start(operator, start)
     _, _, found, _ = tf.while_loop(
         lambda _, active, *__: tf.size(active) > 0,
@@ -98,8 +98,8 @@ def spectral_norm(operator: tf.linalg.LinearOperator, options: Options) -> Measu
         ),
         maximum_iterations=1 + (MAX_STEPS - LEAST_STEPS) // STEPS_BETWEEN_CHECKS,
     )
-    if options.memory is not None:
-        options.memory.keep(found[2])
+    if context.memory is not None:
+        context.memory.keep(found[2])
     return Measured(tf.squeeze(found[0], axis=1), tf.squeeze(found[1], axis=1))
 
 

@@ -1,7 +1,5 @@
 """Distribution: the strategies of `tf.distribute` that a model may be made in."""
 
-import itertools
-from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -63,48 +61,6 @@ def own_variable(value: Any, shape: tf.TensorShape | None = None) -> tf.Variable
     """
     with tf.init_scope():
         return ResourceVariable(value, trainable=False, shape=shape)
-
-
-class Shards:
-    """Parts of a probe, one for each replica of a model.
-
-    Args:
-        model: The model.
-        samples: Of the probe.
-
-    Attributes:
-        slices: Of the samples, by replica.
-
-    Raises:
-        ValueError: If there are more replicas than samples.
-    """
-
-    def __init__(self, model: keras.Layer, samples: int) -> None:
-        self._strategy: Any = getattr(model, "distribute_strategy", None) or tf.distribute.get_strategy()
-        replicas = self._strategy.num_replicas_in_sync
-        if samples < replicas:
-            raise ValueError(
-                "Invalid value for argument `shard_probe`. Expected False for a probe with fewer samples than the "
-                f"{replicas} replicas of the model. Received: shard_probe=True, with {samples} sample(s)"
-            )
-        bounds = [samples * replica // replicas for replica in range(replicas + 1)]
-        self.slices = [slice(*pair) for pair in itertools.pairwise(bounds)]
-
-    def map(self, function: Callable[[int], Any]) -> list[Any]:
-        """Calls the function on each replica, with its number, in the graph that is being traced.
-
-        Returns:
-            What it gave, by replica.
-        """
-
-        def here() -> Any:
-            return function(int(tf.get_static_value(tf.distribute.get_replica_context().replica_id_in_sync_group)))
-
-        together = self._strategy.run(here)
-        return [
-            tf.nest.map_structure(lambda value: self._strategy.experimental_local_results(value)[replica], together)  # noqa: B023 - used at once
-            for replica in range(len(self.slices))
-        ]
 
 
 def _default_strategy() -> Any:

@@ -16,12 +16,13 @@ from keras_jacmon.jacobians.dependencies import find_dependencies
 from keras_jacmon.jacobians.points import PointBatch
 from keras_jacmon.jacobians.views import floating_states, side_by_side
 from keras_jacmon.measurement.per_step import CERTIFIED_ROWS
+from keras_jacmon.measures.context import MeasureContext, Memory
 from keras_jacmon.measures.differentiable import DIFFERENTIABLE, TINY, Directions
 from keras_jacmon.measures.registry import MEASURES
 from keras_jacmon.model.distribution import own_variable
 from keras_jacmon.model.guard import foreign_variables, put_back
 from keras_jacmon.model.recording import RecurrentCall
-from keras_jacmon.options import Memory, Options
+from keras_jacmon.options import Options
 from keras_jacmon.tensors import known_sizes
 
 # What the unrolling may hold at once, in numbers.
@@ -176,7 +177,8 @@ class CallPenalty:
             # These are other rows than the last time.
             self._leading.assign(nothing)
             memory = Memory(self._leading, tf.range(tf.shape(points.weights)[0]))
-            MEASURES["spectral_norm"].function(operator, Options(seed=self._aim.seed, memory=memory))
+            context = MeasureContext(Options(seed=self._aim.seed), memory=memory)
+            MEASURES["spectral_norm"].function(operator, context)
         seed = tf.random.experimental.stateless_fold_in([self._aim.seed, 4], self._turn)
         chosen = tf.cast(tf.where(points.weights > 0)[:, 0], tf.int32)
 

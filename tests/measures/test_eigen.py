@@ -13,6 +13,7 @@ from helpers import normal, step_jacobians
 from sequences import built, in_graph, of_cell, rotations
 
 from keras_jacmon.measures import eigen
+from keras_jacmon.measures.context import MeasureContext
 from keras_jacmon.measures.eigen import condition_number, eigenvalues, singular_values, spectral_radius
 from keras_jacmon.options import Options
 
@@ -32,7 +33,7 @@ def full(J: Any) -> tf.linalg.LinearOperatorFullMatrix:
 
 
 def radius(J: NDArray[Any], tolerance: float = 1e-2, seed: int = 0) -> NDArray[Any]:
-    measured = in_graph(lambda: spectral_radius(full(J), Options(seed=seed, tolerance=tolerance)))
+    measured = in_graph(lambda: spectral_radius(full(J), MeasureContext(Options(seed=seed, tolerance=tolerance))))
     assert (measured.uncertainty is None) == (J.shape[-1] < LARGE)
     value: NDArray[Any] = measured.value
     assert value.shape == J.shape[:1]
@@ -42,7 +43,9 @@ def radius(J: NDArray[Any], tolerance: float = 1e-2, seed: int = 0) -> NDArray[A
 
 def iterated(J: NDArray[Any], tolerance: float = 1e-2, seed: int = 0) -> tuple[NDArray[Any], NDArray[Any]]:
     """The way of large matrices, and its residual, for matrices of any size."""
-    measured = in_graph(lambda: tuple(eigen._arnoldi_radius(full(J), Options(seed=seed, tolerance=tolerance))))
+    measured = in_graph(
+        lambda: tuple(eigen._arnoldi_radius(full(J), MeasureContext(Options(seed=seed, tolerance=tolerance))))
+    )
     return measured[0], measured[1]
 
 
@@ -104,7 +107,7 @@ def test_an_lstm_at_the_origin(structured: bool) -> None:  # noqa: FBT001 - a pa
     found, rho = in_graph(
         lambda: (
             eigenvalues(of_cell(cell, J, structured=structured).at(0)),
-            spectral_radius(of_cell(cell, J, structured=structured).at(0), Options()).value,
+            spectral_radius(of_cell(cell, J, structured=structured).at(0), MeasureContext()).value,
         )
     )
     u = np.linalg.eigvals(cell.recurrent_kernel.numpy()[:, 10:15])
@@ -192,7 +195,7 @@ def test_a_relu_network_of_one_cell(structured: bool) -> None:  # noqa: FBT001 -
 
     def graph() -> Any:
         cell.get_initial_state = lambda batch_size: [tf.constant(h)]  # noqa: ARG005 - as Keras calls it
-        return tuple(spectral_radius(of_cell(cell, x, structured=structured).at(0), Options()))
+        return tuple(spectral_radius(of_cell(cell, x, structured=structured).at(0), MeasureContext()))
 
     value, residual = in_graph(graph)
     J, _ = step_jacobians(cell, x[0], [tf.constant(h)], ["hidden"])
@@ -290,7 +293,7 @@ def test_singular_values_are_those_of_lapack(shape: tuple[int, int], dtype: Any)
     tolerance = 1e-5 if dtype == np.float32 else 1e-12
     found = singular_values(full(J)).numpy()
     np.testing.assert_allclose(found, expected.astype(dtype), rtol=tolerance, atol=tolerance, strict=True)
-    condition = condition_number(full(J), Options())
+    condition = condition_number(full(J), MeasureContext())
     assert condition.uncertainty is None
     np.testing.assert_allclose(condition.value, expected[:, 0] / expected[:, -1], rtol=100 * tolerance)
 
@@ -298,12 +301,12 @@ def test_singular_values_are_those_of_lapack(shape: tuple[int, int], dtype: Any)
 def test_all_singular_values_of_an_orthogonal_matrix_are_one() -> None:
     J = rotations(3, 20).astype(np.float32)
     np.testing.assert_allclose(singular_values(full(J)), np.ones((3, 20), np.float32), rtol=1e-5, strict=True)
-    np.testing.assert_allclose(condition_number(full(J), Options()).value, np.ones(3, np.float32), rtol=1e-5)
+    np.testing.assert_allclose(condition_number(full(J), MeasureContext()).value, np.ones(3, np.float32), rtol=1e-5)
 
 
 def test_a_singular_matrix_has_no_condition() -> None:
     J = np.stack([np.zeros((4, 4)), np.diag([1.0, 1, 1, 0]), np.ones((4, 4)), np.diag([4.0, 3, 2, 1])])
-    np.testing.assert_array_equal(condition_number(full(J), Options()).value, [INF, INF, INF, 4])
+    np.testing.assert_array_equal(condition_number(full(J), MeasureContext()).value, [INF, INF, INF, 4])
     np.testing.assert_allclose(singular_values(full(J))[:2], [[0, 0, 0, 0], [1, 1, 1, 0]])
 
 
@@ -321,8 +324,8 @@ def test_singular_values_of_a_cell(structured: bool) -> None:  # noqa: FBT001 - 
 MEASURES: dict[str, Callable[[Any], Any]] = {
     "eigenvalues": eigenvalues,
     "singular_values": singular_values,
-    "condition_number": lambda operator: condition_number(operator, Options()).value,
-    "spectral_radius": lambda operator: spectral_radius(operator, Options()).value,
+    "condition_number": lambda operator: condition_number(operator, MeasureContext()).value,
+    "spectral_radius": lambda operator: spectral_radius(operator, MeasureContext()).value,
 }
 
 

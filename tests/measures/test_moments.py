@@ -10,15 +10,16 @@ import pytest
 import tensorflow as tf
 from helpers import normal
 
+from keras_jacmon.measures.context import MeasureContext
 from keras_jacmon.measures.moments import _exact, rms_singular_value, variance
-from keras_jacmon.measures.registry import Options
+from keras_jacmon.options import Options
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from numpy.typing import NDArray
 
-OPTIONS = Options(seed=0, tolerance=1e-2, max_entries=2**26)
+OPTIONS = MeasureContext(Options(seed=0, tolerance=1e-2, max_entries=2**26))
 both = pytest.mark.parametrize(
     ("measure", "reference"),
     [(variance, helpers.variance), (rms_singular_value, helpers.rms_singular_value)],
@@ -164,12 +165,12 @@ class OneSide(tf.linalg.LinearOperatorFullMatrix):
 def test_the_exact_value_is_taken_by_the_smaller_side(m: int, n: int, adjoint: bool) -> None:  # noqa: FBT001 - pytest passes it by name
     J = normal(3, m, n)
     mean = tf.constant(J.mean(axis=(1, 2)))
-    value, _ = _exact(OneSide(tf.constant(J), adjoint=adjoint), mean, Options())
+    value, _ = _exact(OneSide(tf.constant(J), adjoint=adjoint), mean, MeasureContext())
     np.testing.assert_allclose(value.numpy(), J.var(axis=(1, 2)) * m * n, rtol=1e-4)
 
 
 def estimate(measure: Any, J: NDArray[Any], seed: int, max_entries: int = 1) -> Any:
-    return measure(full(J), Options(seed=seed, tolerance=1e-2, max_entries=max_entries))
+    return measure(full(J), MeasureContext(Options(seed=seed, tolerance=1e-2, max_entries=max_entries)))
 
 
 @both

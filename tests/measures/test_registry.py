@@ -12,6 +12,7 @@ from helpers import normal, reference_jacobians
 
 from keras_jacmon import JacobianRegularizer, Report, measure
 from keras_jacmon.measures import eigen
+from keras_jacmon.measures.context import MeasureContext
 from keras_jacmon.measures.differentiable import DIFFERENTIABLE
 from keras_jacmon.measures.registry import MEASURES, PRESETS
 from keras_jacmon.options import Options
@@ -98,7 +99,7 @@ def test_max_bytes_bounds_what_is_formed(name: str, monkeypatch: pytest.MonkeyPa
 
 def leading(J: Any, tolerance: float = 1e-2) -> Any:
     operator = tf.linalg.LinearOperatorFullMatrix(tf.constant(J, tf.float32))
-    return eigen.leading_eigenvalues(operator, Options(tolerance=tolerance)).numpy()
+    return eigen.leading_eigenvalues(operator, MeasureContext(Options(tolerance=tolerance))).numpy()
 
 
 def test_the_largest_eigenvalues_of_large_matrices_are_those_of_lapack() -> None:

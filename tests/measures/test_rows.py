@@ -7,12 +7,13 @@ import pytest
 import tensorflow as tf
 from helpers import normal
 
+from keras_jacmon.measures.context import MeasureContext
 from keras_jacmon.measures.registry import MEASURES
 from keras_jacmon.measures.rows import RowSource, measure_rows, spread_evenly
 from keras_jacmon.options import Options
 
 ROWS = 6
-OPTIONS = Options(max_entries=0, rows=ROWS)
+OPTIONS = MeasureContext(Options(max_entries=0), num_points=ROWS)
 
 
 def source_of(matrices: tf.Tensor, valid: tf.Tensor | None = None) -> RowSource:

@@ -10,8 +10,9 @@ import pytest
 import tensorflow as tf
 from helpers import normal
 
+from keras_jacmon.measures.context import MeasureContext, Memory
 from keras_jacmon.measures.spectrum import LEAST_STEPS, _orthogonal, spectral_norm
-from keras_jacmon.options import Memory, Options
+from keras_jacmon.options import Options
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 def measured(J: NDArray[Any], tolerance: float = 1e-2, seed: int = 0) -> NDArray[Any]:
     """The value; on the way, the residual is held to be one: some singular value is as near to the value as it says."""
     operator = tf.linalg.LinearOperatorFullMatrix(tf.convert_to_tensor(J))
-    result = spectral_norm(operator, Options(seed=seed, tolerance=tolerance, max_entries=2**26))
+    result = spectral_norm(operator, MeasureContext(Options(seed=seed, tolerance=tolerance, max_entries=2**26)))
     value: NDArray[Any] = result.value.numpy()
     assert value.shape == J.shape[:1]
     if result.uncertainty is not None:
@@ -70,7 +71,8 @@ def test_small_matrices_are_as_exact_as_large_ones(n: int) -> None:
     graph = tf.function(
         lambda J, seed: (
             spectral_norm(
-                tf.linalg.LinearOperatorFullMatrix(J), Options(seed=seed, tolerance=1e-2, max_entries=2**26)
+                tf.linalg.LinearOperatorFullMatrix(J),
+                MeasureContext(Options(seed=seed, tolerance=1e-2, max_entries=2**26)),
             ).value
         )
     )
@@ -89,7 +91,7 @@ def test_equal_to_lapack_inside_a_graph() -> None:
     @tf.function(input_signature=[tf.TensorSpec((None, 16, 16))])
     def graph(matrix: Any) -> Any:
         operator = tf.linalg.LinearOperatorFullMatrix(matrix)
-        return spectral_norm(operator, Options(seed=0, tolerance=1e-2, max_entries=2**26)).value
+        return spectral_norm(operator, MeasureContext(Options(seed=0, tolerance=1e-2, max_entries=2**26))).value
 
     np.testing.assert_allclose(graph(J).numpy(), helpers.spectral_norm(J), rtol=1e-2)
 
@@ -181,7 +183,7 @@ class Counted(tf.linalg.LinearOperatorFullMatrix):
 def products_of(J: NDArray[Any], memory: Memory) -> int:
     """How many products it takes, and on the way that the values are right."""
     operator = Counted(tf.constant(J), [])
-    value = spectral_norm(operator, Options(memory=memory)).value.numpy()
+    value = spectral_norm(operator, MeasureContext(memory=memory)).value.numpy()
     np.testing.assert_allclose(value, helpers.spectral_norm(J), rtol=1e-2)
     return sum(operator.counts)
 
@@ -191,7 +193,7 @@ def test_rows_that_have_converged_cost_nothing_more() -> None:
     J = np.tile(np.diag([2.0, *np.linspace(0, 0.1, 63)]).astype(np.float32), (40, 1, 1))
     J[17] = normal(64, 64)
     operator = Counted(tf.constant(J), [])
-    value = spectral_norm(operator, Options(tolerance=1e-4)).value.numpy()
+    value = spectral_norm(operator, MeasureContext(Options(tolerance=1e-4))).value.numpy()
     np.testing.assert_allclose(value, helpers.spectral_norm(J), rtol=1e-4)
     # A step takes a product with J and one with Jᵀ.
     least = 2 * LEAST_STEPS
@@ -217,7 +219,7 @@ def test_what_was_not_finite_is_started_anew() -> None:
     J = normal(3, 12, 12)
     bad = J.copy()
     bad[1, 2, 3] = np.nan
-    spectral_norm(tf.linalg.LinearOperatorFullMatrix(bad), Options(memory=memory))
+    spectral_norm(tf.linalg.LinearOperatorFullMatrix(bad), MeasureContext(memory=memory))
     assert np.isfinite(memory.vectors.numpy()).all()
     products_of(J, memory)
 

@@ -258,7 +258,7 @@ def test_within_the_scope_of_a_strategy() -> None:
                 model.compile(keras.optimizers.SGD(0.05), "mse")
                 # A monitor that is made, and one that fits, in the scope of a strategy.
                 regularizer = JacobianRegularizer(1.0, lambda step: 2.0 + step, measure="spectral_norm", refresh=3)
-                options = {"measures": ["spectral_norm"], "log_dir": None, "warm_start": True, "on_error": "raise"}
+                options = {"measures": ["spectral_norm"], "log_dir": None, "on_error": "raise"}
                 observing = JacobianMonitor(x[:4], **options)
                 held = JacobianMonitor(x[:4], regularizer=regularizer, **options)
                 model.fit(x, y, batch_size=8, shuffle=False, verbose=0, callbacks=[observing])

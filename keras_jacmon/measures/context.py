@@ -1,0 +1,81 @@
+"""The contract of a measure: what it is given beside the operator, and what it returns."""
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import tensorflow as tf
+
+from keras_jacmon.options import Options
+
+# A graph may not know how many points it will get; then a large probe is assumed.
+UNKNOWN_POINTS = 2**16
+
+
+class Measured(NamedTuple):
+    """A measure of each point.
+
+    `value` is `(points,)`; `uncertainty`, in the same unit, is the standard error of an estimate or the bound of an
+    iteration, and None for a value that is exact up to rounding.
+    """
+
+    value: tf.Tensor
+    uncertainty: tf.Tensor | None
+
+
+@dataclass(frozen=True, eq=False)
+class Memory:
+    """Vectors from which an iterative measure may start, and where it leaves its own.
+
+    Attributes:
+        vectors: Vectors of all points, `(places, n)`; zero the first time.
+        places: Indices of the vectors of the points at hand, `(points,)`.
+    """
+
+    vectors: tf.Variable
+    places: tf.Tensor
+
+    def recall(self) -> tf.Tensor:
+        """The vectors of the points at hand, `(points, n)`."""
+        return tf.gather(self.vectors, self.places)
+
+    def keep(self, vectors: tf.Tensor) -> None:
+        """Stores other vectors; zero for one that is not finite, so that the next iteration starts anew."""
+        finite = tf.reduce_all(tf.math.is_finite(vectors), axis=-1, keepdims=True)
+        vectors = tf.where(finite, vectors, tf.zeros_like(vectors))
+        self.vectors.scatter_nd_update(self.places[:, None], vectors)
+
+
+@dataclass(frozen=True, eq=False)
+class MeasureContext:
+    """The settings of a measure for the points at hand.
+
+    Attributes:
+        options: The user's options.
+        dtype: Type of the results.
+        num_points: Number of all points of the call, of which the operator may hold a part; None if unknown.
+        stream: Separates the random numbers of one chunk of points from those of another.
+        workspace_vectors: Maximum number of (point, vector) pairs that are multiplied at once.
+        memory: Vectors to start from; None to start from random ones.
+    """
+
+    options: Options = field(default_factory=Options)
+    dtype: tf.DType = tf.float32
+    num_points: int | None = None
+    stream: tf.Tensor | int = 0
+    workspace_vectors: int = 2**14
+    memory: Memory | None = None
+
+    @property
+    def tolerance(self) -> float:
+        """Relative tolerance of iterative measures."""
+        return self.options.tolerance
+
+    def exact(self, operator: tf.linalg.LinearOperator) -> bool:
+        """Tells if the entries of all Jacobians together are few enough to be looked at one by one."""
+        points = self.num_points or operator.shape[0] or UNKNOWN_POINTS
+        return int(points * operator.shape[-2] * operator.shape[-1]) <= self.options.max_entries
+
+    def seeds(self, purpose: int, draw: tf.Tensor | int = 0) -> tf.Tensor:
+        """The seed of a stateless draw: a stream of its own for each purpose, chunk of points and draw."""
+        seed = tf.random.experimental.stateless_fold_in([self.options.seed, purpose], self.stream)
+        return tf.random.experimental.stateless_fold_in(seed, draw)
