@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import re
 import runpy
 import warnings
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 from pages import ROOT, blocks, codes, page, reader_names, run, table
 
+import keras_jacmon
 from keras_jacmon import JacobianMonitor, explain, measure
 
 if TYPE_CHECKING:
@@ -108,3 +110,15 @@ def test_early_stopping_after_and_before_the_monitor(names: dict[str, Any]) -> N
     stopping = keras.callbacks.EarlyStopping(monitor="lstm_jac_variance", mode="min")
     assert train(monitor, stopping) == []
     assert len(train(stopping, monitor)) == 1
+
+
+@pytest.mark.parametrize("name", keras_jacmon.__all__)
+def test_the_example_of_each_public_name_runs(
+    name: str, names: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    examples = blocks(inspect.getdoc(getattr(keras_jacmon, name)) or "", "python")
+    assert len(examples) == 1
+    public = {name: getattr(keras_jacmon, name) for name in keras_jacmon.__all__}
+    my_cell = type("MyCell", (keras.layers.SimpleRNNCell,), {})
+    exec(examples[0], names | public | {"keras_jacmon": keras_jacmon, "MyCell": my_cell})  # noqa: S102 - the docstring is ours
