@@ -1,8 +1,11 @@
-"""What goes wrong in a long training: it goes on with one warning, and what was measured before is there."""
+"""Faults during a training: it goes on with one warning, and what was measured before is there."""
 
 from __future__ import annotations
 
 import os
+import re
+import resource
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -13,60 +16,135 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from event_files import by_tag, read_summaries
-from helpers import WeightedCell, normal, randomize
+from helpers import WeightedCell, randomize
+from trainings import (
+    FEATURES,
+    PROBE,
+    STEPS,
+    AtBatch,
+    CountingCell,
+    FailingCell,
+    X,
+    Y,
+    assert_equal,
+    compiled,
+    fit,
+    quick_monitor,
+    steps_of,
+    user_warnings,
+    values_of,
+)
 
 from keras_jacmon import JacobianMeter, JacobianMonitor, JacobianRegularizer, measure
 from keras_jacmon.regularization import loss_terms
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Iterator
     from pathlib import Path
-
-BATCH, STEPS, FEATURES = 4, 5, 3
-X, Y = normal(32, STEPS, FEATURES, seed=1), normal(32, 1, seed=2)
-PROBE = normal(BATCH, STEPS, FEATURES, seed=3)
-
-
-def compiled(*layers: Any, **arguments: Any) -> Any:
-    keras.utils.set_random_seed(5)
-    layers = layers or (keras.layers.GRU(3, name="gru"),)
-    model = keras.Sequential([keras.Input((STEPS, FEATURES)), *layers, keras.layers.Dense(1, name="dense")])
-    model.compile("sgd", "mse", **arguments)
-    return model
 
 
 def monitor_of(**arguments: Any) -> JacobianMonitor:
-    return JacobianMonitor(PROBE, **({"measures": ["variance"], "log_dir": None, "update_freq": "batch"} | arguments))
+    return quick_monitor(**({"update_freq": "batch"} | arguments))
 
 
-def fit(model: Any, *callbacks: Any, **arguments: Any) -> Any:
-    return model.fit(
-        X, Y, **({"batch_size": BATCH, "epochs": 1, "verbose": 0, "callbacks": list(callbacks)} | arguments)
+# A measurement that fails -------------------------------------------------------------------------------------------
+
+
+def fit_until_broken(monitor: JacobianMonitor, *callbacks: Any) -> Any:
+    """A training of two epochs in which measuring fails from the third batch on."""
+    model = compiled(keras.layers.RNN(FailingCell(3), name="rnn"))
+    broken = model.get_layer("rnn").cell.broken
+    return fit(model, AtBatch(3, lambda: broken.assign(1)), monitor, *callbacks, epochs=2)
+
+
+def assert_warned_once(caught: Any, monitor: JacobianMonitor, what: str, times: int, error: str) -> None:
+    """One warning names the step and the error; what failed later is kept."""
+    (warning,) = user_warnings(caught)
+    rest = "\nTraining goes on. Further failures are not warned of, but kept in `JacobianMonitor.failures`."
+    assert re.fullmatch(f"{what} at step 3 failed\\. {error}{re.escape(rest)}", warning), warning
+    assert len(monitor.failures) == times
+    assert monitor.failures[0] == warning.removesuffix(rest)
+    assert all(failure.startswith(f"{what} at step ") for failure in monitor.failures)
+
+
+# TensorFlow's own message goes on for dozens of lines.
+FAILED = r"Measuring layer `rnn` failed: assertion failed: \[the cell is broken\].*(\n.*){,2}"
+
+
+def test_a_failing_measurement_warns_once_and_training_goes_on() -> None:
+    monitor = monitor_of()
+    with pytest.warns(UserWarning, match="failed") as caught:
+        history = fit_until_broken(monitor).history
+    assert_warned_once(caught, monitor, "Measuring the Jacobians", 14, f"RuntimeError: {FAILED}")
+    assert steps_of(monitor) == [0, 1, 2]
+    assert len(history["loss"]) == 2
+    # Not the values of step 2: nothing is known of the weights at the end of the epoch.
+    assert np.isnan(history["rnn_jac_variance"]).all()
+
+
+def test_a_failing_measurement_raises_if_told_so() -> None:
+    monitor = monitor_of(on_error="raise")
+    with pytest.raises(RuntimeError, match=f"^{FAILED}"):
+        fit_until_broken(monitor)
+    assert steps_of(monitor) == [0, 1, 2]
+
+
+def test_a_failure_names_the_layer_that_it_is_in() -> None:
+    model = compiled(
+        keras.layers.GRU(3, return_sequences=True, name="fine"),
+        keras.layers.RNN(FailingCell(3), name="rnn"),
     )
+    meter = JacobianMeter(model, PROBE, measures=["variance"], layers=["rnn"])
+    model.get_layer("rnn").cell.broken.assign(1)
+    # Whether the model's own pass or the measurement fails first is up to TensorFlow's scheduler.
+    for _ in range(5):
+        with pytest.raises(RuntimeError, match=f"^{FAILED}$"):
+            meter()
 
 
-class AtBatch(keras.callbacks.Callback):
-    """Calls a function at the end of the batch with this number."""
+def test_a_failure_outside_of_the_recurrent_layers_says_so() -> None:
+    class Broken(keras.layers.Layer):
+        broken = tf.Variable(initial_value=False)
 
-    def __init__(self, number: int, function: Callable[[], object]) -> None:
-        super().__init__()
-        self.number, self.function = number, function
+        def call(self, x: Any) -> Any:
+            with tf.control_dependencies([tf.debugging.assert_equal(self.broken, False, "out of order")]):  # noqa: FBT003
+                return tf.identity(x)
 
-    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
-        del logs
-        if batch == self.number:
-            self.function()
+    broken = Broken()
+    meter = JacobianMeter(compiled(broken, keras.layers.GRU(3)), PROBE, measures=["variance"])
+    broken.broken.assign(True)  # noqa: FBT003 - the only way
+    with pytest.raises(
+        RuntimeError, match=r"^Measuring the model, outside of its recurrent layers, failed: .*out of order"
+    ):
+        meter()
 
 
-def user_warnings(caught: Any) -> list[str]:
-    return [str(warning.message) for warning in caught if issubclass(warning.category, UserWarning)]
-
-
-def steps_of(monitor: JacobianMonitor) -> list[int]:
-    return [step for step, _ in monitor.reports]
+def test_a_training_after_a_failure_warns_again() -> None:
+    model = compiled(keras.layers.RNN(FailingCell(3), name="rnn"))
+    monitor = quick_monitor(update_freq=100)
+    fit(model, monitor)
+    model.get_layer("rnn").cell.broken.assign(1)
+    for _ in range(2):
+        with pytest.warns(UserWarning, match="failed") as caught:
+            fit(model, monitor)
+        (warning,) = user_warnings(caught)
+        assert re.search(FAILED, warning)
+    assert len(monitor.failures) == 4
 
 
 # Interrupts and errors ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("on_error", ["warn", "raise"])
+def test_an_interrupt_is_not_swallowed(on_error: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(_: JacobianMeter, *, slow: bool) -> Any:  # noqa: ARG001 - as the meter's own
+        raise KeyboardInterrupt
+
+    monitor = quick_monitor(on_error=on_error)
+    model = compiled()
+    monkeypatch.setattr(JacobianMeter, "__call__", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        fit(model, monitor)
 
 
 def test_an_interrupt_during_a_measurement_stops_the_training_and_loses_nothing(
@@ -102,32 +180,17 @@ def test_an_interrupt_during_a_measurement_stops_the_training_and_loses_nothing(
 
     monkeypatch.setattr(JacobianMeter, "_run", run)
     monitor = monitor_of(log_dir=tmp_path)
-    model, expected = trained(monitor), trained(AtBatch(2, interrupt))
+    model, expected = trained(monitor), trained(AtBatch(3, interrupt))
     assert steps_of(monitor) == [0, 1, 2]
     assert [summary.step for summary in by_tag(read_summaries(tmp_path), "rnn/variance")] == [0, 1, 2]
     # As if it had been interrupted at that batch without a monitor.
-    for found, wanted in zip(model.variables, expected.variables, strict=True):
-        np.testing.assert_array_equal(found, wanted)
+    assert_equal(values_of(model.variables), values_of(expected.variables))
     assert model.layers[0].cell.calls.numpy() == expected.layers[0].cell.calls.numpy()
     assert "inner_loop" not in vars(model.layers[0])
     fit(model, monitor, shuffle=False)
     fit(expected, shuffle=False)
-    for found, wanted in zip(model.variables, expected.variables, strict=True):
-        np.testing.assert_array_equal(found, wanted)
+    assert_equal(values_of(model.variables), values_of(expected.variables))
     assert steps_of(monitor) == [0, 1, 2, *range(3, 12)]
-
-
-class CountingCell(WeightedCell):
-    """Counts its calls in a variable that Keras does not know of."""
-
-    def build(self, input_shape: tuple[int, ...]) -> None:
-        super().build(input_shape)
-        self.calls = tf.Variable(0.0, trainable=False)
-
-    def call(self, inputs: Any, states: Any) -> tuple[Any, list[Any]]:
-        self.calls.assign_add(1.0)
-        new_h = tf.tanh(self.preactivation(inputs, states[0]))
-        return new_h, [new_h]
 
 
 class RaisingCell(WeightedCell):
@@ -178,7 +241,8 @@ def test_a_change_raises_if_told_so() -> None:
 
 def test_exploding_states_and_weights_of_nan(tmp_path: Path) -> None:
     """A linear network whose states leave the range of float32 in the middle of the sequence, then NaN for good."""
-    model = compiled(keras.layers.SimpleRNN(2, activation="relu", name="rnn"))
+    # An optimizer without moments, which would stay NaN.
+    model = compiled(keras.layers.SimpleRNN(2, activation="relu", name="rnn"), optimizer="sgd")
     rnn, weights = model.layers[0], model.get_weights()
 
     def explode() -> None:
@@ -191,8 +255,8 @@ def test_exploding_states_and_weights_of_nan(tmp_path: Path) -> None:
     def mend() -> None:
         model.set_weights(weights)
 
-    monitor = monitor_of(log_dir=tmp_path, measures=None)
-    callbacks = [AtBatch(0, explode), AtBatch(1, nan), AtBatch(2, mend)]
+    monitor = monitor_of(log_dir=tmp_path)
+    callbacks = [AtBatch(1, explode), AtBatch(2, nan), AtBatch(3, mend)]
     with pytest.warns(UserWarning, match="Layer `rnn` has NaN or Inf in its Jacobians at step 1") as caught:
         fit(model, *callbacks, monitor, shuffle=False)
     assert len(user_warnings(caught)) == 1
@@ -205,6 +269,43 @@ def test_exploding_states_and_weights_of_nan(tmp_path: Path) -> None:
     assert finite[3]
     written = by_tag(read_summaries(tmp_path), "rnn/variance")
     assert [np.isfinite(float(summary.value)) for summary in written] == finite
+
+
+def test_nan_is_logged_as_nan_and_named() -> None:
+    model = compiled(keras.layers.GRU(3, return_sequences=True, name="fine"), keras.layers.GRU(3, name="exploded"))
+    weights = model.get_layer("exploded").trainable_weights
+
+    def explode() -> None:
+        for weight in weights:
+            weight.assign(np.full(weight.shape, np.nan))
+
+    monitor = quick_monitor(measures=["variance", "rms_singular_value", "spectral_norm"])
+    with pytest.warns(UserWarning, match="exploded") as caught:
+        history = fit(model, AtBatch(8, explode), monitor).history
+    [message] = user_warnings(caught)
+    assert message == (
+        "Layer `exploded` has NaN or Inf in its Jacobians at step 8: 20 of `variance`, 20 of `rms_singular_value`, "
+        "20 of `spectral_norm`. They are logged as they are; later ones of this layer are not warned of."
+    )
+    assert np.isnan(history["exploded_jac_variance"]).all()
+    assert np.isfinite(history["fine_jac_variance"]).all()
+    assert steps_of(monitor) == [0, 8]
+
+
+def test_nan_warns_once() -> None:
+    model = compiled()
+    model.set_weights([np.full_like(weight, np.nan) for weight in model.get_weights()])
+    with pytest.warns(UserWarning, match="Layer `gru` has NaN") as caught:
+        fit(model, monitor_of())
+    assert len(user_warnings(caught)) == 1
+
+
+def test_infinite_values_do_not_raise_even_if_errors_do() -> None:
+    model = compiled()
+    model.set_weights([np.full_like(weight, np.inf) for weight in model.get_weights()])
+    with pytest.warns(UserWarning, match="gru"):
+        history = fit(model, quick_monitor(on_error="raise")).history
+    assert not np.isfinite(history["gru_jac_variance"]).any()
 
 
 # Models that change -------------------------------------------------------------------------------------------------
@@ -285,7 +386,7 @@ def test_a_layer_that_is_deleted_while_a_training_runs() -> None:
         del model.gru
 
     monitor = monitor_of()
-    fit(model, AtBatch(2, delete), monitor)
+    fit(model, AtBatch(3, delete), monitor)
     assert steps_of(monitor) == list(range(9))
     variances = [
         report["held/gru" if "held/gru" in report else "gru"].mean("variance") for _, report in monitor.reports
@@ -294,6 +395,59 @@ def test_a_layer_that_is_deleted_while_a_training_runs() -> None:
 
 
 # Files --------------------------------------------------------------------------------------------------------------
+
+
+def full_disk() -> None:
+    """No file may grow beyond a size that the event file has already reached."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+
+@pytest.fixture
+def _disk_is_emptied() -> Iterator[None]:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+@pytest.mark.usefixtures("_disk_is_emptied")
+def test_a_full_disk_warns_once_and_training_goes_on(tmp_path: Path) -> None:
+    monitor = monitor_of(log_dir=tmp_path)
+    with pytest.warns(UserWarning, match="failed") as caught:
+        history = fit(compiled(), AtBatch(3, full_disk), monitor).history
+    assert_warned_once(caught, monitor, "Writing the event file", 6, r"OSError: .*File too large.*(\n.*)*")
+    assert not tf.summary.should_record_summaries()
+    assert steps_of(monitor) == list(range(9))
+    assert np.isfinite(history["gru_jac_variance"]).all()
+
+
+@pytest.mark.parametrize("what", ["directory", "directory, and made again", "file"])
+def test_a_log_directory_that_is_removed_warns_once(tmp_path: Path, what: str) -> None:
+    monitor, directory = monitor_of(log_dir=tmp_path), tmp_path / "jacobian"
+
+    def remove() -> None:
+        if what == "file":
+            (file,) = directory.iterdir()
+            file.unlink()
+            return
+        shutil.rmtree(directory)
+        if what != "directory":
+            directory.mkdir()
+
+    with pytest.warns(UserWarning, match="Writing the event file") as caught:
+        fit(compiled(), AtBatch(3, remove), monitor, epochs=2)
+    lost = f"FileNotFoundError: the event file in {directory} was removed, and the events in it are lost"
+    assert_warned_once(caught, monitor, "Writing the event file", 1, re.escape(lost))
+    # From the next report on there is a new file.
+    assert steps_of(monitor) == list(range(17))
+    assert [summary.step for summary in by_tag(read_summaries(tmp_path), "gru/variance")] == list(range(4, 17))
+
+
+@pytest.mark.usefixtures("_disk_is_emptied")
+def test_a_full_disk_raises_if_told_so(tmp_path: Path) -> None:
+    monitor = monitor_of(log_dir=tmp_path, on_error="raise")
+    # Keras takes an `OutOfRangeError`, which is what TensorFlow makes of this one, for the end of the data.
+    with pytest.raises((RuntimeError, OSError), match="File too large"):
+        fit(compiled(), AtBatch(3, full_disk), monitor)
 
 
 def test_a_directory_that_becomes_read_only(tmp_path: Path) -> None:

@@ -11,45 +11,36 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from helpers import SeedCell, WeightedCell, normal, randomize
+import trainings
+from helpers import SeedCell, WeightedCell
 from keras import layers as L  # noqa: N812 - as in the other tests
+from trainings import (
+    FEATURES,
+    PROBE,
+    STEPS,
+    CountedDense,
+    CountingCell,
+    X,
+    Y,
+    assert_equal,
+    compiled,
+    quick_monitor,
+    values_of,
+)
 
 from keras_jacmon import JacobianMonitor, JacobianRegularizer, measure
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-STEPS, FEATURES = 5, 3
-X, Y = normal(32, STEPS, FEATURES, seed=1), normal(32, 1, seed=2)
-PROBE = normal(4, STEPS, FEATURES, seed=3)
 
-
-def compiled(layer: Any, **arguments: Any) -> Any:
-    keras.utils.set_random_seed(4)
-    model = keras.Sequential([keras.Input((STEPS, FEATURES)), layer, L.Dense(1)])
-    randomize(model)
-    model.compile(**({"optimizer": "adam", "loss": "mse"} | arguments))
-    return model
-
-
-def monitor_of(regularizer: JacobianRegularizer, **arguments: Any) -> JacobianMonitor:
-    defaults = {"measures": ["variance"], "log_dir": None, "on_error": "raise", "regularizer": regularizer}
-    return JacobianMonitor(PROBE, **(defaults | arguments))
+def holding(regularizer: JacobianRegularizer, **arguments: Any) -> JacobianMonitor:
+    return quick_monitor(on_error="raise", regularizer=regularizer, **arguments)
 
 
 def fit(model: Any, *callbacks: Any, **arguments: Any) -> Any:
     keras.utils.set_random_seed(8)
-    defaults = {"batch_size": 4, "epochs": 2, "shuffle": False, "verbose": 0}
-    return model.fit(X, Y, **(defaults | arguments), callbacks=list(callbacks))
-
-
-def variables_of(model: Any) -> list[NDArray[Any]]:
-    return [variable.numpy() for variable in model.variables]
-
-
-def assert_equal(left: list[NDArray[Any]], right: list[NDArray[Any]]) -> None:
-    for one, other in zip(left, right, strict=True):
-        np.testing.assert_array_equal(one, other)
+    return trainings.fit(model, *callbacks, **({"epochs": 2, "shuffle": False} | arguments))
 
 
 class NormCell(WeightedCell):
@@ -70,14 +61,14 @@ def test_points_without_a_finite_penalty_are_left_out(measured: str, states: Any
     model = compiled(L.RNN(NormCell(4), name="rnn"))
     regularizer = JacobianRegularizer(1.0, 1.0, measure=measured, states=states)
     with pytest.warns(UserWarning, match="the penalty is not finite") as caught:
-        history = fit(model, monitor_of(regularizer)).history
+        history = fit(model, holding(regularizer)).history
     (sentence,) = [str(w.message) for w in caught if "the penalty" in str(w.message)]
     assert sentence == (
         "Layer `rnn`: at 4 points of its trajectory the penalty is not finite. Such points are left out; later ones of "
         "this layer are not warned of."
     )
     assert np.isfinite(history["loss"]).all()
-    assert np.isfinite(np.concatenate([variable.ravel() for variable in variables_of(model)])).all()
+    assert np.isfinite(np.concatenate([variable.ravel() for variable in values_of(model.variables)])).all()
     values = measure(model, PROBE, measures=[measured], max_rows=None)["rnn"][measured]
     np.testing.assert_allclose(history["jac_penalty"][-1], np.mean((values[1:] - 1) ** 2), rtol=0.05)
 
@@ -90,9 +81,9 @@ def test_strength_zero_changes_no_bit_where_the_penalty_overflows() -> None:
         model = compiled(L.SimpleRNN(3, activation="linear", name="rnn"), optimizer=keras.optimizers.SGD(0.0))
         model.layers[0].cell.recurrent_kernel.assign(1e15 * np.eye(3, dtype=np.float32)[::-1])
         fit(model, *callbacks, epochs=1)
-        return variables_of(model)
+        return values_of(model.variables)
 
-    assert_equal(trained(monitor_of(JacobianRegularizer(1.0, 0.0))), trained())
+    assert_equal(trained(holding(JacobianRegularizer(1.0, 0.0))), trained())
 
 
 class MixingCell(WeightedCell):
@@ -108,22 +99,9 @@ class MixingCell(WeightedCell):
 def test_a_cell_that_mixes_samples_has_no_penalty_and_one_warning() -> None:
     model = compiled(L.RNN(MixingCell(4), name="rnn"))
     with pytest.warns(UserWarning, match="It has no penalty") as caught:
-        history = fit(model, monitor_of(JacobianRegularizer(3.0, 1.0, refresh=2))).history
+        history = fit(model, holding(JacobianRegularizer(3.0, 1.0, refresh=2))).history
     assert len([w for w in caught if "It has no penalty" in str(w.message)]) == 1
     assert set(history["jac_penalty"]) == {0.0}
-
-
-class CountingCell(WeightedCell):
-    """Counts its calls in a variable that Keras does not know."""
-
-    def __init__(self, units: int) -> None:
-        super().__init__(units)
-        self.counter = tf.Variable(0.0, trainable=False)
-
-    def call(self, inputs: Any, states: Any) -> tuple[Any, list[Any]]:
-        self.counter.assign_add(1.0)
-        new_h = tf.tanh(self.preactivation(inputs, states[0]))
-        return new_h, [new_h]
 
 
 @pytest.mark.parametrize("states", ["cached", "fresh"])
@@ -132,21 +110,11 @@ def test_what_a_cell_writes_is_put_back(states: Any, run_eagerly: bool) -> None:
     def trained(*callbacks: Any) -> tuple[float, list[NDArray[Any]]]:
         model = compiled(L.RNN(CountingCell(3), name="rnn"), run_eagerly=run_eagerly)
         fit(model, *callbacks, epochs=1)
-        return float(model.layers[0].cell.counter), variables_of(model)
+        return float(model.layers[0].cell.calls), values_of(model.variables)
 
-    held, alone = trained(monitor_of(JacobianRegularizer(1.0, 0.0, states=states, refresh=3))), trained()
+    held, alone = trained(holding(JacobianRegularizer(1.0, 0.0, states=states, refresh=3))), trained()
     assert held[0] == alone[0]
     assert_equal(held[1], alone[1])
-
-
-class CountedDense(L.Dense):
-    """Counts how often it is called by Python, which is while it is traced."""
-
-    calls = 0
-
-    def call(self, inputs: Any) -> Any:
-        type(self).calls += 1
-        return super().call(inputs)
 
 
 def test_later_trainings_are_not_traced_again() -> None:
@@ -154,7 +122,7 @@ def test_later_trainings_are_not_traced_again() -> None:
     model = keras.Sequential([keras.Input((STEPS, FEATURES)), L.SimpleRNN(3, name="rnn"), CountedDense(1)])
     model.compile(keras.optimizers.SGD(0.0), "mse")
     regularizer = JacobianRegularizer(1.0, 2.0)
-    monitor = monitor_of(regularizer)
+    monitor = holding(regularizer)
     variances = measure(model, PROBE, measures=["variance"])["rnn"]["variance"]
     penalty = 2.0 * np.mean((variances - 1) ** 2)
     plain = float(np.mean((model.predict(X, verbose=0) - Y) ** 2))
@@ -165,7 +133,7 @@ def test_later_trainings_are_not_traced_again() -> None:
         # Without the penalty in between.
         np.testing.assert_allclose(model.evaluate(X, Y, verbose=0), plain, rtol=1e-4)
         np.testing.assert_allclose(fit(model, epochs=1).history["loss"], plain, rtol=1e-4)
-        traces.append(CountedDense.calls)
+        traces.append(CountedDense.traces)
     assert traces[1:] == traces[1:2] * 3
     model.compile(keras.optimizers.SGD(0.0), "mae")
     history = fit(model, monitor, epochs=1, validation_data=(X, Y)).history
@@ -176,7 +144,7 @@ def test_later_trainings_are_not_traced_again() -> None:
 
 def test_several_monitors_have_a_key_each() -> None:
     model = compiled(L.SimpleRNN(3, name="rnn"))
-    first, second = (monitor_of(JacobianRegularizer(target, 0.0, states="fresh")) for target in (1.0, 5.0))
+    first, second = (holding(JacobianRegularizer(target, 0.0, states="fresh")) for target in (1.0, 5.0))
     history = fit(model, first, second).history
     variances = second.reports[-1][1]["rnn"]["variance"]
     for key, target in (("jac_penalty", 1.0), ("jac_penalty_1", 5.0)):
@@ -191,7 +159,7 @@ def test_schedules_count_batches_also_where_gradients_are_accumulated() -> None:
         return 1.0
 
     model = compiled(L.SimpleRNN(3, name="rnn"), optimizer=keras.optimizers.SGD(0.01, gradient_accumulation_steps=2))
-    monitor = monitor_of(JacobianRegularizer(1.0, schedule))
+    monitor = holding(JacobianRegularizer(1.0, schedule))
     for _ in range(2):
         fit(model, monitor, epochs=1)
     # Zeros are from before the trainings.

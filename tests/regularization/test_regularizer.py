@@ -15,8 +15,10 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+import trainings
 from event_files import by_tag, read_summaries
-from helpers import WeightedCell, normal, randomize
+from helpers import WeightedCell
+from trainings import BATCH, FEATURES, PROBE, SAMPLES, STEPS, AtBatch, CountedDense, X, Y, quick_monitor, values_of
 
 from keras_jacmon import JacobianMonitor, JacobianRegularizer, measure
 from keras_jacmon.regularization import loss_terms
@@ -30,10 +32,6 @@ if TYPE_CHECKING:
 
     from keras_jacmon.jacobians.checks import CheckResults
 
-BATCH, STEPS, FEATURES, SAMPLES = 4, 5, 3, 32
-X, Y = normal(SAMPLES, STEPS, FEATURES, seed=1), normal(SAMPLES, 1, seed=2)
-PROBE = normal(BATCH, STEPS, FEATURES, seed=3)
-
 
 @pytest.fixture(autouse=True)
 def _no_leftovers() -> Iterator[None]:
@@ -42,32 +40,22 @@ def _no_leftovers() -> Iterator[None]:
     assert not list(loss_terms._FITS)
 
 
-def compiled(*layers: Any, optimizer: Any = "adam", **arguments: Any) -> Any:
-    keras.utils.set_random_seed(4)
-    layers = layers or (keras.layers.SimpleRNN(3, name="rnn"),)
-    model = keras.Sequential([keras.Input((STEPS, FEATURES)), *layers, keras.layers.Dense(1)])
-    randomize(model)
-    model.compile(optimizer, "mse", **arguments)
-    return model
+def compiled(*layers: Any, **arguments: Any) -> Any:
+    return trainings.compiled(*(layers or (keras.layers.SimpleRNN(3, name="rnn"),)), **arguments)
 
 
 def fit(model: Any, *callbacks: Any, **arguments: Any) -> Any:
     keras.utils.set_random_seed(8)
-    return model.fit(
-        X, Y, **({"batch_size": BATCH, "epochs": 2, "verbose": 0, "callbacks": list(callbacks)} | arguments)
-    )
+    return trainings.fit(model, *callbacks, **({"epochs": 2} | arguments))
 
 
 def holding(regularizer: JacobianRegularizer | None = None, **arguments: Any) -> JacobianMonitor:
     regularizer = regularizer or JacobianRegularizer(1.0, 10.0)
-    return JacobianMonitor(
-        PROBE,
-        **({"measures": ["variance"], "log_dir": None, "on_error": "raise", "regularizer": regularizer} | arguments),
-    )
+    return quick_monitor(on_error="raise", regularizer=regularizer, **arguments)
 
 
 def weights_of(model: Any) -> list[NDArray[Any]]:
-    return [weight.numpy() for weight in model.trainable_variables]
+    return values_of(model.trainable_variables)
 
 
 def equal(left: list[NDArray[Any]], right: list[NDArray[Any]]) -> bool:
@@ -112,20 +100,6 @@ def test_a_model_that_was_fitted_before_is_held_and_let_go() -> None:
     assert equal(weights_of(other), plain()[1])
 
 
-class Stop(keras.callbacks.Callback):
-    """Does something at a batch of the second epoch."""
-
-    def __init__(self, action: Callable[[], None], where: str = "on_train_batch_end") -> None:
-        super().__init__()
-        self.action, self.count = action, 0
-        setattr(self, where, self.act)
-
-    def act(self, *_: Any, **__: Any) -> None:
-        self.count += 1
-        if self.count == 10:
-            self.action()
-
-
 def raising(error: type[BaseException]) -> Callable[[], None]:
     def action() -> None:
         raise error("by the test")
@@ -139,7 +113,7 @@ def test_a_callback_that_raises_leaves_nothing_behind(error: type[BaseException]
     model = compiled()
     fit(model)
     with pytest.raises(error, match="by the test"):
-        fit(model, holding(), Stop(raising(error), where))
+        fit(model, holding(), AtBatch(10, raising(error), where))
     gc.collect()
     # An interrupt is not filtered by Keras: its traceback holds on to the frame of `fit` for as long as it is kept.
     assert is_gone(model) or error is KeyboardInterrupt
@@ -159,7 +133,7 @@ def test_an_interrupt_that_is_kept_is_noticed_in_the_next_training() -> None:
     model = compiled()
     monitor = holding(JacobianRegularizer(1.0, 0.0))
     try:
-        fit(model, monitor, Stop(raising(KeyboardInterrupt)))
+        fit(model, monitor, AtBatch(10, raising(KeyboardInterrupt)))
     except KeyboardInterrupt as error:
         kept = error
     assert not is_gone(model)
@@ -201,7 +175,7 @@ def test_a_callback_that_stops_the_training_leaves_nothing_behind() -> None:
     def stop() -> None:
         model.stop_training = True
 
-    fit(model, holding(), Stop(stop))
+    fit(model, holding(), AtBatch(10, stop))
     assert is_gone(model)
 
 
@@ -258,16 +232,6 @@ def test_the_saved_model_knows_nothing_of_it(tmp_path: Path) -> None:
     np.testing.assert_array_equal(loaded.predict(X, verbose=0), model.predict(X, verbose=0))
 
 
-class CountedDense(keras.layers.Dense):
-    """Counts how often it is called by Python, which is while it is traced."""
-
-    calls = 0
-
-    def call(self, inputs: Any) -> Any:
-        type(self).calls += 1
-        return super().call(inputs)
-
-
 def test_strength_and_target_change_in_the_middle_of_an_epoch_without_a_trace() -> None:
     regularizer = JacobianRegularizer(1.0, 0.0)
     losses, traces = [], []
@@ -279,7 +243,7 @@ def test_strength_and_target_change_in_the_middle_of_an_epoch_without_a_trace() 
 
         def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
             losses.append(logs["loss"] * (batch + 1))
-            traces.append(CountedDense.calls)
+            traces.append(CountedDense.traces)
 
     model = compiled(keras.layers.SimpleRNN(3, name="rnn"), CountedDense(2), optimizer=keras.optimizers.SGD(0.0))
     fit(model, holding(regularizer), Change(), epochs=1, shuffle=False)
