@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import keras
 
-from keras_jacmon.events.thinning import is_kept, thin
+from keras_jacmon.events.thinning import thin
 from keras_jacmon.events.writer import EventWriter
 from keras_jacmon.measurement.plan import MeasurementPlan
 from keras_jacmon.meter import JacobianMeter
@@ -46,8 +46,6 @@ class JacobianMonitor(keras.callbacks.Callback):
         slow_freq: What only `"full"` has takes its time: it is measured at the first of so many measurements, and at
             the end. `logs` keep the newest values.
         log_dir: Event files go to `<log_dir>/jacobian`; None writes none.
-        thin_after: Bounds the event files of long trainings: so many reports are all written, then so many of every
-            second one, so many of every fourth one, and so on, and the last one of each training. None writes all.
         max_reports: Bounds `reports` (and `failures`): when there are more, every second one is taken out, but never
             the first one and the newest, so that the older they are the sparser they get. At least 2.
         on_error: `"warn"`, the first time that a measurement or a file fails, and go on training; or `"raise"`. What
@@ -76,7 +74,6 @@ class JacobianMonitor(keras.callbacks.Callback):
         update_freq: Literal["epoch", "batch"] | int = "epoch",
         slow_freq: int = 10,
         log_dir: str | os.PathLike[str] | None = "logs",
-        thin_after: int | None = None,
         max_reports: int = 1000,
         on_error: Literal["warn", "raise"] = "warn",
         regularizer: JacobianRegularizer | None = None,
@@ -97,7 +94,6 @@ class JacobianMonitor(keras.callbacks.Callback):
             )
         for name, value, least in (
             ("slow_freq", slow_freq, 1),
-            ("thin_after", 1 if thin_after is None else thin_after, 1),
             ("max_reports", max_reports, 2),
         ):
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
@@ -114,7 +110,6 @@ class JacobianMonitor(keras.callbacks.Callback):
         self._every = 1 if update_freq == "batch" else update_freq
         self._slow_every = slow_freq
         self._log_dir = log_dir
-        self._thin_after = thin_after
         self._max_reports = max_reports
         self._on_error = on_error
         self._regularizer = regularizer
@@ -123,7 +118,6 @@ class JacobianMonitor(keras.callbacks.Callback):
         self._writer: EventWriter | None = None
         self._meter: JacobianMeter | None = None
         self._traced_for: list[Any] = []
-        self._reported = 0
         self.reports: list[tuple[int, Report]] = []
         self.failures: list[str] = []
 
@@ -162,7 +156,6 @@ class JacobianMonitor(keras.callbacks.Callback):
         self._measured_slow = True
         self._batches_before = 0
         self._measurements = 0
-        self._unwritten: tuple[Report, int, dict[str, float]] | None = None
         self._scalars: dict[str, float] = {}
         self._failed: set[str] = set()
         self._broken: set[str] = set()
@@ -222,8 +215,6 @@ class JacobianMonitor(keras.callbacks.Callback):
         if self._held is not None:
             self._held.detach()
         if self._writer is not None:
-            if self._unwritten is not None:
-                self._write(*self._unwritten)
             self._attempt("Closing the event file", self._writer.close)
 
     def _measure(self, *, last: bool = False) -> None:
@@ -251,19 +242,11 @@ class JacobianMonitor(keras.callbacks.Callback):
         thin(self.reports, self._max_reports)
         self._scalars |= report.scalars()
         if self._writer is not None:
-            self._unwritten = (report, step, self._penalty())
-            if self._thin_after is None or is_kept(self._reported, self._thin_after):
-                self._write(*self._unwritten)
-        self._reported += 1
+            self._attempt("Writing the event file", self._writer.write, report, step, self._penalty())
         if self._verbose:
             # Not every terminal knows all characters, and a pipe may be closed.
             self._attempt("Printing the report", print, f"\nJacobians at step {step}\n{report}")
         self._warn_of_nonfinite(report, step)
-
-    def _write(self, report: Report, step: int, others: dict[str, float]) -> None:
-        self._unwritten = None
-        if self._writer is not None:
-            self._attempt("Writing the event file", self._writer.write, report, step, others)
 
     def _penalty(self) -> dict[str, float]:
         """By its key; nothing without a regularizer."""

@@ -82,7 +82,6 @@ TOLERANCE = "Expected a relative tolerance from 0 up to, not including, 1. Recei
         ("update_freq", "often", f"{UPDATE_FREQ}'often'"),
         ("update_freq", None, f"{UPDATE_FREQ}None"),
         ("slow_freq", 0, "Expected an integer of at least 1. Received: slow_freq=0"),
-        ("thin_after", 0, "Expected an integer of at least 1. Received: thin_after=0"),
         ("max_reports", 1, "Expected an integer of at least 2. Received: max_reports=1"),
         ("max_reports", None, "Expected an integer of at least 2. Received: max_reports=None"),
         ("on_error", "ignore", "Expected 'warn' or 'raise'. Received: on_error='ignore'"),
