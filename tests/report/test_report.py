@@ -83,3 +83,35 @@ def test_what_is_not_there(read: Any, sentence: str) -> None:
     with pytest.raises(KeyError) as caught:
         read(Report({"lstm": layer()}))
     assert caught.value.args == (sentence,)
+
+
+SEQUENCES = {
+    "flow": np.log([[0.5, 0.5], [0.4, 0.4], [0.3, np.nan]]),
+    "growth": np.array([-0.7, np.nan]),
+    "horizon": np.array([2.0, np.inf]),
+    "lyapunov": np.array([[0.1, 0.3], [-1.0, -1.0]]),
+}
+REDUCTIONS = {"growth": "mean", "horizon": "median", "lyapunov": "first"}
+
+
+def test_measures_of_sequences_are_reduced_as_the_report_says() -> None:
+    report = layer(
+        values={}, uncertainties={}, estimated=frozenset(), sequences=SEQUENCES, reductions=REDUCTIONS, notes=()
+    )
+    assert report.scalars() == pytest.approx({"growth": -0.7, "horizon": 2.0, "lyapunov_1": 0.2})
+    lines = [
+        "                    mean  least step  greatest step",
+        "                    least sample  greatest sample",
+        "  growth      -0.7          -0.7             -0.7",
+        "  horizon        2             2              inf  median",
+        "  lyapunov_1   0.2           0.1              0.3",
+    ]
+    table = str(Report({"lstm": report})).split("lstm: LSTMCell")[1].splitlines()[1:]
+    assert [line.split() for line in table] == [line.split() for line in lines]
+
+
+def test_inf_is_reported_unless_a_measure_may_be_infinite() -> None:
+    infinite = np.where(layer().mask, np.inf, np.nan)
+    values = {"condition_number": infinite, "variance": infinite}
+    report = layer(values=values, may_be_infinite=frozenset({"condition_number"}))
+    assert report.nonfinite() == {"variance": 5}
