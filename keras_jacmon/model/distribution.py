@@ -57,7 +57,7 @@ def own_variable(value: Any, shape: tf.TensorShape | None = None) -> tf.Variable
 
     Args:
         value: Tensor, the initial value.
-        shape: `tf.TensorShape`; None for that of the value. Defaults to None.
+        shape: `tf.TensorShape`; None for the shape of the value. Defaults to None.
     """
     with tf.init_scope():
         return ResourceVariable(value, trainable=False, shape=shape)

@@ -27,7 +27,7 @@ def foreign_variables(graph: tf.Graph, model: keras.Layer, own: Iterable[tf.Vari
         model: Keras model.
         own: Iterable of `tf.Variable`.
     """
-    # In place of a mirrored variable a graph knows that of its replica.
+    # In place of a mirrored variable a graph knows the variable of its replica.
     parts = [part for variable in model.variables for part in getattr(variable.value, "values", [variable.value])]
     known = {id(variable) for variable in [*parts, *own]}
     return [variable for variable in graph.variables if id(variable) not in known]

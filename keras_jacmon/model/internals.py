@@ -77,5 +77,5 @@ def _do_nothing() -> None:
 
 
 def dataset_sources(dataset: tf.data.Dataset) -> list[tf.data.Dataset]:
-    """Returns the datasets that a dataset reads from, which it does not say in public."""
+    """Returns the datasets that a dataset reads from; it has no public way to say so."""
     return list(dataset._inputs())  # noqa: SLF001

@@ -164,7 +164,7 @@ class _AddingCell:
         return getattr(self._cell, name)
 
     def widened(self, sequences: tf.Tensor, added: tf.Tensor) -> tf.Tensor:
-        """Returns the inputs of this cell, `(batch, time, features + units)`, from those of the true one."""
+        """Returns the inputs of this cell, `(batch, time, features + units)`."""
         flat = tf.reshape(sequences, [*known_sizes(sequences)[:2], self._features.num_elements()])
         return tf.concat([flat, added], axis=-1)
 

@@ -53,7 +53,7 @@ def record_calls(model: keras.Layer, inputs: Any, layers: Sequence[RecurrentLaye
     """Runs the model on the probe, inside the graph that is being traced, and records its recurrent calls.
 
     A layer's `inner_loop` receives what its cell sees: the sequence as it is unrolled, the initial states as tensors
-    (those of a stateful layer, of the caller, or zeros) and the mask. So these are recorded.
+    (from a stateful layer, from the caller, or zeros) and the mask. So these are recorded.
 
     Only the operations that these calls depend on are replayed in that graph: not those that follow the last recurrent
     layer, for instance.
@@ -154,7 +154,7 @@ def _as_mask(mask: Any) -> tf.Tensor | None:
 
 
 def call_names(layers: Iterable[str]) -> list[str]:
-    """Returns the names of calls from those of their layers: the layer's, then with `:1`, `:2`, ... after it."""
+    """Returns the names of calls: the name of the layer, from its second call on with `:1`, `:2`, ... after it."""
     counts: Counter[str] = Counter()
     names = []
     for layer in layers:

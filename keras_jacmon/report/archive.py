@@ -16,7 +16,7 @@ from keras_jacmon.errors import invalid_argument
 # Raised with each change of the records' fields: a file of another format is refused.
 _FORMAT = 2
 
-# The member of a file with everything but the arrays, which it names.
+# The member of a file that holds everything except the arrays, and the names of the arrays.
 _REST = "report"
 
 

@@ -80,9 +80,9 @@ def judge(
         log_gain: Float array `(spans, samples)`, the natural logarithms of the gains over the last 1, 2, ... steps; NaN
             beyond a sample's length.
         mask: Boolean array `(time, samples)`, False at steps that are skipped.
-        suggestion_inputs: Mapping with those of these numbers that are known, all dimensionless: `variance`, the mean
-            hidden variance; `kernel_gain`, the factor of the recurrent kernel that would bring it to 1; `forget`, the
-            geometric mean of the forget gates; `step_gain`, the geometric mean of the root mean square singular values.
+        suggestion_inputs: Mapping of floats, all dimensionless; each may be missing. `variance`: the mean hidden
+            variance. `kernel_gain`: the factor of the recurrent kernel that would bring it to 1. `forget`: the
+            geometric mean of the forget gates. `step_gain`: the geometric mean of the root mean square singular values.
         go_backwards: Boolean, True if the layer runs from the last position of the input to the first. Defaults to
             False.
         fall: Float in (0, 1): a gain of this or less has vanished. Defaults to 0.01.
@@ -167,8 +167,8 @@ def _suggestions(state: State, inputs: Mapping[str, float], steps: float, growth
 
 def _kernel_suggestion(state: State, inputs: Mapping[str, float]) -> str:
     gain = inputs.get("kernel_gain", math.nan)
-    # A gain that makes a vanishing flow vanish faster, as a hidden variance above 1 would ask for, is no help; and with
-    # one far from 1 the states would not be those of this probe any more.
+    # A gain that makes a vanishing flow vanish faster, as a hidden variance above 1 would ask for, is no help. With a
+    # gain far from 1 the states would differ from the measured ones.
     if not 1 / _MOST_GAIN <= gain <= _MOST_GAIN or (gain > 1) != (state == "vanishing"):
         return ""
     return (
@@ -191,7 +191,7 @@ def _forget_suggestion(state: State, inputs: Mapping[str, float], steps: float) 
 
 def _held_gain(inputs: Mapping[str, float], growth: float) -> str:
     gain = inputs.get("step_gain", math.nan)
-    # Beyond the limit the states would not be those of this probe any more.
+    # With a larger change the states would differ from the measured ones.
     if not abs(growth) < math.log(_MOST_GAIN) or not gain > 0:
         return ""
     return (
