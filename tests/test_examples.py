@@ -51,9 +51,8 @@ def test_seed_check(tmp_path: Path) -> None:
 ONE_SEED = ["--seeds", "1"]
 
 
-@pytest.mark.parametrize(
-    "arguments", [[*ONE_SEED, "--epochs", "20"], pytest.param([], marks=pytest.mark.soak)], ids=str
-)
+@pytest.mark.soak
+@pytest.mark.parametrize("arguments", [[*ONE_SEED, "--epochs", "20"], []], ids=["one seed", "five seeds"])
 def test_digits(arguments: list[str], tmp_path: Path) -> None:
     printed = run("digits.py", tmp_path, *arguments)
     assert [line.split()[:2] for line in printed.splitlines()[1:]] == [

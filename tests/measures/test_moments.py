@@ -137,7 +137,7 @@ def ensemble(name: str, rows: int, n: int) -> NDArray[np.float32]:
     }[name]
 
 
-@pytest.mark.parametrize("n", [32, 64, 128, 256])
+@pytest.mark.parametrize("n", [32, 64, *(pytest.param(n, marks=pytest.mark.soak) for n in (128, 256))])
 @pytest.mark.parametrize("name", ENSEMBLES)
 def test_random_matrices_have_their_known_variance(name: str, n: int) -> None:
     mean, spreads = ENSEMBLES[name]

@@ -95,6 +95,7 @@ CELLS: dict[str, Callable[..., Any]] = {
 }
 
 
+SOAK = {"simple_rnn_softplus", "gru", "stacked_lstm_gru", "map_fn", "matrix_state", "bare_state"}
 # Of cells with one state, whose joint view is the hidden one, one is enough.
 _HIDDEN_ONLY = {"while_loop", *_CASES[3:]}
 _ONE_STATE = {"simple_rnn_softplus", "gru", "gru_reset_before"}
@@ -103,7 +104,7 @@ _ONE_STATE = {"simple_rnn_softplus", "gru", "gru_reset_before"}
 @pytest.mark.parametrize(
     ("cell", "view"),
     [
-        (cell, view)
+        pytest.param(cell, view, marks=[pytest.mark.soak] if cell in SOAK else [])
         for cell in CELLS
         for view in VIEWS
         if view == "hidden" or cell not in _HIDDEN_ONLY | (_ONE_STATE if view == "joint" else set())
