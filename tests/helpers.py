@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import keras
 import numpy as np
+import pytest
 import tensorflow as tf
 
 if TYPE_CHECKING:
@@ -352,6 +353,10 @@ CUSTOM = [
     Case("user_rnn", UserRNN),
 ]
 CASES = [*BUILT_IN, *CUSTOM]
+FAST = {"lstm", "gru_reset_after", "seed_cell", "partly_mixing", "while_loop"}
+each_case = pytest.mark.parametrize(
+    "case", [pytest.param(case, id=case.id, marks=[pytest.mark.fast] if case.id in FAST else []) for case in CASES]
+)
 BY_ID: Mapping[str, Case] = {case.id: case for case in CASES}
 
 
@@ -377,6 +382,11 @@ def build(model: Any, *inputs: Any) -> Any:
         model(*inputs)
     randomize(model)
     return model
+
+
+def sequential(layers: list[Any], features: tuple[int, ...] = (STEPS, FEATURES)) -> Any:
+    """A built model of the layers, for inputs of this shape."""
+    return build(keras.Sequential([keras.Input(features), *layers]), np.zeros((BATCH, *features), np.float32))
 
 
 def make_probe(case: Case, *, batch: int = BATCH, steps: int = STEPS, seed: int = 3) -> NDArray[np.float32]:
@@ -534,7 +544,9 @@ MEASURES: Mapping[str, Callable[[NDArray[Any]], NDArray[np.float64]]] = {
 # The keys of a report; a cell with one state has no joint ones.
 KEYS = tuple(f"{view}{measure}" for view in ("", "joint/") for measure in MEASURES)
 MOMENTS = tuple(key for key in KEYS if "spectral" not in key)
-# What the issue promises, relative, in float32.
+# Where a test is about what is measured and not about the measures, one of them will do.
+QUICK = ("variance", "joint/variance")
+# What is promised, relative, in float32.
 RTOL: Mapping[str, float] = {"variance": 1e-5, "rms_singular_value": 1e-5, "spectral_norm": 1e-2}
 
 

@@ -9,6 +9,8 @@ import pytest
 
 import keras_jacmon
 
+pytestmark = pytest.mark.fast
+
 PACKAGE = Path(__file__).parent.parent / "keras_jacmon"
 
 # Data flows from the left to the right: a room may import from itself and from those to its left.

@@ -71,6 +71,7 @@ def assert_warned_once(caught: Any, monitor: JacobianMonitor, what: str, times: 
 FAILED = r"Measuring layer `rnn` failed: assertion failed: \[the cell is broken\].*(\n.*){,2}"
 
 
+@pytest.mark.fast
 def test_a_failing_measurement_warns_once_and_training_goes_on() -> None:
     monitor = monitor_of()
     with pytest.warns(UserWarning, match="failed") as caught:
@@ -409,6 +410,7 @@ def _disk_is_emptied() -> Iterator[None]:
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
+@pytest.mark.fast
 @pytest.mark.usefixtures("_disk_is_emptied")
 def test_a_full_disk_warns_once_and_training_goes_on(tmp_path: Path) -> None:
     monitor = monitor_of(log_dir=tmp_path)

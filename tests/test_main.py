@@ -134,6 +134,7 @@ def test_as_a_command(tmp_path: Path) -> None:
     assert set(json.loads(out.stdout)["layers"]) == {"gru", "lstm"}
 
 
+@pytest.mark.fast
 def test_help_does_not_wait_for_tensorflow() -> None:
     script = "import sys, keras_jacmon.__main__ as m; m._parser().format_help(); print('tensorflow' in sys.modules)"
     out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)  # noqa: S603

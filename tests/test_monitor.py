@@ -192,6 +192,7 @@ def test_a_measurement_that_fails_changes_nothing() -> None:
 # When it measures --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.fast
 def test_update_freq() -> None:
     expected: dict[int | str, list[int]] = {
         "epoch": [0, 8, 16],
@@ -359,6 +360,7 @@ def test_logs_hold_the_newest_report_when_measuring_is_rarer_than_an_epoch() -> 
     assert history["gru_jac_variance"] == [values[0], values[1], values[2]]
 
 
+@pytest.mark.fast
 def test_the_callbacks_of_keras_read_the_values(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     monitor, model, name = quick_monitor(), compiled(), "gru_jac_variance"
     log, kept = tmp_path / "log.csv", tmp_path / "kept"

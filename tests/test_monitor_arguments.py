@@ -12,7 +12,7 @@ import tensorflow as tf
 from helpers import normal
 from trainings import BATCH, FEATURES, PROBE, SAMPLES, STEPS, X, Y, assert_refused, compiled
 
-from keras_jacmon import JacobianMonitor, measure
+from keras_jacmon import JacobianMonitor
 from keras_jacmon.measures.registry import KEYS, PRESETS
 
 if TYPE_CHECKING:
@@ -20,27 +20,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
-# Probes ------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "probe",
-    [
-        PROBE,
-        tf.constant(PROBE),
-        PROBE.astype("float64"),
-        tf.data.Dataset.from_tensor_slices(PROBE).batch(BATCH),
-        tf.data.Dataset.from_tensor_slices((PROBE, Y[:BATCH])).batch(BATCH).repeat(),
-        tf.data.Dataset.from_tensor_slices((PROBE, Y[:BATCH], Y[:BATCH, 0])).batch(BATCH),
-    ],
-    ids=["array", "tensor", "float64", "dataset", "dataset_of_pairs", "dataset_of_triples"],
-)
-def test_forms_of_a_probe(probe: Any) -> None:
-    model = compiled()
-    expected = measure(model, PROBE, measures=["variance"])
-    monitor = JacobianMonitor(probe, log_dir=None, measures=["variance"])
-    model.fit(X[:BATCH], Y[:BATCH], verbose=0, callbacks=[monitor])
-    assert monitor.reports[0][1].scalars() == pytest.approx(expected.scalars(), rel=1e-6)
+# Probes ---------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("structure", ["list", "dict"])
@@ -72,6 +52,7 @@ MEASURES = f"Expected names out of {list(PRESETS)}, or of {NAMES}. Received: "
 TOLERANCE = "Expected a relative tolerance from 0 up to, not including, 1. Received: tolerance="
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize(
     ("argument", "value", "sentence"),
     [
@@ -124,6 +105,7 @@ ITERATOR = (
 )
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize(
     ("make_probe", "sentence"),
     [
@@ -158,6 +140,7 @@ def test_a_bad_probe_is_refused_without_a_model(make_probe: Callable[[], Any], s
         JacobianMonitor(make_probe())
 
 
+@pytest.mark.fast
 def test_no_recurrent_layer() -> None:
     model = keras.Sequential([keras.Input((STEPS, FEATURES)), keras.layers.Dense(1)], name="flat")
     model.compile("sgd", "mse")

@@ -5,6 +5,8 @@ import tensorflow as tf
 
 from keras_jacmon.traced_graph import trace
 
+pytestmark = pytest.mark.fast
+
 
 def test_a_traced_function_hands_out_its_python_object_and_runs_without_being_traced_again() -> None:
     calls = []

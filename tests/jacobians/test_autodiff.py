@@ -10,11 +10,11 @@ import pytest
 import tensorflow as tf
 from helpers import (
     BY_ID,
-    CASES,
     Case,
     CounterCell,
     LinearCell,
     StraightThroughCell,
+    each_case,
     make_step,
     normal,
     step_jacobians,
@@ -29,7 +29,7 @@ TOLERANCE: Any = {"rtol": 1e-5, "atol": 1e-6}
 SOME_CELLS = ("lstm", "gru_reset_before", "unequal_states", "while_loop", "conv_lstm_1d", "counter")
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@each_case
 def test_the_laws_of_an_operator(case: Case) -> None:
     cell, inputs, states = make_step(case)
     jacobians, _ = step_jacobians(cell, inputs, states)

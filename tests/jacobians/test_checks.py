@@ -134,6 +134,7 @@ INFLUENCED: dict[str, Function] = {
 }
 
 
+@pytest.mark.fast
 @pytest.mark.filterwarnings("ignore:Layer `rnn`. what its cell makes of a sample depends")
 @pytest.mark.parametrize("name", INFLUENCED)
 def test_samples_without_a_jacobian_of_their_own_are_refused(name: str) -> None:
@@ -328,11 +329,13 @@ UNPROVEN: dict[str, Function] = {
 }
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("name", PROVEN)
 def test_what_is_row_by_row_is_proven(name: str) -> None:
     assert is_proven(PROVEN[name])
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("name", UNPROVEN)
 def test_what_may_not_be_is_not(name: str) -> None:
     assert not is_proven(UNPROVEN[name])
@@ -349,6 +352,7 @@ def test_the_cells_of_keras_are_proven() -> None:
 # How vectors are compared --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize(
     ("errors", "expected"),
     [
@@ -367,6 +371,7 @@ def test_one_row_in_two_hundred_may_stand_at_a_kink(errors: list[float], expecte
     np.testing.assert_array_equal(both, [expected, 0.0])
 
 
+@pytest.mark.fast
 def test_parts_are_compared_by_themselves() -> None:
     found, expected = tf.constant([[3.0, 4.0, 1.0], [0.0, 0.0, 2.0]]), tf.constant([[3.0, 4.0, 2.0], [0.0, 5.0, 2.0]])
     differences = relative_differences(found, expected, [2, 1])
@@ -377,6 +382,7 @@ def test_parts_are_compared_by_themselves() -> None:
     )
 
 
+@pytest.mark.fast
 def test_each_part_has_its_turn_unless_rows_are_few() -> None:
     many, few = (in_turns(tf.ones((rows, 5)), [2, 3]).numpy() for rows in (8, 7))
     np.testing.assert_array_equal(many, [[1, 1, 0, 0, 0], [0, 0, 1, 1, 1]] * 4)
@@ -384,6 +390,7 @@ def test_each_part_has_its_turn_unless_rows_are_few() -> None:
     np.testing.assert_array_equal(in_turns(tf.ones((16, 2)), [1, 1], every=2)[:5, 0], [1, 1, 0, 0, 1])
 
 
+@pytest.mark.fast
 def test_a_disagreement_about_nan_counts() -> None:
     found, expected = tf.constant([np.nan, 1.0, np.nan, np.inf]), tf.constant([1.0, np.nan, np.nan, np.nan])
     differences = relative_differences(found[:, None], expected[:, None], [1])

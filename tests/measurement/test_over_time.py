@@ -71,6 +71,7 @@ def test_the_flow_is_that_of_the_products(case_id: str, go_backwards: bool, max_
             np.testing.assert_allclose(found[f"{prefix}lyapunov"][:, sample].sum(), total, atol=2e-2)
 
 
+@pytest.mark.fast
 def test_random_vectors_tell_the_flow_with_its_standard_error() -> None:
     layer = L.LSTM(12, name="lstm")
     model = masked_model(layer)

@@ -75,6 +75,7 @@ def relu_mask(rows: int, n: int) -> NDArray[np.float32]:
 # Eigenvalues -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("n", [1, 2, 5, 32])
 def test_eigenvalues_are_those_of_lapack(n: int, dtype: Any) -> None:
@@ -262,6 +263,7 @@ def test_a_matrix_far_from_normal_is_some_rounding_away_from_others(diagonal: fl
     assert np.all(np.isfinite(residual))
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("scale", [1e-12, 1e12])
 @pytest.mark.parametrize("n", [16, LARGE])
 def test_the_radius_at_every_scale(n: int, scale: float) -> None:

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
     from keras_jacmon.measures.steps import Steps
 
+pytestmark = pytest.mark.fast
+
 NAN, INF = math.nan, math.inf
 both = pytest.mark.parametrize("structured", [True, False], ids=["structure", "autodiff"])
 

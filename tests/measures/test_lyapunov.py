@@ -54,6 +54,7 @@ def assert_mean(values: NDArray[np.float64], expected: float, atol: float) -> No
 # Exact values ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.fast
 @both
 @pytest.mark.parametrize("initializer", ["identity", "orthogonal"])
 def test_a_linear_orthogonal_rnn_has_exponents_zero(initializer: str, structured: bool) -> None:  # noqa: FBT001 - a parameter of the test
@@ -109,6 +110,7 @@ def test_the_logistic_map(structured: bool) -> None:  # noqa: FBT001 - a paramet
     assert_mean(found, math.log(2), 2e-3)
 
 
+@pytest.mark.fast
 @both
 @pytest.mark.parametrize("qr_every", [1, 7])
 def test_the_cat_map(qr_every: int, structured: bool) -> None:  # noqa: FBT001 - a parameter of the test

@@ -65,6 +65,7 @@ def test_equal_to_numpy_inside_a_graph(measure: Any, reference: Any) -> None:
     np.testing.assert_allclose(value.numpy(), reference(J).astype(np.float32), rtol=1e-5, strict=True)
 
 
+@pytest.mark.fast
 @both
 @pytest.mark.parametrize("scale", [1e-12, 1e12])
 def test_equal_to_numpy_at_every_scale(measure: Any, reference: Any, scale: float) -> None:

@@ -12,6 +12,8 @@ from keras_jacmon.measures.registry import MEASURES
 from keras_jacmon.measures.rows import RowSource, measure_rows, spread_evenly
 from keras_jacmon.options import Options
 
+pytestmark = pytest.mark.fast
+
 ROWS = 6
 OPTIONS = MeasureContext(Options(max_entries=0), num_points=ROWS)
 

@@ -254,6 +254,7 @@ def test_estimates_are_unbiased_for_cells_without_structure() -> None:
     assert np.mean(z**2) < 2
 
 
+@pytest.mark.fast
 def test_masked_steps_do_not_count() -> None:
     probe = PROBE.copy()
     probe[1, 2:], probe[3, :] = 0, 0

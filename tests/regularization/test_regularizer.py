@@ -76,6 +76,7 @@ def is_gone(model: Any) -> bool:
     return not model.losses and all(variable.regularizer is None for variable in model.variables)
 
 
+@pytest.mark.fast
 def test_strength_zero_changes_no_bit_of_a_training() -> None:
     model = compiled()
     history = fit(model, holding(JacobianRegularizer(1.0, 0.0)))
@@ -294,6 +295,7 @@ def test_the_measure_moves_to_its_target() -> None:
     assert abs(last - 2) < 0.1
 
 
+@pytest.mark.fast
 def test_targets_by_layer() -> None:
     model = compiled(keras.layers.GRU(3, return_sequences=True, name="a"), keras.layers.GRU(3, name="b"))
     report = measure(model, PROBE, measures=["variance"])
@@ -508,6 +510,7 @@ def test_a_structure_that_is_wrong_is_refuted_and_the_training_goes_on(monkeypat
     np.testing.assert_allclose(history["jac_penalty"][-1], np.mean((variances - 1) ** 2), rtol=1e-3)
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -547,6 +550,7 @@ def test_what_depends_on_the_model_fails_before_the_training() -> None:
     assert is_gone(model)
 
 
+@pytest.mark.fast
 def test_config() -> None:
     decay = keras.optimizers.schedules.ExponentialDecay(8.0, 10, 0.5)
     regularizer = JacobianRegularizer(

@@ -66,6 +66,7 @@ def assert_same_report(one: Report, other: Report) -> None:
             assert_same(getattr(one[name], field.name), getattr(other[name], field.name))
 
 
+@pytest.mark.fast
 def test_everything_comes_back_as_it_was(tmp_path: Path) -> None:
     report = odd_report()
     path = tmp_path / "a report.with dots"
@@ -183,6 +184,7 @@ def test_a_report_that_cannot_be_written_leaves_the_old_one(tmp_path: Path, monk
     assert list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.fast
 def test_json_knows_what_is_not_finite() -> None:
     found = json.loads(json.dumps(odd_report().to_dict(), allow_nan=False))["layers"]["both/forward_lstm:1"]
     assert found["values"]["variance"] == [[1.0, "nan"], ["inf", "-inf"], [5e-324, -0.0]]

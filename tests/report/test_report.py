@@ -9,6 +9,8 @@ import pytest
 
 from keras_jacmon import LayerReport, Report
 
+pytestmark = pytest.mark.fast
+
 
 def layer(**changes: Any) -> LayerReport:
     given: dict[str, Any] = {

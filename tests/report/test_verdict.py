@@ -24,6 +24,7 @@ def flow(*gains: float, spans: int = 10) -> Any:
     return np.arange(1, spans + 1)[:, None] * np.log(np.array(gains))[None]
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize(
     ("gain", "state", "horizon"),
     [(1.0, "stable", math.inf), (0.5, "vanishing", 7), (0.62, "stable", math.inf), (2.0, "exploding", 7)],
@@ -38,6 +39,7 @@ def test_the_state_is_the_threshold_that_is_met(gain: float, state: str, horizon
     assert verdict.suggestions == ()
 
 
+@pytest.mark.fast
 def test_the_thresholds_are_arguments() -> None:
     log_gain, mask = flow(0.62, spans=9), np.ones((9, 1), bool)
     verdict = judge(log_gain, mask, {}, fall=0.1)
@@ -48,6 +50,7 @@ def test_the_thresholds_are_arguments() -> None:
             judge(log_gain, mask, {}, fall=fall, rise=rise)
 
 
+@pytest.mark.fast
 def test_samples_count_by_their_real_length() -> None:
     log_gain = flow(0.5, 0.5)
     log_gain[3:, 1] = np.nan

@@ -76,6 +76,7 @@ def test_structured_is_autodiff_in_float64(case: Case) -> None:
     assert sum(reason is not None for reason in reasons.values()) == without.get(case.id, 0)
 
 
+@pytest.mark.fast
 def test_chains_and_closed_forms() -> None:
     cell, inputs, states = make_step(BY_ID["gru_reset_before"])
     blocks, _ = structured_blocks(cell, inputs, states)
@@ -257,6 +258,7 @@ def structure_of(function: Callable[[Any, Any, Any], Any]) -> discovery.Structur
     return discovery.Structure(CellGraph(CellStep(cell, [h]), tf.zeros((3, FEATURES)), [h]))
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("name", [*ACTIVATIONS, *sorted(MIXING)])
 def test_what_activations_do_to_units_is_known(name: str) -> None:
     function = getattr(keras.activations, name) if name in MIXING else ACTIVATIONS[name]
@@ -453,6 +455,7 @@ def test_nonsense_is_not_registered(cell_type: Any, form: Any, name: str) -> Non
         register_jacobian(cell_type, form)
 
 
+@pytest.mark.fast
 @pytest.mark.filterwarnings("ignore:Layer `.*`. no gradient connects the new state with the inputs")
 def test_the_explanation_is_a_table() -> None:
     model, layer = make_model(BY_ID["partly_mixing"], PROBE)
