@@ -127,7 +127,10 @@ def assert_same(with_monitor: Mapping[str, NDArray[Any]], without: Mapping[str, 
         np.testing.assert_array_equal(with_monitor[name], value, err_msg=name, strict=True)
 
 
-@pytest.mark.parametrize("world", WORLDS)
+SOAK = {"validation", "dropout_stack", "dropout_simple_rnn", "stateful", "bidirectional", "run_eagerly"}
+
+
+@pytest.mark.parametrize("world", [pytest.param(w, marks=[pytest.mark.soak] if w in SOAK else []) for w in WORLDS])
 def test_observation_changes_nothing(world: str, tmp_path: Path) -> None:
     without, plain_history = train_without(world)
     # What a measure computes is stateless; that all of them are is seen in the plain world.

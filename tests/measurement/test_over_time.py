@@ -152,7 +152,10 @@ def test_spectra_are_those_of_the_dense_jacobians(case_id: str, go_backwards: bo
 
 @pytest.mark.parametrize(
     "case_id",
-    ["lstm", "gru_reset_after", "gru_reset_before", "seed_cell", "unequal_states", "bare_state", "stacked_lstm_gru"],
+    [
+        *("lstm", "seed_cell", "unequal_states", "bare_state"),
+        *(pytest.param(c, marks=pytest.mark.soak) for c in ("gru_reset_after", "gru_reset_before", "stacked_lstm_gru")),
+    ],
 )
 @pytest.mark.filterwarnings("ignore:.*no gradient connects the new state with the inputs")
 def test_the_inputs_view(case_id: str) -> None:

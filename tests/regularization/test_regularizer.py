@@ -328,7 +328,7 @@ def test_a_layer_that_is_called_twice_counts_twice() -> None:
 # Kinds of trainings ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("states", ["cached", "fresh"])
+@pytest.mark.parametrize("states", ["cached", pytest.param("fresh", marks=pytest.mark.soak)])
 def test_kinds_of_compilation_train_alike(states: Any) -> None:
     def trained(**arguments: Any) -> list[NDArray[Any]]:
         model = compiled(keras.layers.SimpleRNN(3, name="rnn"), optimizer="sgd", **arguments)

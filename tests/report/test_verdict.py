@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import keras
 import numpy as np
 import pytest
 from helpers import normal
 
-from keras_jacmon import Report, measure
+from keras_jacmon import JacobianMeter
 from keras_jacmon.report.verdict import judge
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 L = keras.layers
 
@@ -92,16 +89,16 @@ def test_no_verdict_without_a_flow() -> None:
 # Layers whose fate is known --------------------------------------------------------------------------
 
 
-def report_of(layer: Any, steps: int = 40, **options: Any) -> Callable[[], Report]:
-    """Measures a layer with the weights that Keras gives it, each time that it is called."""
+def meter_of(layer: Any, steps: int = 40, **options: Any) -> JacobianMeter:
+    """A meter of a layer with the weights that Keras gives it."""
     probe = normal(4, steps, 3)
     model = keras.Sequential([keras.Input((steps, 3)), layer])
-    return lambda: measure(model, probe, **options)
+    return JacobianMeter(model, probe, **options)
 
 
 def test_the_forget_bias_turns_the_verdict_to_which_the_hidden_view_is_blind() -> None:
     layer = L.LSTM(64, name="lstm")
-    report = report_of(layer, 60)
+    report = meter_of(layer, 60)
     before = report()
     bias = layer.cell.bias.numpy()
     bias[64:128] = 4.0
@@ -115,7 +112,7 @@ def test_the_forget_bias_turns_the_verdict_to_which_the_hidden_view_is_blind() -
 
 def test_the_forget_bias_that_is_suggested_keeps_half_of_the_cell_state() -> None:
     layer = L.LSTM(32, name="lstm")
-    report = report_of(layer)
+    report = meter_of(layer)
     (sentence,) = [s for s in report().verdict["lstm"].suggestions if "forget bias" in s]
     shift = float(sentence.split("forget bias by ")[1].split(":")[0])
     bias = layer.cell.bias.numpy()
@@ -133,13 +130,14 @@ def test_the_gain_that_is_suggested_brings_the_variance_to_one(make: Any, scale:
     probe = np.zeros((2, 30, 3), np.float32)
     model = keras.Sequential([keras.Input((30, 3)), layer])
     layer.cell.recurrent_kernel.assign(scale * layer.cell.recurrent_kernel)
-    report = measure(model, probe)
+    meter = JacobianMeter(model, probe)
+    report = meter()
     gain = report["rnn"].suggestion_inputs["kernel_gain"]
     if make is L.SimpleRNN:
         sentence = report.verdict["rnn"].suggestions[0]
         assert f"multiply the recurrent kernel by {gain:.3g}" in sentence
     layer.cell.recurrent_kernel.assign(gain * layer.cell.recurrent_kernel)
-    np.testing.assert_allclose(measure(model, probe)["rnn"].mean("variance"), 1.0, rtol=1e-3)
+    np.testing.assert_allclose(meter()["rnn"].mean("variance"), 1.0, rtol=1e-3)
 
 
 @pytest.mark.parametrize("scale", [0.5, 2.0])
@@ -149,29 +147,30 @@ def test_the_gain_of_a_step_that_is_suggested_to_be_held_keeps_the_flow(scale: f
     # At states of zero the Jacobian is the kernel, whatever its gain.
     probe = np.zeros((2, 30, 3), np.float32)
     layer.cell.recurrent_kernel.assign(scale * layer.cell.recurrent_kernel)
-    report = measure(model, probe)
+    meter = JacobianMeter(model, probe)
+    report = meter()
     assert report.verdict["rnn"].state == ("vanishing" if scale < 1 else "exploding")
     (sentence,) = [s for s in report.verdict["rnn"].suggestions if "JacobianRegularizer" in s]
     target = float(sentence.split("JacobianRegularizer(")[1].split(",")[0])
     layer.cell.recurrent_kernel.assign(target / report["rnn"].mean("rms_singular_value") * layer.cell.recurrent_kernel)
-    held = measure(model, probe)
+    held = meter()
     np.testing.assert_allclose(held["rnn"].mean("rms_singular_value"), target, rtol=1e-3)
     assert held.verdict["rnn"].state == "stable"
     assert abs(held.verdict["rnn"].growth) < 0.01
 
 
 def test_print_leads_with_the_verdict() -> None:
-    report = report_of(L.SimpleRNN(4, name="rnn"))
+    report = meter_of(L.SimpleRNN(4, name="rnn"))
     found = report()
     assert str(found).startswith(f"rnn: {found.verdict['rnn'].state}: ")
     assert "horizon" in str(found).splitlines()[0]
     # Without a flow there is a table alone.
-    bare = report_of(L.SimpleRNN(4, name="rnn"), measures="fast")()
+    bare = meter_of(L.SimpleRNN(4, name="rnn"), measures="fast")()
     assert str(bare).startswith("rnn: SimpleRNNCell")
     assert bare.verdict == {}
 
 
 def test_the_hidden_flow_of_a_cell_with_several_states_is_no_verdict() -> None:
-    report = report_of(L.LSTM(4, name="lstm"), measures=["flow"])
+    report = meter_of(L.LSTM(4, name="lstm"), measures=["flow"])
     assert set(report()["lstm"].sequences) == {"flow"}
     assert report().verdict == {}

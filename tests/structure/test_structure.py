@@ -293,7 +293,7 @@ def test_a_subclass_that_overrides_call() -> None:
     layer = keras.layers.RNN(Squashed(4), name="rnn")
     model = build(keras.Sequential([keras.Input((STEPS, FEATURES)), layer]), PROBE)
     assert {choice.how for choice in explain(model, PROBE).choices["rnn"]["joint"]} == {"structure"}
-    assert_layer(measure(model, PROBE)["rnn"], layer, PROBE)
+    assert_layer(measure(model, PROBE, measures=MOMENTS)["rnn"], layer, PROBE, measures=MOMENTS)
 
 
 # The certificate -------------------------------------------------------------------------------------------------
@@ -420,12 +420,12 @@ def test_a_registered_form_is_used_for_its_exact_type() -> None:
         "  hidden  d state 0 / d state 0  registered form: right_form",
         "  inputs  d state 0 / d inputs  structure: the product with `kernel`",
     ]
-    report = measure(model, PROBE)["rnn"]
+    report = measure(model, PROBE, measures=MOMENTS)["rnn"]
     assert report.certificate is not None
-    assert_layer(report, layer, PROBE)
+    assert_layer(report, layer, PROBE, measures=MOMENTS)
     model, layer = registered_model(Subclass())
     assert explain(model, PROBE).choices["rnn"]["hidden"][0].how == "structure"
-    assert_layer(measure(model, PROBE)["rnn"], layer, PROBE)
+    assert_layer(measure(model, PROBE, measures=MOMENTS)["rnn"], layer, PROBE, measures=MOMENTS)
 
 
 @pytest.mark.usefixtures("_unregistered_afterwards")
@@ -434,15 +434,15 @@ def test_a_wrong_registered_form_is_refuted(form: Any) -> None:
     register_jacobian(RegisteredCell, form)
     model, layer = registered_model(RegisteredCell())
     with pytest.warns(UserWarning, match="differs from autodiff"):
-        report = measure(model, PROBE)["rnn"]
-    assert_layer(report, layer, PROBE)
+        report = measure(model, PROBE, measures=MOMENTS)["rnn"]
+    assert_layer(report, layer, PROBE, measures=MOMENTS)
 
 
 @pytest.mark.usefixtures("_unregistered_afterwards")
 def test_a_form_may_leave_a_view_to_discovery() -> None:
     register_jacobian(RegisteredCell, lambda *_: None)
     model, layer = registered_model(RegisteredCell())
-    assert_layer(measure(model, PROBE)["rnn"], layer, PROBE)
+    assert_layer(measure(model, PROBE, measures=MOMENTS)["rnn"], layer, PROBE, measures=MOMENTS)
     (choice,) = explain(model, PROBE).choices["rnn"]["hidden"]
     assert choice.how == "structure"
 
