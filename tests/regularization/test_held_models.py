@@ -104,8 +104,14 @@ def test_a_cell_that_mixes_samples_has_no_penalty_and_one_warning() -> None:
     assert set(history["jac_penalty"]) == {0.0}
 
 
-@pytest.mark.parametrize("states", ["cached", "fresh"])
-@pytest.mark.parametrize("run_eagerly", [False, True])
+@pytest.mark.parametrize(
+    ("states", "run_eagerly"),
+    [
+        ("cached", False),
+        ("fresh", True),
+        *(pytest.param(*p, marks=pytest.mark.soak) for p in (("cached", True), ("fresh", False))),
+    ],
+)
 def test_what_a_cell_writes_is_put_back(states: Any, run_eagerly: bool) -> None:  # noqa: FBT001 - pytest passes it by name
     def trained(*callbacks: Any) -> tuple[float, list[NDArray[Any]]]:
         model = compiled(L.RNN(CountingCell(3), name="rnn"), run_eagerly=run_eagerly)

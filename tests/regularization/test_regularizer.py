@@ -108,8 +108,15 @@ def raising(error: type[BaseException]) -> Callable[[], None]:
     return action
 
 
-@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
-@pytest.mark.parametrize("where", ["on_train_batch_begin", "on_train_batch_end"])
+@pytest.mark.parametrize(
+    ("where", "error"),
+    [
+        ("on_train_batch_begin", ValueError),
+        ("on_train_batch_end", KeyboardInterrupt),
+        pytest.param("on_train_batch_begin", KeyboardInterrupt, marks=pytest.mark.soak),
+        pytest.param("on_train_batch_end", ValueError, marks=pytest.mark.soak),
+    ],
+)
 def test_a_callback_that_raises_leaves_nothing_behind(error: type[BaseException], where: str) -> None:
     model = compiled()
     fit(model)
