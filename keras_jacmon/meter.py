@@ -1,4 +1,4 @@
-"""Model and probe in, report out: the whole pipeline on one screen."""
+"""The pipeline from a model and a probe to a report."""
 
 import contextlib
 import re
@@ -15,10 +15,10 @@ import tensorflow as tf
 from keras_jacmon.errors import invalid_argument
 from keras_jacmon.jacobians.cell_jacobian import Assumptions, Choice
 from keras_jacmon.jacobians.checks import diagnose
-from keras_jacmon.measurement.assembly import CHECKS, CallMetadata
+from keras_jacmon.measurement.assembly import CallMetadata
 from keras_jacmon.measurement.call import measure_call
-from keras_jacmon.measurement.per_step import Results
 from keras_jacmon.measurement.plan import MeasurementPlan
+from keras_jacmon.measurement.results import CallResults
 from keras_jacmon.measures.registry import MEASURES, Selection, filtered
 from keras_jacmon.model.building import build
 from keras_jacmon.model.distribution import check_distribution
@@ -26,9 +26,10 @@ from keras_jacmon.model.guard import foreign_variables, put_back, shielded
 from keras_jacmon.model.inputs import fit_probe
 from keras_jacmon.model.layers import find_recurrent_layers, select_layers
 from keras_jacmon.model.loss_gradient import LossGradients, loss_gradients
-from keras_jacmon.model.recording import RecurrentCall, record_calls
+from keras_jacmon.model.recording import Recording, RecurrentCall, record_calls
 from keras_jacmon.options import takes_options
 from keras_jacmon.report.report import Report
+from keras_jacmon.traced_graph import Traced, trace
 
 
 @takes_options
@@ -66,12 +67,36 @@ def measure(
     return JacobianMeter(model, probe, layers=layers, targets=targets, **options)()
 
 
-class _Traced(NamedTuple):
-    """The pipeline for some measures; `calls` and what must live as long as the graph are filled while it is traced."""
+class _Static(NamedTuple):
+    """The Python objects of a trace.
 
-    graph: Any
+    Attributes:
+        calls: Metadata of the calls, by name.
+        recording: The recorded calls of the model; must live as long as the graph.
+        loss: The gradients of the loss, which must too; None without targets.
+    """
+
     calls: dict[str, CallMetadata]
-    alive: list[Any]
+    recording: Recording
+    loss: LossGradients | None
+
+
+class _Results(NamedTuple):
+    """The tensors of a measurement, by name of the call: results, and norms of the gradient of the loss."""
+
+    calls: dict[str, CallResults]
+    loss_gradients: dict[str, tf.Tensor]
+
+
+class _Traced(NamedTuple):
+    """The pipeline for some measures.
+
+    Attributes:
+        function: The traced pipeline.
+        foreign: Variables that it writes to and that Keras does not know; they are put back.
+    """
+
+    function: Traced[_Static]
     foreign: list[Any]
 
 
@@ -146,7 +171,7 @@ class JacobianMeter:
         self._model, self._options = model, plan.options
         quick = filtered(plan.selection, lambda measure: measure.cost != "full")
         # By whether slow measures are taken. Who names nothing else wants them each time.
-        self._selections = {True: plan.selection} | ({False: quick} if quick not in ({}, plan.selection) else {})
+        self._selections = {True: plan.selection} | ({False: quick} if quick not in ((), plan.selection) else {})
         self._targets = plan.targets
         if plan.targets is not None and not getattr(model, "compiled", False):
             raise invalid_argument(
@@ -167,7 +192,7 @@ class JacobianMeter:
     @property
     def layers(self) -> tuple[str, ...]:
         """The keys of the reports: a recurrent layer's path, with `:1` and so on for further calls of it."""
-        return tuple(self._traced[True].calls)
+        return tuple(self._traced[True].function.static.calls)
 
     @property
     def has_slow_measures(self) -> bool:
@@ -185,7 +210,7 @@ class JacobianMeter:
     @property
     def choices(self) -> dict[str, dict[str, list[Choice]]]:
         """By key and view, how each block of the Jacobian is taken."""
-        return {name: facts.choices for name, facts in self._traced[True].calls.items()}
+        return {name: facts.choices for name, facts in self._traced[True].function.static.calls.items()}
 
     def __call__(self, *, slow: bool = True) -> Report:
         """Measures with the weights of this moment.
@@ -211,14 +236,17 @@ class JacobianMeter:
             self._trace(trust)
             results = self._run(self._traced[which])
         self._measurements += 1
-        return Report({name: facts.report(results[name]) for name, facts in self._traced[which].calls.items()})
+        calls = self._traced[which].function.static.calls
+        return Report(
+            {name: facts.report(results.calls[name], results.loss_gradients.get(name)) for name, facts in calls.items()}
+        )
 
-    def _trust_after(self, results: dict[str, dict[str, tf.Tensor]]) -> dict[str, Assumptions]:
+    def _trust_after(self, results: _Results) -> dict[str, Assumptions]:
         """What may be relied on, by key, after what tests have found; if that is less than before, says so."""
         trust = dict(self._trust)
-        for name, found in results.items():
-            cell = self._traced[True].calls[name].cell
-            verdict = diagnose(found[CHECKS].floats(), trust.get(name, Assumptions()))
+        for name, found in results.calls.items():
+            cell = self._traced[True].function.static.calls[name].cell
+            verdict = diagnose(found.checks.floats(), trust.get(name, Assumptions()))
             if verdict is None:
                 continue
             if verdict.assumptions is None:
@@ -237,85 +265,57 @@ class JacobianMeter:
         traced: dict[bool, _Traced] = {}
         specs = [tf.TensorSpec([], tf.int32), *(tf.TensorSpec(t.shape, t.dtype) for t in self._tensors())]
         for which, selection in self._selections.items():
-            calls: dict[str, CallMetadata] = {}
-            alive: list[Any] = []
-            measure = partial(self._measure, selection, trust, calls, alive)
-            function = tf.function(measure, autograph=False)
-            graph = function.get_concrete_function(*specs)
+            function = trace(partial(self._measure, selection, trust), specs)
             self._traces += 1
-            foreign = foreign_variables(graph.graph, self._model, [])
-            traced[which] = _Traced(graph, calls, alive, foreign)
+            traced[which] = _Traced(function, foreign_variables(function.graph.graph, self._model, []))
         # Not before: if tracing fails, or is interrupted, the next measurement has what there was.
         self._trust, self._traced = trust, traced
 
     def _tensors(self) -> list[tf.Tensor]:
         return [*self._inputs, *([] if self._targets is None else keras.tree.flatten(self._targets))]
 
-    def _run(self, traced: "_Traced") -> dict[str, dict[str, tf.Tensor]]:
+    def _run(self, traced: _Traced) -> _Results:
         # Keras' variables are shielded while tracing; a `tf.Variable` that a custom cell writes to is put back here.
         with put_back(traced.foreign):
             try:
                 # Of numbers of Python TensorFlow keeps a copy on the device, for ever.
-                return traced.graph(tf.constant(np.int32(self._measurements)), *self._tensors())
+                return traced.function(tf.constant(np.int32(self._measurements)), *self._tensors())
             except tf.errors.OpError as error:
                 raise RuntimeError(f"Measuring {self._culprit(error)} failed: {_essence(error)}") from error
 
     def _measure(
-        self,
-        selection: Selection,
-        trust: Mapping[str, Assumptions],
-        calls: dict[str, CallMetadata],
-        alive: list[Any],
-        draw: tf.Tensor,
-        *tensors: tf.Tensor,
-    ) -> dict[str, Results]:
+        self, selection: Selection, trust: Mapping[str, Assumptions], draw: tf.Tensor, *tensors: tf.Tensor
+    ) -> tuple[_Results, _Static]:
+        """Model and probe -> recording -> calls measured, in the graph that is being traced."""
         inputs, targets = tensors[: len(self._inputs)], tensors[len(self._inputs) :]
-        results = self._measure_calls(inputs, selection, draw, trust, calls=calls, alive=alive)
-        if self._targets is not None:
-            packed = keras.tree.pack_sequence_as(self._structure, list(inputs))
-            with shielded(self._model):
-                wanted = keras.tree.pack_sequence_as(self._targets, list(targets))
-                loss = self._gradients_of_loss(packed, wanted)
-            alive.append(loss)
-            for name, gradient in loss.by_call.items():
-                norms = MEASURES["loss_gradient"].function(gradient)
-                nothing = tf.constant(float("nan"), norms.dtype)
-                results[name]["hidden/loss_gradient"] = tf.where(results[name]["mask"], norms, nothing)
-        return results
-
-    def _measure_calls(
-        self,
-        inputs: Sequence[tf.Tensor],
-        selection: Selection,
-        draw: tf.Tensor,
-        trust: Mapping[str, Assumptions],
-        *,
-        calls: dict[str, CallMetadata],
-        alive: list[Any],
-    ) -> dict[str, Results]:
+        packed = keras.tree.pack_sequence_as(self._structure, list(inputs))
         with shielded(self._model):
-            packed = keras.tree.pack_sequence_as(self._structure, list(inputs))
             try:
-                self._recording = record_calls(self._model, packed, self._layers)
+                recording = record_calls(self._model, packed, self._layers)
             except Exception as error:
                 raise self._refusal(inputs, error) from error
-            alive.append(self._recording)
-            results: dict[str, Results] = {}
-            for call in self._recording.calls:
+            calls: dict[str, CallMetadata] = {}
+            results: dict[str, CallResults] = {}
+            for position, call in enumerate(recording.calls):
                 # The scope's name leads from a failing operation back to its layer.
-                with _naming(call), tf.name_scope(f"jacobian_of_call_{len(results)}"):
-                    calls[call.name], results[call.name] = measure_call(
-                        call,
-                        selection,
-                        self._options,
-                        trust=trust.get(call.name, Assumptions()),
-                        draw=draw,
-                    )
-                alive.append(calls[call.name])
-        return results
+                with _naming(call), tf.name_scope(f"jacobian_of_call_{position}"):
+                    known = trust.get(call.name, Assumptions())
+                    measured = measure_call(call, selection, self._options, trust=known, draw=draw)
+                    calls[call.name], results[call.name] = measured
+        if self._targets is None:
+            return _Results(results, {}), _Static(calls, recording, None)
+        with shielded(self._model):
+            wanted = keras.tree.pack_sequence_as(self._targets, list(targets))
+            loss = self._gradients_of_loss(recording, packed, wanted)
+        norms = {name: MEASURES["loss_gradient"].function(gradient) for name, gradient in loss.by_call.items()}
+        nothing = float("nan")
+        gradients = {
+            name: tf.where(results[name].mask, norm, tf.constant(nothing, norm.dtype)) for name, norm in norms.items()
+        }
+        return _Results(results, gradients), _Static(calls, recording, loss)
 
-    def _gradients_of_loss(self, inputs: Any, targets: Any) -> LossGradients:
-        measured = {call.layer for call in self._recording.calls}
+    def _gradients_of_loss(self, recording: Recording, inputs: Any, targets: Any) -> LossGradients:
+        measured = {call.layer for call in recording.calls}
         layers = {position: item for position, item in enumerate(self._layers) if item.layer in measured}
         # With the losses that layers add, such as activity regularizers; those of weights look for these in the scope.
         weights = [(weight, tf.convert_to_tensor(weight.value)) for weight in self._model.trainable_variables]
@@ -324,7 +324,8 @@ class JacobianMeter:
 
     def _check_calls(self, *, required: bool) -> None:
         """Says which layers cannot be measured; an error if the user asked for one of them, or none is left."""
-        unmeasured, calls = self._recording.unmeasured, self._traced[True].calls
+        static = self._traced[True].function.static
+        unmeasured, calls = static.recording.unmeasured, static.calls
         reasons = "; ".join(f"layer `{name}`: {reason}" for name, reason in unmeasured.items())
         if unmeasured and (required or not calls):
             raise ValueError(

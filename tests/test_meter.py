@@ -39,8 +39,8 @@ from helpers import (
 )
 
 from keras_jacmon import JacobianMeter, JacobianMonitor, Report, measure
+from keras_jacmon.measurement import chunks
 from keras_jacmon.measurement import per_step as points
-from keras_jacmon.measures import rows as rows_module
 from keras_jacmon.options import Options
 
 L = keras.layers
@@ -441,7 +441,7 @@ def test_the_graph_does_not_grow_with_the_steps_or_the_chunks(case_id: str) -> N
 
     def size_of(steps: int, max_bytes: int) -> int:
         meter = JacobianMeter(model, normal(BATCH, steps, FEATURES), measures=["variance"], max_bytes=max_bytes)
-        return operations(meter._traced[True].graph.graph)
+        return operations(meter._traced[True].function.graph.graph)
 
     assert size_of(5, 2**30) == size_of(50, 2**30)
     assert size_of(50, 5000) == size_of(200, 5000)
@@ -449,13 +449,13 @@ def test_the_graph_does_not_grow_with_the_steps_or_the_chunks(case_id: str) -> N
 
 def test_max_bytes_bounds_the_rows_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
-    original = rows_module.measure_rows
+    original = chunks.measure_points
 
     def spy(source: Any, measures: Any, options: Any, chunk: int) -> Any:
         seen.append(chunk)
         return original(source, measures, options, chunk)
 
-    monkeypatch.setattr(points, "measure_rows", spy)
+    monkeypatch.setattr(points, "measure_points", spy)
     model, _ = make_model(BY_ID["bare_state"], PROBE)
     for max_bytes in (2**30, 2**20, 2**16, 1):
         JacobianMeter(model, PROBE, measures=["variance"], max_bytes=max_bytes)
@@ -471,7 +471,7 @@ def test_one_segment_at_a_time() -> None:
     """TensorFlow may begin ten iterations of a loop at once, which would need the memory of all of them."""
     model, probe = sequential([keras.layers.LSTM(4, name="lstm")]), normal(BATCH, STEPS, FEATURES)
     meter = JacobianMeter(model, probe, measures=["variance", "joint/flow", "joint/lyapunov"], max_bytes=2**13)
-    operations = meter._traced[True].graph.graph.get_operations()
+    operations = meter._traced[True].function.graph.graph.get_operations()
     # Of the steps, forwards for the exponents, and backwards for the flow; the loops in each segment are not in sight.
     assert [op.get_attr("parallel_iterations") for op in operations if "While" in op.type] == [1, 1, 1]
 

@@ -1,4 +1,4 @@
-"""What is known of a call before any number is, and the report that it becomes with the numbers."""
+"""Static metadata of a recurrent call, which assembles its report from the measured arrays."""
 
 import dataclasses
 from collections.abc import Iterable, Sequence
@@ -11,27 +11,33 @@ import tensorflow as tf
 from keras_jacmon.jacobians.cell_jacobian import CellJacobian, Choice
 from keras_jacmon.jacobians.dependencies import Dependencies
 from keras_jacmon.jacobians.views import View, floating_states, size
-from keras_jacmon.measurement.per_step import Results
-from keras_jacmon.measures.advice import SUGGESTION_MEASURES
+from keras_jacmon.measurement.results import CallResults
 from keras_jacmon.measures.advice import facts as advice_facts
-from keras_jacmon.measures.registry import KEYS
+from keras_jacmon.measures.kinds import Exponents, Loss, OverTime, PerStep, Spectrum, SuggestionInput
+from keras_jacmon.measures.registry import KEYS, Quantity, Selection
 from keras_jacmon.model.recording import RecurrentCall
 from keras_jacmon.options import Options
 from keras_jacmon.report.layer_report import LayerReport
 
-# Key of the mask of the rows at which expensive measures are taken, if not at all.
-SAMPLED = "sampled"
 
-# And of the places of spectra.
-SPECTRA_AT = "spectra_at"
+@dataclass(frozen=True)
+class _Found:
+    """The NumPy values of one quantity.
 
-# And of `CheckResults`.
-CHECKS = "checks"
+    Attributes:
+        quantity: The quantity.
+        value: Its values.
+        uncertainty: The uncertainties; None for exact values.
+    """
+
+    quantity: Quantity
+    value: Any
+    uncertainty: Any
 
 
 @dataclass(frozen=True)
 class CallMetadata:
-    """What is known of a call before any number is.
+    """Static metadata of a recurrent call; assembles its report from the measured arrays.
 
     Attributes:
         cell: Class of the cell.
@@ -45,6 +51,7 @@ class CallMetadata:
         columns: By view, those of its Jacobians.
         options: How it is measured.
         has_structure: Whether something that is measured rests on a structure, or on a registered form.
+        quantities: What is measured, in the order of `CallResults.arrays`.
     """
 
     cell: str
@@ -58,6 +65,7 @@ class CallMetadata:
     columns: dict[str, int]
     options: Options
     has_structure: bool = False
+    quantities: Selection = ()
 
     @classmethod
     def of(
@@ -70,7 +78,15 @@ class CallMetadata:
         asked: Iterable[str],
         options: Options,
     ) -> "CallMetadata":
-        """The facts of a call; `asked` are the views that numbers are wanted of, and `options` how.
+        """The metadata of a call.
+
+        Args:
+            call: What the layer received.
+            states: The flat initial states.
+            jacobian: The Jacobians of its cell.
+            connections: The dependencies of new states on old ones.
+            asked: The views that the user asked for.
+            options: The settings of the measurement.
 
         Raises:
             ValueError: If no state has a derivative.
@@ -111,28 +127,85 @@ class CallMetadata:
             options,
         )
 
-    def _method(self, key: str, values: Any, uncertainty: Any) -> str:
-        """How it was found, in words, and of how many values the tolerance was not reached."""
-        view, measure = KEYS[key]
+    def report(self, results: CallResults, loss_gradient: tf.Tensor | None = None) -> LayerReport:
+        """Assembles the report.
+
+        Args:
+            results: The results of the graph.
+            loss_gradient: `(time, batch)`, norms of the gradient of the loss; None if it was not measured.
+        """
+        mask = results.mask.numpy()
+        everything = [
+            _Found(quantity, array.value.numpy(), None if bool(array.is_exact) else array.uncertainty.numpy())
+            for quantity, array in zip(self.quantities, results.arrays, strict=True)
+        ]
+        if loss_gradient is not None:
+            everything.append(_Found(KEYS["loss_gradient"], loss_gradient.numpy(), None))
+        known = {found.quantity: found for found in everything}
+        shown = {key: known[quantity] for key, quantity in KEYS.items() if quantity in known}
+        uncertainties = {key: found.uncertainty for key, found in shown.items() if found.uncertainty is not None}
+        measures = {key: found.quantity.measure for key, found in shown.items()}
+        over_time = {key: m.kind.reduction for key, m in measures.items() if isinstance(m.kind, OverTime)}
+        expensive = [key for key, measure in measures.items() if measure.expensive]
+        layer = LayerReport(
+            cell=self.cell,
+            units=self.units,
+            values={key: f.value for key, f in shown.items() if isinstance(measures[key].kind, (PerStep, Loss))},
+            mask=mask,
+            uncertainties=uncertainties,
+            estimated=frozenset(key for key in uncertainties if measures[key].uncertainty == "standard error"),
+            sampled={} if results.sampled is None else dict.fromkeys(expensive, results.sampled.numpy()),
+            certificate=results.checks.floats().structure_residual if self.has_structure else None,
+            sequences={key: shown[key].value for key in over_time},
+            spectra={key: f.value for key, f in shown.items() if isinstance(measures[key].kind, Spectrum)},
+            spectra_at=np.empty((0, 2), np.int64) if results.spectra_at is None else results.spectra_at.numpy(),
+            joint=self.joint,
+            suggestion_inputs=self._suggestion_inputs(everything, mask),
+            go_backwards=self.go_backwards,
+            notes=self.notes,
+            methods={key: self._method(found) for key, found in shown.items()},
+            reductions={key: reduction for key, reduction in over_time.items() if reduction is not None},
+            may_be_infinite=frozenset(
+                key for key, m in measures.items() if isinstance(m.kind, PerStep) and m.kind.may_be_infinite
+            ),
+        )
+        counts = ", ".join(f"{count} of `{key}`" for key, count in layer.nonfinite().items())
+        notes = [f"NaN or Inf among the values: {counts}"] if counts else self._undecided(layer)
+        return dataclasses.replace(layer, notes=(*self.notes, *notes))
+
+    def _suggestion_inputs(self, everything: Iterable[_Found], mask: Any) -> dict[str, float]:
+        """The numbers from which the suggestions of a verdict are computed."""
+        known = {found.quantity: found.value[mask] for found in everything if found.value.shape == mask.shape}
+        helpers = {q.measure.name: value for q, value in known.items() if isinstance(q.measure.kind, SuggestionInput)}
+        gains = known.get(KEYS[f"{self.joint}rms_singular_value"], [])
+        return advice_facts(helpers, known.get(KEYS["variance"], []), gains)
+
+    def _method(self, found: _Found) -> str:
+        """Describes in words how the values were found, and how many did not reach the tolerance."""
+        view, measure = found.quantity
         # The loss is differentiated by a hidden state that need not have a view.
-        how = measure.how(self.options, self.columns.get(view, self.units), uncertain=uncertainty is not None)
-        if measure.uncertainty == "residual" and uncertainty is not None:
-            unreached, total = uncertainty > self.options.tolerance * values, np.sum(~np.isnan(values))
-        elif measure.of == "spectrum" and how != "exact":
-            unreached, total = np.isnan(values), values.size
+        columns = self.columns.get(view, self.units)
+        how = measure.how(self.options, columns, uncertain=found.uncertainty is not None)
+        if measure.uncertainty == "residual" and found.uncertainty is not None:
+            unreached = found.uncertainty > self.options.tolerance * found.value
+            total = np.sum(~np.isnan(found.value))
+        elif isinstance(measure.kind, Spectrum) and how != "exact":
+            unreached, total = np.isnan(found.value), found.value.size
         else:
             return how
         return f"{how}, not reached by {unreached.sum()} of {total}" if unreached.any() else how
 
     def _undecided(self, layer: LayerReport) -> list[str]:
-        """What a reader must know of Kaplan-Yorke dimensions that are NaN."""
+        """Notes on values that are NaN since too few exponents are known."""
         time = len(layer.mask)
         # A sample that ends before has no exponents at all.
         after_warmup = layer.mask.sum(axis=0) > (time // 10 if self.options.warmup is None else self.options.warmup)
         notes = []
         for key in layer.sequences:
             view, measure = KEYS[key]
-            undecided = int(np.isnan(layer[key][after_warmup]).sum()) if measure.name == "kaplan_yorke" else 0
+            if not (isinstance(measure.kind, Exponents) and measure.kind.may_be_undecided):
+                continue
+            undecided = int(np.isnan(layer[key][after_warmup]).sum())
             # All of them always decide it, unless a state is NaN.
             if undecided and self.options.exponents < self.columns[view]:
                 notes.append(
@@ -141,51 +214,3 @@ class CallMetadata:
                     "would"
                 )
         return notes
-
-    def report(self, results: Results) -> LayerReport:
-        """The report of the numbers."""
-        checks = results[CHECKS].floats()
-        arrays = {key: tensor.numpy() for key, tensor in results.items() if key != CHECKS}
-        mask, sampled, spectra_at = arrays.pop("mask"), arrays.pop(SAMPLED, None), arrays.pop(SPECTRA_AT, None)
-        helpers = {
-            key.split("/")[1]: arrays.pop(key)[mask]
-            for key in list(arrays)
-            if key.split("/")[-1] in SUGGESTION_MEASURES
-        }
-        variances, gains = (
-            arrays[key][mask] if key in arrays else []
-            for key in ("hidden/variance", f"{self.joint or 'hidden/'}rms_singular_value")
-        )
-        facts = advice_facts(helpers, variances, gains)
-        named = {key.removeprefix("hidden/"): array for key, array in arrays.items()}
-        keys = [key for key in KEYS if key in named]
-        uncertainties = {key: named[f"{key}/uncertainty"] for key in keys if f"{key}/uncertainty" in named}
-        estimated = {key for key in uncertainties if KEYS[key][1].uncertainty == "standard error"}
-
-        def of(*kinds: str) -> dict[str, Any]:
-            return {key: named[key] for key in keys if KEYS[key][1].of in kinds}
-
-        expensive = [key for key in of("step") if KEYS[key][1].expensive]
-        layer = LayerReport(
-            self.cell,
-            self.units,
-            of("step", "loss"),
-            mask,
-            uncertainties,
-            frozenset(estimated),
-            {} if sampled is None else dict.fromkeys(expensive, sampled),
-            checks.structure_residual if self.has_structure else None,
-            of("flow", "exponents"),
-            of("spectrum"),
-            np.empty((0, 2), np.int64) if spectra_at is None else spectra_at,
-            self.joint,
-            facts,
-            self.go_backwards,
-            self.notes,
-            {key: self._method(key, named[key], uncertainties.get(key)) for key in keys},
-            {key: reduction for key in of("flow", "exponents") if (reduction := KEYS[key][1].reduction)},
-            frozenset(key for key in of("step") if KEYS[key][1].may_be_infinite),
-        )
-        counts = ", ".join(f"{count} of `{key}`" for key, count in layer.nonfinite().items())
-        notes = [f"NaN or Inf among the values: {counts}"] if counts else self._undecided(layer)
-        return dataclasses.replace(layer, notes=(*self.notes, *notes))

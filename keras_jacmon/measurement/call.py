@@ -2,25 +2,28 @@
 
 import dataclasses
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import keras
 import tensorflow as tf
 
 from keras_jacmon.cell.step import CellStep
-from keras_jacmon.cell.trajectory import Trajectory, UnrollInputs, unroll
+from keras_jacmon.cell.trajectory import UnrollInputs, unroll
 from keras_jacmon.cell.unroll_plan import UnrollPlan
 from keras_jacmon.jacobians.cell_jacobian import Assumptions, CellJacobian
 from keras_jacmon.jacobians.checks import CheckResults
 from keras_jacmon.jacobians.dependencies import find_dependencies
 from keras_jacmon.jacobians.points import PointBatch
 from keras_jacmon.jacobians.views import floating_states, size
-from keras_jacmon.measurement.assembly import CHECKS, SAMPLED, SPECTRA_AT, CallMetadata
+from keras_jacmon.measurement.assembly import CallMetadata
 from keras_jacmon.measurement.over_time import SequenceMeasurement, measure_sequence
-from keras_jacmon.measurement.per_step import Results, StepMeasurement, in_segments
-from keras_jacmon.measurement.subsampling import UNKNOWN_SAMPLES, choose_places
+from keras_jacmon.measurement.per_step import StepMeasurement, in_segments
+from keras_jacmon.measurement.results import CallResults, MeasuredArray
+from keras_jacmon.measurement.subsampling import UNKNOWN_SAMPLES, Subsample, choose_places
 from keras_jacmon.measures.advice import with_advice
 from keras_jacmon.measures.context import MeasureContext
-from keras_jacmon.measures.registry import MEASURES, Selection, filtered
+from keras_jacmon.measures.kinds import Spectrum
+from keras_jacmon.measures.registry import KEYS, Selection, filtered, views_of
 from keras_jacmon.model.recording import RecurrentCall
 from keras_jacmon.options import Options
 from keras_jacmon.tensors import known_sizes
@@ -30,30 +33,21 @@ from keras_jacmon.tensors import known_sizes
 # measured to be more than all of these.
 _SHARE_OF_TRAJECTORY, _SHARE_OF_DERIVATIVES, _SHARE_OF_SEQUENCES = 8, 3, 6
 
-# What does not belong to single steps.
-_NOT_OF_STEPS = {name for name, measure in MEASURES.items() if measure.of == "spectrum"}
-
 
 def measure_call(
-    call: RecurrentCall,
-    measures: Selection,
-    options: Options,
-    *,
-    trust: Assumptions,
-    draw: tf.Tensor,
-) -> tuple[CallMetadata, Results]:
+    call: RecurrentCall, measures: Selection, options: Options, *, trust: Assumptions, draw: tf.Tensor
+) -> tuple[CallMetadata, CallResults]:
     """Measures one call, in the graph that is being traced.
 
     Args:
         call: What the layer received.
-        measures: What to measure, by view.
-        options: How. `max_bytes` bounds the memory, through segments of the sequence and chunks of points.
-        trust: What may be relied on. If not on the independence of rows, steps are taken one by one.
-        draw: Counts the measurements; it decides which rows are certified.
+        measures: What to measure.
+        options: The settings. `max_bytes` bounds the memory, through segments of the sequence and chunks of points.
+        trust: The assumptions that the Jacobians may rest on. Without independent points, steps are taken one by one.
+        draw: Number of measurements before this one; it decides which points are checked.
 
     Returns:
-        What is known before any number is, and the results: `mask` and each measure `(time, batch)`, and the results
-        of the checks.
+        The metadata of the call, and its results.
 
     Raises:
         ValueError: If no state has a derivative.
@@ -63,110 +57,146 @@ def measure_call(
         raise ValueError(f"None of its {len(walk.states)} states is floating-point, so there is no derivative")
     jacobian = CellJacobian(step, walk.inputs[0], walk.states, trust)
     connections = find_dependencies(step, walk.inputs[0], walk.states)
-    facts = CallMetadata.of(call, walk.states, jacobian, connections, asked=measures, options=options)
-    shortcut = jacobian.shortcut()
-
-    dtype = walk.states[floating_states(walk.states)[0]].dtype
-    time, samples = known_sizes(walk.inputs)[:2]
+    facts = CallMetadata.of(call, walk.states, jacobian, connections, asked=views_of(measures), options=options)
     selection = _of_views(measures, facts.views, several=bool(facts.joint))
-    facts = dataclasses.replace(facts, has_structure=jacobian.has_structure(list(selection)))
-    of_steps = filtered(selection, lambda measure: measure.of in ("step", "spectrum"))
-    over_time = filtered(selection, lambda measure: measure.of in ("flow", "exponents"))
-    places = choose_places(walk.mask, [time, samples], of_steps, options, independent=trust.independent)
     # Not a subclass, which may do something else with its gates.
-    forgets = type(call.layer.cell) is keras.layers.LSTMCell
-    context = MeasureContext(options, dtype, walk.inputs.shape[:2].num_elements())
-    points = StepMeasurement(
+    with_inputs = with_advice(selection, forgets=type(call.layer.cell) is keras.layers.LSTMCell)
+    of_points = filtered(with_inputs, lambda measure: not measure.kind.over_time)
+    over_time = filtered(selection, lambda measure: measure.kind.over_time)
+    facts = dataclasses.replace(
+        facts, has_structure=jacobian.has_structure(views_of(selection)), quantities=(*of_points, *over_time)
+    )
+    measurement = StepMeasurement(
         jacobian,
-        filtered(with_advice(selection, forgets=forgets), lambda measure: measure.of in ("step", "spectrum")),
-        tuple(selection),
-        context,
+        of_points,
+        tuple(views_of(selection)),
+        MeasureContext(options, _dtype(walk), walk.inputs.shape[:2].num_elements()),
         bytes_allowed=options.max_bytes // _SHARE_OF_DERIVATIVES,
-        bytes_per_row=connections.bytes_per_row,
+        bytes_per_point=connections.bytes_per_row,
         draw=draw,
         independent=trust.independent,
-        samples=samples,
+        samples=known_sizes(walk.inputs)[1],
     )
+    return facts, _Call(step, walk, jacobian.shortcut(), measurement, call.layer.go_backwards).results(over_time)
 
-    def measure_segment(trajectory: Trajectory, index: tf.Tensor, start: tf.Tensor) -> tuple[Results, CheckResults]:
-        stop = start + known_sizes(trajectory.inputs)[0]
-        return points.measure(PointBatch.of(trajectory), trajectory.last, places.between(start, stop), index)
 
-    steps = _most_steps(walk, shortcut, options.max_bytes // _SHARE_OF_TRAJECTORY)
-    at_once = walk.inputs.shape[0] is not None and walk.inputs.shape[0] <= steps
-    rows: PointBatch | None = None
-    if at_once:
-        trajectory = unroll(step, walk, shortcut)
-        rows = PointBatch.of(trajectory)
-        # Skipped steps need not be evaluated.
-        rows = points.evaluated(rows) if walk.mask is None else rows
-        results, checks = points.measure(rows, trajectory.last, places, 0)
-    else:
+@dataclass(frozen=True)
+class _Call:
+    """One call, ready to be measured.
 
-        def unrolled(
-            part: UnrollInputs, index: tf.Tensor, start: tf.Tensor
-        ) -> tuple[Results, CheckResults, tuple[tf.Tensor, ...]]:
-            here = unroll(step, part, shortcut)
-            return *measure_segment(here, index, start), here.last
+    Attributes:
+        step: The step of the cell.
+        walk: The sequence, in the order in which the cell runs.
+        shortcut: As for `unroll`.
+        measurement: Measurement of the single points.
+        go_backwards: True if the layer reads its input from the end.
+    """
 
-        results, checks = in_segments(walk, steps, points.types(), unrolled, dtype)
-    results["mask"] = tf.ones([time, samples], tf.bool) if walk.mask is None else walk.mask
-    if places.expensive is not None:
-        results[SAMPLED] = places.expensive
-    results = _in_order_of_input(results, walk.mask, [time, samples], go_backwards=call.layer.go_backwards)
-    if places.spectra is not None:
-        at = tf.where(places.spectra)
-        results[SPECTRA_AT] = tf.stack([time - 1 - at[:, 0], at[:, 1]], axis=1) if call.layer.go_backwards else at
-    if over_time:
-        most_steps = max(
-            1, min(steps, options.max_bytes // _SHARE_OF_SEQUENCES // points.bytes_per_row // _samples(walk))
+    step: CellStep
+    walk: UnrollInputs
+    shortcut: UnrollPlan | None
+    measurement: StepMeasurement
+    go_backwards: bool
+
+    def results(self, over_time: Selection) -> CallResults:
+        """Measures the single points, and then the products over time."""
+        walk, points, options = self.walk, self.measurement, self.measurement.context.options
+        shape = known_sizes(walk.inputs)[:2]
+        places = choose_places(walk.mask, shape, points.quantities, options, independent=points.independent)
+        steps = _most_steps(walk, self.shortcut, options.max_bytes // _SHARE_OF_TRAJECTORY)
+        arrays, checks, rows = self._at_points(places, steps)
+        spectra_at = None if places.spectra is None else tf.where(places.spectra)
+        if spectra_at is not None and self.go_backwards:
+            spectra_at = tf.stack([shape[0] - 1 - spectra_at[:, 0], spectra_at[:, 1]], axis=1)
+        results = CallResults(
+            self._in_order(tf.ones(shape, tf.bool) if walk.mask is None else walk.mask),
+            None if places.expensive is None else self._in_order(places.expensive),
+            spectra_at,
+            checks,
+            tuple(
+                array if isinstance(measure.kind, Spectrum) else self._array_in_order(array)
+                for (_, measure), array in zip(points.quantities, arrays, strict=True)
+            ),
         )
-        # One behind the other, so that they do not need their memory at the same time.
-        done = [*results.values(), *checks]
-        with tf.control_dependencies([value.op for value in done]):
+        if not over_time:
+            return results
+        return results._replace(arrays=(*results.arrays, *self._over_time(over_time, steps, rows, results)))
+
+    def _at_points(self, places: Subsample, steps: int) -> tuple[list[MeasuredArray], CheckResults, PointBatch | None]:
+        """Measures the points, at once or in segments; the points themselves if they are there at once."""
+        walk, points = self.walk, self.measurement
+        if walk.inputs.shape[0] is not None and walk.inputs.shape[0] <= steps:
+            trajectory = unroll(self.step, walk, self.shortcut)
+            rows = PointBatch.of(trajectory)
+            # Skipped steps need not be evaluated.
+            rows = points.evaluated(rows) if walk.mask is None else rows
+            return *points.measure(rows, trajectory.last, places, 0), rows
+
+        def measure_segment(
+            part: UnrollInputs, index: tf.Tensor, start: tf.Tensor
+        ) -> tuple[list[MeasuredArray], CheckResults, tuple[tf.Tensor, ...]]:
+            here = unroll(self.step, part, self.shortcut)
+            stop = start + known_sizes(here.inputs)[0]
+            return *points.measure(PointBatch.of(here), here.last, places.between(start, stop), index), here.last
+
+        return *in_segments(walk, steps, points, measure_segment), None
+
+    def _over_time(
+        self, over_time: Selection, steps: int, rows: PointBatch | None, results: CallResults
+    ) -> list[MeasuredArray]:
+        """Measures the products over time, after all else, so that both do not need their memory at the same time."""
+        walk, points = self.walk, self.measurement
+        options = points.context.options
+        most = options.max_bytes // _SHARE_OF_SEQUENCES // points.bytes_per_point // _samples(walk)
+        done = [results.mask, *results.checks]
+        done += [tensor for array in results.arrays for tensor in (array.value, array.uncertainty)]
+        with tf.control_dependencies([tensor.op for tensor in done]):
             begin = tuple(map(tf.identity, walk.states))
         whole = SequenceMeasurement(
-            step, walk.between(0, time, begin), shortcut, jacobian, trust.independent, most_steps
+            self.step,
+            walk.between(0, known_sizes(walk.inputs)[0], begin),
+            self.shortcut,
+            points.jacobian,
+            points.independent,
+            max(1, min(steps, most)),
         )
-        results |= measure_sequence(whole, over_time, context, rows and rows.behind(done))
-    return facts, results | {CHECKS: checks}
+        return measure_sequence(whole, over_time, points.context, rows and rows.behind(done))
+
+    def _array_in_order(self, array: MeasuredArray) -> MeasuredArray:
+        return MeasuredArray(self._in_order(array.value), self._in_order(array.uncertainty), array.is_exact)
+
+    def _in_order(self, value: tf.Tensor) -> tf.Tensor:
+        """Values as `(time, batch)`, by position in the input; NaN or False at the steps that are skipped."""
+        value = tf.reshape(value, known_sizes(self.walk.inputs)[:2])
+        if self.walk.mask is not None:
+            nothing = tf.constant(False if value.dtype.is_bool else float("nan"), value.dtype)
+            value = tf.where(self.walk.mask, value, nothing)
+        return value[::-1] if self.go_backwards else value
 
 
 def _most_steps(walk: UnrollInputs, shortcut: UnrollPlan | None, max_bytes: int) -> int:
-    """Of how many steps the trajectory fits into some memory."""
+    """Maximum number of steps whose trajectory fits into some memory."""
     once, twice = [walk.inputs[0]], [*walk.states]
     if shortcut:
         once += shortcut.prepared
         # A list of steps becomes one tensor, and for a moment there are both.
         twice += shortcut.saved
     values = sum(map(size, once)) + 2 * sum(map(size, twice))
-    return max(1, max_bytes // (values * walk.states[floating_states(walk.states)[0]].dtype.size * _samples(walk)))
+    return max(1, max_bytes // (values * _dtype(walk).size * _samples(walk)))
 
 
 def _samples(walk: UnrollInputs) -> int:
     return int(walk.inputs.shape[1] or UNKNOWN_SAMPLES)
 
 
-def _in_order_of_input(
-    results: Results, mask: tf.Tensor | None, shape: Sequence[int | tf.Tensor], *, go_backwards: bool
-) -> Results:
-    """What belongs to steps as `(time, batch)`, by position in the input; NaN or False where they are skipped."""
-
-    def ordered(value: tf.Tensor) -> tf.Tensor:
-        value = tf.reshape(value, shape)
-        if mask is not None:
-            nothing = tf.constant(False if value.dtype.is_bool else float("nan"), value.dtype)
-            value = tf.where(mask, value, nothing)
-        return value[::-1] if go_backwards else value
-
-    # A spectrum has two axes, and a certificate none.
-    return {key: value if key.split("/")[-1] in _NOT_OF_STEPS else ordered(value) for key, value in results.items()}
+def _dtype(walk: UnrollInputs) -> tf.DType:
+    """Type of the Jacobians."""
+    return walk.states[floating_states(walk.states)[0]].dtype
 
 
 def _of_views(measures: Selection, views: Sequence[str], *, several: bool) -> Selection:
     """The measures of the views that a cell has; with one state its hidden view is the joint one."""
-    if several:
-        return {view: chosen for view, chosen in measures.items() if view in views}
-    states = {measure for view, of_view in measures.items() if view != "inputs" for measure in of_view}
-    chosen = {"hidden": tuple(m for m in MEASURES.values() if m in states), "inputs": measures.get("inputs", ())}
-    return {view: chosen[view] for view in views if chosen[view]}
+    if not several:
+        wanted = {("hidden" if view == "joint" else view, measure) for view, measure in measures}
+        measures = tuple(quantity for quantity in KEYS.values() if quantity in wanted)
+    return tuple(quantity for quantity in measures if quantity.view in views)

@@ -15,10 +15,13 @@ from keras_jacmon.cell.unroll_plan import UnrollPlan
 from keras_jacmon.jacobians.cell_jacobian import CellJacobian
 from keras_jacmon.jacobians.points import PointBatch
 from keras_jacmon.jacobians.views import View
+from keras_jacmon.measurement.results import MeasuredArray
 from keras_jacmon.measures import flow, lyapunov
-from keras_jacmon.measures.context import MeasureContext
-from keras_jacmon.measures.registry import Selection
+from keras_jacmon.measures.context import MeasureContext, Measured
+from keras_jacmon.measures.kinds import Exponents, Flow
+from keras_jacmon.measures.registry import Selection, of_kind, views_of
 from keras_jacmon.measures.steps import Steps
+from keras_jacmon.options import Options
 from keras_jacmon.tensors import known_sizes
 
 # Purposes of random numbers, beside those of the measures of a step.
@@ -54,26 +57,25 @@ class SequenceMeasurement:
 
 
 def measure_sequence(
-    sequence: SequenceMeasurement, measures: Selection, context: MeasureContext, rows: PointBatch | None
-) -> dict[str, tf.Tensor]:
+    sequence: SequenceMeasurement, quantities: Selection, context: MeasureContext, rows: PointBatch | None
+) -> list[MeasuredArray]:
     """Measures products of Jacobians over time, in the graph that is being traced.
 
     Args:
         sequence: Of which Jacobians.
-        measures: Those of the flow and of the exponents, by view.
-        context: How.
+        quantities: What to measure, of the kinds `Flow` and `Exponents`.
+        context: Settings of the measures.
         rows: The points of the whole trajectory, if they are there.
 
     Returns:
-        By `view/measure`: `(spans, samples)` for the flow, and `view/flow/uncertainty`; `(exponents, samples)` for
-        the Lyapunov exponents; `(samples,)` for the others.
+        For each quantity: `(spans, samples)` for the flow; `(exponents, samples)` for the Lyapunov exponents;
+        `(samples,)` for the others.
     """
     walk, time = sequence.walk, sequence.walk.inputs.shape[0]
     steps, samples = known_sizes(walk.inputs)[:2]
     warmup = steps // 10 if context.options.warmup is None else context.options.warmup
-    sizes = {view: View.of(view, walk.states).columns(walk.inputs[0], walk.states) for view in measures}
-    flows = [view for view, chosen in measures.items() if any(m.of == "flow" for m in chosen)]
-    chaotic = [view for view, chosen in measures.items() if any(m.of == "exponents" for m in chosen)]
+    sizes = {view: View.of(view, walk.states).columns(walk.inputs[0], walk.states) for view in views_of(quantities)}
+    flows, chaotic = views_of(of_kind(quantities, Flow)), views_of(of_kind(quantities, Exponents))
     carry = _Carry(
         {view: _start_flow(samples, sizes[view], context) for view in flows},
         {view: _start_exponents(samples, sizes[view], context) for view in chaotic},
@@ -82,22 +84,23 @@ def measure_sequence(
         logs, exponents = _at_once(sequence, rows, carry, warmup, context)
     else:
         logs, exponents = _in_segments(sequence, carry, warmup, context)
-    results: dict[str, tf.Tensor] = {}
-    for view in flows:
-        if context.options.exact_flow:
-            results[f"{view}/flow"] = flow.by_span(logs[view][:, 0], walk.mask)
+    gains = {view: _gains(logs[view], walk.mask, context.options) for view in flows}
+    found = {view: lyapunov.lyapunov_exponents(exponents[view], warmup=warmup) for view in chaotic}
+    arrays = []
+    for view, measure in quantities:
+        if isinstance(measure.kind, Flow):
+            error = gains[view].uncertainty if measure.uncertainty else None
+            arrays.append(MeasuredArray.of(measure.function(gains[view].value), error))
         else:
-            results[f"{view}/flow"], results[f"{view}/flow/uncertainty"] = flow.flow_by_span(logs[view], walk.mask)
-    for view in chaotic:
-        results[f"{view}/lyapunov"] = lyapunov.lyapunov_exponents(exponents[view], warmup=warmup)
-    for view, chosen in measures.items():
-        for measure in chosen:
-            if measure.of == "flow":
-                results[f"{view}/{measure.name}"] = measure.function(results[f"{view}/flow"])
-            else:
-                results[f"{view}/{measure.name}"] = measure.function(results[f"{view}/lyapunov"], sizes[view])
-    wanted = {f"{view}/{measure.name}" for view, chosen in measures.items() for measure in chosen}
-    return {key: value for key, value in results.items() if key.removesuffix("/uncertainty") in wanted}
+            arrays.append(MeasuredArray.of(measure.function(found[view], sizes[view])))
+    return arrays
+
+
+def _gains(logs: tf.Tensor, mask: tf.Tensor | None, options: Options) -> Measured:
+    """The logarithms of the gains by span, `(spans, samples)`, and their standard errors if they are estimates."""
+    if options.exact_flow:
+        return Measured(flow.by_span(logs[:, 0], mask), None)
+    return Measured(*flow.flow_by_span(logs, mask))
 
 
 def _start_flow(samples: int | tf.Tensor, size: int, context: MeasureContext) -> flow.FlowCarry:

@@ -1,4 +1,4 @@
-"""At which steps and samples are measures taken?"""
+"""Subsamples: the steps and samples at which measures are taken."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from keras_jacmon.measures.registry import Selection, filtered
-from keras_jacmon.measures.rows import spread_evenly
+from keras_jacmon.measurement.chunks import spread_evenly
+from keras_jacmon.measures.kinds import Spectrum
+from keras_jacmon.measures.registry import Selection, filtered, of_kind
 from keras_jacmon.options import Options
 
 # A graph may not know how many samples it will get.
@@ -16,7 +17,7 @@ UNKNOWN_SAMPLES = 2**10
 
 
 class Subsample(NamedTuple):
-    """Masks `(time, batch)` of the rows that are measured.
+    """Masks `(time, batch)` of the points that are measured.
 
     Attributes:
         mask: False at steps that are skipped; None if there are none.
@@ -29,7 +30,7 @@ class Subsample(NamedTuple):
     spectra: tf.Tensor | None
 
     def between(self, start: tf.Tensor | int, stop: tf.Tensor | int) -> "Subsample":
-        """Those of a part of the sequence."""
+        """The masks of a part of the sequence."""
         return Subsample(*(None if mask is None else mask[start:stop] for mask in self))
 
 
@@ -41,38 +42,38 @@ def choose_places(
     *,
     independent: bool,
 ) -> Subsample:
-    """Where measures are taken.
+    """Chooses the points at which measures are taken.
 
     Args:
         mask: `(time, batch)`, False at steps that are skipped; None for no mask.
         shape: Time and batch.
-        measures: By view.
+        measures: What is measured.
         options: `max_rows` and `spectra` count.
-        independent: Whether each row of a step is a function of itself.
+        independent: False if the points of a step must stay together.
     """
     expensive = spectra = None
-    sample = partial(_sample_rows, mask, shape, independent=independent)
+    sample = partial(_sample_points, mask, shape, independent=independent)
     if mask is None and all(isinstance(size, int) for size in shape):
         sample = partial(_known, sample)
     if options.max_rows is not None and filtered(measures, lambda measure: measure.expensive):
         expensive = sample(options.max_rows)
-    if filtered(measures, lambda measure: measure.of == "spectrum"):
-        # One step, if its rows cannot be told apart.
+    if of_kind(measures, Spectrum):
+        # One step, if its points cannot be told apart.
         spectra = sample(options.spectra if independent else 1)
     return Subsample(mask, expensive, spectra)
 
 
 def _known(function: Callable[..., tf.Tensor], *args: Any) -> tf.Tensor:
-    """What a function of no tensors gives, as a constant: with it the shapes are known of what is chosen by it."""
+    """Evaluates a function of no tensors to a constant, so that the shapes of what it chooses are known."""
     with tf.init_scope():
         value = function(*args).numpy()
     return tf.constant(value)
 
 
-def _sample_rows(
+def _sample_points(
     mask: tf.Tensor | None, shape: Sequence[int | tf.Tensor], count: int, *, independent: bool
 ) -> tf.Tensor:
-    """At most `count` unmasked rows, evenly in time: `(time, batch)`. Dependent rows: one whole step at least."""
+    """Marks at most `count` unmasked points, evenly in time, `(time, batch)`; at least one whole step if dependent."""
     time, samples = shape
     if not independent:
         steps = spread_evenly(time, max(1, count // int(tf.get_static_value(samples) or UNKNOWN_SAMPLES)))
@@ -85,10 +86,10 @@ def _sample_rows(
 
 
 def indices_of(mask: tf.Tensor) -> tf.Tensor:
-    """The indices of the rows that a mask `(time, batch)` chooses; that of the first row if it chooses none.
+    """Indices of the points that a mask `(time, batch)` chooses, or of the first point if there is none.
 
-    TensorFlow does not compute all cells for no rows at all: its optimizer gets the shapes of empty convolutions wrong.
-    What is measured there must be left out afterwards.
+    TensorFlow does not compute all cells for no points at all: its optimizer gets the shapes of empty convolutions
+    wrong. The value of such a stand-in must be left out afterwards.
     """
     known = tf.get_static_value(mask)
     if known is not None and known.any():

@@ -8,30 +8,30 @@ import numpy as np
 import tensorflow as tf
 
 from keras_jacmon.measures.context import MeasureContext, Measured
+from keras_jacmon.measures.kinds import Flow, SuggestionInput
 from keras_jacmon.measures.moments import variance
-from keras_jacmon.measures.registry import Measure, Selection
+from keras_jacmon.measures.registry import KEYS, Measure, Quantity, Selection, of_kind, views_of
 
 # Not in the registry: nobody asks for them by name.
 WITHOUT, OPPOSITE, FORGET = "variance_without_kernels", "variance_with_opposite_kernels", "log_forget"
-SUGGESTION_MEASURES = frozenset({WITHOUT, OPPOSITE, FORGET})
 
 
 def with_advice(selection: Selection, *, forgets: bool) -> Selection:
     """The selection, and what suggestions need, where there will be a verdict.
 
     Args:
-        selection: By view.
+        selection: What the user selected.
         forgets: Whether the diagonal of the second state's block, by itself, is a forget gate.
     """
-    judged = "joint" if "joint" in selection else "hidden"
-    if not any(measure.of == "flow" for measure in selection.get(judged, ())):
+    judged = "joint" if "joint" in views_of(selection) else "hidden"
+    if judged not in views_of(of_kind(selection, Flow)):
         return selection
-    advised = dict(selection)
-    if any(measure.name == "variance" for measure in selection.get("hidden", ())):
-        advised["hidden"] = (*selection["hidden"], _helper(WITHOUT, _at(0.0)), _helper(OPPOSITE, _at(-1.0)))
+    added = []
+    if KEYS["variance"] in selection:
+        added += [Quantity("hidden", _helper(WITHOUT, _at(0.0))), Quantity("hidden", _helper(OPPOSITE, _at(-1.0)))]
     if forgets and judged == "joint":
-        advised["joint"] = (*selection["joint"], _helper(FORGET, _log_forget))
-    return advised
+        added.append(Quantity("joint", _helper(FORGET, _log_forget)))
+    return (*selection, *added)
 
 
 def facts(helpers: Mapping[str, Any], variances: Any, gains: Any) -> dict[str, float]:
@@ -71,7 +71,7 @@ def _gain(constant: float, linear: float, square: float) -> float:
 
 
 def _helper(name: str, function: Callable[[Any, MeasureContext], Measured]) -> Measure:
-    return Measure(name, "step", function, definition="", unit="", reference="", reading="", cost="standard")
+    return Measure(name, SuggestionInput(), function, definition="", unit="", reference="", reading="", cost="standard")
 
 
 def _at(gain: float) -> Callable[[Any, MeasureContext], Measured]:

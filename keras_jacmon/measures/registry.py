@@ -1,11 +1,12 @@
-"""Which measures are there?"""
+"""Registry of all measures: names, presets, definitions and methods."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from keras_jacmon.measures import eigen, flow, lyapunov, moments, spectrum
+from keras_jacmon.measures.kinds import Exponents, Flow, Kind, Loss, PerStep, Spectrum
 from keras_jacmon.options import VIEWS, Options
 
 _SQUARE = ("hidden", "joint")
@@ -35,11 +36,7 @@ class Measure:
 
     Attributes:
         name: Its key in reports, logs and TensorBoard tags.
-        of: What it is a function of. `"step"`: the Jacobian of one step; `function` maps an operator and a
-            `MeasureContext` to `Measured`, `(rows,)`. `"spectrum"`: that too, but `function` gives `(rows, values)`.
-            `"flow"`: the logarithms of the gains by span, `(spans, samples)`. `"exponents"`: the Lyapunov exponents
-            `(exponents, samples)`, and the units. `"loss"`: the gradient of the loss by the hidden state, `(samples,
-            time, units)`; it is measured where there are targets, and cannot be asked for by name.
+        kind: What it is a function of, and the form of its values; the kind says what `function` takes.
         function: Gives its values.
         definition: In a formula or half a sentence.
         unit: Of the values.
@@ -53,15 +50,11 @@ class Measure:
         uncertainty: What the second array of `Measured` is: `"standard error"` or `"residual"`.
         expensive: Whether `max_rows` bounds the rows that it is measured at.
         dense_up_to: J itself is formed if it has so many columns at most; 0 for never, inf for always.
-        vectors: How many vectors it keeps for each row while it is computed, where J is not formed.
-        values: Of a spectrum, from the rows and columns of J to how many values it has.
-        reduction: For a product over time, the name in `REDUCTIONS` of the way to one number over the samples; None
-            for no number.
-        may_be_infinite: Whether inf is a regular value.
+        kept_vectors: Number of vectors kept for each point while it is computed, where J is not formed.
     """
 
     name: str
-    of: Literal["step", "spectrum", "flow", "exponents", "loss"]
+    kind: Kind
     function: Callable[..., Any]
     definition: str
     unit: str
@@ -74,24 +67,21 @@ class Measure:
     uncertainty: Literal["standard error", "residual"] | None = None
     expensive: bool = False
     dense_up_to: float = 0
-    vectors: int = 0
-    values: Callable[[int, int], int] = min
-    reduction: str | None = "mean"
-    may_be_infinite: bool = False
+    kept_vectors: int = 0
 
-    def kept(self, rows: int, columns: int) -> int:
-        """How many numbers it keeps for each J `(rows, columns)` while it is computed."""
-        return _COPIES * rows * columns if columns <= self.dense_up_to else self.vectors * columns
+    def numbers_kept(self, rows: int, columns: int) -> int:
+        """Count of the numbers kept for each J `(rows, columns)` while the measure is computed."""
+        return _COPIES * rows * columns if columns <= self.dense_up_to else self.kept_vectors * columns
 
     def how(self, options: Options, columns: int, *, uncertain: bool) -> str:
-        """How it is found, in words.
+        """Describes in words how the values were found.
 
         Args:
-            options: As it was measured with.
-            columns: Of J.
-            uncertain: Whether the values have an uncertainty.
+            options: The settings of the measurement.
+            columns: Number of columns of J.
+            uncertain: True if the values have an uncertainty.
         """
-        exact = columns <= self.dense_up_to or (self.of == "step" and not uncertain)
+        exact = columns <= self.dense_up_to or (isinstance(self.kind, PerStep) and not uncertain)
         return "exact" if exact else self.method(options, columns)
 
 
@@ -100,7 +90,7 @@ MEASURES = {
     for measure in (
         Measure(
             "variance",
-            "step",
+            PerStep(),
             moments.variance,
             definition="n times the variance of the entries of J (m x n)",
             unit="dimensionless",
@@ -114,7 +104,7 @@ MEASURES = {
         ),
         Measure(
             "rms_singular_value",
-            "step",
+            PerStep(),
             moments.rms_singular_value,
             definition="`sqrt(‖J‖² / n)` with the Frobenius norm: the root mean square of the singular values",
             unit="dimensionless",
@@ -128,7 +118,7 @@ MEASURES = {
         ),
         Measure(
             "spectral_norm",
-            "step",
+            PerStep(),
             spectrum.spectral_norm,
             definition="the largest singular value of J, to a relative `tolerance` (0.01)",
             unit="dimensionless",
@@ -140,11 +130,11 @@ MEASURES = {
             differentiable=True,
             uncertainty="residual",
             expensive=True,
-            vectors=spectrum.MAX_STEPS,
+            kept_vectors=spectrum.MAX_STEPS,
         ),
         Measure(
             "spectral_radius",
-            "step",
+            PerStep(),
             eigen.spectral_radius,
             definition="the largest modulus of an eigenvalue of J; above 128 units by Arnoldi's method, to `tolerance`",
             unit="dimensionless",
@@ -155,11 +145,11 @@ MEASURES = {
             uncertainty="residual",
             expensive=True,
             dense_up_to=eigen.EXACT_SIZE,
-            vectors=2 * eigen.KRYLOV,
+            kept_vectors=2 * eigen.KRYLOV,
         ),
         Measure(
             "condition_number",
-            "step",
+            PerStep(may_be_infinite=True),
             eigen.condition_number,
             definition="the largest singular value over the smallest one",
             unit="dimensionless",
@@ -169,11 +159,10 @@ MEASURES = {
             views=VIEWS,
             expensive=True,
             dense_up_to=math.inf,
-            may_be_infinite=True,
         ),
         Measure(
             "singular_values",
-            "spectrum",
+            Spectrum(),
             lambda operator, _: eigen.singular_values(operator),
             definition="all singular values of J, at 16 steps and samples (`spectra`)",
             unit="dimensionless",
@@ -185,7 +174,10 @@ MEASURES = {
         ),
         Measure(
             "eigenvalues",
-            "spectrum",
+            Spectrum(
+                complex_values=True,
+                count=lambda _, columns: columns if columns <= eigen.SPECTRUM_SIZE else eigen.LEADING,
+            ),
             eigen.leading_eigenvalues,
             definition="all eigenvalues of J, at 16 steps and samples (`spectra`); above 512 columns the 16 largest by "
             "Arnoldi's method, NaN if not found to `tolerance`",
@@ -194,13 +186,12 @@ MEASURES = {
             reading="outside of the unit circle a repeated step grows, inside it falls",
             cost="full",
             method=lambda options, _: f"Arnoldi, the {eigen.LEADING} largest, to {options.tolerance:g}",
-            values=lambda _, columns: columns if columns <= eigen.SPECTRUM_SIZE else eigen.LEADING,
             dense_up_to=eigen.SPECTRUM_SIZE,
-            vectors=2 * eigen.SPECTRUM_KRYLOV,
+            kept_vectors=2 * eigen.SPECTRUM_KRYLOV,
         ),
         Measure(
             "flow",
-            "flow",
+            Flow(reduction=None),
             lambda log_gain: log_gain,
             definition="`log(‖J_T ... J_{T-k+1}‖ / sqrt(n))` for k = 1, 2, ..., Frobenius norm, from 3 "
             "random vectors (`flow_vectors`)",
@@ -210,11 +201,10 @@ MEASURES = {
             cost="standard",
             method=_backwards,
             uncertainty="standard error",
-            reduction=None,
         ),
         Measure(
             "growth",
-            "flow",
+            Flow(),
             flow.growth,
             definition="the slope of the flow over k",
             unit="nats per step",
@@ -225,7 +215,7 @@ MEASURES = {
         ),
         Measure(
             "horizon",
-            "flow",
+            Flow(reduction="median"),
             flow.horizon,
             definition="the least k at which the flow is below log 0.01 or above log 100",
             unit="steps",
@@ -233,11 +223,10 @@ MEASURES = {
             reading="after so many steps a gradient has fallen to 1 %, or grown 100-fold; inf beyond the sequence",
             cost="standard",
             method=_backwards,
-            reduction="median",
         ),
         Measure(
             "lyapunov",
-            "exponents",
+            Exponents(reduction="first"),
             lambda exponents, _: exponents,
             definition="the 8 largest (`exponents`) mean logarithms of `abs(R_ii)` in `Q R = J_t Q`",
             unit="nats per step",
@@ -245,11 +234,10 @@ MEASURES = {
             reading="how fast nearby states part (> 0, chaos) or meet (< 0, forgetting), in the leading directions",
             cost="full",
             method=_qr,
-            reduction="first",
         ),
         Measure(
             "kaplan_yorke",
-            "exponents",
+            Exponents(may_be_undecided=True),
             lyapunov.kaplan_yorke,
             definition="of how many dimensions a volume neither grows nor shrinks (Kaplan, Yorke 1979)",
             unit="dimensionless",
@@ -260,7 +248,7 @@ MEASURES = {
         ),
         Measure(
             "loss_gradient",
-            "loss",
+            Loss(),
             moments.norms_by_step,
             definition="`‖dLoss/dh_t‖` of the compiled loss, times the number of samples; with `targets` only",
             unit="loss per unit of state",
@@ -279,7 +267,7 @@ def markdown_table() -> str:
     rows = [
         [
             f"`{m.name}`",
-            "-" if m.of == "loss" else f'`"{m.cost}"`',
+            f'`"{m.cost}"`' if m.kind.selectable else "-",
             m.definition,
             m.unit,
             m.reference or "-",
@@ -291,20 +279,37 @@ def markdown_table() -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in [head, ["---"] * len(head), *rows])
 
 
-# What is measured, by view.
-Selection = Mapping[str, tuple[Measure, ...]]
-
-
 def key_of(view: str, measure: str) -> str:
-    """The key of a measure in reports: with the view in front, unless that is the hidden one."""
+    """The key of a measure in reports: the view and the name, or the name alone for the hidden view."""
     return measure if view == "hidden" else f"{view}/{measure}"
 
 
+class Quantity(NamedTuple):
+    """A measure of the Jacobians of one view.
+
+    Attributes:
+        view: String, one of `VIEWS`.
+        measure: The measure.
+    """
+
+    view: str
+    measure: Measure
+
+    @property
+    def key(self) -> str:
+        """Its key in reports."""
+        return key_of(self.view, self.measure.name)
+
+
+# What is measured, in the order of views and measures.
+Selection = tuple[Quantity, ...]
+
+
 # By key, in the order of reports.
-KEYS = {key_of(view, m.name): (view, m) for view in VIEWS for m in MEASURES.values() if view in m.views}
+KEYS = {key_of(view, m.name): Quantity(view, m) for view in VIEWS for m in MEASURES.values() if view in m.views}
 
 # Those that can be asked for.
-_NAMES = [key for key, (_, measure) in KEYS.items() if measure.of != "loss"]
+_NAMES = [key for key, (_, measure) in KEYS.items() if measure.kind.selectable]
 
 
 def _preset(costs: tuple[str, ...], views: tuple[str, ...]) -> tuple[str, ...]:
@@ -312,9 +317,7 @@ def _preset(costs: tuple[str, ...], views: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(
         key
         for key, (view, measure) in KEYS.items()
-        if key in _NAMES
-        and measure.cost in costs
-        and view in (("joint",) if measure.of in ("flow", "exponents") else views)
+        if key in _NAMES and measure.cost in costs and view in (("joint",) if measure.kind.over_time else views)
     )
 
 
@@ -326,7 +329,7 @@ PRESETS = {
 
 
 def select_measures(names: Iterable[str] | str | None) -> Selection:
-    """The measures of these names for each view, in the order of the registry.
+    """Selects the measures of these names, in the order of the registry.
 
     Args:
         names: Names of measures, `"variance"` of the hidden view, `"joint/variance"` of the joint one, and of presets;
@@ -342,11 +345,19 @@ def select_measures(names: Iterable[str] | str | None) -> Selection:
             f"Received: {names}"
         )
     wanted = {key for name in names for key in PRESETS.get(name, (name,))}
-    chosen = [KEYS[key] for key in KEYS if key in wanted]
-    return {view: tuple(m for of, m in chosen if of == view) for view in VIEWS if any(of == view for of, _ in chosen)}
+    return tuple(quantity for key, quantity in KEYS.items() if key in wanted)
 
 
 def filtered(selection: Selection, keep: Callable[[Measure], bool]) -> Selection:
-    """The measures of a selection for which a condition holds."""
-    kept = {view: tuple(measure for measure in chosen if keep(measure)) for view, chosen in selection.items()}
-    return {view: chosen for view, chosen in kept.items() if chosen}
+    """The part of a selection whose measures fulfil a condition."""
+    return tuple(quantity for quantity in selection if keep(quantity.measure))
+
+
+def of_kind(selection: Selection, *kinds: type[Kind]) -> Selection:
+    """The part of a selection whose measures are of some kinds."""
+    return filtered(selection, lambda measure: isinstance(measure.kind, kinds))
+
+
+def views_of(selection: Selection) -> list[str]:
+    """The views in a selection, each once, in order."""
+    return list(dict.fromkeys(view for view, _ in selection))

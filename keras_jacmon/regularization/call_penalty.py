@@ -15,7 +15,7 @@ from keras_jacmon.jacobians.checks import CheckResults, check_independence, chec
 from keras_jacmon.jacobians.dependencies import find_dependencies
 from keras_jacmon.jacobians.points import PointBatch
 from keras_jacmon.jacobians.views import floating_states, side_by_side
-from keras_jacmon.measurement.per_step import CERTIFIED_ROWS
+from keras_jacmon.measurement.per_step import CHECKED_POINTS
 from keras_jacmon.measures.context import MeasureContext, Memory
 from keras_jacmon.measures.differentiable import DIFFERENTIABLE, TINY, Directions
 from keras_jacmon.measures.registry import MEASURES
@@ -186,7 +186,7 @@ class CallPenalty:
             new = [tf.gather(state, some) for state in points.new]
             return check(jacobian, [self._view], rows.take(some), new, seed)
 
-        checks = checked(check_points, chosen[:CERTIFIED_ROWS])
+        checks = checked(check_points, chosen[:CHECKED_POINTS])
         if not jacobian.row_by_row:
             checks = checks.worst(checked(check_independence, chosen))
         usable = self._usable(jacobian, rows)

@@ -11,6 +11,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_jacmon.measures.differentiable import DIFFERENTIABLE
+from keras_jacmon.measures.kinds import PerStep
 from keras_jacmon.measures.registry import KEYS
 from keras_jacmon.model.building import build
 from keras_jacmon.model.distribution import check_distribution, check_outside_of_scopes, own_variable
@@ -370,7 +371,7 @@ def _check_measure(name: str) -> None:
         return
     known = {measure.name: measure for _, measure in KEYS.values()}
     expected = f"a measure with one value for each step and sample and a derivative: {list(DIFFERENTIABLE)}"
-    if name in known and known[name].of in ("flow", "exponents", "spectrum", "loss"):
+    if name in known and not isinstance(known[name].kind, PerStep):
         raise _invalid("measure", expected, f"{name!r}, which has no such value")
     raise _invalid("measure", expected, repr(name))
 

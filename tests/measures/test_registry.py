@@ -14,6 +14,7 @@ from keras_jacmon import JacobianRegularizer, Report, measure
 from keras_jacmon.measures import eigen
 from keras_jacmon.measures.context import MeasureContext
 from keras_jacmon.measures.differentiable import DIFFERENTIABLE
+from keras_jacmon.measures.kinds import Spectrum
 from keras_jacmon.measures.registry import MEASURES, PRESETS
 from keras_jacmon.options import Options
 
@@ -92,7 +93,7 @@ def test_max_bytes_bounds_what_is_formed(name: str, monkeypatch: pytest.MonkeyPa
     chunked = measure(model, PROBE, measures=[name], max_bytes=3 * 3 * 11 * 64**2 * 4)["lstm"][name]
     np.testing.assert_allclose(chunked, values, rtol=1e-3)
     # Spectra are taken one by one, of 16 rows.
-    one_by_one = MEASURES[name.rpartition("/")[-1]].of == "spectrum"
+    one_by_one = isinstance(MEASURES[name.rpartition("/")[-1]].kind, Spectrum)
     assert at_once == ([1] * 16 if one_by_one else [18])
     assert seen == ([1] * 16 if one_by_one else [3] * 6)
 

@@ -7,9 +7,9 @@ import pytest
 import tensorflow as tf
 from helpers import normal
 
+from keras_jacmon.measurement.chunks import PointSource, measure_points, spread_evenly
 from keras_jacmon.measures.context import MeasureContext
-from keras_jacmon.measures.registry import MEASURES
-from keras_jacmon.measures.rows import RowSource, measure_rows, spread_evenly
+from keras_jacmon.measures.registry import KEYS
 from keras_jacmon.options import Options
 
 pytestmark = pytest.mark.fast
@@ -18,8 +18,8 @@ ROWS = 6
 OPTIONS = MeasureContext(Options(max_entries=0), num_points=ROWS)
 
 
-def source_of(matrices: tf.Tensor, valid: tf.Tensor | None = None) -> RowSource:
-    return RowSource(
+def source_of(matrices: tf.Tensor, valid: tf.Tensor | None = None) -> PointSource:
+    return PointSource(
         ROWS,
         lambda start, stop: {"hidden": tf.linalg.LinearOperatorFullMatrix(matrices[start:stop])},
         lambda rows: {"hidden": tf.linalg.LinearOperatorFullMatrix(tf.gather(matrices, rows))},
@@ -30,18 +30,18 @@ def source_of(matrices: tf.Tensor, valid: tf.Tensor | None = None) -> RowSource:
 @pytest.mark.parametrize("chunk", [1, 2, 4, 6, 100])
 def test_each_row_has_random_vectors_of_its_own(chunk: int) -> None:
     matrices = tf.repeat(tf.constant(normal(1, 8, 8)), ROWS, axis=0)
-    (measured,) = measure_rows(source_of(matrices), {"hidden": (MEASURES["variance"],)}, OPTIONS, chunk).values()
+    (measured,) = measure_points(source_of(matrices), (KEYS["variance"],), OPTIONS, chunk)
     assert len(np.unique(measured.value)) == ROWS
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 4, 6, 100])
 def test_rows_to_leave_out_are_nan(chunk: int) -> None:
     matrices = tf.constant(normal(ROWS, 8, 8))
-    norm = {"hidden": (MEASURES["spectral_norm"],)}
-    measured = measure_rows(source_of(matrices, tf.constant([0, 3, 4])), norm, OPTIONS, chunk)
+    norm = (KEYS["spectral_norm"],)
+    (measured,) = measure_points(source_of(matrices, tf.constant([0, 3, 4])), norm, OPTIONS, chunk)
     expected = np.linalg.norm(matrices, ord=2, axis=(1, 2))
     expected[[1, 2, 5]] = np.nan
-    np.testing.assert_allclose(measured["hidden/spectral_norm"].value, expected, rtol=1e-2)
+    np.testing.assert_allclose(measured.value, expected, rtol=1e-2)
 
 
 @pytest.mark.parametrize(("total", "count"), [(0, 5), (1, 5), (5, 5), (53, 40), (64, 16), (1000, 7)])

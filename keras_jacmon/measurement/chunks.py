@@ -1,0 +1,106 @@
+"""Measures of many points, a bounded number of them at a time."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import tensorflow as tf
+
+from keras_jacmon.measurement.results import MeasuredArray
+from keras_jacmon.measures.context import MeasureContext
+from keras_jacmon.measures.registry import Selection
+
+_GOLDEN = 0.6180339887498949
+
+# The operators of some points, by view.
+Operators = Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class PointSource:
+    """Source of the operators of points.
+
+    Attributes:
+        count: Number of points.
+        between: Function from two indices to the operators, by view, of the points from the one up to the other.
+        take: Function from indices `(k,)` to the operators, by view, of these points.
+        valid: Indices of the points to measure; None for all.
+    """
+
+    count: int | tf.Tensor
+    between: Callable[[tf.Tensor | None, tf.Tensor | None], Operators]
+    take: Callable[[tf.Tensor], Operators]
+    valid: tf.Tensor | None
+
+
+def measure_points(
+    source: PointSource, quantities: Selection, context: MeasureContext, chunk: int | tf.Tensor
+) -> list[MeasuredArray]:
+    """Measures the operators of many points.
+
+    Args:
+        source: Source of the operators.
+        quantities: What to measure, of the kind `PerStep`.
+        context: Settings of the measures.
+        chunk: Maximum number of points at once.
+
+    Returns:
+        For each quantity its values, `(points,)`, NaN where not measured.
+    """
+    if isinstance(chunk, int):
+        # For fewer points there is memory for several vectors at once.
+        context = dataclasses.replace(context, workspace_vectors=chunk)
+        if isinstance(source.count, int):
+            # Chunks of equal size, so that the last one is not a small one.
+            chunk = -(-source.count // max(1, -(-source.count // chunk)))
+    total = source.count if source.valid is None else source.valid.shape[0]
+    at_once = isinstance(total, int) and isinstance(chunk, int) and total <= chunk
+    if at_once and source.valid is None:
+        return _measured(source.between(None, None), quantities, context)
+    indices = tf.range(source.count) if source.valid is None else source.valid
+    nothing = tf.fill([source.count], tf.constant(float("nan"), context.dtype))
+    empty = [MeasuredArray(nothing, nothing, tf.constant(True)) for _ in quantities]  # noqa: FBT003 - positional only
+    if at_once:
+        return _put(_measured(source.take(indices), quantities, context), empty, indices)
+
+    def body(index: tf.Tensor, arrays: list[MeasuredArray]) -> tuple[tf.Tensor, list[MeasuredArray]]:
+        start, stop = index * chunk, tf.minimum((index + 1) * chunk, tf.size(indices))
+        here = indices[start:stop]
+        operators = source.between(start, stop) if source.valid is None else source.take(here)
+        found = _measured(operators, quantities, dataclasses.replace(context, stream=context.stream + index))
+        return index + 1, _put(found, arrays, here)
+
+    chunks = -(-tf.size(indices) // chunk)
+    # Several chunks at a time would need the memory of all of them.
+    _, arrays = tf.while_loop(lambda index, _: index < chunks, body, [tf.constant(0), empty], parallel_iterations=1)
+    return arrays
+
+
+def _measured(operators: Operators, quantities: Selection, context: MeasureContext) -> list[MeasuredArray]:
+    return [MeasuredArray.of(*measure.function(operators[view], context)) for view, measure in quantities]
+
+
+def _put(found: list[MeasuredArray], arrays: list[MeasuredArray], at: tf.Tensor) -> list[MeasuredArray]:
+    """The arrays with other values at some points."""
+
+    def put(part: tf.Tensor, array: tf.Tensor) -> tf.Tensor:
+        return tf.tensor_scatter_nd_update(array, tf.expand_dims(at, axis=1), tf.cast(part, array.dtype))
+
+    return [
+        MeasuredArray(put(new.value, old.value), put(new.uncertainty, old.uncertainty), old.is_exact & new.is_exact)
+        for new, old in zip(found, arrays, strict=True)
+    ]
+
+
+def spread_evenly(total: tf.Tensor | int, count: int) -> tf.Tensor:
+    """At most `count` of the numbers from 0 up to `total`, `(min(total, count),)`: one in each of as many equal parts.
+
+    Where in its part a number lies follows the golden ratio and not a stride, which could meet the same sample of a
+    batch each time.
+    """
+    total = tf.cast(total, tf.int64)
+    count = tf.minimum(tf.constant(count, tf.int64), total)
+    index = tf.range(count)
+    start, stop = index * total // count, (index + 1) * total // count
+    share = tf.cast(index, tf.float64) * _GOLDEN % 1.0
+    return start + tf.cast(share * tf.cast(stop - start, tf.float64), tf.int64)

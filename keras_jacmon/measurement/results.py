@@ -1,0 +1,46 @@
+"""The results of a call as typed values: what leaves the graph, before the report is assembled."""
+
+from typing import NamedTuple
+
+import tensorflow as tf
+
+from keras_jacmon.jacobians.checks import CheckResults
+
+
+class MeasuredArray(NamedTuple):
+    """The values of one quantity.
+
+    Attributes:
+        value: `(points,)`, `(time, batch)` or `(points, values)`, by the measure's kind.
+        uncertainty: Tensor of the shape of `value`, real; zero if there is none.
+        is_exact: Boolean scalar, True if there is no uncertainty.
+    """
+
+    value: tf.Tensor
+    uncertainty: tf.Tensor
+    is_exact: tf.Tensor
+
+    @classmethod
+    def of(cls, value: tf.Tensor, uncertainty: tf.Tensor | None = None) -> "MeasuredArray":
+        """Values with their uncertainty, or exact ones."""
+        if uncertainty is None:
+            return cls(value, tf.zeros_like(tf.math.real(value)), tf.constant(True))  # noqa: FBT003 - positional only
+        return cls(value, uncertainty, tf.constant(False))  # noqa: FBT003
+
+
+class CallResults(NamedTuple):
+    """The results of one call.
+
+    Attributes:
+        mask: Boolean `(time, batch)`, False at the steps that the layer skips.
+        sampled: Boolean `(time, batch)`, True where expensive measures were taken; None for everywhere.
+        spectra_at: Integer `(points, 2)`, step and sample of each spectrum; None without spectra.
+        checks: Results of the checks of the assumptions.
+        arrays: The values of each quantity, in the order of `CallMetadata.quantities`.
+    """
+
+    mask: tf.Tensor
+    sampled: tf.Tensor | None
+    spectra_at: tf.Tensor | None
+    checks: CheckResults
+    arrays: tuple[MeasuredArray, ...]

@@ -1,0 +1,109 @@
+"""Kinds of measures: what a measure is a function of, and the form of its values."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import tensorflow as tf
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a measure is a function of, and the form of its values.
+
+    Attributes:
+        selectable: Boolean, True if the user asks for such a measure by name.
+        over_time: Boolean, True for a function of products of Jacobians over time.
+    """
+
+    selectable: ClassVar[bool] = True
+    over_time: ClassVar[bool] = False
+
+    def dtype(self, real: tf.DType) -> tf.DType:
+        """Type of the values, from the type of the Jacobians."""
+        return real
+
+    def width(self, shape: tuple[int, int]) -> int | None:  # noqa: ARG002 - of spectra only
+        """Number of values at each point for Jacobians of this shape; None for a single number."""
+        return None
+
+
+@dataclass(frozen=True)
+class PerStep(Kind):
+    """A function of the Jacobian of one step.
+
+    The measure's `function` maps an operator and a `MeasureContext` to `Measured`, `(points,)`.
+
+    Attributes:
+        may_be_infinite: Boolean, True if inf is a regular value.
+    """
+
+    may_be_infinite: bool = False
+
+
+@dataclass(frozen=True)
+class SuggestionInput(PerStep):
+    """A function of the Jacobian of one step that suggestions are computed from, and that no report shows."""
+
+    selectable: ClassVar[bool] = False
+
+
+@dataclass(frozen=True)
+class Spectrum(Kind):
+    """Several values of the Jacobian of one step, the largest first.
+
+    The measure's `function` maps an operator and a `MeasureContext` to a tensor `(points, values)`.
+
+    Attributes:
+        complex_values: Boolean, True for eigenvalues.
+        count: Function from the rows and columns of J to the number of values.
+    """
+
+    complex_values: bool = False
+    count: Callable[[int, int], int] = min
+
+    def dtype(self, real: tf.DType) -> tf.DType:
+        """Type of the values, from the type of the Jacobians."""
+        if not self.complex_values:
+            return real
+        return tf.complex128 if real == tf.float64 else tf.complex64
+
+    def width(self, shape: tuple[int, int]) -> int | None:
+        """Number of values at each point for Jacobians of this shape."""
+        return self.count(*shape)
+
+
+@dataclass(frozen=True)
+class OverTime(Kind):
+    """A function of products of Jacobians over time.
+
+    Attributes:
+        reduction: Name in the report's `REDUCTIONS` of the way to one number over the samples; None for no number.
+    """
+
+    over_time: ClassVar[bool] = True
+
+    reduction: str | None = "mean"
+
+
+@dataclass(frozen=True)
+class Flow(OverTime):
+    """A function of the flow: `function` maps the logarithms of the gains by span, `(spans, samples)`."""
+
+
+@dataclass(frozen=True)
+class Exponents(OverTime):
+    """A function of the Lyapunov exponents: `function` maps them, `(exponents, samples)`, and the number of units.
+
+    Attributes:
+        may_be_undecided: Boolean, True if the value is NaN where too few exponents are known.
+    """
+
+    may_be_undecided: bool = False
+
+
+@dataclass(frozen=True)
+class Loss(Kind):
+    """A function of the gradient of the loss by the hidden state, `(samples, time, units)`; measured with targets."""
+
+    selectable: ClassVar[bool] = False
