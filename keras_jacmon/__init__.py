@@ -7,9 +7,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from keras_jacmon.explanation import explain
     from keras_jacmon.jacobians.cell_jacobian import register_jacobian
     from keras_jacmon.jacobians.views import state_jacobian
-    from keras_jacmon.meter import JacobianMeter, explain, measure
+    from keras_jacmon.meter import JacobianMeter, measure
     from keras_jacmon.monitor import JacobianMonitor
     from keras_jacmon.regularization.regularizer import JacobianRegularizer
     from keras_jacmon.report.layer_report import LayerReport
@@ -35,7 +36,7 @@ _HOME = {
     "JacobianRegularizer": "keras_jacmon.regularization.regularizer",
     "LayerReport": "keras_jacmon.report.layer_report",
     "Report": "keras_jacmon.report.report",
-    "explain": "keras_jacmon.meter",
+    "explain": "keras_jacmon.explanation",
     "measure": "keras_jacmon.meter",
     "register_jacobian": "keras_jacmon.jacobians.cell_jacobian",
     "state_jacobian": "keras_jacmon.jacobians.views",

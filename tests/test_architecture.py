@@ -30,6 +30,7 @@ ROOMS = (
     "measurement",
     "regularization",
     "meter",
+    "explanation",
     "monitor",
     "__main__",
 )
