@@ -12,10 +12,10 @@ from keras_jacmon.meter import JacobianMeter
 
 @dataclass(frozen=True)
 class Explanation:
-    """How each block of each Jacobian is taken; `print` shows a table.
+    """The way in which each block of each Jacobian is taken; `print` shows a table.
 
     Attributes:
-        choices: By layer, as in reports, and view: a `Choice` for each new and old state.
+        choices: Dict by layer, named as in reports, of dicts by view: a `Choice` for each new and old state.
     """
 
     choices: dict[str, dict[str, list[Choice]]]
@@ -42,7 +42,7 @@ def _name(old: int | None) -> str:
 def explain(
     model: keras.Layer, probe: Any, layers: Iterable[str | keras.Layer] | str | keras.Layer | None = None
 ) -> Explanation:
-    """Says how the Jacobians of a model's recurrent layers are taken, block by block.
+    """Explains how the Jacobians of a model's recurrent layers are taken, block by block.
 
     A block is the derivative of one new state by one old state. Where every operation between the products of a cell
     acts unit by unit or moves units, the block is made of diagonals and kernels, and its statistics cost about as much

@@ -51,14 +51,14 @@ def measure(
     ```
 
     Args:
-        model: A Keras model, compiled or not.
-        probe: A batch of model inputs.
-        layers: Names of recurrent layers, or layers; None for all.
-        targets: Targets of the probe's samples, for the gradient of the loss; None for none.
+        model: `keras.Model` or layer, compiled or not.
+        probe: A batch of model inputs: array, tensor, list or dict of them, or a dataset (its first batch).
+        layers: Names of recurrent layers, or layers. Defaults to None, all of them.
+        targets: Targets of the probe's samples, for the gradient of the loss. Defaults to None, no such gradient.
         **options: As for `JacobianMeter`.
 
     Returns:
-        The report.
+        `Report`, in plain NumPy.
 
     Raises:
         ValueError: As for `JacobianMeter`.
@@ -116,29 +116,31 @@ class JacobianMeter:
     ```
 
     Args:
-        model: A Keras model, compiled or not. One that is not built is built by calling it on the probe.
+        model: `keras.Model` or layer. A model that is not built is built by a call on the probe.
         probe: A batch of model inputs: array, tensor, list or dict of them, or a dataset (its first batch).
-        layers: Names of recurrent layers, or layers; None for all.
-        measures: `"fast"`, `"standard"` (None) or `"full"`, or names of measures: `"variance"` of the hidden view and,
-            with `joint/` in front, of all states together, or with `inputs/` of the inputs. The README lists them. A
-            cell with one state has no joint view of its own.
-        targets: Of the probe's samples, if the gradient of the loss by the hidden states, `loss_gradient`, is to be
-            measured too; the model must be compiled.
-        seed: Integer, for random vectors.
-        tolerance: Relative, of the spectral norm and the spectral radius.
-        max_rows: Spectral norm, spectral radius and condition number are measured at so many (step, sample) at most,
-            spread evenly in time; the report says where. None for all.
-        spectra: Whole spectra are measured at so many (step, sample) at most.
-        flow_vectors: So many random vectors for each sample tell the flow, with a standard error; at least 2.
-        exact_flow: Whether the flow is the spectral norm of the products, exactly, and not the gain of random vectors.
-            Forms matrices of n² entries for each sample: for tens of units.
-        exponents: So many Lyapunov exponents, from the largest on; at most n.
-        warmup: So many steps of each sample do not count for them; None for a tenth of the sequence.
-        qr_every: Steps between two QRs; more than 1 is faster, and loses directions that fall fast.
-        max_bytes: Bounds the memory of the derivatives, through chunks over (step, sample).
-        max_entries: Variance and RMS singular value are exact as long as steps * samples * n² is at most this, and
-            above it unbiased estimates with a standard error. They take one derivative of the cell per step, sample
-            and row of J.
+        layers: Names of recurrent layers, or layers. Defaults to None, all of them.
+        targets: Targets of the probe's samples, for the gradient of the loss by the hidden states (`loss_gradient`);
+            the model must be compiled. Defaults to None, no gradient of the loss.
+        measures: String or list of strings: presets `"fast"`, `"standard"` or `"full"`, or names of measures, such as
+            `"variance"` of the hidden view, `"joint/variance"` of all states together and `"inputs/variance"` of the
+            inputs. A cell with one state has no joint view of its own. Defaults to None, `"standard"`.
+        seed: Integer, seed of the random vectors. Defaults to 0.
+        tolerance: Float in [0, 1), relative tolerance of the iterative measures: spectral norm, spectral radius and
+            eigenvalues. Defaults to 0.01.
+        max_rows: Integer, maximum number of (step, sample) points for spectral norm, spectral radius and condition
+            number, spread evenly in time; None for all points. Defaults to 64.
+        spectra: Integer, maximum number of (step, sample) points for whole spectra. Defaults to 16.
+        flow_vectors: Integer of at least 2, number of random vectors per sample for the flow. Defaults to 3.
+        exact_flow: Boolean. If True, the flow is the spectral norm of the products, which are formed with n² entries
+            for each sample (for tens of units); otherwise it is estimated from random vectors. Defaults to False.
+        exponents: Integer, maximum number of Lyapunov exponents, from the largest on. Defaults to 8.
+        warmup: Integer, number of steps of each sample that the exponents leave out. Defaults to None, a tenth of the
+            sequence.
+        qr_every: Integer, number of steps between two QR decompositions. More than 1 is faster, and loses directions
+            that fall fast. Defaults to 1.
+        max_bytes: Integer, memory for trajectories and derivatives, kept by chunks of points. Defaults to 1 GiB.
+        max_entries: Integer. Variance and RMS singular value are exact as long as steps * samples * n² is at most this
+            number, and above it unbiased estimates with a standard error. Defaults to 2**26.
 
     Raises:
         ValueError: If the model has no recurrent layer, a name is unknown, the probe or its targets do not fit the
@@ -195,32 +197,30 @@ class JacobianMeter:
 
     @property
     def has_slow_measures(self) -> bool:
-        """Whether `meter(slow=False)` leaves something out."""
+        """Boolean, True if `meter(slow=False)` leaves something out."""
         return False in self._selections
 
     @property
     def trace_count(self) -> int:
-        """How often the pipeline was traced.
-
-        Once, twice if there are slow measures, and that once more for each time that a test failed.
-        """
+        """Integer, number of traces: one, or two with slow measures, and as many again after each check that failed."""
         return self._traces
 
     @property
     def choices(self) -> dict[str, dict[str, list[Choice]]]:
-        """By key and view, how each block of the Jacobian is taken."""
+        """Dict by key of dicts by view: the list of `Choice`, one for each block of the Jacobian."""
         return {name: facts.choices for name, facts in self._traced[True].function.static.calls.items()}
 
     def __call__(self, *, slow: bool = True) -> Report:
         """Measures with the weights of this moment.
 
-        Where a Jacobian rests on a structure that was found in the cell, rows are compared with autodiff: as many as
-        fit into memory the first time, some each time after it. Should they differ, the user is warned, and autodiff
-        takes over at once and for good. In the same way it is tested whether autodiff can be applied twice and, on all
-        rows of a cell of which it is not proven, whether the samples of a batch are independent.
+        Where a Jacobian rests on a structure that was found in the cell, points are compared with autodiff: as many as
+        fit into memory the first time, some at each later measurement. If they differ, a warning says so, and autodiff
+        takes over at once and for good. The second application of autodiff is checked in the same way. The
+        independence of the samples is checked at all points, unless it is proven.
 
         Args:
-            slow: Whether to take the measures that only the preset `"full"` has, if there are others.
+            slow: Boolean. If False, the measures that only the preset `"full"` has are left out, unless there are no
+                others. Defaults to True.
 
         Returns:
             The report, in plain NumPy.
@@ -241,7 +241,7 @@ class JacobianMeter:
         )
 
     def _trust_after(self, results: _Results) -> dict[str, Assumptions]:
-        """What may be relied on, by key, after what tests have found; if that is less than before, says so."""
+        """The assumptions that remain after the checks, by key; warns if they are fewer than before."""
         trust = dict(self._trust)
         for name, found in results.calls.items():
             cell = self._traced[True].function.static.calls[name].cell
@@ -322,7 +322,7 @@ class JacobianMeter:
             return loss_gradients(self._model, inputs, targets, layers)
 
     def _check_calls(self, *, required: bool) -> None:
-        """Says which layers cannot be measured; an error if the user asked for one of them, or none is left."""
+        """Warns of layers that cannot be measured; an error if the user asked for one of them, or none is left."""
         static = self._traced[True].function.static
         unmeasured, calls = static.recording.unmeasured, static.calls
         reasons = "; ".join(f"layer `{name}`: {reason}" for name, reason in unmeasured.items())
@@ -362,7 +362,7 @@ class JacobianMeter:
 
 
 def _essence(error: tf.errors.OpError) -> str:
-    """What went wrong, without the dozens of lines on where the operation was made; those stay in the error itself."""
+    """The error without its dozens of lines on the origin of the operation; these stay in the error itself."""
     lines = [line for line in error.message.splitlines() if line.strip() and not line.startswith('  File "')]
     return "\n".join(
         line for line in lines if not re.match(r"Graph execution error:|Detected at node |<stack traces", line)

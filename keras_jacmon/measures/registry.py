@@ -32,7 +32,7 @@ def _qr(options: Options, columns: int) -> str:
 
 @dataclass(frozen=True)
 class Measure:
-    """A number that says how large a Jacobian is, or a product of Jacobians over time.
+    """A measure of the size of a Jacobian, or of a product of Jacobians over time.
 
     Attributes:
         name: Its key in reports, logs and TensorBoard tags.
@@ -42,14 +42,13 @@ class Measure:
         unit: Of the values.
         reference: The value of a layer that keeps its gradient; empty if there is none.
         reading: What a value means, in a sentence.
-        cost: The first of the presets that has it; measures that only `"full"` has are slow.
-        views: Of which Jacobians it makes sense.
-        method: From `Options` and the columns of J to how it is found, in words, unless J is formed or there is no
-            uncertainty where there could be one: then it is exact.
-        differentiable: Whether a gradient of the values may be asked for, so that a `JacobianRegularizer` can hold it.
-        uncertainty: What the second array of `Measured` is: `"standard error"` or `"residual"`.
-        expensive: Whether `max_rows` bounds the rows that it is measured at.
-        dense_up_to: J itself is formed if it has so many columns at most; 0 for never, inf for always.
+        cost: The smallest preset that contains it; measures that only `"full"` has are slow.
+        views: The views that it makes sense for.
+        method: Function from `Options` and the columns of J to the method in words, where the values are not exact.
+        differentiable: True if its values have a gradient, so that a `JacobianRegularizer` can hold it.
+        uncertainty: Meaning of the uncertainty, if there is one: `"standard error"` or `"residual"`.
+        expensive: True if `max_rows` bounds the number of its points.
+        dense_up_to: Maximum number of columns for which J itself is formed; 0 for never, inf for always.
         kept_vectors: Number of vectors kept for each point while it is computed, where J is not formed.
     """
 
