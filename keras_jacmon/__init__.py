@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from keras_jacmon.explanation import explain
-    from keras_jacmon.jacobians.cell_jacobian import register_jacobian
+    from keras_jacmon.jacobians.registered_forms import register_jacobian
     from keras_jacmon.jacobians.views import state_jacobian
     from keras_jacmon.meter import JacobianMeter, measure
     from keras_jacmon.monitor import JacobianMonitor
@@ -38,7 +38,7 @@ _HOME = {
     "Report": "keras_jacmon.report.report",
     "explain": "keras_jacmon.explanation",
     "measure": "keras_jacmon.meter",
-    "register_jacobian": "keras_jacmon.jacobians.cell_jacobian",
+    "register_jacobian": "keras_jacmon.jacobians.registered_forms",
     "state_jacobian": "keras_jacmon.jacobians.views",
 }
 

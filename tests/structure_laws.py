@@ -12,7 +12,7 @@ from helpers import step_jacobians
 
 from keras_jacmon.cell.cell_graph import CellGraph
 from keras_jacmon.cell.step import CellStep
-from keras_jacmon.jacobians.linearise import fixed_values, kernels_of, structured_jacobian
+from keras_jacmon.jacobians.linearise import kernels_of, structured_jacobian, weights_only_values
 from keras_jacmon.structure.index_map import Node
 from keras_jacmon.structure.structure import Structure
 
@@ -48,14 +48,13 @@ def structured_blocks(cell: Any, inputs: Any, states: Any) -> tuple[dict[Any, tu
     def numbers(operator: Any) -> tuple[Any, ...]:
         identity = tf.eye(operator.shape[-2], batch_shape=[operator.shape[0]], dtype=operator.dtype)
         transposed = tf.linalg.adjoint(operator.matmul(identity, adjoint=True))
-        squares = operator.square_sum if not operator.is_chain else None
-        return operator.to_dense(), transposed, operator.entry_sum, squares
+        return operator.to_dense(), transposed, operator.entry_sum(), operator.square_sum()
 
     @tf.function(autograph=False)
     def run(inputs: Any, *flat: Any) -> dict[str, Any]:
         graph = CellGraph(CellStep(cell, states), inputs, flat)
         structure = Structure(graph)
-        fixed = fixed_values(structure)
+        fixed = weights_only_values(structure)
         kernels = kernels_of(structure, fixed, flat[floating[0]].dtype)
         values = {**fixed, graph.step_inputs.name: inputs}
         values |= {tensor.name: state for tensor, state in zip(graph.states, flat, strict=True)}

@@ -176,14 +176,14 @@ def _structure_differences(
         adjoint = reference.forward is None
         if reference.forward is None:
             reference = jacobian.reference(view, points)
-        elif list(wide.news) == floating:
+        elif list(wide.outputs) == floating:
             stepped = reference.forward[0]
         begin, end = _sizes(view, points)[:: 1 if adjoint else -1]
         w = in_turns(_normal(points, sum(begin), seed, operator.dtype), begin)
         ours, expected = (J.matvec(w, adjoint=adjoint) for J in (operator, reference))
         if not adjoint:
-            parts = dict(zip(wide.news, tf.split(expected, _sizes(wide, points)[0], axis=-1), strict=True))
-            expected = joined([parts[p] for p in view.news])
+            parts = dict(zip(wide.outputs, tf.split(expected, _sizes(wide, points)[0], axis=-1), strict=True))
+            expected = joined([parts[p] for p in view.outputs])
         differences.append(relative_differences(ours, expected, end, _rounding(w)))
     return differences, stepped
 
@@ -225,11 +225,12 @@ def check_independence(
         relative to the largest one at the points where it is not. The other results are 0.
     """
     chosen = [View.of(name, points.states) for name in views]
-    outputs = sorted({new for view in chosen for new in view.news})
-    olds = sorted({old for view in chosen for old in view.olds})
+    outputs = sorted({new for view in chosen for new in view.outputs})
+    old = sorted({source.position for view in chosen for source in view.sources if source.is_state})
+    by_inputs = any(not source.is_state for view in chosen for source in view.sources)
     # Of their own: one tensor may serve as two states.
     inputs, states = tf.identity(points.inputs), [tf.identity(state) for state in points.states]
-    sources = [*(states[q] for q in olds), *([inputs] if any(not view.olds for view in chosen) else [])]
+    sources = [*(states[q] for q in old), *([inputs] if by_inputs else [])]
     with tf.GradientTape(watch_accessed_variables=False) as tape:
         tape.watch(sources)
         new = jacobian.step(inputs, states)
@@ -261,8 +262,8 @@ def _beside(states: Sequence[tf.Tensor], chosen: Sequence[int]) -> tf.Tensor:
 
 def _sizes(view: View, points: PointBatch) -> tuple[list[int], list[int]]:
     """The sizes of the new states of a view, and of its old states or the inputs."""
-    olds = [size(points.states[q]) for q in view.olds] or [size(points.inputs)]
-    return [size(points.states[p]) for p in view.news], olds
+    sources = [size(points.states[s.position] if s.is_state else points.inputs) for s in view.sources]
+    return [size(points.states[p]) for p in view.outputs], sources
 
 
 def _normal(points: PointBatch, n: int, seed: tf.Tensor, dtype: tf.DType) -> tf.Tensor:

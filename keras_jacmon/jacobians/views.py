@@ -1,4 +1,4 @@
-"""Which block of a step's Jacobian: hidden state, all states, or the inputs?"""
+"""Views: the parts of a step's Jacobian, by the hidden state, by all states or by the inputs."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -8,16 +8,18 @@ import keras
 import tensorflow as tf
 
 from keras_jacmon.cell.step import CellStep, widened
+from keras_jacmon.errors import invalid_argument
 from keras_jacmon.operators.autodiff import AutodiffJacobian
 from keras_jacmon.options import VIEWS
+from keras_jacmon.structure.index_map import Node
 from keras_jacmon.tensors import joined
 
-# The rank of rows of vectors.
+# The rank of a batch of vectors.
 _FLAT = 2
 
 
 def state_jacobian(cell: Any, inputs: tf.Tensor, states: Any, view: str = "hidden") -> tf.linalg.LinearOperator:
-    """The Jacobian of one step of a cell, at one state for each row.
+    """Returns the Jacobian of one step of a cell at each of a batch of points.
 
     `J[b, i, k] = d new[b, i] / d old[b, k]`: rows are new, columns are old. States of a higher rank are flattened.
 
@@ -28,25 +30,26 @@ def state_jacobian(cell: Any, inputs: tf.Tensor, states: Any, view: str = "hidde
     x, h, c = tf.ones((5, 3)), tf.zeros((5, 8)), tf.zeros((5, 8))
     J = state_jacobian(cell, x, [h, c], view="joint")
     J.to_dense()                        # (5, 16, 16)
-    J.matvec(tf.ones((5, 16)))          # J v for each row, without forming J
+    J.matvec(tf.ones((5, 16)))          # J v at each point, without forming J
     J.matvec(tf.ones((5, 16)), adjoint=True)
     ```
 
     Args:
-        cell: Anything that `keras.layers.RNN` takes as a cell; built here if it is not.
-        inputs: `(rows, ...)`, the input of this step.
-        states: The old states in the structure that the cell takes, each `(rows, ...)`.
-        view: `"hidden"`, the first state alone, the others held (`dh_t/dh_{t-1}`); `"joint"`, all floating-point
-            states, concatenated; `"inputs"`, the first state with respect to the inputs (`dh_t/dx_t`).
+        cell: A cell, anything that `keras.layers.RNN` takes as one; built here if it is not.
+        inputs: Tensor `(points, ...)`, the input of this step.
+        states: Tensors `(points, ...)`, the old states in the structure that the cell takes.
+        view: A string. `"hidden"`, the first state alone, the others held (`dh_t/dh_{t-1}`); `"joint"`, all
+            floating-point states, concatenated; `"inputs"`, the first state with respect to the inputs (`dh_t/dx_t`).
+            Defaults to `"hidden"`.
 
     Returns:
-        A `tf.linalg.LinearOperator` with batch shape `(rows,)`, in float32 or better.
+        A `tf.linalg.LinearOperator` with batch shape `(points,)`, in float32 or better.
 
     Raises:
         ValueError: If `view` is unknown, or the states do not fit together.
     """
     if view not in VIEWS:
-        raise ValueError(f"Invalid value for argument `view`. Expected one of {list(VIEWS)}. Received: view={view!r}")
+        raise invalid_argument("view", f"one of {list(VIEWS)}", f"view={view!r}")
     states = [states] if not keras.tree.is_nested(states) else states
     flat = [widened(state) for state in keras.tree.flatten(states)]
     inputs = widened(inputs)
@@ -66,24 +69,27 @@ def state_jacobian(cell: Any, inputs: tf.Tensor, states: Any, view: str = "hidde
 class View:
     """A part of a step's Jacobian: the derivatives of some new states by some old ones, or by the inputs.
 
-    `news` and `olds` are positions among the flat states; no old state stands for the inputs.
+    Attributes:
+        outputs: Positions of the new states among the flat states.
+        sources: Nodes of the old states; or the node of the inputs alone.
     """
 
-    news: tuple[int, ...]
-    olds: tuple[int, ...]
+    outputs: tuple[int, ...]
+    sources: tuple[Node, ...]
 
     def columns(self, inputs: tf.Tensor, states: Sequence[tf.Tensor]) -> int:
-        """How many columns its Jacobian has."""
-        return sum(size(states[q]) for q in self.olds) if self.olds else size(inputs)
+        """The number of columns of its Jacobian."""
+        return sum(size(states[source.position] if source.is_state else inputs) for source in self.sources)
 
     @classmethod
     def of(cls, name: str, states: Sequence[tf.Tensor]) -> "View":
         """The view `"hidden"`, `"joint"` or `"inputs"` of a cell with these states."""
         floating = tuple(floating_states(states))
+        sources = tuple(map(Node.state, floating))
         return {
-            "hidden": cls(floating[:1], floating[:1]),
-            "joint": cls(floating, floating),
-            "inputs": cls(floating[:1], ()),
+            "hidden": cls(floating[:1], sources[:1]),
+            "joint": cls(floating, sources),
+            "inputs": cls(floating[:1], (Node.inputs(),)),
         }[name]
 
 
@@ -91,7 +97,11 @@ class View:
 class ViewFunction:
     """New states as a function of what a view derives them by, with all of these flattened side by side.
 
-    `function` maps a point `(rows, n)` and a context, tensors that begin with the rows, to `(rows, m)`.
+    Attributes:
+        function: Maps a point `(points, n)` and a context, tensors that begin with the points, to `(points, m)`.
+        point: `(points, n)`, where the function is differentiated.
+        context: Tensors that are held.
+        range_dimension: m.
     """
 
     function: Callable[[tf.Tensor, list[tf.Tensor]], tf.Tensor]
@@ -105,10 +115,10 @@ class ViewFunction:
 
 
 def view_function(step: CellStep, inputs: tf.Tensor, states: Sequence[tf.Tensor], view: View) -> ViewFunction:
-    """The function of a view at the given rows; `inputs` and flat `states` have the rows as their first axis."""
+    """The function of a view at the given points; `inputs` and flat `states` have the points as their first axis."""
     # With the inputs as the last tensor both kinds of view read alike: the point is the chosen tensors side by side.
     tensors = [*states, inputs]
-    chosen = view.olds or [len(states)]
+    chosen = [source.position if source.is_state else len(states) for source in view.sources]
     sizes = [size(tensors[k]) for k in chosen]
     context = [tensor for k, tensor in enumerate(tensors) if k not in chosen]
 
@@ -118,11 +128,11 @@ def view_function(step: CellStep, inputs: tf.Tensor, states: Sequence[tf.Tensor]
         held = iter(context)
         *old, x = [_shaped(pieces[k], tensor) if k in pieces else next(held) for k, tensor in enumerate(tensors)]
         new = step(x, old)
-        return side_by_side([new[p] for p in view.news])
+        return side_by_side([new[p] for p in view.outputs])
 
     # A tensor of its own: one that serves as another state too would get the sum of two derivatives.
     point = tf.identity(side_by_side([tensors[k] for k in chosen]))
-    return ViewFunction(function, point, context, sum(size(states[p]) for p in view.news))
+    return ViewFunction(function, point, context, sum(size(states[p]) for p in view.outputs))
 
 
 def floating_states(states: Sequence[tf.Tensor]) -> list[int]:
@@ -131,18 +141,18 @@ def floating_states(states: Sequence[tf.Tensor]) -> list[int]:
 
 
 def size(tensor: tf.Tensor) -> int:
-    """Values per row."""
+    """The number of values per point."""
     return int(tensor.shape[1:].num_elements())
 
 
 def flattened(tensor: tf.Tensor) -> tf.Tensor:
-    """`(rows, ...)` -> `(rows, n)`."""
+    """`(points, ...)` -> `(points, n)`."""
     # Most are flat, and what is differentiated twice had better have no operation that does nothing.
     return tensor if tensor.shape.rank == _FLAT else tf.reshape(tensor, [-1, size(tensor)])
 
 
 def side_by_side(tensors: Sequence[tf.Tensor]) -> tf.Tensor:
-    """Tensors `(rows, ...)`, each flattened, as one `(rows, n)`."""
+    """Tensors `(points, ...)`, each flattened, as one `(points, n)`."""
     return joined([flattened(tensor) for tensor in tensors])
 
 

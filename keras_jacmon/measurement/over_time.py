@@ -21,6 +21,7 @@ from keras_jacmon.measures.context import MeasureContext, Measured
 from keras_jacmon.measures.kinds import Exponents, Flow
 from keras_jacmon.measures.registry import Selection, of_kind, views_of
 from keras_jacmon.measures.steps import Steps
+from keras_jacmon.operators.contract import JacobianOperator
 from keras_jacmon.options import Options
 from keras_jacmon.tensors import known_sizes
 
@@ -186,12 +187,12 @@ def _steps(
     time, samples = known_sizes(part.inputs)[:2]
 
     def steps(view: str) -> Steps:
-        whole: Any = sequence.jacobian.operators([view], rows)[view] if sequence.independent else None
+        whole = sequence.jacobian.operators([view], rows)[view] if sequence.independent else None
 
-        def at(t: tf.Tensor) -> tf.linalg.LinearOperator:
+        def at(t: tf.Tensor) -> JacobianOperator:
             start, stop = t * samples, (t + 1) * samples
             # What a structure has in common for all steps is computed once; a cell is differentiated where it is used.
-            taken = whole.take(slice(start, stop)) if hasattr(type(whole), "take") else None
+            taken = None if whole is None else whole.take(slice(start, stop))
             if taken is not None:
                 return taken
             return sequence.jacobian.operators([view], rows.between(start, stop))[view]

@@ -140,7 +140,7 @@ class StepMeasurement:
     def _shape(self, name: str, rows: PointBatch) -> tuple[int, int]:
         """Rows and columns of the Jacobians of a view."""
         view = View.of(name, rows.states)
-        return sum(size(rows.states[new]) for new in view.news), view.columns(rows.inputs, rows.states)
+        return sum(size(rows.states[new]) for new in view.outputs), view.columns(rows.inputs, rows.states)
 
     def _chunk(self, rows: PointBatch, quantities: Selection) -> int:
         """The maximum number of points at once."""

@@ -11,6 +11,7 @@ from keras_jacmon.measures.context import MeasureContext, Measured
 from keras_jacmon.measures.kinds import Flow, SuggestionInput
 from keras_jacmon.measures.moments import variance
 from keras_jacmon.measures.registry import KEYS, Measure, Quantity, Selection, of_kind, views_of
+from keras_jacmon.operators.contract import JacobianOperator
 
 # Not in the registry: nobody asks for them by name.
 WITHOUT, OPPOSITE, FORGET = "variance_without_kernels", "variance_with_opposite_kernels", "log_forget"
@@ -70,27 +71,26 @@ def _gain(constant: float, linear: float, square: float) -> float:
     return gain if gain > 0 else math.nan
 
 
-def _helper(name: str, function: Callable[[Any, MeasureContext], Measured]) -> Measure:
+def _helper(name: str, function: Callable[[JacobianOperator, MeasureContext], Measured]) -> Measure:
     return Measure(name, SuggestionInput(), function, definition="", unit="", reference="", reading="", cost="standard")
 
 
-def _at(gain: float) -> Callable[[Any, MeasureContext], Measured]:
-    def function(operator: Any, context: MeasureContext) -> Measured:
-        if not hasattr(type(operator), "scaled") or operator.is_chain:
-            return _unknown(operator)
-        return Measured(variance(operator.scaled(gain), context).value, None)
+def _at(gain: float) -> Callable[[JacobianOperator, MeasureContext], Measured]:
+    def function(operator: JacobianOperator, context: MeasureContext) -> Measured:
+        scaled = operator.scaled_kernels(gain)
+        return _unknown(operator) if scaled is None else Measured(variance(scaled, context).value, None)
 
     return function
 
 
-def _log_forget(operator: Any, context: MeasureContext) -> Measured:  # noqa: ARG001 - as every measure
-    if not hasattr(type(operator), "scaled"):
+def _log_forget(operator: JacobianOperator, context: MeasureContext) -> Measured:  # noqa: ARG001 - as every measure
+    block = operator.block(1, 1)
+    if block is None:
         return _unknown(operator)
     # A diagonal matrix times ones is its diagonal.
-    block = operator.block(1, 1)
     gates = block.matvec(tf.ones([operator.batch_shape_tensor()[0], int(block.shape[-1])], operator.dtype))
     return Measured(tf.reduce_mean(tf.math.log(tf.abs(gates)), axis=-1), None)
 
 
-def _unknown(operator: Any) -> Measured:
+def _unknown(operator: JacobianOperator) -> Measured:
     return Measured(tf.fill([operator.batch_shape_tensor()[0]], tf.constant(math.nan, operator.dtype)), None)

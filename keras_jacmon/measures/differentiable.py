@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import tensorflow as tf
 
-from keras_jacmon.measures.moments import closed_blocks, entry_sum, is_closed
+from keras_jacmon.measures.moments import closed_blocks
 
 # Below this a measure has no logarithm, and no square root with a finite derivative.
 TINY = 1e-12
@@ -75,11 +75,11 @@ def _moments(operator: tf.linalg.LinearOperator, directions: Directions) -> tupl
     """The mean of the entries, `(rows,)`, and the sum of their squares, `(draws, rows)`."""
     m, n = int(operator.shape[-2]), int(operator.shape[-1])
     blocks = closed_blocks(operator)
-    mean = tf.add_n([entry_sum(block) for block in blocks]) / (m * n)
-    squares = [
-        block.square_sum[None] if is_closed(block) else _squares(block, directions, stream)
-        for stream, block in enumerate(blocks)
-    ]
+    mean = tf.add_n([block.entry_sum() for block in blocks]) / (m * n)
+    squares = []
+    for stream, block in enumerate(blocks):
+        closed = block.square_sum()
+        squares.append(_squares(block, directions, stream) if closed is None else closed[None])
     total = squares[0]
     for part in squares[1:]:
         total = total + part

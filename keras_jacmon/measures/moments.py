@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import tensorflow as tf
 
 from keras_jacmon.measures.context import MeasureContext, Measured
+from keras_jacmon.operators.contract import JacobianOperator
+from keras_jacmon.operators.formed import as_jacobian_operator
 
 # Random vectors of an estimate. The error of a mean over r rows falls as 1/√(16 r).
 ESTIMATE_VECTORS = 16
@@ -75,39 +77,27 @@ def _moments(operator: tf.linalg.LinearOperator, context: MeasureContext) -> _Mo
 def _moments_by_blocks(operator: tf.linalg.LinearOperator, context: MeasureContext) -> _Moments:
     m, n = _dimensions(operator)
     blocks = closed_blocks(operator)
-    mean = tf.add_n([entry_sum(block) for block in blocks]) / tf.cast(m * n, operator.dtype)
-    if len(blocks) == 1 and not is_closed(blocks[0]):
+    mean = tf.add_n([block.entry_sum() for block in blocks]) / tf.cast(m * n, operator.dtype)
+    if len(blocks) == 1 and blocks[0].square_sum() is None:
         # Centred before squaring: the difference of two sums would cancel.
         return _Moments(mean, *_squares(blocks[0], mean, context))
     zero = tf.zeros_like(mean)
     squares, errors = [-m * n * mean**2], []
     for block in blocks:
-        value, error = (block.square_sum, None) if is_closed(block) else _squares(block, zero, context)
+        closed = block.square_sum()
+        value, error = _squares(block, zero, context) if closed is None else (closed, None)
         squares.append(value)
         errors += [] if error is None else [error**2]
     return _Moments(mean, tf.maximum(tf.add_n(squares), zero), tf.sqrt(tf.add_n(errors)) if errors else None)
 
 
-def closed_blocks(operator: tf.linalg.LinearOperator) -> list[tf.linalg.LinearOperator]:
+def closed_blocks(operator: tf.linalg.LinearOperator) -> list[JacobianOperator]:
     """The operator, or as many of its blocks as it takes for closed forms."""
-    if is_closed(operator) or not hasattr(operator, "blocks"):
+    operator = as_jacobian_operator(operator)
+    if operator.square_sum() is not None:
         return [operator]
     blocks = operator.blocks()
-    return blocks if len(blocks) == 1 else [part for block in blocks for part in closed_blocks(block)]
-
-
-def is_closed(operator: tf.linalg.LinearOperator) -> bool:
-    """Whether the operator knows the sum of the squares of its entries without forming them."""
-    return hasattr(type(operator), "square_sum") and not operator.is_chain
-
-
-def entry_sum(operator: tf.linalg.LinearOperator) -> tf.Tensor:
-    """The sum of all entries, `(rows,)`."""
-    if hasattr(type(operator), "entry_sum"):
-        return operator.entry_sum
-    # With Jᵀ, of which the squares are made too.
-    ones = tf.ones([operator.batch_shape_tensor()[0], _dimensions(operator)[0]], operator.dtype)
-    return tf.reduce_sum(operator.matvec(ones, adjoint=True), axis=-1)
+    return [blocks[0]] if len(blocks) == 1 else [part for block in blocks for part in closed_blocks(block)]
 
 
 def _squares(

@@ -7,6 +7,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_jacmon.measures.context import MeasureContext, Measured
+from keras_jacmon.operators.formed import as_jacobian_operator
 
 # Random matrices of 128 x 128 need at most about 25 steps for 1e-2 and 30 for 1e-3. A row that has not converged after
 # so many says so by its residual.
@@ -45,6 +46,7 @@ def spectral_norm(operator: tf.linalg.LinearOperator, context: MeasureContext) -
         H. D. Simon, H. Zha, "Low-rank matrix approximation using the Lanczos bidiagonalization process with
         applications", 2000: that to reorthogonalise one side is enough.
     """
+    operator = as_jacobian_operator(operator)
     rows, n = operator.shape[0] or operator.batch_shape_tensor()[0], int(operator.shape[-1])
     squarings = math.ceil(math.log2(1 / max(context.tolerance, 1e-6))) + 4
     start, _ = _normalised(tf.random.stateless_normal([rows, n], context.seeds(2), dtype=operator.dtype))
@@ -57,7 +59,7 @@ def spectral_norm(operator: tf.linalg.LinearOperator, context: MeasureContext) -
         least = tf.where(warm, LEAST_STEPS_FROM_MEMORY, LEAST_STEPS)
     every = tf.range(tf.cast(rows, tf.int64))
     # Asked with all rows: Keras cannot trace an LSTM for none.
-    separable = _take(operator, every) is not None
+    separable = operator.take(every) is not None
 
     def unfinished(value: tf.Tensor, residual: tf.Tensor) -> tf.Tensor:
         # Half: what still changes after the whole tolerance is often the second singular value giving way to the first.
@@ -68,7 +70,7 @@ def spectral_norm(operator: tf.linalg.LinearOperator, context: MeasureContext) -
     def some_steps(
         steps: tf.Tensor, active: tf.Tensor, found: tuple[tf.Tensor, ...], progress: _Progress
     ) -> tuple[tf.Tensor, tf.Tensor, tuple[tf.Tensor, ...], _Progress]:
-        here = _take(operator, active) if separable else operator
+        here = operator.take(active) or operator
         progress = _advance(here, progress, steps)
         value, residual, q = _leading_singular_value(progress, squarings)
         new = [value, residual] if context.memory is None else [value, residual, _combined(q, progress.basis)]
@@ -131,15 +133,6 @@ class _Progress(NamedTuple):
 
     def take(self, rows: tf.Tensor) -> "_Progress":
         return _Progress(*(tf.gather(part, rows) for part in self))
-
-
-def _take(operator: tf.linalg.LinearOperator, rows: tf.Tensor) -> tf.linalg.LinearOperator | None:
-    """The operator of some rows; None if it only works as a whole, because its rows depend on each other, say."""
-    if hasattr(type(operator), "take"):
-        return operator.take(rows)
-    if isinstance(operator, tf.linalg.LinearOperatorFullMatrix):
-        return tf.linalg.LinearOperatorFullMatrix(tf.gather(operator.to_dense(), rows))
-    return None
 
 
 def _advance(operator: tf.linalg.LinearOperator, progress: _Progress, steps: int | tf.Tensor) -> _Progress:

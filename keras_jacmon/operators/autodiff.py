@@ -1,21 +1,25 @@
-"""The Jacobian of any differentiable function of rows, as a linear operator."""
+"""Jacobians by automatic differentiation of any function of a batch of points."""
 
 import contextlib
 import functools
 from collections.abc import Callable
+from typing import final
 
 import tensorflow as tf
 
+from keras_jacmon.operators.contract import JacobianOperator
+from keras_jacmon.operators.formed import FormedJacobian
 from keras_jacmon.tensors import take_rows
 
 Product = Callable[[tf.Tensor], tf.Tensor]
 
 
-class AutodiffJacobian(tf.linalg.LinearOperator):
-    """`J[b, i, k] = d function(x)[b, i] / d x[b, k]` at one point for each row `b`, by automatic differentiation.
+@final
+class AutodiffJacobian(JacobianOperator):
+    """`J[b, i, k] = d function(x)[b, i] / d x[b, k]` at one point for each `b`, by automatic differentiation.
 
     Nothing of size `(i, k)` is formed unless `to_dense` is called, which takes one derivative pass per row of J and
-    `4 * rows * i * k` bytes.
+    `4 * points * i * k` bytes.
 
     Products with `Jᵀ` are one backward pass. Products with `J` are the tape applied twice: the gradient
     `g(u) = Jᵀ u` is linear in `u`, so the derivative of `g` along `v` is `J v`. `tf.autodiff.ForwardAccumulator` would
@@ -26,15 +30,15 @@ class AutodiffJacobian(tf.linalg.LinearOperator):
     tell; see `formed`.
 
     Args:
-        function: Maps a point `(rows, n)` and the context to `(rows, m)`, each row by itself.
-        point: `(rows, n)`, where the function is differentiated.
-        context: Further tensors whose first axis is the rows, held constant.
+        function: Maps points `(points, n)` and the context to `(points, m)`, each point by itself.
+        point: `(points, n)`, where the function is differentiated.
+        context: Further tensors whose first axis is the points, held constant.
         range_dimension: m.
-        independent: Whether each row of the function is a function of the same row of the point. Otherwise rows are
-            never repeated, and products hold for all rows changing together.
-        for_many: Whether products with more than one vector will be asked for, so that the function had better be
-            evaluated now, once for all of them.
-        twice: Whether the tape may be applied twice.
+        independent: True if each value of the function depends on the same point alone. Otherwise points are never
+            repeated, and products hold for all points changing together. Defaults to True.
+        for_many: True if products with more than one vector will be asked for, so that the function had better be
+            evaluated now, once for all of them. Defaults to True.
+        twice: True if the tape may be applied twice. Defaults to True.
 
     References:
         The forward product from two backward ones: J. Townsend, "A new trick for calculating Jacobian vector
@@ -87,11 +91,11 @@ class AutodiffJacobian(tf.linalg.LinearOperator):
     def _matvec(self, x: tf.Tensor, adjoint: bool = False) -> tf.Tensor:  # noqa: FBT001, FBT002 - as in the base class
         return self._product(adjoint=adjoint)(x)
 
-    def take(self, rows: tf.Tensor | slice) -> "AutodiffJacobian | None":
-        """The operator of the rows with these indices `(k,)`, or of a slice; None if rows depend on each other."""
+    def take(self, points: tf.Tensor | slice) -> "AutodiffJacobian | None":
+        """The operator of some of the points; None if points depend on each other."""
         if not self._independent:
             return None
-        point, *context = [take_rows(t, rows) for t in (self._point, *self._context)]
+        point, *context = [take_rows(t, points) for t in (self._point, *self._context)]
         return AutodiffJacobian(self._function, point, context, self._range_dimension, twice=self._twice)
 
     def _in_graph(self, vectors: tf.Tensor, *, adjoint: bool) -> tf.Tensor:
@@ -99,7 +103,7 @@ class AutodiffJacobian(tf.linalg.LinearOperator):
         return here._columns(vectors, adjoint=adjoint)
 
     def _columns(self, vectors: tf.Tensor, *, adjoint: bool) -> tf.Tensor:
-        """The products with several vectors: (columns, rows, k) -> (columns, rows, l)."""
+        """The products with several vectors: (columns, points, k) -> (columns, points, l)."""
         if self._products:
             # The derivative is taken once, with an axis for the columns in front.
             with contextlib.suppress(ValueError):
@@ -108,12 +112,12 @@ class AutodiffJacobian(tf.linalg.LinearOperator):
             return tf.map_fn(self._product(adjoint=adjoint), vectors)
         if not self._independent:
             return tf.map_fn(self._product(adjoint=adjoint), vectors)
-        # `vectorized_map` fails on some derivatives of control flow, so the rows are repeated instead.
-        columns, rows = tf.shape(vectors)[0], tf.shape(vectors)[1]
+        # `vectorized_map` fails on some derivatives of control flow, so the points are repeated instead.
+        columns, points = tf.shape(vectors)[0], tf.shape(vectors)[1]
         point, *context = [tf.tile(t, [columns] + [1] * (t.shape.rank - 1)) for t in (self._point, *self._context)]
         repeated = AutodiffJacobian(self._function, point, context, self._range_dimension, twice=self._twice)
-        product = repeated.matvec(tf.reshape(vectors, [columns * rows, vectors.shape[2]]), adjoint=adjoint)
-        return tf.reshape(product, [columns, rows, product.shape[1]])
+        product = repeated.matvec(tf.reshape(vectors, [columns * points, vectors.shape[2]]), adjoint=adjoint)
+        return tf.reshape(product, [columns, points, product.shape[1]])
 
     def _to_dense(self) -> tf.Tensor:
         identity = tf.eye(self._range_dimension, batch_shape=[tf.shape(self._point)[0]], dtype=self.dtype)
@@ -125,8 +129,8 @@ class AutodiffJacobian(tf.linalg.LinearOperator):
 
     def _row_by_row(self) -> tf.Tensor:
         """J from its rows, of which one at a time takes the memory of a derivative."""
-        m, rows = self._range_dimension, tf.shape(self._point)[0]
-        basis = tf.broadcast_to(tf.eye(m, dtype=self.dtype)[:, None], [m, rows, m])
+        m, points = self._range_dimension, tf.shape(self._point)[0]
+        basis = tf.broadcast_to(tf.eye(m, dtype=self.dtype)[:, None], [m, points, m])
 
         def row(vectors: tf.Tensor) -> tf.Tensor:
             # The function is evaluated here and not outside, for the derivative of control flow.
@@ -151,14 +155,14 @@ class AutodiffJacobian(tf.linalg.LinearOperator):
         return self._pull() if adjoint else self._push()
 
     def _pull(self) -> Product:
-        """The product with Jᵀ: (rows, m) -> (rows, n)."""
+        """The product with Jᵀ: (points, m) -> (points, n)."""
         with tf.GradientTape(persistent=True, watch_accessed_variables=False) as tape:
             tape.watch(self._point)
             value = self._function(self._point, self._context)
         return lambda vectors: _gradient(tape, value, self._point, vectors)
 
     def _push(self) -> Product:
-        """The product with J: (rows, n) -> (rows, m)."""
+        """The product with J: (points, n) -> (points, m)."""
         if self.forward is None:
             dense = self._row_by_row()
             return lambda vectors: tf.linalg.matvec(dense, vectors)
@@ -188,16 +192,8 @@ class AutodiffJacobian(tf.linalg.LinearOperator):
         return value, lambda vectors: _gradient(outer, pulled, covector, vectors)
 
 
-class FormedJacobian(tf.linalg.LinearOperatorFullMatrix):
-    """The matrices themselves."""
-
-    def take(self, rows: tf.Tensor | slice) -> "FormedJacobian":
-        """The operator of the rows with these indices `(k,)`, or of a slice."""
-        return FormedJacobian(take_rows(self.to_dense(), rows))
-
-
 def _calls_a_function(operation: tf.Operation) -> bool:
-    """Whether it is a branch, a loop, a map or a call of a `tf.function`."""
+    """True for a branch, a loop, a map or a call of a `tf.function`."""
     return any(attribute.type == "func" for attribute in operation.op_def.attr)
 
 

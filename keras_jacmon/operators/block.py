@@ -1,10 +1,12 @@
-"""A Jacobian put together from operators for some of its blocks."""
+"""Jacobians put together from operators for some of their blocks."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import final
 
 import tensorflow as tf
+
+from keras_jacmon.operators.contract import JacobianOperator
 
 
 @dataclass(frozen=True)
@@ -12,46 +14,47 @@ class BlockPart:
     """Some blocks of a Jacobian.
 
     Attributes:
-        operator: Their Jacobian, with its rows and columns in the order of `news` and `sources`; one with `take`.
-        news: Which new states, by their place in the whole.
-        sources: Which sources, by their place in the whole.
+        operator: Their Jacobian, with its rows and columns in the order of `outputs` and `sources`.
+        outputs: Places of the new states in the whole.
+        sources: Places of the sources in the whole.
     """
 
-    operator: Any
-    news: tuple[int, ...]
+    operator: JacobianOperator
+    outputs: tuple[int, ...]
     sources: tuple[int, ...]
 
 
-class BlockJacobian(tf.linalg.LinearOperator):
+@final
+class BlockJacobian(JacobianOperator):
     """The sum of parts that have no block in common; blocks in no part are zero.
 
     Args:
         parts: At least one.
-        new_sizes: PointBatch of each new state.
-        source_sizes: Columns of each source.
+        output_sizes: Size of each new state.
+        source_sizes: Size of each source.
     """
 
-    def __init__(self, parts: Sequence[BlockPart], new_sizes: Sequence[int], source_sizes: Sequence[int]) -> None:
-        parameters = {"parts": parts, "new_sizes": new_sizes, "source_sizes": source_sizes}
+    def __init__(self, parts: Sequence[BlockPart], output_sizes: Sequence[int], source_sizes: Sequence[int]) -> None:
+        parameters = {"parts": parts, "output_sizes": output_sizes, "source_sizes": source_sizes}
         super().__init__(dtype=parts[0].operator.dtype, parameters=parameters, name="block_jacobian")
         self._parts = list(parts)
-        self._new_sizes, self._source_sizes = list(new_sizes), list(source_sizes)
+        self._output_sizes, self._source_sizes = list(output_sizes), list(source_sizes)
 
     def _shape(self) -> tf.TensorShape:
-        rows = self._parts[0].operator.batch_shape
-        return tf.TensorShape([*rows, sum(self._new_sizes), sum(self._source_sizes)])
+        points = self._parts[0].operator.batch_shape
+        return tf.TensorShape([*points, sum(self._output_sizes), sum(self._source_sizes)])
 
     def _shape_tensor(self) -> tf.Tensor:
-        rows = self._parts[0].operator.batch_shape_tensor()
-        return tf.concat([rows, [sum(self._new_sizes), sum(self._source_sizes)]], axis=0)
+        points = self._parts[0].operator.batch_shape_tensor()
+        return tf.concat([points, [sum(self._output_sizes), sum(self._source_sizes)]], axis=0)
 
     def _matmul(self, x: tf.Tensor, adjoint: bool = False, adjoint_arg: bool = False) -> tf.Tensor:  # noqa: FBT001, FBT002 - as in the base class
         x = tf.linalg.adjoint(x) if adjoint_arg else x
-        domain, image = (self._new_sizes, self._source_sizes)[:: 1 if adjoint else -1]
+        domain, image = (self._output_sizes, self._source_sizes)[:: 1 if adjoint else -1]
         pieces = tf.split(x, domain, axis=-2)
         sums: list[list[tf.Tensor]] = [[] for _ in image]
         for part in self._parts:
-            given, made = (part.news, part.sources)[:: 1 if adjoint else -1]
+            given, made = (part.outputs, part.sources)[:: 1 if adjoint else -1]
             product = part.operator.matmul(tf.concat([pieces[k] for k in given], axis=-2), adjoint=adjoint)
             for k, piece in zip(made, tf.split(product, [image[k] for k in made], axis=-2), strict=True):
                 sums[k].append(piece)
@@ -64,16 +67,16 @@ class BlockJacobian(tf.linalg.LinearOperator):
             axis=-2,
         )
 
-    def take(self, rows: tf.Tensor | slice) -> "BlockJacobian | None":
-        """The operator of the rows with these indices `(k,)`, or of a slice; None if those of a part are dependent."""
+    def take(self, points: tf.Tensor | slice) -> "BlockJacobian | None":
+        """The operator of some of the points; None if a part has none."""
         parts = []
         for part in self._parts:
-            operator = part.operator.take(rows)
+            operator = part.operator.take(points)
             if operator is None:
                 return None
-            parts.append(BlockPart(operator, part.news, part.sources))
-        return BlockJacobian(parts, self._new_sizes, self._source_sizes)
+            parts.append(BlockPart(operator, part.outputs, part.sources))
+        return BlockJacobian(parts, self._output_sizes, self._source_sizes)
 
-    def blocks(self) -> list[Any]:
-        """Operators without a block in common that make up the whole."""
+    def blocks(self) -> list[JacobianOperator]:
+        """The operators of the parts."""
         return [part.operator for part in self._parts]

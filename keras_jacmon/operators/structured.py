@@ -1,32 +1,34 @@
-"""A Jacobian made of diagonals and of kernels that all rows share, as a linear operator."""
+"""Jacobians made of diagonals, and of kernels that all points share."""
 
 import functools
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, final
 
 import tensorflow as tf
 
+from keras_jacmon.operators.contract import JacobianOperator
 from keras_jacmon.operators.entry_moments import entry_sums, square_sums
 from keras_jacmon.operators.factors import Diagonal, Kernel
 from keras_jacmon.structure.index_map import Node
 from keras_jacmon.tensors import joined, total
 
 
-class StructuredJacobian(tf.linalg.LinearOperator):
-    """`J = D + Σ A_m W_mᵀ B_m` for each row: D, A, B index-mapped diagonals, the kernels W shared by all rows.
+@final
+class StructuredJacobian(JacobianOperator):
+    """`J = D + Σ A_m W_mᵀ B_m` at each point: D, A, B index-mapped diagonals, the kernels W shared by all points.
 
     Where a product multiplies what another one has given, B holds that product: a chain. Products with vectors take
-    one product with each kernel. The sum of the entries and the sum of their squares are closed forms, O(units) per row
-    where `B_m = 1`, O(units²) at most; of a block behind a chain the sum of squares has none.
+    one product with each kernel. The sum of the entries and the sum of their squares are closed forms, O(units) per
+    point where `B_m = 1`, O(units²) at most; of a block after a chain the sum of squares has none.
 
     Args:
-        rows: How many there are, a scalar.
-        news: New states and their sizes, in the order of J's rows.
+        points: Number of points, a scalar.
+        outputs: New states and their sizes, in the order of J's rows.
         sources: Old states (or the inputs) and their sizes, in the order of J's columns.
         kernels: By product, in the order in which they are computed.
-        outer: What leads to a new state, by that and the base.
-        inner: What leads to what a product multiplies, by that product and the base.
-        dtype: Of the entries.
+        outer: Diagonals that lead to a new state, by that state and the node that they lead from.
+        inner: Diagonals that lead to what a product multiplies, by that product and the node that they lead from.
+        dtype: Type of the entries.
 
     References:
         The closed forms follow from `J[i, k] = δ_ik d_k + Σ_m a_mi W_m[k, i] b_mk` by summation.
@@ -35,8 +37,8 @@ class StructuredJacobian(tf.linalg.LinearOperator):
     def __init__(
         self,
         *,
-        rows: tf.Tensor | int,
-        news: Mapping[int, int],
+        points: tf.Tensor | int,
+        outputs: Mapping[int, int],
         sources: Mapping[Node, int],
         kernels: Mapping[Node, Kernel],
         outer: Mapping[tuple[int, Node], Diagonal],
@@ -45,8 +47,8 @@ class StructuredJacobian(tf.linalg.LinearOperator):
     ) -> None:
         kernels, outer, inner = _needed(sources, kernels, outer, inner)
         self._given: dict[str, Any] = {
-            "rows": rows,
-            "news": dict(news),
+            "points": points,
+            "outputs": dict(outputs),
             "sources": dict(sources),
             "kernels": kernels,
             "outer": outer,
@@ -54,17 +56,21 @@ class StructuredJacobian(tf.linalg.LinearOperator):
             "dtype": dtype,
         }
         super().__init__(dtype=dtype, parameters=self._given, name="structured_jacobian")
-        self._rows = rows
-        self._news, self._sources, self._kernels = self._given["news"], self._given["sources"], self._given["kernels"]
+        self._points = points
+        self._outputs, self._sources, self._kernels = (
+            self._given["outputs"],
+            self._given["sources"],
+            self._given["kernels"],
+        )
         self._outer, self._inner = self._given["outer"], self._given["inner"]
         self._blocks: dict[tuple[int, Node], StructuredJacobian] = {}
 
     def _shape(self) -> tf.TensorShape:
-        rows = tf.get_static_value(self._rows)
-        return tf.TensorShape([rows, sum(self._news.values()), sum(self._sources.values())])
+        points = tf.get_static_value(self._points)
+        return tf.TensorShape([points, sum(self._outputs.values()), sum(self._sources.values())])
 
     def _shape_tensor(self) -> tf.Tensor:
-        return tf.stack([self._rows, sum(self._news.values()), sum(self._sources.values())])
+        return tf.stack([self._points, sum(self._outputs.values()), sum(self._sources.values())])
 
     def _matmul(self, x: tf.Tensor, adjoint: bool = False, adjoint_arg: bool = False) -> tf.Tensor:  # noqa: FBT001, FBT002 - as in the base class
         x = tf.linalg.adjoint(x) if adjoint_arg else x
@@ -76,10 +82,10 @@ class StructuredJacobian(tf.linalg.LinearOperator):
         return self._backward(x) if adjoint else self._forward(x)
 
     def _forward(self, v: tf.Tensor) -> tf.Tensor:
-        """J v, `(rows, ..., m)` from `(rows, ..., n)`."""
+        """J v, `(points, ..., m)` from `(points, ..., n)`."""
         parts = self._forward_parts(v)
-        zeros = {new: _zeros_beside(v, size) for new, size in self._news.items() if parts[new] is None}
-        return joined([(zeros if new in zeros else parts)[new] for new in self._news])
+        zeros = {new: _zeros_beside(v, size) for new, size in self._outputs.items() if parts[new] is None}
+        return joined([(zeros if new in zeros else parts)[new] for new in self._outputs])
 
     def _forward_parts(self, v: tf.Tensor) -> dict[int, tf.Tensor | None]:
         """J v by new state; None if none of the sources leads to it."""
@@ -89,13 +95,13 @@ class StructuredJacobian(tf.linalg.LinearOperator):
             tangents[product] = _times(total(ways), kernel.matrix)
         ways_to = {
             new: [d.forward(tangents[base]) for (into, base), d in self._outer.items() if into == new]
-            for new in self._news
+            for new in self._outputs
         }
         return {new: total(ways) if ways else None for new, ways in ways_to.items()}
 
     def _backward(self, w: tf.Tensor) -> tf.Tensor:
-        """Jᵀ w, `(rows, ..., n)` from `(rows, ..., m)`."""
-        cotangents = dict(zip(self._news, _split(w, list(self._news.values())), strict=True))
+        """Jᵀ w, `(points, ..., n)` from `(points, ..., m)`."""
+        cotangents = dict(zip(self._outputs, _split(w, list(self._outputs.values())), strict=True))
         ways: dict[Node, list[tf.Tensor]] = {base: [] for base in (*self._sources, *self._kernels)}
         for (new, base), diagonal in self._outer.items():
             ways[base].append(diagonal.backward(cotangents[new]))
@@ -107,66 +113,75 @@ class StructuredJacobian(tf.linalg.LinearOperator):
         parts = [total(ways[s]) if ways[s] else _zeros_beside(w, size) for s, size in self._sources.items()]
         return joined(parts)
 
-    def take(self, rows: tf.Tensor | slice) -> "StructuredJacobian":
-        """The operator of the rows with these indices `(k,)`, or of a slice."""
-        outer = {key: diagonal.take(rows) for key, diagonal in self._outer.items()}
-        inner = {key: diagonal.take(rows) for key, diagonal in self._inner.items()}
-        count = rows.stop - rows.start if isinstance(rows, slice) else tf.size(rows)
-        return StructuredJacobian(**{**self._given, "rows": count, "outer": outer, "inner": inner})
+    def take(self, points: tf.Tensor | slice) -> "StructuredJacobian":
+        """The operator of some of the points."""
+        outer = {key: diagonal.take(points) for key, diagonal in self._outer.items()}
+        inner = {key: diagonal.take(points) for key, diagonal in self._inner.items()}
+        count = points.stop - points.start if isinstance(points, slice) else tf.size(points)
+        return StructuredJacobian(**{**self._given, "points": count, "outer": outer, "inner": inner})
 
-    def scaled(self, gain: float) -> "StructuredJacobian":
-        """The operator with all kernels multiplied by a number; the same one if that changes nothing but its sign."""
-        if gain == -1 and not self.is_chain and not any(base in self._sources for _, base in self._outer):
+    def scaled_kernels(self, gain: float) -> "StructuredJacobian | None":
+        """The operator with all kernels multiplied by a number; None for a chain, which has products of kernels."""
+        if self._is_chain:
+            return None
+        if gain == -1 and not any(node in self._sources for _, node in self._outer):
+            # All entries change their sign, and nothing else.
             return self
         kernels = {product: kernel.scaled(gain) for product, kernel in self._kernels.items()} if gain else {}
         return StructuredJacobian(**{**self._given, "kernels": kernels})
 
-    def block(self, new: int, old: int) -> "StructuredJacobian":
-        """Returns the derivative of one new state by one old one; the same operator each time."""
-        return self._block(new, Node.state(old))
+    def block(self, output: int, old: int) -> "StructuredJacobian":
+        """The derivative of one new state by one old one; the same operator each time."""
+        return self._block(output, Node.state(old))
 
-    def _block(self, new: int, source: Node) -> "StructuredJacobian":
-        if len(self._news) == len(self._sources) == 1:
+    def _block(self, output: int, source: Node) -> "StructuredJacobian":
+        if len(self._outputs) == len(self._sources) == 1:
             return self
-        if (new, source) not in self._blocks:
+        if (output, source) not in self._blocks:
             given = {
                 **self._given,
-                "news": {new: self._news[new]},
+                "outputs": {output: self._outputs[output]},
                 "sources": {source: self._sources[source]},
-                "outer": {key: diagonal for key, diagonal in self._outer.items() if key[0] == new},
+                "outer": {key: diagonal for key, diagonal in self._outer.items() if key[0] == output},
             }
-            self._blocks[new, source] = StructuredJacobian(**given)
-        return self._blocks[new, source]
+            self._blocks[output, source] = StructuredJacobian(**given)
+        return self._blocks[output, source]
 
     def blocks(self) -> "list[StructuredJacobian]":
         """The derivative of each new state by each source, as operators of their own."""
-        return [self._block(new, source) for new in self._news for source in self._sources]
+        return [self._block(output, source) for output in self._outputs for source in self._sources]
 
     @property
-    def is_chain(self) -> bool:
-        """Whether a product multiplies what another one has given."""
-        return any(base in self._kernels for _, base in self._inner)
+    def _is_chain(self) -> bool:
+        """True if a product multiplies what another one has given."""
+        return any(node in self._kernels for _, node in self._inner)
 
-    @functools.cached_property
     def entry_sum(self) -> tf.Tensor:
-        """The sum of all entries of each row's Jacobian, `(rows,)`."""
-        if self.is_chain:
-            parts = self._forward_parts(tf.ones([1, sum(self._sources.values())], self.dtype)).values()
-            return self._for_each_row([tf.reduce_sum(part, axis=-1) for part in parts if part is not None])
-        if len(self.blocks()) > 1:
-            return tf.add_n([block.entry_sum for block in self.blocks()])
-        return self._for_each_row(entry_sums(*self._ways(), self.dtype))
+        """The sum of all entries, `(points,)`; the same tensor each time."""
+        return self._entry_sum
 
     @functools.cached_property
-    def square_sum(self) -> tf.Tensor:
-        """The sum of the squares of all entries of each row's Jacobian, `(rows,)`, unless that is a chain."""
+    def _entry_sum(self) -> tf.Tensor:
+        if self._is_chain:
+            parts = self._forward_parts(tf.ones([1, sum(self._sources.values())], self.dtype)).values()
+            return self._at_each_point([tf.reduce_sum(part, axis=-1) for part in parts if part is not None])
         if len(self.blocks()) > 1:
-            return tf.add_n([block.square_sum for block in self.blocks()])
-        return self._for_each_row(square_sums(*self._ways(), self.dtype))
+            return tf.add_n([block.entry_sum() for block in self.blocks()])
+        return self._at_each_point(entry_sums(*self._ways(), self.dtype))
+
+    def square_sum(self) -> tf.Tensor | None:
+        """The sum of the squares of all entries, `(points,)`, the same tensor each time; None for a chain."""
+        return None if self._is_chain else self._square_sum
+
+    @functools.cached_property
+    def _square_sum(self) -> tf.Tensor:
+        if len(self.blocks()) > 1:
+            return tf.add_n([block.square_sum() for block in self.blocks()])
+        return self._at_each_point(square_sums(*self._ways(), self.dtype))
 
     def _ways(self) -> tuple[Diagonal | None, list[tuple[Diagonal, Kernel, Diagonal]]]:
         """Of a single block: the direct way, and what leads to each product, its kernel, and what leads from it."""
-        ((new, _),) = self._news.items()
+        ((new, _),) = self._outputs.items()
         ((source, _),) = self._sources.items()
         ways = [
             (self._inner[product, source], kernel, self._outer[new, product])
@@ -175,11 +190,11 @@ class StructuredJacobian(tf.linalg.LinearOperator):
         ]
         return self._outer.get((new, source)), ways
 
-    def _for_each_row(self, sums: list[tf.Tensor]) -> tf.Tensor:
-        """The total of tensors `(rows,)`, `(1,)` or `()`."""
+    def _at_each_point(self, sums: list[tf.Tensor]) -> tf.Tensor:
+        """The total of tensors `(points,)`, `(1,)` or `()`."""
         everything = total(sums) if sums else tf.zeros([], self.dtype)
         is_there = everything.shape.rank == 1 and everything.shape[0] != 1
-        return everything if is_there else tf.broadcast_to(everything, [self._rows])
+        return everything if is_there else tf.broadcast_to(everything, [self._points])
 
 
 def _needed(
@@ -208,7 +223,7 @@ def _split(vectors: tf.Tensor, sizes: list[int]) -> list[tf.Tensor]:
 
 
 def _times(vectors: tf.Tensor, matrix: tf.Tensor) -> tf.Tensor:
-    """Products of vectors `(rows, ..., units)` with a matrix, as one product of two matrices."""
+    """Products of vectors `(points, ..., units)` with a matrix, as one product of two matrices."""
     *leading, units = vectors.shape
     flat = tf.reshape(vectors, [-1, units]) @ matrix
     if len(leading) == 1:

@@ -326,7 +326,7 @@ def test_the_operator_that_is_tested_is_the_one_that_is_measured(monkeypatch: py
 
     def wrong_at_first(*args: Any) -> Any:
         evaluated.append(original(*args))
-        return evaluated[0].scaled(1.01) if len(evaluated) == 1 else evaluated[-1]
+        return evaluated[0].scaled_kernels(1.01) if len(evaluated) == 1 else evaluated[-1]
 
     monkeypatch.setattr(resolve, "structured_jacobian", wrong_at_first)
     model, layer = make_model(BY_ID["lstm"], PROBE)

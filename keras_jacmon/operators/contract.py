@@ -1,0 +1,40 @@
+"""The contract of a Jacobian as a linear operator: what every measure may ask of it."""
+
+import abc
+
+import tensorflow as tf
+
+
+class JacobianOperator(tf.linalg.LinearOperator):
+    """`J[b, i, k] = d new[b, i] / d old[b, k]` at each point b, batch shape `(points,)`.
+
+    Subclasses are final. They implement the products (`_matmul`, `_shape`, `_shape_tensor`) of
+    `tf.linalg.LinearOperator` and `take`, and override what they know in a better way.
+    """
+
+    @abc.abstractmethod
+    def take(self, points: tf.Tensor | slice) -> "JacobianOperator | None":
+        """The operator of some of the points; None if points depend on each other, or cannot be told apart.
+
+        Args:
+            points: Indices `(k,)`, or a slice.
+        """
+
+    def entry_sum(self) -> tf.Tensor:
+        """The sum of all entries, `(points,)`: by default from one product with Jᵀ, as the squares are."""
+        ones = tf.ones([self.batch_shape_tensor()[0], int(self.shape[-2])], self.dtype)
+        return tf.reduce_sum(self.matvec(ones, adjoint=True), axis=-1)
+
+    def square_sum(self) -> tf.Tensor | None:
+        """The sum of the squares of all entries, `(points,)`, by a closed form; None if there is none."""
+        return None
+
+    def blocks(self) -> list["JacobianOperator"]:
+        """Operators without an entry in common that make up the whole."""
+        return [self]
+
+    def block(self, output: int, old: int) -> "JacobianOperator | None":
+        """The derivative of one new state by one old state, by their positions; None if there is no structure."""
+
+    def scaled_kernels(self, gain: float) -> "JacobianOperator | None":
+        """The operator with all kernels multiplied by a number; None if the kernels are not known one by one."""
