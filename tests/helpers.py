@@ -19,7 +19,7 @@ import pytest
 import tensorflow as tf
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Container, Iterable, Mapping
 
     from numpy.typing import NDArray
 
@@ -353,10 +353,20 @@ CUSTOM = [
     Case("user_rnn", UserRNN),
 ]
 CASES = [*BUILT_IN, *CUSTOM]
-FAST = {"lstm", "gru_reset_after", "seed_cell", "partly_mixing", "while_loop"}
-each_case = pytest.mark.parametrize(
-    "case", [pytest.param(case, id=case.id, marks=[pytest.mark.fast] if case.id in FAST else []) for case in CASES]
-)
+FAST = {"lstm", "gru_reset_after", "seed_cell", "partly_mixing"}
+
+
+def each_case(*, soak: Container[str] = ()) -> Any:
+    """The mark of a test that runs for every case; those named in `soak` are in that tier alone."""
+
+    def marks(case: Case) -> list[Any]:
+        if case.id in soak:
+            return [pytest.mark.soak]
+        return [pytest.mark.fast] if case.id in FAST else []
+
+    return pytest.mark.parametrize("case", [pytest.param(case, id=case.id, marks=marks(case)) for case in CASES])
+
+
 BY_ID: Mapping[str, Case] = {case.id: case for case in CASES}
 
 

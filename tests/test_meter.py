@@ -64,7 +64,7 @@ WITH_SPECTRAL_NORM = {
 }
 
 
-@each_case
+@each_case()
 def test_every_cell_equals_the_loop(case: Case) -> None:
     probe = make_probe(case)
     model, layer = make_model(case, probe)
@@ -315,7 +315,9 @@ def test_the_meter_and_measure_agree() -> None:
 def test_chunks_of_rows_give_the_same_values(case_id: str, max_bytes: int) -> None:
     probe = make_probe(BY_ID[case_id])
     model, layer = make_model(BY_ID[case_id], probe)
-    assert_layer(measure(model, probe, measures=KEYS, max_bytes=max_bytes)[layer.name], layer, probe)
+    measures = KEYS if case_id == "lstm" else MOMENTS
+    report = measure(model, probe, measures=measures, max_bytes=max_bytes)[layer.name]
+    assert_layer(report, layer, probe, measures=measures)
 
 
 def test_chunks_that_do_not_divide_the_rows() -> None:
