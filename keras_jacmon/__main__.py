@@ -16,7 +16,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Measures a saved model and prints its report.
 
     Args:
-        arguments: Those of the command line; None for `sys.argv`.
+        arguments: Arguments of the command line. Defaults to None, those of `sys.argv`.
 
     Returns:
         0; 2 if something given is wrong, with a sentence on standard error.

@@ -42,16 +42,16 @@ class CallMetadata:
     Attributes:
         cell: Class of the cell.
         units: Size of the hidden state.
-        joint: What stands in front of the keys of the joint view.
-        go_backwards: Whether the layer reads its input from the end.
-        views: Those that there are.
+        joint: Prefix of the keys of the joint view.
+        go_backwards: True if the layer reads its input from the end.
+        views: The views that the cell has.
         choices: By view, how each of its blocks is taken.
-        notes: What a reader of the numbers must know.
+        notes: Sentences that a reader of the numbers must know.
         jacobian: Must live as long as what it has given operators to.
         columns: By view, those of its Jacobians.
-        options: How it is measured.
-        has_structure: Whether something that is measured rests on a structure, or on a registered form.
-        quantities: What is measured, in the order of `CallResults.arrays`.
+        options: The settings of the measurement.
+        has_structure: True if a measured Jacobian rests on a structure, or on a registered form.
+        quantities: The measured quantities, in the order of `CallResults.arrays`.
     """
 
     cell: str
@@ -81,7 +81,7 @@ class CallMetadata:
         """The metadata of a call.
 
         Args:
-            call: What the layer received.
+            call: The recorded call.
             states: The flat initial states.
             jacobian: The Jacobians of its cell.
             connections: The dependencies of new states on old ones.

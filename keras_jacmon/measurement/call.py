@@ -40,8 +40,8 @@ def measure_call(
     """Measures one call, in the graph that is being traced.
 
     Args:
-        call: What the layer received.
-        measures: What to measure.
+        call: The recorded call.
+        measures: The quantities that the user selected.
         options: The settings. `max_bytes` bounds the memory, through segments of the sequence and chunks of points.
         trust: The assumptions that the Jacobians may rest on. Without independent points, steps are taken one by one.
         draw: Number of measurements before this one; it decides which points are checked.

@@ -40,7 +40,7 @@ def measure_points(
 
     Args:
         source: Source of the operators.
-        quantities: What to measure, of the kind `PerStep`.
+        quantities: The quantities to measure, of the kind `PerStep`.
         context: Settings of the measures.
         chunk: Maximum number of points at once.
 

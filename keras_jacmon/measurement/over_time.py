@@ -30,7 +30,7 @@ _FLOW, _EXPONENTS = 5, 6
 
 
 class _Carry(NamedTuple):
-    """What leads from one segment to the next, by view."""
+    """The state of the iterations that leads from one segment to the next, by view."""
 
     flow: dict[str, flow.FlowCarry]
     exponents: dict[str, lyapunov.LyapunovCarry]
@@ -38,15 +38,15 @@ class _Carry(NamedTuple):
 
 @dataclass(frozen=True)
 class SequenceMeasurement:
-    """What is walked through.
+    """A sequence whose products of Jacobians are measured.
 
     Attributes:
-        step: The cell's.
-        walk: From beginning to end, in the order in which the cell runs.
+        step: The step of the cell.
+        walk: The whole sequence, in the order in which the cell runs.
         shortcut: As for `unroll`.
-        jacobian: Of the cell.
-        independent: Whether each row of a step is a function of itself.
-        most_steps: Of a segment.
+        jacobian: The Jacobians of the cell.
+        independent: False if the points of a step must stay together.
+        most_steps: Maximum number of steps of a segment.
     """
 
     step: CellStep
@@ -63,10 +63,10 @@ def measure_sequence(
     """Measures products of Jacobians over time, in the graph that is being traced.
 
     Args:
-        sequence: Of which Jacobians.
-        quantities: What to measure, of the kinds `Flow` and `Exponents`.
+        sequence: The sequence.
+        quantities: The quantities to measure, of the kinds `Flow` and `Exponents`.
         context: Settings of the measures.
-        rows: The points of the whole trajectory, if they are there.
+        rows: The points of the whole trajectory; None if they are not held at once.
 
     Returns:
         For each quantity: `(spans, samples)` for the flow; `(exponents, samples)` for the Lyapunov exponents;

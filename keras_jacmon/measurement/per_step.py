@@ -36,7 +36,7 @@ class StepMeasurement:
 
     Attributes:
         jacobian: The Jacobians of the cell.
-        quantities: What is measured at single points, spectra among them.
+        quantities: The quantities of single points, spectra among them.
         views: The views whose structure is checked.
         context: Settings of the measures.
         bytes_allowed: Memory for the derivatives.
@@ -73,7 +73,7 @@ class StepMeasurement:
 
         Args:
             rows: The points.
-            last: The states behind the last step.
+            last: The states after the last step.
             places: Masks of those that are measured.
             segment: Number of parts of the sequence before this one.
         """
@@ -166,7 +166,7 @@ class StepMeasurement:
             return CheckResults.zero(self.context.dtype)
         count = rows.count
         total = count if valid is None else tf.size(valid)
-        # Half as many rows as are measured at once, since autodiff takes its memory beside them.
+        # Half as many points as are measured at once, since autodiff takes its memory beside them.
         most = max(1, self._chunk(rows, ()) // 2) if self.independent else self.samples
         seed = tf.random.experimental.stateless_fold_in([self.context.options.seed, 3], self.draw)
 
@@ -200,7 +200,7 @@ class StepMeasurement:
         return worst
 
     def _following(self, rows: PointBatch, last: Sequence[tf.Tensor], chosen: tf.Tensor) -> list[tf.Tensor]:
-        """The states behind some rows: the old ones of the next step, and of the last step the last ones."""
+        """The states after some points: the old states of the next step, or the last states after the last step."""
         count, samples = rows.count, self.samples
         return [
             tf.where(

@@ -13,7 +13,7 @@ from keras_jacmon.options import Options
 
 @dataclass(frozen=True, eq=False)
 class MeasurementPlan:
-    """What is measured and how, for any model.
+    """The plan of a measurement, for any model.
 
     Attributes:
         probe: NumPy arrays in the structure of the model's inputs.

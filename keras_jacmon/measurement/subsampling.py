@@ -47,7 +47,7 @@ def choose_places(
     Args:
         mask: `(time, batch)`, False at steps that are skipped; None for no mask.
         shape: Time and batch.
-        measures: What is measured.
+        measures: The quantities of single points.
         options: `max_rows` and `spectra` count.
         independent: False if the points of a step must stay together.
     """

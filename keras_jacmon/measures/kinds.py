@@ -1,4 +1,4 @@
-"""Kinds of measures: what a measure is a function of, and the form of its values."""
+"""Kinds of measures: the argument of a measure, and the form of its values."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ import tensorflow as tf
 
 @dataclass(frozen=True)
 class Kind:
-    """What a measure is a function of, and the form of its values.
+    """The argument of a measure, and the form of its values.
 
     Attributes:
         selectable: Boolean, True if the user asks for such a measure by name.

@@ -36,12 +36,12 @@ class Measure:
 
     Attributes:
         name: Its key in reports, logs and TensorBoard tags.
-        kind: What it is a function of, and the form of its values; the kind says what `function` takes.
+        kind: Kind of the measure: the argument of `function`, and the form of its values.
         function: Gives its values.
         definition: In a formula or half a sentence.
-        unit: Of the values.
+        unit: Unit of the values.
         reference: The value of a layer that keeps its gradient; empty if there is none.
-        reading: What a value means, in a sentence.
+        reading: Meaning of a value, in a sentence.
         cost: The smallest preset that contains it; measures that only `"full"` has are slow.
         views: The views that it makes sense for.
         method: Function from `Options` and the columns of J to the method in words, where the values are not exact.

@@ -8,16 +8,16 @@ import tensorflow as tf
 
 @dataclass(frozen=True)
 class Steps:
-    """What the measures of products over time are given.
+    """The steps of a sequence with their Jacobians, for the measures of products over time.
 
     Attributes:
-        time: How many steps there are, a scalar.
+        time: Number of steps, a scalar.
         at: From the index of a step, a scalar, in the order in which the cell runs, to the operator of all samples at
             that step, batch shape `(samples,)`.
         mask: `(time, samples)`, False where a step is skipped, so that its Jacobian is the identity; None for no mask.
-        samples: How many there are, a scalar.
+        samples: Number of samples, a scalar.
         size: Units n of the square Jacobians.
-        dtype: Of the operators.
+        dtype: Type of the operators.
     """
 
     time: int | tf.Tensor
@@ -34,12 +34,12 @@ class Steps:
             t: Index of the step.
             vectors: What is multiplied; those of a sample are rows and no columns, as they are for the operators' own
                 products with shared kernels, so that nothing needs to be transposed.
-            adjoint: Whether to multiply with Jᵀ.
+            adjoint: True to multiply with Jᵀ. Defaults to False.
         """
         columns = self.at(t).matmul(tf.linalg.matrix_transpose(vectors), adjoint=adjoint)
         images = tf.ensure_shape(tf.linalg.matrix_transpose(columns), vectors.shape)
         return images if self.mask is None else tf.where(self.mask[t][:, None, None], images, vectors)
 
     def valid(self, t: tf.Tensor) -> tf.Tensor:
-        """Which samples take a step and do not skip it, `(samples,)`."""
+        """Boolean `(samples,)`, True for the samples that take the step and do not skip it."""
         return tf.ones([self.samples], tf.bool) if self.mask is None else self.mask[t]
