@@ -1,4 +1,4 @@
-"""Which states does a step connect, and does it connect them by nothing else?"""
+"""Dependencies of the new states on the old ones; rejects steps with hidden state."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,17 +12,18 @@ from keras_jacmon.traced_graph import CALLS
 # Operations that call Python.
 _PYTHON = frozenset({"EagerPyFunc", "PyFunc", "PyFuncStateless"})
 
-# How the names of those begin that write to a variable.
+# Beginnings of the names of operations that write to a variable.
 _WRITING = ("Assign", "ResourceScatter", "ResourceStridedSliceAssign")
 
 
 @dataclass(frozen=True)
 class Dependencies:
-    """Which new state depends on which old one, found in the graph of a cell.
+    """Dependencies of the new states of a cell, found in its graph.
 
-    `depends[p][q]` is True if a gradient flows from new floating-point state p to old one q, and `on_inputs` if one
-    flows from the first of them to the inputs. `bytes_per_row` is the memory that one evaluation of the cell with its
-    derivative takes for each row.
+    Attributes:
+        depends: `depends[p][q]` is True if a gradient flows from new floating-point state p to old one q.
+        on_inputs: True if a gradient flows from the first of the new states to the inputs.
+        bytes_per_row: Memory that one evaluation of the cell with its derivative takes for each point.
     """
 
     depends: tuple[tuple[bool, ...], ...]
@@ -64,7 +65,7 @@ def find_dependencies(step: CellStep, inputs: tf.Tensor, states: Sequence[tf.Ten
 
 
 def _left_behind(step: CellStep, operations: Sequence[tf.Operation], new: Sequence[tf.Tensor]) -> str | None:
-    """A variable that a step writes to and whose old value has an influence on the new states."""
+    """A variable, in words, that a step writes to and whose old value has an influence on the new states."""
     # Of variables of Keras a scope keeps what is written, and hides what they are.
     by_handle = {id(variable._value.handle): variable.path for variable in step.written()}  # noqa: SLF001
     captures = getattr(tf.compat.v1.get_default_graph(), "captures", ())
@@ -77,7 +78,7 @@ def _left_behind(step: CellStep, operations: Sequence[tf.Operation], new: Sequen
 def _read_before_written(
     operations: Sequence[tf.Operation], results: Sequence[tf.Tensor], written: Mapping[int, str]
 ) -> str | None:
-    """What a graph, or a function that it calls, writes to and reads for its results.
+    """A variable, in words, that a graph, or a function that it calls, writes to and reads for its results.
 
     Args:
         operations: Of the graph.

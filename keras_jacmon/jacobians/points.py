@@ -16,11 +16,11 @@ class PointBatch:
     """Points at which Jacobians are taken.
 
     Attributes:
-        inputs: `(rows, ...)`.
-        states: Flat, each `(rows, ...)`.
-        values: Known values of the cell's graph, by name.
-        operators: Structured Jacobians that have been evaluated at these points.
-        size: How many there are, if that is known before the points are.
+        inputs: `(points, ...)`.
+        states: Flat, each `(points, ...)`.
+        values: Known values of tensors of the cell's graph, by their names.
+        operators: Structured Jacobians that have been evaluated at these points, by view.
+        size: Number of points, if that is known before the points are.
     """
 
     inputs: tf.Tensor
@@ -31,26 +31,27 @@ class PointBatch:
 
     @property
     def count(self) -> int | tf.Tensor:
-        """How many there are."""
+        """The number of points."""
         return known_sizes(self.inputs)[0] if self.size is None else self.size
 
     @classmethod
     def of(cls, trajectory: Trajectory) -> "PointBatch":
-        """The points of a trajectory, those of the first step first."""
+        """The points of a trajectory, step by step."""
         values = {name: as_rows(value) for name, value in trajectory.values.items()}
         return cls(as_rows(trajectory.inputs), tuple(map(as_rows, trajectory.states)), values)
 
-    def take(self, rows: tf.Tensor) -> "PointBatch":
-        """Some of them, by their indices."""
-        return self._each(lambda x: tf.gather(x, rows), lambda operator: operator.take(rows), known_sizes(rows)[0])
+    def take(self, indices: tf.Tensor) -> "PointBatch":
+        """The points with these indices, `(k,)`."""
+        count = known_sizes(indices)[0]
+        return self._each(lambda x: tf.gather(x, indices), lambda operator: operator.take(indices), count)
 
     def behind(self, results: Iterable[tf.Tensor]) -> "PointBatch":
-        """The same, known once some results are: what is made of it does not need its memory at the same time."""
+        """The same points, known after some results are: what is made of both does not need its memory at once."""
         with tf.control_dependencies([result.op for result in results]):
             return self._each(tf.identity, lambda operator: operator, self.size)
 
     def between(self, start: tf.Tensor, stop: tf.Tensor) -> "PointBatch":
-        """Those from one index up to another one, which takes no copy."""
+        """The points from one index up to another one, without a copy."""
         return self._each(lambda x: x[start:stop], lambda operator: operator.take(slice(start, stop)), stop - start)
 
     def _each(

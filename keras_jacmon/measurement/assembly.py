@@ -12,9 +12,9 @@ from keras_jacmon.jacobians.cell_jacobian import CellJacobian, Choice
 from keras_jacmon.jacobians.dependencies import Dependencies
 from keras_jacmon.jacobians.views import View, floating_states, size
 from keras_jacmon.measurement.results import CallResults
-from keras_jacmon.measures.advice import facts as advice_facts
 from keras_jacmon.measures.kinds import Exponents, Loss, OverTime, PerStep, Spectrum, SuggestionInput
 from keras_jacmon.measures.registry import KEYS, Quantity, Selection
+from keras_jacmon.measures.suggestions import suggestion_inputs
 from keras_jacmon.model.recording import RecurrentCall
 from keras_jacmon.options import Options
 from keras_jacmon.report.layer_report import LayerReport
@@ -178,7 +178,7 @@ class CallMetadata:
         known = {found.quantity: found.value[mask] for found in everything if found.value.shape == mask.shape}
         helpers = {q.measure.name: value for q, value in known.items() if isinstance(q.measure.kind, SuggestionInput)}
         gains = known.get(KEYS[f"{self.joint}rms_singular_value"], [])
-        return advice_facts(helpers, known.get(KEYS["variance"], []), gains)
+        return suggestion_inputs(helpers, known.get(KEYS["variance"], []), gains)
 
     def _method(self, found: _Found) -> str:
         """Describes in words how the values were found, and how many did not reach the tolerance."""

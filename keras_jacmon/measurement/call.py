@@ -20,10 +20,10 @@ from keras_jacmon.measurement.over_time import SequenceMeasurement, measure_sequ
 from keras_jacmon.measurement.per_step import StepMeasurement, in_segments
 from keras_jacmon.measurement.results import CallResults, MeasuredArray
 from keras_jacmon.measurement.subsampling import UNKNOWN_SAMPLES, Subsample, choose_places
-from keras_jacmon.measures.advice import with_advice
 from keras_jacmon.measures.context import MeasureContext
 from keras_jacmon.measures.kinds import Spectrum
 from keras_jacmon.measures.registry import KEYS, Selection, filtered, views_of
+from keras_jacmon.measures.suggestions import with_suggestion_measures
 from keras_jacmon.model.recording import RecurrentCall
 from keras_jacmon.options import Options
 from keras_jacmon.tensors import known_sizes
@@ -60,7 +60,7 @@ def measure_call(
     facts = CallMetadata.of(call, walk.states, jacobian, connections, asked=views_of(measures), options=options)
     selection = _of_views(measures, facts.views, several=bool(facts.joint))
     # Not a subclass, which may do something else with its gates.
-    with_inputs = with_advice(selection, forgets=type(call.layer.cell) is keras.layers.LSTMCell)
+    with_inputs = with_suggestion_measures(selection, forgets=type(call.layer.cell) is keras.layers.LSTMCell)
     of_points = filtered(with_inputs, lambda measure: not measure.kind.over_time)
     over_time = filtered(selection, lambda measure: measure.kind.over_time)
     facts = dataclasses.replace(

@@ -1,4 +1,4 @@
-"""What the suggestions of a verdict are computed from, measured with everything else."""
+"""Measures that the suggestions of a verdict are computed from, taken along with those that were asked for."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -13,52 +13,55 @@ from keras_jacmon.measures.moments import variance
 from keras_jacmon.measures.registry import KEYS, Measure, Quantity, Selection, of_kind, views_of
 from keras_jacmon.operators.contract import JacobianOperator
 
-# Not in the registry: nobody asks for them by name.
+# Names of measures that are not in the registry: nobody asks for them.
 WITHOUT, OPPOSITE, FORGET = "variance_without_kernels", "variance_with_opposite_kernels", "log_forget"
 
 
-def with_advice(selection: Selection, *, forgets: bool) -> Selection:
-    """The selection, and what suggestions need, where there will be a verdict.
+def with_suggestion_measures(selection: Selection, *, forgets: bool) -> Selection:
+    """Adds the measures that suggestions need, where there will be a verdict.
 
     Args:
         selection: What the user selected.
-        forgets: Whether the diagonal of the second state's block, by itself, is a forget gate.
+        forgets: True if the diagonal of the second state's block, by itself, is a forget gate.
     """
     judged = "joint" if "joint" in views_of(selection) else "hidden"
     if judged not in views_of(of_kind(selection, Flow)):
         return selection
     added = []
     if KEYS["variance"] in selection:
-        added += [Quantity("hidden", _helper(WITHOUT, _at(0.0))), Quantity("hidden", _helper(OPPOSITE, _at(-1.0)))]
+        added += [
+            Quantity("hidden", _suggestion_measure(WITHOUT, _at(0.0))),
+            Quantity("hidden", _suggestion_measure(OPPOSITE, _at(-1.0))),
+        ]
     if forgets and judged == "joint":
-        added.append(Quantity("joint", _helper(FORGET, _log_forget)))
+        added.append(Quantity("joint", _suggestion_measure(FORGET, _log_forget)))
     return (*selection, *added)
 
 
-def facts(helpers: Mapping[str, Any], variances: Any, gains: Any) -> dict[str, float]:
-    """What suggestions are made from.
+def suggestion_inputs(values: Mapping[str, Any], variances: Any, gains: Any) -> dict[str, float]:
+    """Computes the numbers that suggestions are made from.
 
     With the kernels of the hidden block multiplied by g, at the states that were visited, `J = D + g K`, and the
     variance of its entries is a polynomial of second degree in g: three values tell it.
 
     Args:
-        helpers: By name, the values of the measured rows.
-        variances: The hidden `variance` of these rows; empty if it was not measured.
+        values: By name of the added measures, their values at the measured points.
+        variances: The hidden `variance` of these points; empty if it was not measured.
         gains: The `rms_singular_value` of all states; empty if it was not measured.
 
     Returns:
         `variance`, the mean of the hidden variance; `kernel_gain`, the gain that would bring it to 1; `forget`, the
-        geometric mean of the forget gates; `step_gain`, that of the gains. Those that are known.
+        geometric mean of the forget gates; `step_gain`, that of the gains. An unknown one is left out.
     """
     found: dict[str, float] = {}
-    if WITHOUT in helpers and np.size(variances):
-        now, without, opposite = (float(np.mean(x)) for x in (variances, helpers[WITHOUT], helpers[OPPOSITE]))
+    if WITHOUT in values and np.size(variances):
+        now, without, opposite = (float(np.mean(x)) for x in (variances, values[WITHOUT], values[OPPOSITE]))
         found = {"variance": now, "kernel_gain": _gain(without, (now - opposite) / 2, (now + opposite) / 2 - without)}
     if np.size(gains):
         with np.errstate(divide="ignore", invalid="ignore"):
             found["step_gain"] = float(np.exp(np.mean(np.log(gains))))
-    if np.size(helpers.get(FORGET, ())):
-        found["forget"] = float(np.exp(np.mean(helpers[FORGET])))
+    if np.size(values.get(FORGET, ())):
+        found["forget"] = float(np.exp(np.mean(values[FORGET])))
     return {name: value for name, value in found.items() if math.isfinite(value)}
 
 
@@ -71,7 +74,7 @@ def _gain(constant: float, linear: float, square: float) -> float:
     return gain if gain > 0 else math.nan
 
 
-def _helper(name: str, function: Callable[[JacobianOperator, MeasureContext], Measured]) -> Measure:
+def _suggestion_measure(name: str, function: Callable[[JacobianOperator, MeasureContext], Measured]) -> Measure:
     return Measure(name, SuggestionInput(), function, definition="", unit="", reference="", reading="", cost="standard")
 
 
