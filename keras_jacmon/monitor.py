@@ -1,21 +1,27 @@
-"""The Keras callback: when to measure, and what becomes of it."""
+"""The Keras callback that measures while a model trains, and hands the reports on."""
 
 import itertools
 import os
 import warnings
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import keras
 
+from keras_jacmon.errors import invalid_argument
 from keras_jacmon.events.thinning import thin
 from keras_jacmon.events.writer import EventWriter
 from keras_jacmon.measurement.plan import MeasurementPlan
 from keras_jacmon.meter import JacobianMeter
 from keras_jacmon.options import takes_options
-from keras_jacmon.regularization.regularizer import JacobianRegularizer, RegularizedModel
+from keras_jacmon.regularization.regularizer import JacobianRegularizer
 from keras_jacmon.report.report import Report
+
+if TYPE_CHECKING:
+    from keras_jacmon.events.sink import Sink
+    from keras_jacmon.regularization.held_model import RegularizedModel
 
 # Its key in the logs and its tag in TensorBoard.
 PENALTY = "jac_penalty"
@@ -38,30 +44,36 @@ class JacobianMonitor(keras.callbacks.Callback):
     ```
 
     Args:
-        probe: A batch of model inputs: array, tensor, list or dict of them, or a dataset (its first batch).
-        layers: Names of recurrent layers, or layers; None for all.
-        measures: `"fast"`, `"standard"` (None) or `"full"`, or names of measures, as for `JacobianMeter`.
-        targets: Of the probe's samples, if `‖dLoss/dh_t‖` is to be measured too, of the loss in `compile`.
-        update_freq: `"epoch"`, `"batch"` or an integer number of batches, as in `keras.callbacks.TensorBoard`.
-        slow_freq: What only `"full"` has takes its time: it is measured at the first of so many measurements, and at
-            the end. `logs` keep the newest values.
-        log_dir: Event files go to `<log_dir>/jacobian`; None writes none.
-        max_reports: Bounds `reports` (and `failures`): when there are more, every second one is taken out, but never
-            the first one and the newest, so that the older they are the sparser they get. At least 2.
-        on_error: `"warn"`, the first time that a measurement or a file fails, and go on training; or `"raise"`. What
-            is invalid when the first `fit` begins is always raised.
-        regularizer: A `JacobianRegularizer` that holds the measured layers while `fit` runs. Its penalty, not scaled
-            by the strength, is `jac_penalty` in `logs` and event files, with the weights of that moment.
-        seed: Integer, for random vectors.
-        verbose: 1 prints each report.
+        probe: A batch of model inputs: array, tensor, list or dict of them, or a dataset (its first batch is taken).
+        layers: Names of recurrent layers, or layers. Defaults to None, for all.
+        measures: String or list of strings: `"fast"`, `"standard"` or `"full"`, or names of measures, as for
+            `JacobianMeter`. Defaults to None, for `"standard"`.
+        targets: Targets of the probe's samples. If given, `‖dLoss/dh_t‖` of the compiled loss is measured too. Defaults
+            to None.
+        update_freq: `"epoch"`, `"batch"` or an integer number of batches, as in `keras.callbacks.TensorBoard`. Defaults
+            to `"epoch"`.
+        slow_freq: Integer. The measures that only `"full"` has take long: they are taken at the first of every
+            `slow_freq` measurements, and at the end. `logs` keep the newest values. Defaults to 10.
+        log_dir: String or path. Event files go to `<log_dir>/jacobian`; None writes no files. Defaults to `"logs"`.
+        max_reports: Integer of at least 2, the maximum length of `reports` and of `failures`. A list that is longer
+            loses every second member, but neither the first nor the newest, so that older members are sparser. Defaults
+            to 1000.
+        on_error: `"warn"` or `"raise"`, the reaction to a measurement or a file that fails. `"warn"` warns the first
+            time and lets the training go on. What is invalid when the first `fit` begins is always raised. Defaults to
+            `"warn"`.
+        regularizer: `JacobianRegularizer` for the measured layers while `fit` runs. Its penalty, not scaled by the
+            strength, is `jac_penalty` in `logs` and event files, with the present weights. Defaults to None.
+        seed: Integer, the seed of the random vectors. Defaults to 0.
+        verbose: 0 or 1; 1 prints each report. Defaults to 0.
         **options: As for `JacobianMeter`: `tolerance`, `max_rows`, `max_bytes`, ...
 
     Attributes:
-        reports: `(step, Report)` for each measurement, up to `max_reports`; step is the optimizer's iteration count.
-        failures: A sentence for each measurement or file that failed, with `on_error="warn"`, up to `max_reports`.
+        reports: List of `(step, Report)`, one for each measurement; the step is the iteration count of the optimizer.
+        failures: List of sentences, one for each measurement or file that failed with `on_error="warn"`.
 
     Raises:
-        ValueError: If an argument is invalid; what depends on the model when `fit` begins, before the first batch.
+        ValueError: If an argument is invalid. An argument that does not fit the model is refused when `fit` begins,
+            before the first batch.
     """
 
     @takes_options
@@ -81,45 +93,26 @@ class JacobianMonitor(keras.callbacks.Callback):
         **options: Any,
     ) -> None:
         super().__init__()
-        if update_freq not in ("epoch", "batch") and (
-            isinstance(update_freq, bool) or not isinstance(update_freq, int) or update_freq < 1
-        ):
-            raise ValueError(
-                "Invalid value for argument `update_freq`. Expected 'epoch', 'batch' or a positive integer. "
-                f"Received: update_freq={update_freq!r}"
-            )
-        if on_error not in ("warn", "raise"):
-            raise ValueError(
-                f"Invalid value for argument `on_error`. Expected 'warn' or 'raise'. Received: on_error={on_error!r}"
-            )
-        for name, value, least in (
-            ("slow_freq", slow_freq, 1),
-            ("max_reports", max_reports, 2),
-        ):
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(
-                    f"Invalid value for argument `{name}`. Expected an integer of at least {least}. Received: "
-                    f"{name}={value!r}"
-                )
-        if not isinstance(regularizer, (JacobianRegularizer, type(None))):
-            raise ValueError(
-                "Invalid value for argument `regularizer`. Expected a `JacobianRegularizer` or None. Received: "
-                f"regularizer={regularizer!r}"
-            )
+        _check_arguments(update_freq, slow_freq, max_reports, on_error, regularizer)
         self._plan = MeasurementPlan.read("JacobianMonitor", probe, layers=layers, targets=targets, options=options)
-        self._every = 1 if update_freq == "batch" else update_freq
-        self._slow_every = slow_freq
+        self._schedule = _Schedule(1 if update_freq == "batch" else update_freq, slow_freq)
         self._log_dir = log_dir
         self._max_reports = max_reports
-        self._on_error = on_error
+        self._failures = _Failures(on_error, max_reports)
         self._regularizer = regularizer
-        self._held: RegularizedModel | None = None
         self._verbose = verbose
-        self._writer: EventWriter | None = None
+        self._held: RegularizedModel | None = None
+        self._writer: Sink | None = None
         self._meter: JacobianMeter | None = None
         self._traced_for: list[Any] = []
+        self._scalars: dict[str, float] = {}
+        self._nonfinite: set[str] = set()
         self.reports: list[tuple[int, Report]] = []
-        self.failures: list[str] = []
+
+    @property
+    def failures(self) -> list[str]:
+        """A sentence for each measurement or file that failed, up to `max_reports` of them."""
+        return self._failures.sentences
 
     def set_model(self, model: keras.Model) -> None:
         """Checks the probe against the model and traces the measurement, before any callback's `on_train_begin`."""
@@ -136,149 +129,120 @@ class JacobianMonitor(keras.callbacks.Callback):
         if self._writer is None and self._log_dir is not None:
             self._writer = EventWriter(self._log_dir)
 
-    def _prepare(self, model: keras.Model) -> None:
-        self._meter = self._held = None
-        # Until it is known that it can be measured.
-        self._traced_for = [model]
-        meter = JacobianMeter.of_plan(model, self._plan)
-        if self._regularizer is not None:
-            self._held = RegularizedModel(self._regularizer, model, self._plan.probe, self._plan.layers)
-        self._meter = meter
-        # Building a model may have made variables.
-        self._traced_for = _identity(model)
-
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
-        """Counts anew; nothing is measured yet, since other callbacks may still restore weights here."""
-        self._start: int | None = None
-        self._done = 0
-        self._batch = -1
-        self._measured_at: int | None = None
-        self._measured_slow = True
-        self._batches_before = 0
-        self._measurements = 0
-        self._scalars: dict[str, float] = {}
-        self._failed: set[str] = set()
-        self._broken: set[str] = set()
-        if self._held is not None:
-            self._held.attach()
+        """Starts a new count; measures nothing yet, since other callbacks may still restore weights here."""
+        self._schedule.begin()
+        self._failures.begin()
+        self._scalars, self._nonfinite = {}, set()
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
-        """Keras numbers the batches from 0 in each epoch."""
-        self._batch = -1
+        """Follows the numbering of Keras, which counts batches from 0 in each epoch."""
+        self._schedule.begin_epoch()
 
     def on_train_batch_begin(self, batch: int, logs: dict[str, Any] | None = None) -> None:
-        """Measures before the first batch."""
-        if self._start is None:
-            self._start = self._iterations() or 0
-            # Of the trainings before this one, too.
-            self._batches_before = self._start * self._batches_per_iteration()
-            self._hold(0)
+        """Measures before the first batch, and prepares the penalty of each batch."""
+        if self._schedule.start is None:
+            self._schedule.start = self._iterations() or 0
+            self._prepare_penalty()
             self._measure()
-        self._hold(self._done)
-
-    def on_test_batch_begin(self, batch: int, logs: dict[str, Any] | None = None) -> None:
-        """A validation has the penalty in its loss too."""
+        self._prepare_penalty()
         if self._held is not None:
-            self._held.announce()
-
-    def _hold(self, step: int) -> None:
-        """Prepares the penalty of the next batch."""
-        if self._held is not None:
-            self._held.announce()
-            self._attempt("Taking states for the regularizer", self._held.begin, self._batches_before + step)
+            # Not before this hook can raise no more: Keras would not say that the training has ended.
+            self._held.attach(to_fit=True)
 
     def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
         """Measures after every `update_freq` batches."""
-        # `batch` is the last of the `steps_per_execution` batches that have just been run.
-        before = (self._start or 0) + self._done
-        self._done += batch - self._batch
-        self._batch = batch
-        if self._every != "epoch" and ((self._start or 0) + self._done) // self._every > before // self._every:
+        if self._schedule.is_due_after(batch):
             self._measure()
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
-        """Measures if that is the rhythm, and adds the newest means to the logs."""
-        if self._every == "epoch" and self._measured_at != self._done:
+        """Measures if `update_freq` is `"epoch"`, and adds the newest means to the logs."""
+        if self._schedule.is_due_after_epoch():
             self._measure(last=epoch + 1 == (self.params or {}).get("epochs"))
-        if logs is not None:
-            logs.update(self._scalars)
-            names = itertools.chain([PENALTY], (f"{PENALTY}_{number}" for number in itertools.count(1)))
-            # Another monitor may hold the same model.
-            key = next(name for name in names if name not in logs)
-            for value in self._penalty().values():
-                logs[key] = value
+        if logs is None:
+            return
+        logs.update(self._scalars)
+        names = itertools.chain([PENALTY], (f"{PENALTY}_{number}" for number in itertools.count(1)))
+        # Another monitor may hold the same model.
+        key = next(name for name in names if name not in logs)
+        penalty = self._penalty()
+        if penalty is not None:
+            logs[key] = penalty
 
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
-        """Measures what the last batch has made of the model, and closes the event file."""
-        if self._start is not None and (self._measured_at != self._done or not self._measured_slow):
+        """Measures after the last batch, takes the penalty out of the losses and closes the event file."""
+        if self._schedule.is_due_at_end():
             self._measure(last=True)
         if self._held is not None:
             self._held.detach()
         if self._writer is not None:
             self._attempt("Closing the event file", self._writer.close)
 
+    def _prepare(self, model: keras.Model) -> None:
+        """Traces the measurement and the penalty of a model."""
+        self._meter = self._held = None
+        # Until it is known that it can be measured.
+        self._traced_for = [model]
+        meter = JacobianMeter.of_plan(model, self._plan)
+        if self._regularizer is not None:
+            self._held = self._regularizer.prepare(model, self._plan.probe, self._plan.layers)
+        self._meter = meter
+        # Building a model may have made variables.
+        self._traced_for = _identity(model)
+
+    def _prepare_penalty(self) -> None:
+        """Prepares the penalty of the next batch, counted over the trainings before this one, too."""
+        if self._held is not None:
+            before = (self._schedule.start or 0) * self._batches_per_iteration()
+            self._attempt("Taking states for the regularizer", self._held.begin, before + self._schedule.done)
+
     def _measure(self, *, last: bool = False) -> None:
-        """Measures once; the report goes to the event file, to `reports` and, at the end of the epoch, to the logs."""
+        """Measures once, and hands the report on to the event file, to `reports` and to the logs of the epoch."""
         if self._meter is None:
             if self._traced_for:
                 # It cannot be measured, which the user has been told.
                 return
             raise RuntimeError("JacobianMonitor has no model yet. Call `set_model(model)` before `on_train_begin()`.")
-        again = self._measured_at == self._done
-        self._measured_at = self._done
-        slow = last or self._measurements % self._slow_every == 0
-        self._measured_slow = slow or not self._meter.has_slow_measures
-        self._measurements += 1
+        again = self._schedule.is_measured
+        slow = self._schedule.next_is_slow(last=last, has_slow=self._meter.has_slow_measures)
         report = self._attempt("Measuring the Jacobians", partial(self._meter, slow=slow))
         if report is None:
             # Old values under a new epoch would be wrong, and callbacks such as CSVLogger want the same keys.
             self._scalars = dict.fromkeys(self._scalars, float("nan"))
             return
-        step = self._step()
         if again and self.reports:
             # Without the slow measures, when it was not known that the training would end there.
             self.reports.pop()
+        self._hand_on(report, self._step())
+
+    def _hand_on(self, report: Report, step: int) -> None:
         self.reports.append((step, report))
         thin(self.reports, self._max_reports)
         self._scalars |= report.scalars()
         if self._writer is not None:
-            self._attempt("Writing the event file", self._writer.write, report, step, self._penalty())
+            penalty = self._penalty()
+            scalars = {} if penalty is None else {PENALTY: penalty}
+            self._attempt("Writing the event file", self._writer.write, report, step, scalars)
         if self._verbose:
             # Not every terminal knows all characters, and a pipe may be closed.
             self._attempt("Printing the report", print, f"\nJacobians at step {step}\n{report}")
         self._warn_of_nonfinite(report, step)
 
-    def _penalty(self) -> dict[str, float]:
-        """By its key; nothing without a regularizer."""
+    def _penalty(self) -> float | None:
+        """The penalty with the present weights, NaN if it cannot be computed; None without a regularizer."""
         if self._held is None:
-            return {}
+            return None
         value = self._attempt("Evaluating the penalty", self._held.penalty)
-        return {PENALTY: float("nan") if value is None else value}
+        return float("nan") if value is None else float(value)
 
     def _attempt(self, what: str, function: Callable[..., Any], *args: Any) -> Any:
-        """Calls the function; if it fails, warns the first time and returns None, or raises, as the user chose."""
-        try:
-            return function(*args)
-        except Exception as error:
-            if self._on_error == "raise":
-                raise
-            sentence = f"{what} at step {self._step()} failed. {type(error).__name__}: {error}"
-            self.failures.append(sentence)
-            thin(self.failures, self._max_reports)
-            if what not in self._failed:
-                self._failed.add(what)
-                warnings.warn(
-                    f"{sentence}\nTraining goes on. Further failures are not warned of, but kept in "
-                    "`JacobianMonitor.failures`.",
-                    stacklevel=2,
-                )
-            return None
+        return self._failures.attempt(what, self._step, partial(function, *args))
 
     def _warn_of_nonfinite(self, report: Report, step: int) -> None:
         for name, layer in report.layers.items():
             counts = layer.nonfinite()
-            if counts and name not in self._broken:
-                self._broken.add(name)
+            if counts and name not in self._nonfinite:
+                self._nonfinite.add(name)
                 found = ", ".join(f"{count} of `{key}`" for key, count in counts.items())
                 warnings.warn(
                     f"Layer `{name}` has NaN or Inf in its Jacobians at step {step}: {found}. They are logged as they "
@@ -288,10 +252,10 @@ class JacobianMonitor(keras.callbacks.Callback):
 
     def _step(self) -> int:
         """The optimizer's iteration count, or the batches seen if a custom `train_step` does not use that optimizer."""
-        start = self._start or 0
+        start, done = self._schedule.start or 0, self._schedule.done
         iterations = self._iterations()
-        if iterations is None or (iterations == start and self._done >= 2 * self._batches_per_iteration()):
-            return start + self._done
+        if iterations is None or (iterations == start and done >= 2 * self._batches_per_iteration()):
+            return start + done
         return iterations
 
     def _batches_per_iteration(self) -> int:
@@ -302,8 +266,125 @@ class JacobianMonitor(keras.callbacks.Callback):
         return None if iterations is None else int(keras.ops.convert_to_numpy(iterations))
 
 
+@dataclass
+class _Schedule:
+    """The batches of a training, and the batches after which there is a measurement.
+
+    Attributes:
+        every: Number of batches between two measurements, or `"epoch"`.
+        slow_every: Number of measurements from one with the slow measures to the next.
+        start: Iteration count of the optimizer before the first batch; None before that.
+        done: Number of batches of this training so far.
+    """
+
+    every: Literal["epoch"] | int
+    slow_every: int
+    start: int | None = None
+    done: int = 0
+    _batch: int = -1
+    _measured_at: int | None = None
+    _measured_slow: bool = True
+    _measurements: int = 0
+
+    def begin(self) -> None:
+        """Starts a new count."""
+        self.start, self.done, self._batch = None, 0, -1
+        self._measured_at, self._measured_slow, self._measurements = None, True, 0
+
+    def begin_epoch(self) -> None:
+        self._batch = -1
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether there is a measurement after the last batch."""
+        return self._measured_at == self.done
+
+    def is_due_after(self, batch: int) -> bool:
+        """Counts the batches up to the given one, and returns whether a measurement is due."""
+        # `batch` is the last of the `steps_per_execution` batches that have just been run.
+        before = (self.start or 0) + self.done
+        self.done += batch - self._batch
+        self._batch = batch
+        return self.every != "epoch" and ((self.start or 0) + self.done) // self.every > before // self.every
+
+    def is_due_after_epoch(self) -> bool:
+        return self.every == "epoch" and not self.is_measured
+
+    def is_due_at_end(self) -> bool:
+        return self.start is not None and not (self.is_measured and self._measured_slow)
+
+    def next_is_slow(self, *, last: bool, has_slow: bool) -> bool:
+        """Counts the next measurement, and returns whether it includes the slow measures."""
+        slow = last or self._measurements % self.slow_every == 0
+        self._measured_at, self._measured_slow = self.done, slow or not has_slow
+        self._measurements += 1
+        return slow
+
+
+@dataclass
+class _Failures:
+    """The failures of a monitor: raised, or told once for each training and kept.
+
+    Attributes:
+        on_error: `"warn"` or `"raise"`.
+        most: Number of sentences above which they are thinned.
+        sentences: A sentence for each failure.
+    """
+
+    on_error: Literal["warn", "raise"]
+    most: int
+    sentences: list[str] = field(default_factory=list)
+    _told: set[str] = field(default_factory=set)
+
+    def begin(self) -> None:
+        """Starts a training, in which the first failure of each kind is warned of again."""
+        self._told.clear()
+
+    def attempt(self, what: str, step: Callable[[], int], function: Callable[[], Any]) -> Any:
+        """Calls the function; if it fails, raises or returns None.
+
+        Args:
+            what: String, the subject of the sentence about a failure.
+            step: Callable that returns the step for this sentence.
+            function: Callable without arguments.
+        """
+        try:
+            return function()
+        except Exception as error:
+            if self.on_error == "raise":
+                raise
+            sentence = f"{what} at step {step()} failed. {type(error).__name__}: {error}"
+            self.sentences.append(sentence)
+            thin(self.sentences, self.most)
+            if what not in self._told:
+                self._told.add(what)
+                warnings.warn(
+                    f"{sentence}\nTraining goes on. Further failures are not warned of, but kept in "
+                    "`JacobianMonitor.failures`.",
+                    stacklevel=3,
+                )
+            return None
+
+
+def _check_arguments(update_freq: Any, slow_freq: Any, max_reports: Any, on_error: Any, regularizer: Any) -> None:
+    """Refuses arguments that are invalid with any model."""
+
+    def is_whole(value: Any, least: int) -> bool:
+        return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+    if update_freq not in ("epoch", "batch") and not is_whole(update_freq, 1):
+        raise invalid_argument("update_freq", "'epoch', 'batch' or a positive integer", f"update_freq={update_freq!r}")
+    if on_error not in ("warn", "raise"):
+        raise invalid_argument("on_error", "'warn' or 'raise'", f"on_error={on_error!r}")
+    for name, value, least in (("slow_freq", slow_freq, 1), ("max_reports", max_reports, 2)):
+        if not is_whole(value, least):
+            raise invalid_argument(name, f"an integer of at least {least}", f"{name}={value!r}")
+    if not isinstance(regularizer, (JacobianRegularizer, type(None))):
+        raise invalid_argument("regularizer", "a `JacobianRegularizer` or None", f"regularizer={regularizer!r}")
+
+
 def _identity(model: keras.Model) -> list[Any]:
-    """What makes a model another one for the measurement."""
+    """The objects that make a model another one for the measurement, if one of them is replaced."""
     # Each `compile` makes a new one, and Keras traces the model anew then too.
     loss = getattr(model, "_compile_loss", None)
     return [model, loss, *model.variables, None, *model.trainable_variables]

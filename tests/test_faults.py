@@ -366,7 +366,7 @@ def test_a_layer_that_is_deleted_and_was_asked_for_by_name() -> None:
     assert len(user_warnings(caught)) == 1
     assert len(monitor.reports) == 9
     assert not other.losses
-    assert not list(loss_terms._FITS)
+    assert not list(loss_terms._SWAPPED)
 
 
 class Held(keras.Model):

@@ -1,1 +1,1 @@
-"""A measure of the Jacobians as a loss."""
+"""Regularization: a measure of the Jacobians as a loss."""

@@ -1,8 +1,7 @@
-"""How far the Jacobians of one call of a recurrent layer are from where they should be."""
+"""The penalty on one recurrent call: squared distances of a measure of its Jacobians from a target."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, NamedTuple
 
 import keras
 import tensorflow as tf
@@ -21,40 +20,255 @@ from keras_jacmon.measures.differentiable import DIFFERENTIABLE, TINY, Direction
 from keras_jacmon.measures.registry import MEASURES
 from keras_jacmon.model.distribution import own_variable
 from keras_jacmon.model.guard import foreign_variables, put_back
-from keras_jacmon.model.recording import RecurrentCall
+from keras_jacmon.model.recording import Recording, RecurrentCall
 from keras_jacmon.options import Options
+from keras_jacmon.regularization.penalty_config import PenaltyConfig
 from keras_jacmon.tensors import known_sizes
+from keras_jacmon.traced_graph import Traced, trace
 
-# What the unrolling may hold at once, in numbers.
+# The numbers that the unrolling may hold at once.
 _MOST_HOISTED = 2**24
 
 
-@dataclass(frozen=True)
-class PenaltyConfig:
-    """What is held, and how; see `JacobianRegularizer`."""
+class RefreshResult(NamedTuple):
+    """The findings at new points of a trajectory.
 
-    measure: str
-    view: str
-    scale: Literal["linear", "log"]
-    side: Literal["both", "at_most", "at_least"]
-    states: Literal["cached", "fresh"]
-    through_states: bool
-    rows: int
-    vectors: int
-    seed: int
+    Attributes:
+        checks: Checks of the assumptions behind the Jacobians, at some of the points.
+        left_out: Integer scalar, the number of points without a finite penalty.
+    """
+
+    checks: CheckResults
+    left_out: tf.Tensor
 
 
-def squared_distance(draws: tf.Tensor, target: tf.Tensor, aim: PenaltyConfig) -> tf.Tensor:
-    """`(measure - target)²` of each row, or of the logarithms; zero on the side that is allowed.
+class CallPenalty:
+    """The penalty on one call of a recurrent layer: called, it returns a scalar with derivatives by the weights.
 
     Args:
-        draws: `(draws, rows)`: the measure, or independent estimates of it, whose square is estimated without bias:
-            from the products of different ones.
-        target: A scalar.
-        aim: `scale` and `side` count.
+        config: `PenaltyConfig`.
+        model: Keras model, which puts back its own variables if a cell writes to them.
+        call: The call. Its shapes and states count, its tensors are not kept.
+        target: Scalar variable, the target of the measure.
+        weights: Sequence of the variables that the penalty has derivatives by.
+        record: Callable that runs the model on the probe, in the graph that is being traced, and returns the recording.
+        turn: Integer variable, the number of samples of the trajectory taken so far.
+        step: Integer variable, the number of batches so far, for other random vectors at each.
+
+    Attributes:
+        layer: The recurrent layer.
+        share: Number, the weight of this call among all calls. Default: 1.
+
+    Raises:
+        ValueError: If the cell has no Jacobian of the view.
     """
-    if aim.scale == "log":
-        # Of an estimate the logarithm has a bias, which falls with the number of vectors.
+
+    def __init__(
+        self,
+        config: PenaltyConfig,
+        model: keras.Model,
+        call: RecurrentCall,
+        *,
+        target: tf.Variable,
+        weights: Sequence[Any],
+        record: Callable[[], Recording],
+        turn: tf.Variable,
+        step: tf.Variable,
+    ) -> None:
+        self.layer = call.layer
+        self.share = 1.0
+        self._config, self._model, self._name = config, model, call.name
+        self._target, self._weights, self._record, self._turn, self._step = target, weights, record, turn, step
+        self._cell_step = CellStep(call.layer.cell, call.states)
+        self._view = _view_of(config.view, self._cell_step, call)
+        self._assumptions = Assumptions()
+        # Inputs, states and weights of the points, made when their shapes are known.
+        self._points: list[tf.Variable] = []
+        self._leading: tf.Variable | None = None
+        self._eager: Traced[Any] | None = None
+        # Graphs of others that contain this penalty refer to these.
+        self._alive: list[Traced[Any]] = []
+
+    def __call__(self) -> tf.Tensor:
+        """The penalty with the present weights, not scaled by the strength."""
+        if not self.holds:
+            return tf.zeros([])
+        # A tape must know them before it meets a function that reads them.
+        for weight in self._weights:
+            tf.convert_to_tensor(weight)
+        traced = self._traced()
+        # A cell may count its calls.
+        with put_back(foreign_variables(traced.graph.graph, self._model, self.variables)):
+            return traced()
+
+    @property
+    def variables(self) -> list[tf.Variable]:
+        """The variables that it reads beside the weights of the model."""
+        leading = [] if self._leading is None else [self._leading]
+        return [*self._points, *leading, self._target, self._turn, self._step]
+
+    @property
+    def holds(self) -> bool:
+        """Whether there is a penalty; otherwise it is zero."""
+        # Points of all steps are put together for it.
+        return self._assumptions.independent
+
+    def refute(self, checks: CheckResults) -> str | None:
+        """Takes the Jacobian in another way if a check failed.
+
+        Returns:
+            A sentence about it; None if no check failed.
+        """
+        diagnosis = diagnose(checks, self._assumptions)
+        # A layer without a penalty is not warned of again.
+        if diagnosis is None or diagnosis.assumptions is None or not self.holds:
+            return None
+        self._eager, self._assumptions = None, diagnosis.assumptions
+        consequence = f"{diagnosis.consequence} from now on" if self.holds else "It has no penalty"
+        return f"{diagnosis.reason}. {consequence}"
+
+    def refresh(self, call: RecurrentCall) -> tuple[RefreshResult, CellJacobian]:
+        """Takes other points of the trajectory, in the graph that is being traced.
+
+        Returns:
+            The findings at these points, and the Jacobian, which must live as long as the graph.
+        """
+        chosen, jacobian = self._sampled(call)
+        tensors = (chosen.inputs, *chosen.states, chosen.weights)
+        self._points = self._points or [_variable_like(tensor) for tensor in tensors]
+        for variable, tensor in zip(self._points, tensors, strict=True):
+            variable.assign(tensor)
+        points = PointBatch(chosen.inputs, chosen.states)
+        if self._config.measure == "spectral_norm":
+            self._find_leading(jacobian, points, chosen.weights)
+        checks = self._checked(jacobian, points, chosen)
+        usable = self._usable(jacobian, points)
+        left_out = tf.math.count_nonzero((chosen.weights > 0) & ~usable)
+        self._points[-1].assign(tf.where(usable, chosen.weights, tf.zeros_like(chosen.weights)))
+        return RefreshResult(checks, left_out), jacobian
+
+    def _find_leading(self, jacobian: CellJacobian, points: PointBatch, weights: tf.Tensor) -> None:
+        """Stores the leading singular vectors at new points."""
+        operator = jacobian.operators([self._view], points)[self._view]
+        nothing = tf.zeros([*known_sizes(weights), int(operator.shape[-1])], operator.dtype)
+        self._leading = _variable_like(nothing) if self._leading is None else self._leading
+        # The vectors there belong to other points.
+        self._leading.assign(nothing)
+        memory = Memory(self._leading, tf.range(tf.shape(weights)[0]))
+        MEASURES["spectral_norm"].function(operator, MeasureContext(Options(seed=self._config.seed), memory=memory))
+
+    def _checked(self, jacobian: CellJacobian, points: PointBatch, chosen: Sample) -> CheckResults:
+        """The results of the checks at points that stand for something."""
+        seed = tf.random.experimental.stateless_fold_in([self._config.seed, 4], self._turn)
+        valid = tf.cast(tf.where(chosen.weights > 0)[:, 0], tf.int32)
+
+        def checked(check: Callable[..., CheckResults], some: tf.Tensor) -> CheckResults:
+            new = [tf.gather(state, some) for state in chosen.new]
+            return check(jacobian, [self._view], points.take(some), new, seed)
+
+        checks = checked(check_points, valid[:CHECKED_POINTS])
+        return checks if jacobian.row_by_row else checks.worst(checked(check_independence, valid))
+
+    def _traced(self) -> Traced[Any]:
+        if not tf.executing_eagerly():
+            # Not once for all: each replica of a distributed training has variables of its own. And not without a
+            # function around it: a tape does not see operations that are replayed from another graph.
+            self._alive.append(trace(self._value))
+            return self._alive[-1]
+        if self._eager is None:
+            self._eager = trace(self._value)
+        return self._eager
+
+    def _value(self) -> tuple[tf.Tensor, Any]:
+        """The penalty, and the objects that must live as long as the graph that is being traced."""
+        points, weights, jacobian, recording = self._present_points()
+        # A point with a weight has a derivative, if it was examined when it was taken.
+        finite = _are_finite(tf.stop_gradient(self._distances(jacobian, points, self._leading))) & (weights > 0)
+        if self._config.states == "fresh":
+            finite &= self._usable(jacobian, points)
+        total = tf.cond(
+            tf.reduce_any(finite),
+            lambda: self._mean(jacobian, points, weights, finite),
+            lambda: tf.zeros([], points.inputs.dtype),
+        )
+        # Of the type of Keras' own losses, but not of half precision.
+        total = tf.cast(total, tf.float64 if keras.config.floatx() == "float64" else tf.float32)
+        return total, (jacobian, recording)
+
+    def _present_points(self) -> tuple[PointBatch, tf.Tensor, CellJacobian, Recording | None]:
+        """The points, their weights, the Jacobian there and the recording of the call that they are taken from."""
+        if self._config.states == "cached":
+            inputs, *states, weights = (variable.read_value() for variable in self._points)
+            return PointBatch(inputs, tuple(states)), weights, self._jacobian(inputs, states), None
+        recording = self._record()
+        chosen, jacobian = self._sampled(next(call for call in recording.calls if call.name == self._name))
+        inputs, states = chosen.inputs, list(chosen.states)
+        if not self._config.through_states:
+            inputs, *states = map(tf.stop_gradient, (inputs, *states))
+        return PointBatch(inputs, tuple(states)), chosen.weights, jacobian, recording
+
+    def _mean(self, jacobian: CellJacobian, points: PointBatch, weights: tf.Tensor, finite: tf.Tensor) -> tf.Tensor:
+        """The share of this call: the mean distance over the points where it is finite."""
+        # A point that is not finite would make the whole gradient NaN, even with a weight of zero.
+        stand_in = tf.argmax(finite)
+
+        def mended(tensor: tf.Tensor) -> tf.Tensor:
+            keep = tf.reshape(finite, [-1] + [1] * (tensor.shape.rank - 1))
+            return tf.where(keep, tensor, tensor[stand_in])
+
+        leading = None if self._leading is None else mended(self._leading.read_value())
+        safe = PointBatch(mended(points.inputs), tuple(map(mended, points.states)))
+        distances = self._distances(jacobian, safe, leading)
+        shares = tf.cast(weights, distances.dtype) * tf.cast(finite, distances.dtype)
+        return self.share * tf.reduce_sum(shares * distances) / tf.maximum(tf.reduce_sum(shares), 1)
+
+    def _usable(self, jacobian: CellJacobian, points: PointBatch) -> tf.Tensor:
+        """Boolean `(points,)`: the distance is finite and has a finite derivative by the states.
+
+        A NaN in the second derivative of the cell reaches the states as well as the weights.
+        """
+        floating = floating_states(points.states)
+        states = [tf.stop_gradient(state) for state in points.states]
+        with tf.GradientTape(watch_accessed_variables=False) as tape:
+            tape.watch([states[q] for q in floating])
+            fixed = PointBatch(tf.stop_gradient(points.inputs), tuple(states))
+            distances = self._distances(jacobian, fixed, self._leading)
+        slopes = tape.gradient(distances, [states[q] for q in floating], unconnected_gradients="zero")
+        slopes = side_by_side(list(map(tf.convert_to_tensor, slopes)))
+        return _are_finite(distances) & tf.reduce_all(tf.math.is_finite(slopes), axis=-1)
+
+    def _distances(self, jacobian: CellJacobian, points: PointBatch, leading: tf.Tensor | None) -> tf.Tensor:
+        """The squared distance of the measure from the target, `(points,)`."""
+        operator = jacobian.operators([self._view], points)[self._view]
+        seed = tf.random.experimental.stateless_fold_in([self._config.seed, 5], self._step)
+        draws = DIFFERENTIABLE[self._config.measure](operator, Directions(self._config.vectors, seed, leading))
+        return squared_distance(draws, tf.cast(self._target, draws.dtype), self._config)
+
+    def _sampled(self, call: RecurrentCall) -> tuple[Sample, CellJacobian]:
+        """Some points of the trajectory of a call, and the Jacobian there."""
+        walk = UnrollInputs.of(call)
+        jacobian = self._jacobian(walk.inputs[0], walk.states)
+        plan = without_values(jacobian.shortcut(), known_sizes(walk.inputs)[:2], _MOST_HOISTED)
+        return sample(self._cell_step, walk, plan, self._config.rows, self._turn), jacobian
+
+    def _jacobian(self, inputs: tf.Tensor, states: Sequence[tf.Tensor]) -> CellJacobian:
+        return CellJacobian(self._cell_step, inputs, states, self._assumptions)
+
+
+def squared_distance(draws: tf.Tensor, target: tf.Tensor, config: PenaltyConfig) -> tf.Tensor:
+    """`(measure - target)²` at each point, or of the logarithms; zero on the side that is allowed.
+
+    Args:
+        draws: `(draws, points)`, the measure or independent estimates of it. Products of different estimates make the
+            square unbiased.
+        target: Scalar.
+        config: `PenaltyConfig`, of which `scale` and `side` count.
+
+    Returns:
+        `(points,)`.
+    """
+    if config.scale == "log":
+        # The logarithm of an estimate has a bias, which falls with the number of vectors.
         value = tf.reduce_mean(draws, axis=0, keepdims=True)
         # No derivative below, where it would be larger than any number.
         difference = tf.math.log(tf.maximum(value, TINY)) - tf.math.log(target)
@@ -64,222 +278,34 @@ def squared_distance(draws: tf.Tensor, target: tf.Tensor, aim: PenaltyConfig) ->
     square = tf.reduce_sum(difference, axis=0) ** 2
     if count > 1:
         square = (square - tf.reduce_sum(difference**2, axis=0)) / (count * (count - 1))
-    if aim.side == "both":
+    if config.side == "both":
         return square
     mean = tf.reduce_mean(difference, axis=0)
-    wrong = mean > 0 if aim.side == "at_most" else mean < 0
+    wrong = mean > 0 if config.side == "at_most" else mean < 0
     return tf.where(wrong, square, tf.zeros_like(square))
 
 
 def _are_finite(distances: tf.Tensor) -> tf.Tensor:
-    """Whether there is a mean of them, `(rows,)`."""
+    """Boolean `(points,)`: the distance is finite, and its sum over as many points would be."""
     return tf.math.is_finite(distances * tf.cast(tf.size(distances), distances.dtype))
 
 
-class CallPenalty:
-    """The penalty on one call of a recurrent layer: called, it gives a scalar with derivatives by the weights.
-
-    Args:
-        aim: What is held.
-        model: Whose variables a cell may write to, since that is undone by others.
-        call: Of which the states are kept, but no tensor.
-        target: Of the measure, a scalar.
-        weights: Those that it has a derivative by.
-        record: Runs the model on the probe and gives the call, in the graph that is being traced.
-        turn: Counts the samples of the trajectory that were taken.
-        step: Counts the batches, for random vectors that are others each time.
+def _view_of(name: str, step: CellStep, call: RecurrentCall) -> str:
+    """The view for this cell: the joint view of a cell with one state is the hidden one.
 
     Raises:
-        ValueError: If the cell has no Jacobian of this view.
+        ValueError: If nothing connects its states, so that there is no derivative.
     """
-
-    def __init__(
-        self,
-        aim: PenaltyConfig,
-        model: keras.Model,
-        call: RecurrentCall,
-        *,
-        target: tf.Variable,
-        weights: Sequence[Any],
-        record: Callable[[], RecurrentCall],
-        turn: tf.Variable,
-        step: tf.Variable,
-    ) -> None:
-        self.layer, self.target = call.layer, target
-        # What its mean over the rows counts for beside those of other calls.
-        self.share = 1.0
-        self._model = model
-        self._aim, self._weights, self._record, self._turn, self._step = aim, weights, record, turn, step
-        self._cell_step = CellStep(call.layer.cell, call.states)
-        self._view = _view_of(aim.view, self._cell_step, call)
-        self._trust = Assumptions()
-        self._points: list[tf.Variable] = []
-        self._leading: tf.Variable | None = None
-        self._eager: Any = None
-        # Graphs must live as long as what was made with them.
-        self._alive: list[Any] = []
-
-    def __call__(self) -> tf.Tensor:
-        """The penalty, not scaled by any strength, with the weights of this moment."""
-        if not self.holds:
-            return tf.zeros([])
-        # A tape must know them before it meets a function that reads them.
-        for weight in self._weights:
-            tf.convert_to_tensor(weight)
-        if tf.executing_eagerly():
-            self._eager = graph = self._eager or self._traced()
-        else:
-            # Not once for all: each replica of a distributed training has variables of its own. And not without a
-            # function around it: a tape does not see operations that are laid out from another graph.
-            graph = self._traced()
-        # A cell may count its calls.
-        with put_back(foreign_variables(graph.graph, self._model, self.variables)):
-            return graph()
-
-    @property
-    def variables(self) -> list[tf.Variable]:
-        """Those of its own."""
-        given = [self.target, self._turn, self._step]
-        return [*self._points, *([] if self._leading is None else [self._leading]), *given]
-
-    @property
-    def holds(self) -> bool:
-        """Whether there is a penalty, and not a zero in its place."""
-        # PointBatch of all steps are put together for it.
-        return self._trust.independent
-
-    def refute(self, checks: CheckResults) -> str | None:
-        """Changes how the Jacobian is taken if a check failed, and says so; None if none did."""
-        refutation = diagnose(checks, self._trust)
-        # A layer without a penalty is not warned of again.
-        if refutation is None or refutation.assumptions is None or not self.holds:
-            return None
-        self._eager, self._trust = None, refutation.assumptions
-        consequence = f"{refutation.consequence} from now on" if self.holds else "It has no penalty"
-        return f"{refutation.reason}. {consequence}"
-
-    def refresh(self, call: RecurrentCall) -> tuple[CheckResults, tf.Tensor]:
-        """Takes other points of the trajectory, in the graph that is being traced.
-
-        Returns:
-            Checks, at some of them, of what the Jacobians rest on; and at how many the penalty is not finite.
-        """
-        points, jacobian = self._sampled(call)
-        tensors = (points.inputs, *points.states, points.weights)
-        self._points = self._points or [_variable_like(tensor) for tensor in tensors]
-        for variable, tensor in zip(self._points, tensors, strict=True):
-            variable.assign(tensor)
-        rows = PointBatch(points.inputs, points.states)
-        if self._aim.measure == "spectral_norm":
-            operator = jacobian.operators([self._view], rows)[self._view]
-            nothing = tf.zeros([*known_sizes(points.weights), int(operator.shape[-1])], operator.dtype)
-            self._leading = _variable_like(nothing) if self._leading is None else self._leading
-            # These are other rows than the last time.
-            self._leading.assign(nothing)
-            memory = Memory(self._leading, tf.range(tf.shape(points.weights)[0]))
-            context = MeasureContext(Options(seed=self._aim.seed), memory=memory)
-            MEASURES["spectral_norm"].function(operator, context)
-        seed = tf.random.experimental.stateless_fold_in([self._aim.seed, 4], self._turn)
-        chosen = tf.cast(tf.where(points.weights > 0)[:, 0], tf.int32)
-
-        def checked(check: Callable[..., CheckResults], some: tf.Tensor) -> CheckResults:
-            new = [tf.gather(state, some) for state in points.new]
-            return check(jacobian, [self._view], rows.take(some), new, seed)
-
-        checks = checked(check_points, chosen[:CHECKED_POINTS])
-        if not jacobian.row_by_row:
-            checks = checks.worst(checked(check_independence, chosen))
-        usable = self._usable(jacobian, rows)
-        left_out = tf.math.count_nonzero((points.weights > 0) & ~usable)
-        self._points[-1].assign(tf.where(usable, points.weights, tf.zeros_like(points.weights)))
-        return checks, left_out
-
-    def _traced(self) -> Any:
-        graph = tf.function(self._value, autograph=False).get_concrete_function()
-        self._alive.append(graph)
-        return graph
-
-    def _value(self) -> tf.Tensor:
-        if self._aim.states == "cached":
-            inputs, *states, weights = (variable.read_value() for variable in self._points)
-            jacobian = self._jacobian(inputs, states)
-        else:
-            call = self._record()
-            points, jacobian = self._sampled(call)
-            inputs, states, weights = points.inputs, list(points.states), points.weights
-            if not self._aim.through_states:
-                inputs, *states = map(tf.stop_gradient, (inputs, *states))
-        rows = PointBatch(inputs, tuple(states))
-        # What has a weight has a derivative, if the points were looked at before.
-        finite = _are_finite(tf.stop_gradient(self._distances(jacobian, rows, self._leading))) & (weights > 0)
-        if self._aim.states == "fresh":
-            finite &= self._usable(jacobian, rows)
-
-        def mean() -> tf.Tensor:
-            # One that is not finite would make the gradient of all of them NaN, also with a weight of zero.
-            stand_in = tf.argmax(finite)
-
-            def mended(tensor: tf.Tensor) -> tf.Tensor:
-                keep = tf.reshape(finite, [-1] + [1] * (tensor.shape.rank - 1))
-                return tf.where(keep, tensor, tensor[stand_in])
-
-            leading = None if self._leading is None else mended(self._leading.read_value())
-            safe = PointBatch(mended(inputs), tuple(map(mended, states)))
-            distances = self._distances(jacobian, safe, leading)
-            shares = tf.cast(weights, distances.dtype) * tf.cast(finite, distances.dtype)
-            return self.share * tf.reduce_sum(shares * distances) / tf.maximum(tf.reduce_sum(shares), 1)
-
-        total = tf.cond(tf.reduce_any(finite), mean, lambda: tf.zeros([], inputs.dtype))
-        # Of the type of Keras' own losses, but not of half precision.
-        return tf.cast(total, tf.float64 if keras.config.floatx() == "float64" else tf.float32)
-
-    def _usable(self, jacobian: CellJacobian, rows: PointBatch) -> tf.Tensor:
-        """Whether the penalty at each of some rows is finite and has a finite derivative, `(rows,)`.
-
-        By the states; a NaN in the second derivative of the cell reaches those and the weights.
-        """
-        floating = floating_states(rows.states)
-        states = [tf.stop_gradient(state) for state in rows.states]
-        with tf.GradientTape(watch_accessed_variables=False) as tape:
-            tape.watch([states[q] for q in floating])
-            distances = self._distances(
-                jacobian, PointBatch(tf.stop_gradient(rows.inputs), tuple(states)), self._leading
-            )
-        slopes = tape.gradient(distances, [states[q] for q in floating], unconnected_gradients="zero")
-        slopes = side_by_side(list(map(tf.convert_to_tensor, slopes)))
-        return _are_finite(distances) & tf.reduce_all(tf.math.is_finite(slopes), axis=-1)
-
-    def _distances(self, jacobian: CellJacobian, rows: PointBatch, leading: tf.Tensor | None) -> tf.Tensor:
-        """How far the measure is from the target, `(rows,)`."""
-        operator = jacobian.operators([self._view], rows)[self._view]
-        seed = tf.random.experimental.stateless_fold_in([self._aim.seed, 5], self._step)
-        draws = DIFFERENTIABLE[self._aim.measure](operator, Directions(self._aim.vectors, seed, leading))
-        return squared_distance(draws, tf.cast(self.target, draws.dtype), self._aim)
-
-    def _sampled(self, call: RecurrentCall) -> tuple[Sample, CellJacobian]:
-        walk = UnrollInputs.of(call)
-        jacobian = self._jacobian(walk.inputs[0], walk.states)
-        shortcut = without_values(jacobian.shortcut(), known_sizes(walk.inputs)[:2], _MOST_HOISTED)
-        return sample(self._cell_step, walk, shortcut, self._aim.rows, self._turn), jacobian
-
-    def _jacobian(self, inputs: tf.Tensor, states: Sequence[tf.Tensor]) -> CellJacobian:
-        jacobian = CellJacobian(self._cell_step, inputs, states, self._trust)
-        self._alive.append(jacobian)
-        return jacobian
-
-
-def _view_of(name: str, step: CellStep, call: RecurrentCall) -> str:
-    """The view of this cell: one with a single state has no joint one of its own."""
     walk = UnrollInputs.of(call)
     floating = floating_states(walk.states)
     if not floating:
         raise ValueError(f"None of its {len(walk.states)} states is floating-point, so there is no derivative.")
     name = "hidden" if name == "joint" and len(floating) == 1 else name
-    connections = find_dependencies(step, walk.inputs[0], walk.states)
+    dependencies = find_dependencies(step, walk.inputs[0], walk.states)
     connected = {
-        "hidden": connections.depends[0][0],
-        "joint": any(map(any, connections.depends)),
-        "inputs": connections.on_inputs,
+        "hidden": dependencies.depends[0][0],
+        "joint": any(map(any, dependencies.depends)),
+        "inputs": dependencies.on_inputs,
     }
     if not connected[name]:
         raise ValueError(f"No gradient connects the new state with the old one, or the inputs, of its {name} view.")
@@ -287,6 +313,7 @@ def _view_of(name: str, step: CellStep, call: RecurrentCall) -> str:
 
 
 def _variable_like(tensor: tf.Tensor) -> tf.Variable:
+    """A variable of the shape and type of a tensor, whose sizes may be unknown."""
     with tf.init_scope():
         nothing = tf.zeros([size or 0 for size in tensor.shape], tensor.dtype)
     return own_variable(nothing, tensor.shape)

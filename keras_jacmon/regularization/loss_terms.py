@@ -1,26 +1,26 @@
-"""Puts terms into the losses of a model, and takes them out again, whatever becomes of the training."""
+"""Terms in the losses of a Keras model, put in for a training and taken out however it ends."""
 
-import inspect
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import keras
 import tensorflow as tf
 
-if TYPE_CHECKING:
-    from types import FrameType
-
 Term = Callable[[], tf.Tensor]
 
-# What Keras traces of a model with losses, and keeps.
-_FUNCTIONS = ("train_function", "test_function")
+# The attributes of a model under which Keras keeps what it has traced of the losses.
+_TRAIN, _TEST = _FUNCTIONS = ("train_function", "test_function")
 
 
-class Terms(keras.regularizers.Regularizer):
-    """Stands in the place of a variable's regularizer: what was there before, and some terms more.
+class SummedRegularizer(keras.regularizers.Regularizer):
+    """A regularizer that adds terms to the regularizer that a variable had before.
 
-    Keras adds what the regularizers of trainable variables return to `model.losses`, and does not save them with it.
+    Keras adds the values of the regularizers of trainable variables to `model.losses`, and does not save them with the
+    model.
+
+    Args:
+        own: The regularizer of the variable, a callable; None for none.
     """
 
     def __init__(self, own: Callable[[Any], Any] | None) -> None:
@@ -28,7 +28,7 @@ class Terms(keras.regularizers.Regularizer):
         self.terms: list[Term] = []
 
     def __call__(self, value: Any) -> tf.Tensor:
-        """The sum of all."""
+        """The sum, a scalar."""
         total = tf.add_n([term() for term in self.terms])
         return total if self.own is None else tf.cast(self.own(value), total.dtype) + total
 
@@ -36,172 +36,206 @@ class Terms(keras.regularizers.Regularizer):
 class LossTerms:
     """Terms that can be put into the losses of a model and taken out again.
 
+    Keras does not call `on_train_end` if anything raises during `fit`. The end of a `fit` is noticed nevertheless:
+
+    - A step that raises is seen by the function that stands in the place of `model.train_function`.
+    - The logs that a step returns live in `fit` until the next step returns. If they are released earlier, something
+      between two steps has raised, such as a callback, and `fit` has been left.
+    - Where something holds on to the `fit` that was left, such as the traceback of an interrupted cell in a notebook,
+      the logs live on. The next `fit` is known by its `model.history`, which Keras makes anew.
+
+    Until that next `fit`, or `detach`, the terms stay in the losses where something holds on to a `fit` that was left,
+    and where another callback raises before the first step has returned. An `evaluate` by a callback cannot be told
+    from an `evaluate` after that, so it includes the terms.
+
     Args:
-        model: The model.
-        terms: Each with a trainable variable of the model, whose regularizer it becomes a part of.
+        model: Keras model.
+        terms: Sequence of pairs: a trainable variable of the model, and the callable that its regularizer adds.
     """
 
     def __init__(self, model: keras.Layer, terms: Sequence[tuple[keras.Variable, Term]]) -> None:
         self._model = model
         self._terms = list(terms)
+        self._history: Any = None
+        self._to_fit = False
         self.attached = False
-        # By name, what Keras had traced without the terms and what it has traced with them, and none besides.
-        self._kept: dict[str, tuple[Any, Any]] = {}
+        # By name, the function that Keras had traced without the terms, and the one traced with them and no others.
+        self.traced: dict[str, tuple[Any, Any]] = {}
 
-    def attach(self) -> None:
-        """Puts the terms in; what Keras has traced of the model without them is put aside, or comes back from there."""
+    def attach(self, *, to_fit: bool = False) -> None:
+        """Puts the terms in, unless they are in.
+
+        Args:
+            to_fit: Boolean, whether they are taken out when the present `fit` of the model is left. Default: False,
+                for a loop that calls `detach` itself.
+        """
         if self.attached:
             return
         self.attached = True
+        self._to_fit, self._history = to_fit, getattr(self._model, "history", None)
         for variable, term in self._terms:
-            if not isinstance(variable.regularizer, Terms):
-                variable.regularizer = Terms(variable.regularizer)
+            if not isinstance(variable.regularizer, SummedRegularizer):
+                variable.regularizer = SummedRegularizer(variable.regularizer)
             variable.regularizer.terms.append(term)
-        fit = _FITS.setdefault(self._model, _Fit())
-        fit.enter(self)
-        if fit.held != [self]:
-            self.trace_anew()
-            return
-        fit.plain = {name: getattr(self._model, name, None) for name in _FUNCTIONS}
-        # Unless Keras has made others since.
-        if all(self._kept[name][0] is plain for name, plain in fit.plain.items() if name in self._kept):
-            fit.made = {name: held for name, (_, held) in self._kept.items()}
-        for name in _FUNCTIONS:
-            if name in fit.made:
-                setattr(self._model, name, fit.made[name])
-            else:
-                self._make(name)
-
-    def announce(self) -> None:
-        """Says, in `fit`, that a batch begins."""
-        if self._model in _FITS:
-            _FITS[self._model].announced = True
+        _SWAPPED.setdefault(self._model, _SwappedFunctions(self._model)).add(self)
 
     def detach(self) -> None:
-        """Takes the terms out; of a variable's regularizer what was there before stays."""
+        """Takes the terms out; the regularizer that a variable had before stays."""
         if not self.attached:
             return
         self.attached = False
         for variable, term in self._terms:
-            terms = variable.regularizer
+            summed = variable.regularizer
             # The user may have put another one there.
-            if isinstance(terms, Terms) and term in terms.terms:
-                terms.terms.remove(term)
-                if not terms.terms:
-                    variable.regularizer = terms.own
-        fit = _FITS[self._model]
-        fit.leave(self)
-        if fit.held:
-            self.trace_anew()
-            return
-        del _FITS[self._model]
-        for name in _FUNCTIONS:
-            function = getattr(self._model, name, None)
-            if function is not None and fit.alone and function is fit.made.get(name, function):
-                # So that the next training need not trace it again.
-                self._kept[name] = fit.plain[name], function
-                setattr(self._model, name, fit.plain[name])
-            else:
-                self._make(name)
+            if isinstance(summed, SummedRegularizer) and term in summed.terms:
+                summed.terms.remove(term)
+                if not summed.terms:
+                    variable.regularizer = summed.own
+        _SWAPPED[self._model].remove(self)
 
     def trace_anew(self) -> None:
-        """Replaces what Keras has traced of the model; it would go on using the losses of that time.
+        """Has Keras trace the model again, since the terms are computed in another way from now on.
 
         Also in the middle of `fit`, which looks the function up at each step.
         """
-        self._kept.clear()
+        self.traced.clear()
+        if self.attached:
+            _SWAPPED[self._model].trace_anew()
+
+    @property
+    def in_fit(self) -> bool:
+        """Whether they were attached for the time of a `fit`."""
+        return self.attached and self._to_fit
+
+    @property
+    def in_earlier_fit(self) -> bool:
+        """Whether they were attached for the time of a `fit` that is not the present one."""
+        return self.in_fit and getattr(self._model, "history", None) is not self._history
+
+
+class _SwappedFunctions:
+    """The functions that Keras traces of a model, replaced while terms are in its losses.
+
+    Keras would go on using what it has traced of the losses of another time.
+
+    Args:
+        model: Keras model.
+    """
+
+    def __init__(self, model: keras.Layer) -> None:
+        self._model = model
+        self._holders: list[LossTerms] = []
+        # Whether there was never more than one of them.
+        self._alone = True
+        self._plain: dict[str, Any] = {}
+        self._made: dict[str, Any] = {}
+        self._release: Any = None
+
+    def add(self, terms: LossTerms) -> None:
+        """Puts the functions with the terms in the place of those without, traced anew unless they are known."""
+        self._holders.append(terms)
+        if len(self._holders) > 1:
+            self._alone = False
+            self.trace_anew()
+            return
+        self._plain = {name: getattr(self._model, name, None) for name in _FUNCTIONS}
+        # Unless Keras has made others since.
+        if all(traced[0] is self._plain[name] for name, traced in terms.traced.items()):
+            self._made = {name: held for name, (_, held) in terms.traced.items()}
+        for name in _FUNCTIONS:
+            if name in self._made:
+                setattr(self._model, name, self._made[name])
+            else:
+                self._make(name)
+
+    def remove(self, terms: LossTerms) -> None:
+        """Puts the functions without the terms back."""
+        self._holders.remove(terms)
+        if self._holders:
+            self.trace_anew()
+            return
+        self.watch(None)
+        del _SWAPPED[self._model]
+        for name in _FUNCTIONS:
+            function = getattr(self._model, name, None)
+            if function is not None and self._alone and function is self._made.get(name, function):
+                # So that the next training need not trace it again.
+                terms.traced[name] = self._plain[name], function
+                setattr(self._model, name, self._plain[name])
+            elif function is not None:
+                getattr(self._model, f"make_{name}")(force=True)
+
+    def trace_anew(self) -> None:
+        """Replaces the functions by new ones, which Keras traces when it calls them."""
+        for terms in self._holders:
+            terms.traced.clear()
         for name in _FUNCTIONS:
             self._make(name)
 
+    def end(self, *, earlier_fit: bool = False) -> bool:
+        """Takes the terms out that were attached for the time of a `fit`; returns whether there were any."""
+        over = [terms for terms in self._holders if (terms.in_earlier_fit if earlier_fit else terms.in_fit)]
+        for terms in over:
+            terms.detach()
+        return bool(over)
+
+    def watch(self, logs: "_StepLogs | None") -> None:
+        """Ends when the newest logs of a step are released."""
+        if self._release is not None:
+            self._release.detach()
+        self._release = None if logs is None else weakref.finalize(logs, self.end)
+        if self._release is not None:
+            self._release.atexit = False
+
     def _make(self, name: str) -> None:
-        if getattr(self._model, name, None) is None:
-            return
-        getattr(self._model, f"make_{name}")(force=True)
-        if self._model in _FITS:
-            _FITS[self._model].made[name] = _Guarded(self._model, name)
-            setattr(self._model, name, _FITS[self._model].made[name])
+        if getattr(self._model, name, None) is not None:
+            getattr(self._model, f"make_{name}")(force=True)
+            self._made[name] = _GuardedFunction(self._model, name)
+            setattr(self._model, name, self._made[name])
 
 
-class _Fit:
-    """What holds during a `fit` of a model, and whether that still runs.
+class _StepLogs(dict[str, Any]):
+    """The logs of a step: a dict to which there can be weak references."""
 
-    Keras does not call `on_train_end` if anything raises. A step that raises is seen by `_Guarded`. If something else
-    does, a callback or the data, `fit` lets go of its list of callbacks. Where something still holds on to that, as
-    the traceback of an interrupted cell in a notebook does, the next step is one that was not announced.
+
+class _GuardedFunction:
+    """A function that Keras traces of a model; takes the terms out of the losses if it raises or the `fit` is another.
+
+    Args:
+        model: Keras model.
+        name: String, the attribute of the model that holds the function.
     """
 
-    def __init__(self) -> None:
-        self.held: list[LossTerms] = []
-        # Whether there was never more than one of them.
-        self.alone = True
-        # By name, what Keras had traced before, and what it has traced since.
-        self.plain: dict[str, Any] = {}
-        self.made: dict[str, Any] = {}
-        self.announced = False
-        self._callbacks: weakref.ref[keras.callbacks.CallbackList] | None = None
-        self._finalizer: Any = None
-
-    def enter(self, attachment: LossTerms) -> None:
-        self.held.append(attachment)
-        self.alone = len(self.held) == 1 and self.alone
-        callbacks = next((x for x in _locals_of_callers("self") if isinstance(x, keras.callbacks.CallbackList)), None)
-        if callbacks is not None and self._finalizer is None:
-            self._callbacks = weakref.ref(callbacks)
-            self._finalizer = weakref.finalize(callbacks, self.end)
-            self._finalizer.atexit = False
-
-    def leave(self, attachment: LossTerms) -> None:
-        self.held.remove(attachment)
-        if not self.held and self._finalizer is not None:
-            self._finalizer.detach()
-
-    def end(self) -> None:
-        for attachment in list(self.held):
-            attachment.detach()
-
-    def is_over(self) -> bool:
-        """Whether the `fit` that this was begun in does not run any more; False if it was begun elsewhere."""
-        if self.announced or self._callbacks is None:
-            return False
-        begun = self._callbacks()
-        # An `evaluate` in a callback is not announced either.
-        return begun is None or not any(running is begun for running in _locals_of_callers("callbacks"))
-
-
-_FITS: weakref.WeakKeyDictionary[keras.Layer, _Fit] = weakref.WeakKeyDictionary()
-
-
-class _Guarded:
-    """A function of a model that Keras has traced; if it raises, what held during this `fit` is taken out."""
-
-    def __init__(self, model: keras.Model, name: str) -> None:
+    def __init__(self, model: keras.Layer, name: str) -> None:
         self._name = name
         self._model = weakref.ref(model)
         self._function = getattr(model, name)
 
     def __call__(self, iterator: Any) -> Any:
         model = self._model()
-        fit = None if model is None else _FITS.get(model)
-        if fit is None:
+        swapped = None if model is None else _SWAPPED.get(model)
+        if swapped is None:
             return self._function(iterator)
-        if fit.is_over():
-            fit.end()
-            return getattr(model, f"make_{self._name}")()(iterator)
-        fit.announced = False
+        if self._name == _TRAIN and swapped.end(earlier_fit=True):
+            getattr(model, f"make_{self._name}")()
+            return getattr(model, self._name)(iterator)
         try:
-            return self._function(iterator)
+            logs = self._function(iterator)
         except (StopIteration, tf.errors.OutOfRangeError):
             # The end of the data.
             raise
         except BaseException:
-            fit.end()
+            swapped.end()
             raise
+        if self._name == _TRAIN and isinstance(logs, dict) and _is_of_fit(iterator):
+            logs = _StepLogs(logs)
+            swapped.watch(logs)
+        return logs
 
 
-def _locals_of_callers(name: str) -> Iterator[Any]:
-    """The values of a local variable in the functions that are running, the innermost first."""
-    frame: FrameType | None = inspect.currentframe()
-    while frame is not None:
-        if name in frame.f_locals:
-            yield frame.f_locals[name]
-        frame = frame.f_back
+def _is_of_fit(iterator: Any) -> bool:
+    """Whether it is `fit` that takes a step on this data; `train_on_batch` hands over a generator."""
+    return isinstance(iterator, (tf.data.Iterator, tf.distribute.DistributedIterator))
+
+
+_SWAPPED: weakref.WeakKeyDictionary[keras.Layer, _SwappedFunctions] = weakref.WeakKeyDictionary()

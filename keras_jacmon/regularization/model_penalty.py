@@ -1,33 +1,60 @@
-"""How far the Jacobians of a model's recurrent layers are from where they should be, as a term of a loss."""
+"""The penalty on a model: the mean of the penalties on the calls of its recurrent layers."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_jacmon.jacobians.checks import CheckResults
+from keras_jacmon.jacobians.cell_jacobian import CellJacobian
 from keras_jacmon.model.distribution import own_variable
 from keras_jacmon.model.guard import foreign_variables, put_back, shielded
 from keras_jacmon.model.layers import RecurrentLayer
-from keras_jacmon.model.recording import RecurrentCall, record_calls
-from keras_jacmon.regularization.call_penalty import CallPenalty, PenaltyConfig
+from keras_jacmon.model.recording import Recording, RecurrentCall, record_calls
+from keras_jacmon.regularization.call_penalty import CallPenalty, RefreshResult
+from keras_jacmon.regularization.penalty_config import PenaltyConfig
+from keras_jacmon.traced_graph import Traced, trace
+
+
+@dataclass(frozen=True)
+class _Calls:
+    """The calls of a model, known when its refresh is traced.
+
+    Attributes:
+        penalties: Dict from the key of a call to its penalty.
+        names: List of the keys of calls and the names of their layers, with or without a penalty.
+        recording: The calls themselves; must live as long as the graph.
+        jacobians: List; must live as long as the graph.
+    """
+
+    penalties: dict[str, CallPenalty]
+    names: list[str]
+    recording: Recording
+    jacobians: list[CellJacobian]
 
 
 class ModelPenalty:
-    """The penalties on the calls of a model's recurrent layers.
+    """The mean of the penalties on the calls of a model's recurrent layers.
 
     Args:
-        model: A built model.
-        inputs: The probe, in the structure that the model takes.
-        layers: Those with weights to train.
-        aim: What is held.
-        target: From the key of a call and the name of its layer to the target; None for no penalty.
+        model: A built Keras model.
+        inputs: The tensors of the probe, in the structure that the model takes.
+        layers: Sequence of the layers to penalize; each has a weight that is trained.
+        config: `PenaltyConfig`.
+        targets: Dict from the key of a call, or the name of its layer, to a scalar variable; the one under None is the
+            target of all others.
+
+    Attributes:
+        calls: Dict from the key of a call to its `CallPenalty`.
+        names: List of the keys of calls and the names of their layers, with or without a penalty.
+        unmeasured: Dict by layer name, the reason why a layer has no call with a penalty.
+        notes: List of sentences on assumptions that did not hold when it was made.
 
     Raises:
-        ValueError: If a penalty cannot be computed, or has no derivative by any weight.
+        ValueError: If a penalty cannot be computed, or has no gradient by any weight.
     """
 
     def __init__(
@@ -35,42 +62,44 @@ class ModelPenalty:
         model: keras.Model,
         inputs: Any,
         layers: Sequence[RecurrentLayer],
-        aim: PenaltyConfig,
-        target: Callable[[str, str], tf.Variable | None],
+        config: PenaltyConfig,
+        targets: Mapping[str | None, tf.Variable],
     ) -> None:
-        self._model, self._inputs, self._layers, self._aim, self._target = model, inputs, layers, aim, target
-        self.calls: dict[str, CallPenalty] = {}
-        # Of calls and layers, with or without a penalty; and why a layer has no call.
-        self.names: dict[str, None] = {}
-        self.unmeasured: dict[str, str] = {}
-        self._told: set[str] = set()
+        self._model, self._inputs, self._layers, self._config, self._targets = model, inputs, layers, config, targets
         self._turn, self._step = own_variable(-1), own_variable(0)
-        self._alive: list[Any] = []
+        # Calls of which it has been told that points are left out.
+        self._told: set[str] = set()
+        self.calls: dict[str, CallPenalty] = {}
         self._traced = self._trace()
+        self.calls = self._traced.static.penalties
+        self.names = self._traced.static.names
+        self.unmeasured = self._traced.static.recording.unmeasured
         for call in self.calls.values():
             call.share = 1.0 / len(self.calls)
         self.notes, _ = self.refresh()
         for key, call in self.calls.items():
             if call.holds:
-                _try(key, call)
+                _check_gradient(key, call)
 
     def refresh(self) -> tuple[list[str], bool]:
-        """Takes other points of the trajectories, with the weights of this moment.
+        """Takes other points of the trajectories, with the present weights.
 
         Returns:
-            Sentences on what is not as it was thought to be, and whether Jacobians are taken in another way from now
-            on, so that what contains a penalty must be traced anew.
+            A list of sentences on assumptions that do not hold, and a boolean: whether Jacobians are taken in another
+            way from now on, so that whatever contains a penalty must be traced anew.
         """
         self._turn.assign_add(1)
-        with put_back(self._foreign):
-            refreshed = self._traced()
+        own = [variable for call in self.calls.values() for variable in call.variables]
+        with put_back(foreign_variables(self._traced.graph.graph, self._model, own)):
+            results: dict[str, RefreshResult] = self._traced()
         notes, changed = [], False
-        for key, (checks, left_out) in refreshed.items():
-            note = self.calls[key].refute(checks.floats())
+        for key, result in results.items():
+            note = self.calls[key].refute(result.checks.floats())
             if note is not None:
                 notes.append(f"Layer `{key}`: {note}")
                 changed = True
-            if (left_out := int(left_out)) and key not in self._told:
+            left_out = int(result.left_out)
+            if left_out and key not in self._told:
                 self._told.add(key)
                 notes.append(
                     f"Layer `{key}`: at {left_out} points of its trajectory the penalty is not finite. Such points "
@@ -81,72 +110,67 @@ class ModelPenalty:
         return notes, changed
 
     def begin(self, step: int) -> None:
-        """Says which batch is the next one."""
+        """Prepares the batch after `step` batches: other random vectors, and fresh states at other points."""
         # Of numbers of Python TensorFlow keeps a copy on the device, for ever.
         self._step.assign(np.int32(step))
-        if self._aim.states == "fresh":
+        if self._config.states == "fresh":
             self._turn.assign_add(1)
 
     def __call__(self) -> float:
-        """The sum of the penalties, with the weights of this moment."""
+        """The penalty with the present weights."""
         return float(sum(float(call()) for call in self.calls.values()))
 
-    def _trace(self) -> Any:
-        graph = tf.function(self._refresh, autograph=False).get_concrete_function()
-        own = [variable for call in self.calls.values() for variable in call.variables]
-        self._foreign = foreign_variables(graph.graph, self._model, own)
-        return graph
+    def _trace(self) -> Traced[_Calls]:
+        return trace(self._refresh)
 
-    def _refresh(self) -> dict[str, tuple[CheckResults, tf.Tensor]]:
-        names = {id(item.layer): item.name for item in self._layers}
-        refreshed = {}
+    def _refresh(self) -> tuple[dict[str, RefreshResult], _Calls]:
+        layer_names = {id(item.layer): item.name for item in self._layers}
+        results: dict[str, RefreshResult] = {}
+        penalties: dict[str, CallPenalty] = {}
+        jacobians = []
         with shielded(self._model):
-            for recorded in self._recorded(self._layers):
-                name = names[id(recorded.layer)]
-                self.names |= dict.fromkeys([name, recorded.name])
-                if recorded.name not in self.calls and not self._add(recorded, name):
+            recording = record_calls(self._model, self._inputs, self._layers)
+            for call in recording.calls:
+                target = self._target_of(call.name, layer_names[id(call.layer)])
+                if target is None:
                     continue
-                with _naming(recorded.name):
-                    refreshed[recorded.name] = self.calls[recorded.name].refresh(recorded)
-        return refreshed
+                with _naming(call.name):
+                    penalties[call.name] = self.calls.get(call.name) or self._penalty_on(call, target)
+                    results[call.name], jacobian = penalties[call.name].refresh(call)
+                jacobians.append(jacobian)
+        names = [name for call in recording.calls for name in (layer_names[id(call.layer)], call.name)]
+        return results, _Calls(penalties, names, recording, jacobians)
 
-    def _add(self, call: RecurrentCall, name: str) -> bool:
-        """Adds the penalty on a call, if there is a target for it."""
-        target = self._target(call.name, name)
-        if target is None:
-            return False
-        owner: Any = self._model if self._aim.through_states else call.layer
+    def _target_of(self, call: str, layer: str) -> tf.Variable | None:
+        """The target of a call: its own, that of its layer, or that of all others."""
+        key = next((key for key in (call, layer) if key in self._targets), None)
+        return self._targets.get(key)
+
+    def _penalty_on(self, call: RecurrentCall, target: tf.Variable) -> CallPenalty:
+        owner: Any = self._model if self._config.through_states else call.layer
         layers = [item for item in self._layers if item.layer is call.layer]
 
-        def record() -> RecurrentCall:
+        def record() -> Recording:
             with shielded(self._model):
-                return next(found for found in self._recorded(layers) if found.name == call.name)
+                return record_calls(self._model, self._inputs, layers)
 
-        with _naming(call.name):
-            self.calls[call.name] = CallPenalty(
-                self._aim,
-                self._model,
-                call,
-                target=target,
-                weights=owner.trainable_variables,
-                record=record,
-                turn=self._turn,
-                step=self._step,
-            )
-        return True
-
-    def _recorded(self, layers: Sequence[RecurrentLayer]) -> tuple[RecurrentCall, ...]:
-        recording = record_calls(self._model, self._inputs, layers)
-        self.unmeasured |= recording.unmeasured
-        self._alive.append(recording)
-        return recording.calls
+        return CallPenalty(
+            self._config,
+            self._model,
+            call,
+            target=target,
+            weights=owner.trainable_variables,
+            record=record,
+            turn=self._turn,
+            step=self._step,
+        )
 
 
-def _try(key: str, call: CallPenalty) -> None:
-    """Finds out before a training whether a penalty has a derivative.
+def _check_gradient(key: str, call: CallPenalty) -> None:
+    """Checks before a training that a penalty has a gradient.
 
     Raises:
-        ValueError: If not.
+        ValueError: If it has none.
     """
     weights = call.layer.trainable_variables
     with _naming(key):
@@ -159,6 +183,7 @@ def _try(key: str, call: CallPenalty) -> None:
 
 @contextlib.contextmanager
 def _naming(key: str) -> Iterator[None]:
+    """Names the call in an error that is raised in its penalty."""
     try:
         yield
     except Exception as error:

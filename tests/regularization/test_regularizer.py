@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 def _no_leftovers() -> Iterator[None]:
     yield
     gc.collect()
-    assert not list(loss_terms._FITS)
+    assert not list(loss_terms._SWAPPED)
 
 
 def compiled(*layers: Any, **arguments: Any) -> Any:
@@ -145,7 +145,10 @@ def test_an_interrupt_that_is_kept_is_noticed_in_the_next_training() -> None:
     except KeyboardInterrupt as error:
         kept = error
     assert not is_gone(model)
-    fit(model)
+    counts = []
+    fit(model, keras.callbacks.LambdaCallback(on_train_batch_end=lambda *_, **__: counts.append(len(model.losses))))
+    # From the first step on.
+    assert counts == [0] * 16
     assert is_gone(model)
     assert kept.__traceback__ is not None
 
@@ -505,7 +508,7 @@ def test_a_structure_that_is_wrong_is_refuted_and_the_training_goes_on(monkeypat
     refute = CallPenalty.refute
 
     def once(self: CallPenalty, checks: CheckResults) -> str | None:
-        seen.append(self._trust.structure)
+        seen.append(self._assumptions.structure)
         return refute(self, checks._replace(structure_residual=1.0) if len(seen) == 3 else checks)
 
     monkeypatch.setattr(CallPenalty, "refute", once)

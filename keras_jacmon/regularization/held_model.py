@@ -1,0 +1,145 @@
+"""A model with a penalty on its Jacobians among its losses."""
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from keras_jacmon.errors import invalid_argument
+from keras_jacmon.model.building import build
+from keras_jacmon.model.distribution import check_distribution, check_outside_of_scopes
+from keras_jacmon.model.inputs import fit_probe
+from keras_jacmon.model.layers import RecurrentLayer, find_recurrent_layers, select_layers
+from keras_jacmon.regularization.loss_terms import LossTerms, Term
+from keras_jacmon.regularization.model_penalty import ModelPenalty
+from keras_jacmon.regularization.penalty_config import PenaltyConfig
+from keras_jacmon.regularization.schedule import ScheduledNumber
+
+
+class RegularizedModel:
+    """A model whose losses include a penalty on its Jacobians, while it is attached.
+
+    Args:
+        model: Keras model.
+        probe: The arrays that `read_probe` returned.
+        layers: Names of recurrent layers, or layers; None for all.
+        config: `PenaltyConfig`, the measure and how its penalty is taken.
+        targets: Dict from the name of a layer or a call to its target; the target under None is that of all others.
+        strength: `ScheduledNumber`, the factor of the penalty.
+
+    Raises:
+        ValueError: If a layer is unknown, or the penalty cannot be computed.
+    """
+
+    def __init__(
+        self,
+        model: keras.Layer,
+        probe: Any,
+        layers: Iterable[str | keras.Layer] | str | keras.Layer | None,
+        *,
+        config: PenaltyConfig,
+        targets: Mapping[str | None, ScheduledNumber],
+        strength: ScheduledNumber,
+    ) -> None:
+        check_distribution(model)
+        check_outside_of_scopes()
+        build(model, probe)
+        found = select_layers(find_recurrent_layers(model), layers)
+        carriers = _trained_weights(model, found)
+        self._numbers = (strength, *targets.values())
+        self._refresh_every = config.refresh
+        self._refreshed: int | None = None
+        self._penalty = ModelPenalty(
+            model,
+            fit_probe(model, probe),
+            [item for item in found if id(item.layer) in carriers],
+            config,
+            {name: target.variable for name, target in targets.items()},
+        )
+        self._check_targets(found, [name for name in targets if name is not None])
+        self._check_calls(required=layers is not None, targets=targets.keys())
+        _warn(self._penalty.notes)
+        self._terms = LossTerms(
+            model,
+            [(carriers[id(call.layer)], _scaled(call, strength.variable)) for call in self._penalty.calls.values()],
+        )
+
+    def attach(self, *, to_fit: bool = False) -> None:
+        """Puts the penalty into the losses of the model, unless it is there; also in the middle of `fit`.
+
+        Args:
+            to_fit: Boolean, whether it is taken out when the present `fit` is left. Default: False.
+        """
+        self._terms.attach(to_fit=to_fit)
+
+    def detach(self) -> None:
+        """Takes the penalty out of the losses."""
+        self._refreshed = None
+        self._terms.detach()
+
+    def begin(self, step: int) -> None:
+        """Prepares the next batch: follows the schedules, and takes other states every `refresh` batches.
+
+        Args:
+            step: Integer, the number of batches so far.
+        """
+        for number in self._numbers:
+            number.follow(step)
+        self._penalty.begin(step)
+        if self._refreshed is None or not 0 <= step - self._refreshed < self._refresh_every:
+            self._refreshed = step
+            notes, changed = self._penalty.refresh()
+            _warn(notes)
+            if changed:
+                self._terms.trace_anew()
+
+    def penalty(self) -> float:
+        """The penalty with the present weights, not scaled by the strength."""
+        return self._penalty()
+
+    def _check_targets(self, found: Sequence[RecurrentLayer], targets: Sequence[str]) -> None:
+        """Refuses targets for layers that the model does not have."""
+        names = list(dict.fromkeys([*(item.name for item in found), *self._penalty.names]))
+        unknown = [name for name in targets if name not in names]
+        if unknown:
+            raise invalid_argument("target", f"targets for recurrent layers out of {names}", f"target={unknown}")
+
+    def _check_calls(self, *, required: bool, targets: Iterable[str | None]) -> None:
+        """Names the layers without a penalty; an error if the user asked for one of them, or none is left."""
+        unmeasured = self._penalty.unmeasured
+        if not unmeasured:
+            return
+        reasons = "; ".join(f"layer `{name}`: {reason}" for name, reason in unmeasured.items())
+        if required or not unmeasured.keys().isdisjoint(targets) or not self._penalty.calls:
+            raise invalid_argument("layers", "recurrent layers that the model calls on the probe", f"layers={reasons}")
+        _warn([f"Some recurrent layers have no penalty. {reasons}"])
+
+
+def _trained_weights(model: keras.Layer, found: Iterable[RecurrentLayer]) -> dict[int, keras.Variable]:
+    """The first weight of each layer that is trained, by the identity of the layer; warns of layers without one."""
+    trained = {id(variable) for variable in model.trainable_variables}
+    first = {}
+    for item in found:
+        own = [variable for variable in item.layer.trainable_variables if id(variable) in trained]
+        if own:
+            first[id(item.layer)] = own[0]
+        else:
+            _warn([f"Layer `{item.name}` has no weight that is trained, so it has no penalty."])
+    return first
+
+
+def _scaled(penalty: Callable[[], tf.Tensor], strength: tf.Variable) -> Term:
+    """The penalty times its strength."""
+
+    def term() -> tf.Tensor:
+        value = penalty()
+        return tf.cast(strength, value.dtype) * value
+
+    return term
+
+
+def _warn(notes: Iterable[str]) -> None:
+    for note in notes:
+        warnings.warn(note, stacklevel=4)

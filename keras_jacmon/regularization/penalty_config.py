@@ -1,0 +1,65 @@
+"""The settings of a penalty, apart from the numbers that may change while a model trains."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from keras_jacmon.errors import invalid_argument
+from keras_jacmon.measures.differentiable import DIFFERENTIABLE
+from keras_jacmon.measures.registry import MEASURES
+from keras_jacmon.options import VIEWS
+
+
+@dataclass(frozen=True)
+class PenaltyConfig:
+    """The measure that a penalty is taken of, and the points and estimates that it is taken with.
+
+    Args:
+        measure: String, a measure that can be differentiated.
+        view: String, one of `VIEWS`.
+        scale: `"linear"` or `"log"`, the scale on which the measure is compared with its target.
+        side: `"both"`, `"at_most"` or `"at_least"`, the side of the target on which there is a penalty.
+        states: `"cached"` or `"fresh"`, whether the states are constants or taken at each batch.
+        through_states: Boolean, whether gradients flow through fresh states.
+        refresh: Integer, the number of batches after which other points are taken.
+        rows: Integer, the maximum number of (step, sample) points of a call.
+        vectors: Integer, the number of random vectors that stand for the rows of a block without structure.
+        seed: Integer, the seed of the random vectors.
+
+    Raises:
+        ValueError: If a setting is invalid.
+    """
+
+    measure: str
+    view: str
+    scale: Literal["linear", "log"]
+    side: Literal["both", "at_most", "at_least"]
+    states: Literal["cached", "fresh"]
+    through_states: bool
+    refresh: int
+    rows: int
+    vectors: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        if self.measure not in DIFFERENTIABLE:
+            expected = f"a measure with one value for each step and sample and a derivative: {list(DIFFERENTIABLE)}"
+            known = f"{self.measure!r}, which is none of them" if self.measure in MEASURES else repr(self.measure)
+            raise invalid_argument("measure", expected, f"measure={known}")
+        choices: tuple[tuple[str, Any, tuple[Any, ...]], ...] = (
+            ("view", self.view, VIEWS),
+            ("scale", self.scale, ("linear", "log")),
+            ("side", self.side, ("both", "at_most", "at_least")),
+            ("states", self.states, ("cached", "fresh")),
+            ("through_states", self.through_states, (True, False)),
+        )
+        for name, choice, known_choices in choices:
+            if choice not in known_choices:
+                raise invalid_argument(name, f"one of {list(known_choices)}", f"{name}={choice}")
+        for name, number, least in (("refresh", self.refresh, 1), ("rows", self.rows, 1), ("vectors", self.vectors, 2)):
+            if isinstance(number, bool) or not isinstance(number, int) or number < least:
+                raise invalid_argument(name, f"an integer of at least {least}", f"{name}={number}")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
+            raise invalid_argument("seed", "an integer", f"seed={self.seed}")
+        if self.through_states and self.states != "fresh":
+            expected = "False with `states='cached'`, whose states are constants"
+            raise invalid_argument("through_states", expected, f"through_states={self.through_states}")

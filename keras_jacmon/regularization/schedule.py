@@ -1,0 +1,71 @@
+"""Numbers that traced graphs read, changed by hand or by a schedule without a new trace."""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import keras
+import numpy as np
+
+from keras_jacmon.errors import invalid_argument
+from keras_jacmon.model.distribution import own_variable
+
+# A number, or a function from the number of batches so far to one.
+Schedule = float | Callable[[int], Any]
+
+
+class ScheduledNumber:
+    """A number in a variable, which follows a schedule if there is one.
+
+    Args:
+        name: String, the argument that it comes from.
+        value: A number, or a callable from the number of batches so far to a number.
+        least: Number, the smallest value that is valid.
+
+    Attributes:
+        value: Float, the number.
+        variable: `tf.Variable` with the number, a float32 scalar, for graphs.
+
+    Raises:
+        ValueError: If the value is not a finite number of at least `least`.
+    """
+
+    def __init__(self, name: str, value: Schedule, least: float) -> None:
+        self._name, self._least = name, least
+        self._schedule: Callable[[int], Any] | None = None
+        self.variable = own_variable(0.0)
+        self.value = 0.0
+        self.set(value)
+
+    def set(self, value: Schedule) -> None:
+        """Takes a new number, or a new schedule at its beginning."""
+        self._assign(value(0) if callable(value) else value)
+        self._schedule = value if callable(value) else None
+
+    def follow(self, step: int) -> None:
+        """Takes the value that the schedule has after `step` batches."""
+        if self._schedule is not None:
+            self._assign(self._schedule(step))
+
+    def config(self) -> Any:
+        """The number, or the schedule as Keras serializes it."""
+        return self.value if self._schedule is None else keras.saving.serialize_keras_object(self._schedule)
+
+    def _assign(self, value: Any) -> None:
+        self.value = self._checked(value)
+        self.variable.assign(np.float32(self.value))
+
+    def _checked(self, value: Any) -> float:
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            number = math.nan
+        if isinstance(value, bool) or not (math.isfinite(number) and number >= self._least):
+            expected = "a positive number, since it has a logarithm" if self._least else "a number of at least 0"
+            raise invalid_argument(self._name, expected, f"{self._name}={value}")
+        return number
+
+
+def schedule_from_config(config: Any) -> Schedule:
+    """The number or the schedule that `ScheduledNumber.config` returned."""
+    return keras.saving.deserialize_keras_object(config) if isinstance(config, Mapping) else config
