@@ -156,19 +156,19 @@ def test_an_interrupt_during_a_measurement_stops_the_training_and_loses_nothing(
     count = 0
 
     class Interrupted:
-        """In the place of a traced graph: Python notices a signal when TensorFlow returns."""
+        """In the place of a traced function: Python notices a signal when TensorFlow returns."""
 
-        def __init__(self, graph: Any) -> None:
-            self.graph = graph
+        def __init__(self, function: Any) -> None:
+            self.function = function
 
         def __call__(self, *arguments: Any) -> Any:
-            self.graph(*arguments)
+            self.function(*arguments)
             raise KeyboardInterrupt
 
     def run(meter: JacobianMeter, traced: Any) -> Any:
         nonlocal count
         count += 1
-        return measured(meter, traced._replace(graph=Interrupted(traced.graph)) if count == 4 else traced)
+        return measured(meter, traced._replace(function=Interrupted(traced.function)) if count == 4 else traced)
 
     def trained(*callbacks: Any) -> Any:
         model = compiled(keras.layers.RNN(CountingCell(3), name="rnn"))
