@@ -182,7 +182,7 @@ def graph_of(tensor: tf.Tensor) -> contextlib.AbstractContextManager[Any]:
 
 
 def has_custom_gradient(operation: tf.Operation) -> bool:
-    """Whether its derivative may be another one than that of its operations, as users of `tf.custom_gradient` write."""
+    """Returns True if the derivative may differ from the derivative of the formula, as with `tf.custom_gradient`."""
     try:
         operation.get_attr("_gradient_op_type")
     except ValueError:
@@ -229,6 +229,6 @@ def _bare(node: Any, operation: tf.Operation) -> Any:
 def _captured(tensor: tf.Tensor) -> tf.Tensor:
     """The tensor in the present graph, which may be the body of a loop."""
     graph = tf.compat.v1.get_default_graph()
-    if getattr(tensor, "graph", None) is graph or not hasattr(graph, "capture"):
+    if getattr(tensor, "graph", None) is graph or not graph.building_function:
         return tensor
     return graph.capture(tensor)

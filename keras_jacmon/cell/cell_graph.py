@@ -49,7 +49,7 @@ class CellGraph(TracedGraph):
         self.shapes = self._static_shapes()
 
     def source_of(self, tensor: tf.Tensor) -> str:
-        """What a tensor that depends on no input and no state is made from: the names of weights."""
+        """Returns the names of the weights that a tensor is made from, if it depends on no input and no state."""
         names: dict[str, None] = {}
         operations: set[str] = set()
         pending = [tensor]

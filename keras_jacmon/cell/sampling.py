@@ -1,4 +1,4 @@
-"""Which of the points that a cell visits stand for all of them?"""
+"""Sampling: a few of the points that a cell visits stand for all of them."""
 
 import dataclasses
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""What does a cell make of its inputs and states in one step?"""
+"""One step of a cell, from its inputs and states to its output and new states."""
 
 import contextlib
 from collections.abc import Iterator, Sequence

@@ -1,4 +1,4 @@
-"""Which states does a cell visit?"""
+"""Trajectory of a cell: the states that it visits in a sequence."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,7 +14,7 @@ from keras_jacmon.tensors import known_sizes
 
 @dataclass(frozen=True)
 class UnrollInputs:
-    """What a cell is led through, in the order in which it happens: that is backwards for `go_backwards`.
+    """The inputs of an unrolled cell, in the order of its steps: backwards in time for `go_backwards`.
 
     `inputs` is `(time, batch, ...)`; `states` are the flat initial states, `(batch, ...)`, in float32 or better; `mask`
     is None or `(time, batch)`, False where the step is skipped.

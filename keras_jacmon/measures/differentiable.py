@@ -13,7 +13,7 @@ TINY = 1e-12
 
 @dataclass(frozen=True, eq=False)
 class Directions:
-    """What a measure is differentiated with.
+    """The vectors that a measure is differentiated with.
 
     Attributes:
         vectors: So many random vectors stand for a block of J that has no structure and more rows than that.

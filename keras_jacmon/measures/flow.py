@@ -1,4 +1,4 @@
-"""How much of a gradient survives a sequence: the gain of products of Jacobians, in logarithms.
+"""Flow: the part of a gradient that survives a sequence, the logarithm of the gain of products of Jacobians.
 
 The product of the last k steps is `P_k = J_T J_{T-1} ... J_{T-k+1} = d s_T / d s_{T-k}`. A gradient that arrives at s_T
 reaches s_{T-k} as `P_kᵀ w`, so everything here runs backwards, from the last step to the first one. A long sequence is
@@ -161,7 +161,7 @@ def by_span(values: tf.Tensor, mask: tf.Tensor | None) -> tf.Tensor:
 
 
 def growth(log_gain: tf.Tensor) -> tf.Tensor:
-    """How fast the flow grows or falls, in nats per step: the slope of its logarithm over the spans.
+    """Returns the growth of the flow in nats per step: the slope of its logarithm over the spans.
 
     Least squares through all finite spans and through span 0, whose gain is 1. Unlike `log_gain[K] / K` at the longest
     span K it does not ascribe to each step what the flow gains or loses once, when a random direction turns into those

@@ -1,7 +1,8 @@
 """Singular values of a Jacobian from products with vectors."""
 
 import math
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow as tf
@@ -49,14 +50,7 @@ def spectral_norm(operator: tf.linalg.LinearOperator, context: MeasureContext) -
     operator = as_jacobian_operator(operator)
     rows, n = operator.shape[0] or operator.batch_shape_tensor()[0], int(operator.shape[-1])
     squarings = math.ceil(math.log2(1 / max(context.tolerance, 1e-6))) + 4
-    start, _ = _normalised(tf.random.stateless_normal([rows, n], context.seeds(2), dtype=operator.dtype))
-    least: tf.Tensor | int = LEAST_STEPS
-    if context.memory is not None:
-        last = context.memory.recall()
-        # A tenth of something else: the singular value that leads now may not be the one that led then.
-        start, _ = _normalised(last + 0.1 * start)
-        warm = tf.reduce_all(tf.norm(last, axis=-1) > 0)
-        least = tf.where(warm, LEAST_STEPS_FROM_MEMORY, LEAST_STEPS)
+    start, least = _start(context, [rows, n], operator.dtype)
     every = tf.range(tf.cast(rows, tf.int64))
     # Asked with all rows: Keras cannot trace an LSTM for none.
     separable = operator.take(every) is not None
@@ -103,6 +97,18 @@ def spectral_norm(operator: tf.linalg.LinearOperator, context: MeasureContext) -
     if context.memory is not None:
         context.memory.keep(found[2])
     return Measured(tf.squeeze(found[0], axis=1), tf.squeeze(found[1], axis=1))
+
+
+def _start(context: MeasureContext, shape: Sequence[Any], dtype: tf.DType) -> tuple[tf.Tensor, tf.Tensor | int]:
+    """Returns the start vectors `(rows, n)`, and the least number of steps from them."""
+    start, _ = _normalised(tf.random.stateless_normal(shape, context.seeds(2), dtype=dtype))
+    if context.memory is None:
+        return start, LEAST_STEPS
+    last = context.memory.recall()
+    # A tenth of something else: the singular value that leads now may not be the one that led then.
+    start, _ = _normalised(last + 0.1 * start)
+    warm = tf.reduce_all(tf.norm(last, axis=-1) > 0)
+    return start, tf.where(warm, LEAST_STEPS_FROM_MEMORY, LEAST_STEPS)
 
 
 class _Progress(NamedTuple):

@@ -56,7 +56,7 @@ Ways = Iterable[tuple[Diagonal, Kernel, Diagonal]]
 
 
 def entry_sums(direct: Diagonal | None, ways: Ways, dtype: tf.DType) -> list[tf.Tensor]:
-    """What adds up to the sum of the entries of a block: tensors `(rows,)`, `(1,)` or `()`.
+    """Returns the terms of the sum of a block's entries: tensors `(rows,)`, `(1,)` or `()`.
 
     Args:
         direct: From the source to the new state.
@@ -72,7 +72,7 @@ def entry_sums(direct: Diagonal | None, ways: Ways, dtype: tf.DType) -> list[tf.
 
 
 def square_sums(direct: Diagonal | None, ways: Ways, dtype: tf.DType) -> list[tf.Tensor]:
-    """What adds up to the sum of the squares of a block; as `entry_sums`.
+    """Returns the terms of the sum of the squares of a block's entries; shapes as in `entry_sums`.
 
     Without forming the factors F of the block: `Σ_ik F_ik F'_ik = Σ_i a_i a'_i ((b∘b') @ (V∘V'))_i`.
     """

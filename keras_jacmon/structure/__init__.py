@@ -1,1 +1,1 @@
-"""What the graph of a cell is made of."""
+"""Structure of a cell's graph: its operations, its products and the independence of its samples."""
