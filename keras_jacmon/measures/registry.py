@@ -261,7 +261,7 @@ MEASURES = {
 
 
 def markdown_table() -> str:
-    """The table of all measures that the README shows."""
+    """Returns the Markdown table of all measures, for `docs/measures.md`."""
     head = ["measure", "preset", "definition", "unit", "keeps", "can be held", "reading"]
     rows = [
         [
