@@ -23,29 +23,6 @@ class Measured(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class Memory:
-    """Vectors from which an iterative measure may start, and where it leaves its own.
-
-    Attributes:
-        vectors: Vectors of all points, `(places, n)`; zero the first time.
-        places: Indices of the vectors of the points at hand, `(points,)`.
-    """
-
-    vectors: tf.Variable
-    places: tf.Tensor
-
-    def recall(self) -> tf.Tensor:
-        """The vectors of the points at hand, `(points, n)`."""
-        return tf.gather(self.vectors, self.places)
-
-    def keep(self, vectors: tf.Tensor) -> None:
-        """Stores other vectors; zero for one that is not finite, so that the next iteration starts anew."""
-        finite = tf.reduce_all(tf.math.is_finite(vectors), axis=-1, keepdims=True)
-        vectors = tf.where(finite, vectors, tf.zeros_like(vectors))
-        self.vectors.scatter_nd_update(self.places[:, None], vectors)
-
-
-@dataclass(frozen=True, eq=False)
 class MeasureContext:
     """The settings of a measure for the points at hand.
 
@@ -55,7 +32,6 @@ class MeasureContext:
         num_points: Number of all points of the call, of which the operator may hold a part; None if unknown.
         stream: Separates the random numbers of one chunk of points from those of another.
         workspace_vectors: Maximum number of (point, vector) pairs that are multiplied at once.
-        memory: Vectors to start from; None to start from random ones.
     """
 
     options: Options = field(default_factory=Options)
@@ -63,7 +39,6 @@ class MeasureContext:
     num_points: int | None = None
     stream: tf.Tensor | int = 0
     workspace_vectors: int = 2**14
-    memory: Memory | None = None
 
     @property
     def tolerance(self) -> float:

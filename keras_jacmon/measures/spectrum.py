@@ -1,8 +1,7 @@
 """Singular values of a Jacobian from products with vectors."""
 
 import math
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import tensorflow as tf
@@ -18,9 +17,6 @@ MAX_STEPS = 96
 # row of a hundred, where the random start vector happens to be almost orthogonal to its singular vector.
 LEAST_STEPS = 12
 
-# From the singular vectors of the last time.
-LEAST_STEPS_FROM_MEMORY = 4
-
 # The small problem that tells whether a row has converged costs as much as some products with J.
 STEPS_BETWEEN_CHECKS = 2
 
@@ -34,8 +30,7 @@ def spectral_norm(operator: tf.linalg.LinearOperator, context: MeasureContext) -
 
     Args:
         operator: The Jacobians, batch shape `(rows,)`.
-        context: `tolerance` is relative; the start vector comes from `seed`, or from `memory`, where the leading right
-            singular vectors of the last time are. From there 4 steps may be enough.
+        context: `tolerance` is relative; the start vector comes from `seed`.
 
     Returns:
         Value and residual norm, each `(rows,)`: some singular value is at most the residual away from the value.
@@ -47,10 +42,41 @@ def spectral_norm(operator: tf.linalg.LinearOperator, context: MeasureContext) -
         H. D. Simon, H. Zha, "Low-rank matrix approximation using the Lanczos bidiagonalization process with
         applications", 2000: that to reorthogonalise one side is enough.
     """
+    value, residual, _ = _lanczos(operator, context, with_vectors=False)
+    return Measured(value, residual)
+
+
+class LeadingTriplet(NamedTuple):
+    """The largest singular value of each matrix `(points,)`, its residual, and right singular vectors `(points, n)`."""
+
+    value: tf.Tensor
+    residual: tf.Tensor
+    vectors: tf.Tensor
+
+
+def leading_singular_vectors(operator: tf.linalg.LinearOperator, context: MeasureContext) -> LeadingTriplet:
+    """The largest singular values as `spectral_norm` finds them, with right singular vectors.
+
+    Args:
+        operator: The Jacobians, batch shape `(points,)`.
+        context: As for `spectral_norm`.
+
+    Returns:
+        The triplet; vectors of length one, or zero for matrices that are not finite.
+    """
+    value, residual, vectors = _lanczos(operator, context, with_vectors=True)
+    finite = tf.reduce_all(tf.math.is_finite(vectors[0]), axis=-1, keepdims=True)
+    return LeadingTriplet(value, residual, tf.where(finite, vectors[0], tf.zeros_like(vectors[0])))
+
+
+def _lanczos(
+    operator: tf.linalg.LinearOperator, context: MeasureContext, *, with_vectors: bool
+) -> tuple[tf.Tensor, tf.Tensor, list[tf.Tensor]]:
+    """Values and residuals, and the right singular vectors if they are wanted."""
     operator = as_jacobian_operator(operator)
     rows, n = operator.shape[0] or operator.batch_shape_tensor()[0], int(operator.shape[-1])
     squarings = math.ceil(math.log2(1 / max(context.tolerance, 1e-6))) + 4
-    start, least = _start(context, [rows, n], operator.dtype)
+    start, _ = _normalised(tf.random.stateless_normal([rows, n], context.seeds(2), dtype=operator.dtype))
     every = tf.range(tf.cast(rows, tf.int64))
     # Asked with all rows: Keras cannot trace an LSTM for none.
     separable = operator.take(every) is not None
@@ -67,7 +93,7 @@ def spectral_norm(operator: tf.linalg.LinearOperator, context: MeasureContext) -
         here = operator.take(active) or operator
         progress = _advance(here, progress, steps)
         value, residual, q = _leading_singular_value(progress, squarings)
-        new = [value, residual] if context.memory is None else [value, residual, _combined(q, progress.basis)]
+        new = [value, residual, *([_combined(q, progress.basis)] if with_vectors else [])]
         old = [tf.gather(array, active) for array in found]
         # Where an invariant subspace has been found, rounding may blur the residual. NaN compares as better: it stays.
         worse = residual > old[1]
@@ -80,12 +106,12 @@ def spectral_norm(operator: tf.linalg.LinearOperator, context: MeasureContext) -
         return tf.constant(STEPS_BETWEEN_CHECKS), tf.gather(active, going), found, progress.take(going)
 
     nothing = tf.zeros_like(start[:, :1])
-    found = (nothing, nothing + np.inf) if context.memory is None else (nothing, nothing + np.inf, tf.zeros_like(start))
+    found = (nothing, nothing + np.inf, *([tf.zeros_like(start)] if with_vectors else []))
     progress = _Progress.start(operator, start)
     _, _, found, _ = tf.while_loop(
         lambda _, active, *__: tf.size(active) > 0,
         some_steps,
-        (tf.convert_to_tensor(least), every, found, progress),
+        (tf.constant(LEAST_STEPS), every, found, progress),
         shape_invariants=(
             tf.TensorShape([]),
             tf.TensorShape([None]),
@@ -94,21 +120,8 @@ def spectral_norm(operator: tf.linalg.LinearOperator, context: MeasureContext) -
         ),
         maximum_iterations=1 + (MAX_STEPS - LEAST_STEPS) // STEPS_BETWEEN_CHECKS,
     )
-    if context.memory is not None:
-        context.memory.keep(found[2])
-    return Measured(tf.squeeze(found[0], axis=1), tf.squeeze(found[1], axis=1))
-
-
-def _start(context: MeasureContext, shape: Sequence[Any], dtype: tf.DType) -> tuple[tf.Tensor, tf.Tensor | int]:
-    """Returns the start vectors `(rows, n)`, and the least number of steps from them."""
-    start, _ = _normalised(tf.random.stateless_normal(shape, context.seeds(2), dtype=dtype))
-    if context.memory is None:
-        return start, LEAST_STEPS
-    last = context.memory.recall()
-    # A tenth of something else: the singular value that leads now may not be the one that led then.
-    start, _ = _normalised(last + 0.1 * start)
-    warm = tf.reduce_all(tf.norm(last, axis=-1) > 0)
-    return start, tf.where(warm, LEAST_STEPS_FROM_MEMORY, LEAST_STEPS)
+    value, residual, *vectors = found
+    return tf.squeeze(value, axis=1), tf.squeeze(residual, axis=1), vectors
 
 
 class _Progress(NamedTuple):

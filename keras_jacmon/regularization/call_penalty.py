@@ -15,9 +15,9 @@ from keras_jacmon.jacobians.dependencies import find_dependencies
 from keras_jacmon.jacobians.points import PointBatch
 from keras_jacmon.jacobians.views import floating_states, side_by_side
 from keras_jacmon.measurement.per_step import CHECKED_POINTS
-from keras_jacmon.measures.context import MeasureContext, Memory
+from keras_jacmon.measures.context import MeasureContext
 from keras_jacmon.measures.differentiable import DIFFERENTIABLE, TINY, Directions
-from keras_jacmon.measures.registry import MEASURES
+from keras_jacmon.measures.spectrum import leading_singular_vectors
 from keras_jacmon.model.distribution import own_variable
 from keras_jacmon.model.guard import foreign_variables, put_back
 from keras_jacmon.model.recording import Recording, RecurrentCall
@@ -140,22 +140,19 @@ class CallPenalty:
             variable.assign(tensor)
         points = PointBatch(chosen.inputs, chosen.states)
         if self._config.measure == "spectral_norm":
-            self._find_leading(jacobian, points, chosen.weights)
+            self._find_leading(jacobian, points)
         checks = self._checked(jacobian, points, chosen)
         usable = self._usable(jacobian, points)
         left_out = tf.math.count_nonzero((chosen.weights > 0) & ~usable)
         self._points[-1].assign(tf.where(usable, chosen.weights, tf.zeros_like(chosen.weights)))
         return RefreshResult(checks, left_out), jacobian
 
-    def _find_leading(self, jacobian: CellJacobian, points: PointBatch, weights: tf.Tensor) -> None:
+    def _find_leading(self, jacobian: CellJacobian, points: PointBatch) -> None:
         """Stores the leading singular vectors at new points."""
         operator = jacobian.operators([self._view], points)[self._view]
-        nothing = tf.zeros([*known_sizes(weights), int(operator.shape[-1])], operator.dtype)
-        self._leading = _variable_like(nothing) if self._leading is None else self._leading
-        # The vectors there belong to other points.
-        self._leading.assign(nothing)
-        memory = Memory(self._leading, tf.range(tf.shape(weights)[0]))
-        MEASURES["spectral_norm"].function(operator, MeasureContext(Options(seed=self._config.seed), memory=memory))
+        vectors = leading_singular_vectors(operator, MeasureContext(Options(seed=self._config.seed))).vectors
+        self._leading = _variable_like(vectors) if self._leading is None else self._leading
+        self._leading.assign(vectors)
 
     def _checked(self, jacobian: CellJacobian, points: PointBatch, chosen: Sample) -> CheckResults:
         """The results of the checks at points that stand for something."""
