@@ -14,7 +14,7 @@ from keras_jacmon.cell.cell_graph import CellGraph
 from keras_jacmon.cell.step import CellStep
 from keras_jacmon.jacobians.linearise import kernels_of, structured_jacobian, weights_only_values
 from keras_jacmon.structure.index_map import Node
-from keras_jacmon.structure.structure import Structure
+from keras_jacmon.structure.interpreter import find_structure
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -53,7 +53,7 @@ def structured_blocks(cell: Any, inputs: Any, states: Any) -> tuple[dict[Any, tu
     @tf.function(autograph=False)
     def run(inputs: Any, *flat: Any) -> dict[str, Any]:
         graph = CellGraph(CellStep(cell, states), inputs, flat)
-        structure = Structure(graph)
+        structure = find_structure(graph)
         fixed = weights_only_values(structure)
         kernels = kernels_of(structure, fixed, flat[floating[0]].dtype)
         values = {**fixed, graph.step_inputs.name: inputs}

@@ -1,5 +1,6 @@
 """One step of a cell as a graph of TensorFlow operations."""
 
+import math
 from collections.abc import Sequence
 
 import tensorflow as tf
@@ -67,6 +68,21 @@ class CellGraph(TracedGraph):
             return listed
         parts = {"ReadVariableOp", "Cast", "Identity", "Slice", "Split", "SplitV", "StridedSlice"}
         return f"a part of {listed}" if operations <= parts else f"a function of {listed}"
+
+    def units(self, tensor: tf.Tensor) -> tuple[int, ...]:
+        """Returns the shape of a tensor without the rows.
+
+        Raises:
+            NotImplementedError: If the first axis is not known to be that of the rows.
+        """
+        shape = self.shapes.get(tensor.name)
+        if shape is None or None in shape or not shape or shape[0] != ROWS:
+            raise NotImplementedError
+        return tuple(int(size) for size in shape[1:] if size is not None)
+
+    def size(self, tensor: tf.Tensor) -> int:
+        """Returns the number of units of a tensor, per row; raises as `units` does."""
+        return math.prod(self.units(tensor))
 
     def _static_shapes(self) -> dict[str, tuple[int | None, ...] | None]:
         with tf.Graph().as_default():

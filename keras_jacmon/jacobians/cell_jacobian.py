@@ -3,6 +3,7 @@
 import enum
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import tensorflow as tf
 
@@ -20,7 +21,10 @@ from keras_jacmon.operators.contract import JacobianOperator
 from keras_jacmon.operators.formed import as_jacobian_operator
 from keras_jacmon.operators.structured import StructuredJacobian
 from keras_jacmon.structure.index_map import Node
-from keras_jacmon.structure.structure import Structure
+from keras_jacmon.structure.interpreter import find_structure
+
+if TYPE_CHECKING:
+    from keras_jacmon.structure.structure import Structure
 
 
 @dataclass(frozen=True)
@@ -142,7 +146,7 @@ class CellJacobian:
             self._reason = "its samples are not independent of each other"
         if whole:
             try:
-                self._structure = Structure(CellGraph(step, inputs, states))
+                self._structure = find_structure(CellGraph(step, inputs, states))
             except NotImplementedError as error:
                 self._reason = str(error)
             except Exception as error:  # noqa: BLE001 - autodiff takes over, and `explain` shows what went wrong

@@ -7,7 +7,8 @@ import tensorflow as tf
 from keras_jacmon.cell.unroll_plan import Sum, UnrollPlan
 from keras_jacmon.operators.factors import Kernel
 from keras_jacmon.structure.index_map import Node
-from keras_jacmon.structure.ops import MOVING, Labels, passes_unchanged
+from keras_jacmon.structure.movers import Labels
+from keras_jacmon.structure.ops import moves_units, passes_unchanged
 from keras_jacmon.structure.structure import Structure
 
 # With more parts than this, or narrower ones, a product for each part takes longer than one product for all of them and
@@ -120,7 +121,7 @@ def _adds_up(structure: Structure, tensor: tf.Tensor, results: Collection[str]) 
         if part.dtype != tensor.dtype or structure.is_unstructured(part) or not part.op.inputs:
             return False
         varying = [k for k, operand in enumerate(part.op.inputs) if structure.varies(operand)]
-        if part.op.type not in MOVING and not all(passes_unchanged(part.op, k) for k in varying):
+        if not moves_units(part.op) and not all(passes_unchanged(part.op, k) for k in varying):
             return False
         pending += [part.op.inputs[k] for k in varying]
     return True

@@ -1,58 +1,20 @@
-"""Is each row of a cell's step a function of the same row of its inputs and states? Proven in its graph, or not."""
+"""The proof that each row of a cell's step is a function of the same row of its inputs and states, by its graph."""
 
 import enum
-import math
 from collections.abc import Mapping
 
 import numpy as np
 import tensorflow as tf
 
-from keras_jacmon.cell.cell_graph import ROWS, CellGraph
-from keras_jacmon.structure.ops import ELEMENTWISE, MOVING, PRODUCTS, is_row_by_row, move
+from keras_jacmon.cell.cell_graph import CellGraph
+from keras_jacmon.structure.ops import Kind, keeps_rows, move, op_of
 from keras_jacmon.traced_graph import has_custom_gradient
-
-_SIZES = frozenset({"Rank", "Shape", "ShapeN", "Size"})
-
-# Where sizes may stand beside a tensor of rows, or beside a constant to become one.
-_SHAPING = frozenset({("BroadcastTo", 1), ("Fill", 0), ("Reshape", 1)})
-
-# Unit by unit, as `ELEMENTWISE`, but without a derivative.
-_FLAT = frozenset(
-    [
-        "BitwiseAnd",
-        "BitwiseOr",
-        "BitwiseXor",
-        "Equal",
-        "Greater",
-        "GreaterEqual",
-        "IsFinite",
-        "IsInf",
-        "IsNan",
-        "Less",
-        "LessEqual",
-        "LogicalAnd",
-        "LogicalNot",
-        "LogicalOr",
-        "NotEqual",
-        "OnesLike",
-        "StopGradient",
-        "ZerosLike",
-    ]
-)
-
-# They mix units along the axes that their second operand names.
-_ALONG_AXES = frozenset(
-    ["All", "Any", "ArgMax", "ArgMin", "Cumprod", "Cumsum", "CumulativeLogsumexp", "Max", "Mean", "Min", "Prod", "Sum"]
-)
-
-# Along the last axis.
-_ALONG_THE_LAST = frozenset({"LogSoftmax", "Softmax"})
 
 
 class _Made(enum.Enum):
-    """What a tensor is made from.
+    """The materials that a tensor is made from.
 
-    `ROWS`: its row r from row r of inputs and states. `SIZES`: integers, from shapes alone. `MIXED`: maybe otherwise.
+    ROWS: its row r from row r of inputs and states. SIZES: integers, from shapes alone. MIXED: perhaps otherwise.
     """
 
     ROWS = enum.auto()
@@ -60,8 +22,8 @@ class _Made(enum.Enum):
     MIXED = enum.auto()
 
 
-def row_by_row(graph: CellGraph) -> frozenset[str]:
-    """The names of the tensors of a cell's graph of which it is proven that row r is made from row r.
+def independent_tensors(graph: CellGraph) -> frozenset[str]:
+    """Returns the names of the tensors of a cell's graph whose row r is proven to be made from row r.
 
     Their derivatives are then row by row too. Of other tensors it is not known.
     """
@@ -74,62 +36,50 @@ def row_by_row(graph: CellGraph) -> frozenset[str]:
 
 
 def _made(graph: CellGraph, operation: tf.Operation, known: Mapping[int, _Made]) -> _Made:
-    """What the outputs of an operation are made from, given that for those of its operands that are no constants."""
+    """Returns the material of an operation's outputs, given that of its operands that are no constants."""
+    row = op_of(operation)
     if _Made.MIXED in known.values() or has_custom_gradient(operation):
         return _Made.MIXED
-    if operation.type in _SIZES:
+    if row.kind is Kind.SIZES:
         return _Made.SIZES
-    rows = [k for k, kind in known.items() if kind is _Made.ROWS]
+    rows = [k for k, material in known.items() if material is _Made.ROWS]
     if not rows and all(tensor.dtype.is_integer for tensor in operation.outputs):
         return _Made.SIZES
-    shaped_well = all((operation.type, k) in _SHAPING for k, kind in known.items() if kind is _Made.SIZES)
+    if any(material is _Made.SIZES and k != row.size_operand for k, material in known.items()):
+        return _Made.MIXED
     try:
-        proven = shaped_well and _keeps_rows(graph, operation, rows)
+        proven = _keeps_rows(graph, operation, rows)
     except NotImplementedError:
         proven = False
     return _Made.ROWS if proven else _Made.MIXED
 
 
 def _keeps_rows(graph: CellGraph, operation: tf.Operation, rows: list[int]) -> bool:
-    """Whether row r of the outputs is made from row r of the operands at these places, and of nothing else that varies.
+    """Tells if row r of the outputs is made from row r of the operands at these positions, and of no other row.
 
     Raises:
         NotImplementedError: If it is not known.
     """
-    outputs = [_units(graph, tensor) for tensor in operation.outputs]
-    operands = {k: _units(graph, operation.inputs[k]) for k in rows}
-    kind, proven = operation.type, False
-    if kind == "IdentityN":
+    row, proven = op_of(operation), False
+    outputs = [graph.units(tensor) for tensor in operation.outputs]
+    operands = {k: graph.units(operation.inputs[k]) for k in rows}
+    if row.kind is Kind.COPIES:
         proven = True
-    elif kind in ("Fill", "BroadcastTo") or kind in ELEMENTWISE | _FLAT:
+    elif row.kind in (Kind.ELEMENTWISE, Kind.BROADCASTS):
         # Of another rank, the rows of one would meet the units of the other.
         proven = all(len(units) == len(outputs[0]) for units in operands.values())
-    elif kind == "Reshape":
-        proven = rows == [0] and math.prod(operands[0]) == math.prod(outputs[0])
-    elif kind in MOVING:
+    elif row.kind is Kind.MOVES:
         labels = {k: np.zeros((1, *units), np.int64) for k, units in operands.items()}
-        proven = bool(move(operation, labels, lambda tensor: _units(graph, tensor), outputs, 1))
-    elif kind in _ALONG_AXES:
+        # Sizes alone make no rows.
+        proven = bool(rows) and bool(move(operation, labels, graph.units, outputs, 1))
+    elif row.kind is Kind.MIXES_AXES:
         axes = tf.get_static_value(operation.inputs[1])
         proven = rows == [0] and axes is not None and all(axis % (1 + len(operands[0])) for axis in np.ravel(axes))
-    elif kind in _ALONG_THE_LAST:
+    elif row.kind is Kind.MIXES_LAST_AXIS:
         proven = len(outputs[0]) > 0
-    elif kind.startswith("BatchMatMul") and len(rows) == len(operation.inputs):
+    elif row.pairs_rows and len(rows) == len(operation.inputs):
         # From rank 3 on, the first axis only counts the products.
         proven = all(len(units) > 1 for units in operands.values())
-    elif kind in PRODUCTS and len(rows) == 1:
-        ranks = (1 + len(operands[rows[0]]), 1 + len(outputs[0]))
-        proven = is_row_by_row(operation, rows == [0], *ranks)
+    elif row.kind is Kind.PRODUCT and len(rows) == 1:
+        proven = keeps_rows(operation, rows[0], 1 + len(operands[rows[0]]), 1 + len(outputs[0]))
     return proven
-
-
-def _units(graph: CellGraph, tensor: tf.Tensor) -> tuple[int, ...]:
-    """The shape without the rows.
-
-    Raises:
-        NotImplementedError: If the first axis is not known to be that of the rows.
-    """
-    shape = graph.shapes.get(tensor.name)
-    if shape is None or None in shape or not shape or shape[0] != ROWS:
-        raise NotImplementedError
-    return tuple(int(size) for size in shape[1:] if size is not None)

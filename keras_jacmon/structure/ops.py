@@ -1,108 +1,292 @@
-"""What single TensorFlow operations do with the units of a tensor `(rows, ...)`: nothing, move them, or mix them."""
+"""The table of TensorFlow operations: the effect of each one on the units and rows of a tensor `(rows, ...)`.
 
+Both analyses of a cell's graph read this table: the search for the structure of its Jacobian, and the proof that its
+rows are independent. An operation that is not in it leaves the structure to autodiff and the independence unproven. To
+add an operation, add a row.
+"""
+
+import enum
+import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import tensorflow as tf
 
-# For each unit of a tensor the unit of another one that it was made from; -1 for none. `(slots, ...)` where the
-# tensor is `(rows, ...)`: several slots where it was made from several units.
-Labels = npt.NDArray[np.int64]
+from keras_jacmon.structure import movers
+from keras_jacmon.structure.movers import Labels, Mover
 
-# Unit by unit, with operands broadcast.
-ELEMENTWISE = frozenset(
-    [
-        "Abs",
-        "Acos",
-        "Acosh",
-        "Add",
-        "AddN",
-        "AddV2",
-        "Asin",
-        "Asinh",
-        "Atan",
-        "Atan2",
-        "Atanh",
-        "BesselI0e",
-        "BesselI1e",
-        "BiasAdd",
-        "Cast",
-        "Ceil",
-        "CheckNumerics",
-        "ClipByValue",
-        "Cos",
-        "Cosh",
-        "Digamma",
-        "Div",
-        "DivNoNan",
-        "Elu",
-        "Erf",
-        "Erfc",
-        "Erfinv",
-        "Exp",
-        "Expm1",
-        "Floor",
-        "FloorDiv",
-        "FloorMod",
-        "Identity",
-        "Inv",
-        "LeakyRelu",
-        "Lgamma",
-        "Log",
-        "Log1p",
-        "Maximum",
-        "Minimum",
-        "Mod",
-        "Mul",
-        "MulNoNan",
-        "Ndtri",
-        "Neg",
-        "Pow",
-        "RealDiv",
-        "Reciprocal",
-        "Relu",
-        "Relu6",
-        "Rint",
-        "Round",
-        "Rsqrt",
-        "Select",
-        "SelectV2",
-        "Selu",
-        "Sigmoid",
-        "Sign",
-        "Sin",
-        "Sinh",
-        "Snapshot",
-        "Softplus",
-        "Softsign",
-        "Sqrt",
-        "Square",
-        "SquaredDifference",
-        "Sub",
-        "Tan",
-        "Tanh",
-        "TruncateDiv",
-        "Xdivy",
-        "Xlog1py",
-        "Xlogy",
-        "Zeta",
-    ]
+# Said of a product: (operation, position of the operand, its rank, rank of the result) -> row r of the result is made
+# from row r of that operand.
+KeepsRows = Callable[[tf.Operation, int, int, int], bool]
+
+
+class Kind(enum.Enum):
+    """The kinds of operations.
+
+    ELEMENTWISE: each unit of the output is made from the units of the operands at the same place, after broadcasting.
+    COPIES: each output is the operand at the same position.
+    BROADCASTS: each unit of the output is a unit of an operand, which may be used several times.
+    MOVES: each unit of an output is a unit of an operand, or a constant.
+    PRODUCT: linear in each of two operands; with a kernel, one matrix for all rows.
+    SIZES: the output holds sizes, the same whatever the values.
+    MIXES_AXES: units are mixed along the axes that the second operand names.
+    MIXES_LAST_AXIS: units are mixed along the last axis.
+    UNKNOWN: the operation is not in the table.
+    """
+
+    ELEMENTWISE = enum.auto()
+    COPIES = enum.auto()
+    BROADCASTS = enum.auto()
+    MOVES = enum.auto()
+    PRODUCT = enum.auto()
+    SIZES = enum.auto()
+    MIXES_AXES = enum.auto()
+    MIXES_LAST_AXIS = enum.auto()
+    UNKNOWN = enum.auto()
+
+
+ELEMENTWISE, COPIES, BROADCASTS, MOVES = Kind.ELEMENTWISE, Kind.COPIES, Kind.BROADCASTS, Kind.MOVES
+PRODUCT, SIZES = Kind.PRODUCT, Kind.SIZES
+MIXES_AXES, MIXES_LAST_AXIS = Kind.MIXES_AXES, Kind.MIXES_LAST_AXIS
+
+# The number of operands, where it is all of them.
+EVERY = sys.maxsize
+
+
+@dataclass(frozen=True)
+class Op:
+    """A row of the table.
+
+    Attributes:
+        name: The type of the operation, as TensorFlow registers it.
+        kind: Its kind.
+        derivative: False if no derivative passes the operation.
+        passes: Number of leading operands by which the derivative of an elementwise operation is one.
+        mover: The places of the units, for an operation that moves them.
+        keeps_rows: The rule by which a product keeps rows apart.
+        pairs_rows: True for a product that multiplies row r of one operand with row r of the other, from rank 3 on.
+        size_operand: Position of an operand that holds sizes of the output; None if there is none.
+    """
+
+    name: str
+    kind: Kind
+    derivative: bool = True
+    passes: int = 0
+    mover: Mover | None = None
+    keeps_rows: KeepsRows | None = None
+    pairs_rows: bool = False
+    size_operand: int | None = None
+
+
+def _matmul_keeps_rows(operation: tf.Operation, operand: int, _: int, __: int) -> bool:
+    return operand == 0 and not operation.get_attr("transpose_a")
+
+
+def _batch_matmul_keeps_rows(operation: tf.Operation, operand: int, rank: int, output_rank: int) -> bool:
+    if len(operation.outputs[0].shape) == len("ij"):
+        return operand == 0 and not operation.get_attr("adj_x")
+    # From rank 3 on, the first axis only counts the products.
+    return output_rank == rank
+
+
+def _einsum_keeps_rows(operation: tf.Operation, operand: int, _: int, __: int) -> bool:
+    left, result = operation.get_attr("equation").decode().replace(" ", "").split("->")
+    parts = left.split(",")
+    if len(parts) == 1:
+        return False
+    own, other = parts if operand == 0 else parts[::-1]
+    if "..." in own or "..." in other:
+        return own.startswith("...") and result.startswith("...") and "..." not in other
+    return own[:1] == result[:1] and own[:1] not in other and own.count(own[0]) == 1
+
+
+def _convolution_keeps_rows(_: tf.Operation, operand: int, __: int, ___: int) -> bool:
+    return operand == 0
+
+
+# The rule of admission. A row is a promise about every use of the operation, whatever its attributes and whatever the
+# shapes of its operands:
+# - The operation draws no random numbers, keeps nothing between two runs, and runs no Python.
+# - ELEMENTWISE: unit u of the output depends on unit u of each operand, after broadcasting, and on nothing else, and so
+#   does the gradient that TensorFlow registers. `derivative=False` only if that gradient is None for all operands, or
+#   if the output has no derivative by its type. `passes` only where the gradient is one for every value of the operand
+#   (`Cast` may round).
+# - MOVES: the mover knows the place of each unit, or raises `NotImplementedError`; so it does if rows are mixed.
+# - PRODUCT: linear in each operand, with no other term, and `keeps_rows` is true only if row r of the result depends on
+#   row r of that operand and on no other row of it.
+# - SIZES: the output depends on the shapes of the operands, and not on their values.
+# - MIXES_AXES and MIXES_LAST_AXIS: along other axes than those named, nothing is mixed.
+# At run time, checks compare each structure with autodiff; they find a wrong row, but only where it makes a difference.
+TABLE = (
+    # Unit by unit.
+    Op("Abs", ELEMENTWISE),
+    Op("Acos", ELEMENTWISE),
+    Op("Acosh", ELEMENTWISE),
+    Op("Add", ELEMENTWISE, passes=EVERY),
+    Op("AddN", ELEMENTWISE, passes=EVERY),
+    Op("AddV2", ELEMENTWISE, passes=EVERY),
+    Op("Asin", ELEMENTWISE),
+    Op("Asinh", ELEMENTWISE),
+    Op("Atan", ELEMENTWISE),
+    Op("Atan2", ELEMENTWISE),
+    Op("Atanh", ELEMENTWISE),
+    Op("BesselI0e", ELEMENTWISE),
+    Op("BesselI1e", ELEMENTWISE),
+    Op("BiasAdd", ELEMENTWISE, passes=EVERY),
+    Op("Cast", ELEMENTWISE, passes=1),
+    Op("Ceil", ELEMENTWISE),
+    Op("CheckNumerics", ELEMENTWISE),
+    Op("ClipByValue", ELEMENTWISE),
+    Op("Cos", ELEMENTWISE),
+    Op("Cosh", ELEMENTWISE),
+    Op("Digamma", ELEMENTWISE),
+    Op("Div", ELEMENTWISE),
+    Op("DivNoNan", ELEMENTWISE),
+    Op("Elu", ELEMENTWISE),
+    Op("Erf", ELEMENTWISE),
+    Op("Erfc", ELEMENTWISE),
+    Op("Erfinv", ELEMENTWISE),
+    Op("Exp", ELEMENTWISE),
+    Op("Expm1", ELEMENTWISE),
+    Op("Floor", ELEMENTWISE),
+    Op("FloorDiv", ELEMENTWISE),
+    Op("FloorMod", ELEMENTWISE),
+    Op("Identity", ELEMENTWISE, passes=1),
+    Op("Inv", ELEMENTWISE),
+    Op("LeakyRelu", ELEMENTWISE),
+    Op("Lgamma", ELEMENTWISE),
+    Op("Log", ELEMENTWISE),
+    Op("Log1p", ELEMENTWISE),
+    Op("Maximum", ELEMENTWISE),
+    Op("Minimum", ELEMENTWISE),
+    Op("Mod", ELEMENTWISE),
+    Op("Mul", ELEMENTWISE),
+    Op("MulNoNan", ELEMENTWISE),
+    Op("Ndtri", ELEMENTWISE),
+    Op("Neg", ELEMENTWISE),
+    Op("Pow", ELEMENTWISE),
+    Op("RealDiv", ELEMENTWISE),
+    Op("Reciprocal", ELEMENTWISE),
+    Op("Relu", ELEMENTWISE),
+    Op("Relu6", ELEMENTWISE),
+    Op("Rint", ELEMENTWISE),
+    Op("Round", ELEMENTWISE),
+    Op("Rsqrt", ELEMENTWISE),
+    Op("Select", ELEMENTWISE),
+    Op("SelectV2", ELEMENTWISE),
+    Op("Selu", ELEMENTWISE),
+    Op("Sigmoid", ELEMENTWISE),
+    Op("Sign", ELEMENTWISE),
+    Op("Sin", ELEMENTWISE),
+    Op("Sinh", ELEMENTWISE),
+    Op("Snapshot", ELEMENTWISE, passes=1),
+    Op("Softplus", ELEMENTWISE),
+    Op("Softsign", ELEMENTWISE),
+    Op("Sqrt", ELEMENTWISE),
+    Op("Square", ELEMENTWISE),
+    Op("SquaredDifference", ELEMENTWISE),
+    Op("Sub", ELEMENTWISE, passes=1),
+    Op("Tan", ELEMENTWISE),
+    Op("Tanh", ELEMENTWISE),
+    Op("TruncateDiv", ELEMENTWISE),
+    Op("Xdivy", ELEMENTWISE),
+    Op("Xlog1py", ELEMENTWISE),
+    Op("Xlogy", ELEMENTWISE),
+    Op("Zeta", ELEMENTWISE),
+    # Unit by unit, without a derivative.
+    Op("BitwiseAnd", ELEMENTWISE, derivative=False),
+    Op("BitwiseOr", ELEMENTWISE, derivative=False),
+    Op("BitwiseXor", ELEMENTWISE, derivative=False),
+    Op("Equal", ELEMENTWISE, derivative=False),
+    Op("Greater", ELEMENTWISE, derivative=False),
+    Op("GreaterEqual", ELEMENTWISE, derivative=False),
+    Op("IsFinite", ELEMENTWISE, derivative=False),
+    Op("IsInf", ELEMENTWISE, derivative=False),
+    Op("IsNan", ELEMENTWISE, derivative=False),
+    Op("Less", ELEMENTWISE, derivative=False),
+    Op("LessEqual", ELEMENTWISE, derivative=False),
+    Op("LogicalAnd", ELEMENTWISE, derivative=False),
+    Op("LogicalNot", ELEMENTWISE, derivative=False),
+    Op("LogicalOr", ELEMENTWISE, derivative=False),
+    Op("NotEqual", ELEMENTWISE, derivative=False),
+    Op("OnesLike", ELEMENTWISE, derivative=False),
+    Op("StopGradient", ELEMENTWISE, derivative=False),
+    Op("ZerosLike", ELEMENTWISE, derivative=False),
+    # One output for each operand.
+    Op("IdentityN", COPIES),
+    # Broadcasting to a given size.
+    Op("BroadcastTo", BROADCASTS, size_operand=1),
+    Op("Fill", BROADCASTS, size_operand=0),
+    # Units in other places.
+    Op("ConcatV2", MOVES, mover=movers.move_concat),
+    Op("ExpandDims", MOVES, mover=movers.move_reshape),
+    Op("GatherV2", MOVES, mover=movers.move_gather),
+    Op("Pack", MOVES, mover=movers.move_pack),
+    Op("Pad", MOVES, mover=movers.move_pad),
+    Op("PadV2", MOVES, mover=movers.move_pad),
+    Op("Reshape", MOVES, mover=movers.move_reshape, size_operand=1),
+    Op("ReverseV2", MOVES, mover=movers.move_reverse),
+    Op("Roll", MOVES, mover=movers.move_roll),
+    Op("Slice", MOVES, mover=movers.move_slice),
+    Op("Split", MOVES, mover=movers.move_split),
+    Op("SplitV", MOVES, mover=movers.move_split_v),
+    Op("Squeeze", MOVES, mover=movers.move_reshape),
+    Op("StridedSlice", MOVES, mover=movers.move_strided_slice),
+    Op("Transpose", MOVES, mover=movers.move_transpose),
+    Op("Unpack", MOVES, mover=movers.move_unpack),
+    # Products with a kernel.
+    Op("BatchMatMulV2", PRODUCT, keeps_rows=_batch_matmul_keeps_rows, pairs_rows=True),
+    Op("BatchMatMulV3", PRODUCT, keeps_rows=_batch_matmul_keeps_rows, pairs_rows=True),
+    Op("Conv2D", PRODUCT, keeps_rows=_convolution_keeps_rows),
+    Op("Conv3D", PRODUCT, keeps_rows=_convolution_keeps_rows),
+    Op("Einsum", PRODUCT, keeps_rows=_einsum_keeps_rows),
+    Op("MatMul", PRODUCT, keeps_rows=_matmul_keeps_rows),
+    # Sizes of a tensor.
+    Op("Rank", SIZES, derivative=False),
+    Op("Shape", SIZES, derivative=False),
+    Op("ShapeN", SIZES, derivative=False),
+    Op("Size", SIZES, derivative=False),
+    # All units along the axes that the second operand names.
+    Op("All", MIXES_AXES, derivative=False),
+    Op("Any", MIXES_AXES, derivative=False),
+    Op("ArgMax", MIXES_AXES, derivative=False),
+    Op("ArgMin", MIXES_AXES, derivative=False),
+    Op("Cumprod", MIXES_AXES),
+    Op("Cumsum", MIXES_AXES),
+    Op("CumulativeLogsumexp", MIXES_AXES),
+    Op("Max", MIXES_AXES),
+    Op("Mean", MIXES_AXES),
+    Op("Min", MIXES_AXES),
+    Op("Prod", MIXES_AXES),
+    Op("Sum", MIXES_AXES),
+    # All units along the last axis.
+    Op("LogSoftmax", MIXES_LAST_AXIS),
+    Op("Softmax", MIXES_LAST_AXIS),
 )
 
-# Of those, the ones whose derivative with respect to their first operand is one; with respect to every operand if they
-# add.
-_PASSING = frozenset({"Cast", "Identity", "Snapshot", "Sub"})
-_ADDING = frozenset({"Add", "AddN", "AddV2", "BiasAdd"})
+OPERATIONS = {op.name: op for op in TABLE}
 
-# No derivative passes them.
-BLOCKING = frozenset({"StopGradient", "ZerosLike", "OnesLike", "Shape", "ShapeN", "Size", "Rank"})
+
+def op_of(operation: tf.Operation) -> Op:
+    """Returns the row of an operation; one of kind UNKNOWN if there is none."""
+    return OPERATIONS.get(operation.type) or Op(operation.type, Kind.UNKNOWN)
 
 
 def passes_unchanged(operation: tf.Operation, operand: int) -> bool:
-    """Whether the derivative with respect to an operand of an elementwise operation is one."""
-    return operation.type in _ADDING or (operation.type in _PASSING and operand == 0)
+    """Tells if the operation is elementwise with a derivative of one with respect to an operand."""
+    return operand < op_of(operation).passes
+
+
+def moves_units(operation: tf.Operation) -> bool:
+    """Tells if the operation only moves units."""
+    return op_of(operation).kind is MOVES
+
+
+def keeps_rows(operation: tf.Operation, operand: int, rank: int, output_rank: int) -> bool:
+    """Tells if row r of a product is made from row r of the operand at a position, given the ranks of both."""
+    rule = op_of(operation).keeps_rows
+    return rule is not None and rule(operation, operand, rank, output_rank)
 
 
 def move(
@@ -112,20 +296,20 @@ def move(
     shapes: Sequence[tuple[int, ...]],
     slots: int,
 ) -> list[Labels]:
-    """Where an operation that only moves units puts them.
+    """Follows the units through an operation that only moves them.
 
     Args:
-        operation: The operation, of a type in `MOVING`.
-        labels: For some operands their labels `(slots, ...)`; the others have none.
-        units: From an operand to its shape without its rows.
-        shapes: The shapes of the outputs without their rows.
-        slots: How many there are.
+        operation: Operation of kind MOVES.
+        labels: By position, the labels `(slots, ...)` of some operands; the others have none.
+        units: Function from an operand to its shape without its rows.
+        shapes: Shapes of the outputs without their rows.
+        slots: Number of slots.
 
     Returns:
         The labels of each output.
 
     Raises:
-        NotImplementedError: If it moves rows too, or which units it moves is not known before it runs.
+        NotImplementedError: If the operation moves rows too, or if the graph does not say which units it moves.
     """
 
     def operand(k: int) -> Labels:
@@ -133,167 +317,8 @@ def move(
             return labels[k]
         return np.full((slots, *units(operation.inputs[k])), -1)
 
-    moved = MOVING[operation.type](operation, operand)
-    if len(moved) != len(shapes):
+    mover = op_of(operation).mover
+    moved = [] if mover is None else mover(operation, operand)
+    if [array.size for array in moved] != [slots * int(np.prod(shape)) for shape in shapes]:
         raise NotImplementedError
     return [np.reshape(array, (slots, *shape)) for array, shape in zip(moved, shapes, strict=True)]
-
-
-_Operand = Callable[[int], Labels]
-
-
-def _constant(operation: tf.Operation, k: int) -> Any:
-    value = tf.get_static_value(operation.inputs[k])
-    if value is None:
-        raise NotImplementedError
-    return value
-
-
-def _unit_axis(axis: int, rank: int) -> int:
-    """An axis that is not that of the rows."""
-    axis = int(axis) % rank
-    if axis == 0:
-        raise NotImplementedError
-    return axis
-
-
-def _reshape(_: tf.Operation, operand: _Operand) -> list[Labels]:
-    # `move` reshapes. A reshape that keeps the number of units per row keeps the rows.
-    return [operand(0)]
-
-
-def _transpose(op: tf.Operation, operand: _Operand) -> list[Labels]:
-    permutation = _constant(op, 1)
-    if permutation[0] != 0:
-        raise NotImplementedError
-    return [np.transpose(operand(0), permutation)]
-
-
-def _split(op: tf.Operation, operand: _Operand) -> list[Labels]:
-    x = operand(1)
-    return list(np.split(x, op.get_attr("num_split"), _unit_axis(_constant(op, 0), x.ndim)))
-
-
-def _split_v(op: tf.Operation, operand: _Operand) -> list[Labels]:
-    x = operand(0)
-    sizes = _constant(op, 1)
-    return list(np.split(x, np.cumsum(sizes)[:-1], _unit_axis(_constant(op, 2), x.ndim)))
-
-
-def _unpack(op: tf.Operation, operand: _Operand) -> list[Labels]:
-    x = operand(0)
-    return list(np.moveaxis(x, _unit_axis(op.get_attr("axis"), x.ndim), 0))
-
-
-def _pack(op: tf.Operation, operand: _Operand) -> list[Labels]:
-    parts = [operand(k) for k in range(len(op.inputs))]
-    return [np.stack(parts, _unit_axis(op.get_attr("axis"), parts[0].ndim + 1))]
-
-
-def _concat(op: tf.Operation, operand: _Operand) -> list[Labels]:
-    last = len(op.inputs) - 1
-    parts = [operand(k) for k in range(last)]
-    return [np.concatenate(parts, _unit_axis(_constant(op, last), parts[0].ndim))]
-
-
-def _slice(op: tf.Operation, operand: _Operand) -> list[Labels]:
-    x = operand(0)
-    begin, size = _constant(op, 1), _constant(op, 2)
-    if begin[0] != 0 or size[0] != -1:
-        raise NotImplementedError
-    units = [slice(b, None if s == -1 else b + s) for b, s in zip(begin[1:], size[1:], strict=True)]
-    window = (slice(None), *units)
-    return [x[window]]
-
-
-def _strided_slice(op: tf.Operation, operand: _Operand) -> list[Labels]:
-    x = operand(0)
-    begin, end, strides = (_constant(op, k) for k in (1, 2, 3))
-
-    def masked(name: str, k: int) -> bool:
-        return bool(op.get_attr(name) & (1 << k))
-
-    index: list[Any] = []
-    for k, (b, e, s) in enumerate(zip(begin, end, strides, strict=True)):
-        if masked("ellipsis_mask", k):
-            index.append(Ellipsis)
-        elif masked("new_axis_mask", k):
-            index.append(None)
-        elif masked("shrink_axis_mask", k):
-            index.append(int(b))
-        else:
-            first = None if masked("begin_mask", k) else int(b)
-            index.append(slice(first, None if masked("end_mask", k) else int(e), int(s)))
-    if index[0] != slice(None, None, 1) and index[0] is not Ellipsis:
-        raise NotImplementedError
-    if index[0] is Ellipsis and sum(part is not None for part in index) > x.ndim:
-        raise NotImplementedError
-    return [x[tuple(index)]]
-
-
-def _gather(op: tf.Operation, operand: _Operand) -> list[Labels]:
-    x = operand(0)
-    if op.get_attr("batch_dims"):
-        raise NotImplementedError
-    return [np.take(x, _constant(op, 1), _unit_axis(_constant(op, 2), x.ndim))]
-
-
-def _reverse(op: tf.Operation, operand: _Operand) -> list[Labels]:
-    x = operand(0)
-    return [np.flip(x, tuple(_unit_axis(axis, x.ndim) for axis in _constant(op, 1)))]
-
-
-def _roll(op: tf.Operation, operand: _Operand) -> list[Labels]:
-    x = operand(0)
-    axes = [_unit_axis(axis, x.ndim) for axis in np.ravel(_constant(op, 2))]
-    return [np.roll(x, [int(shift) for shift in np.ravel(_constant(op, 1))], axes)]
-
-
-def _pad(op: tf.Operation, operand: _Operand) -> list[Labels]:
-    paddings = _constant(op, 1)
-    if any(paddings[0]):
-        raise NotImplementedError
-    return [np.pad(operand(0), paddings, constant_values=-1)]
-
-
-MOVING: dict[str, Callable[[tf.Operation, _Operand], list[Labels]]] = {
-    "ConcatV2": _concat,
-    "ExpandDims": _reshape,
-    "GatherV2": _gather,
-    "Pack": _pack,
-    "Pad": _pad,
-    "PadV2": _pad,
-    "Reshape": _reshape,
-    "ReverseV2": _reverse,
-    "Roll": _roll,
-    "Slice": _slice,
-    "Split": _split,
-    "SplitV": _split_v,
-    "Squeeze": _reshape,
-    "StridedSlice": _strided_slice,
-    "Transpose": _transpose,
-    "Unpack": _unpack,
-}
-
-
-PRODUCTS = frozenset({"MatMul", "BatchMatMulV2", "BatchMatMulV3", "Einsum", "Conv2D", "Conv3D"})
-
-
-def is_row_by_row(operation: tf.Operation, first: bool, rank: int, output_rank: int) -> bool:  # noqa: FBT001
-    """Whether row r of the product is made from row r of the operand, which is the first or the second one."""
-    if operation.type == "MatMul":
-        return first and not operation.get_attr("transpose_a")
-    if operation.type.startswith("BatchMatMul"):
-        # From rank 3 on, the first axis only counts the products.
-        plain = len(operation.outputs[0].shape) == len("ij")
-        return first and not operation.get_attr("adj_x") if plain else output_rank == rank
-    if operation.type == "Einsum":
-        left, result = operation.get_attr("equation").decode().replace(" ", "").split("->")
-        parts = left.split(",")
-        if len(parts) == 1:
-            return False
-        own, other = parts if first else parts[::-1]
-        if "..." in own or "..." in other:
-            return own.startswith("...") and result.startswith("...") and "..." not in other
-        return own[:1] == result[:1] and own[:1] not in other and own.count(own[0]) == 1
-    return first

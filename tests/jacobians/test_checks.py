@@ -15,7 +15,7 @@ from keras_jacmon import JacobianMeter, measure
 from keras_jacmon.cell.cell_graph import CellGraph
 from keras_jacmon.cell.step import CellStep
 from keras_jacmon.jacobians.checks import in_turns, largest, relative_differences
-from keras_jacmon.structure.independence import row_by_row
+from keras_jacmon.structure.independence import independent_tensors
 
 Function = Callable[[Any, Any, Any], Any]
 
@@ -300,7 +300,7 @@ def is_proven(function: Function) -> bool:
     except (NotImplementedError, ValueError):
         # It cannot be seen through; what is true for as many rows as units only is an error for others.
         return False
-    return row_by_row(graph).issuperset(tensor.name for tensor in graph.new_states)
+    return independent_tensors(graph).issuperset(tensor.name for tensor in graph.new_states)
 
 
 PROVEN: dict[str, Function] = {
@@ -345,7 +345,7 @@ def test_the_cells_of_keras_are_proven() -> None:
         _, layer = make_model(BY_ID[case], PROBE)
         states = layer.cell.get_initial_state(batch_size=BATCH)
         graph = CellGraph(CellStep(layer.cell, states), tf.constant(PROBE[:, 0]), tf.nest.flatten(states))
-        assert row_by_row(graph).issuperset(tensor.name for tensor in graph.new_states)
+        assert independent_tensors(graph).issuperset(tensor.name for tensor in graph.new_states)
 
 
 # How vectors are compared --------------------------------------------------------------------------------------------

@@ -35,14 +35,16 @@ from keras_jacmon.jacobians import cell_jacobian as resolve
 from keras_jacmon.jacobians import checks as evidence
 from keras_jacmon.jacobians import linearise
 from keras_jacmon.measurement import per_step as points
-from keras_jacmon.structure import structure as discovery
+from keras_jacmon.structure import ops
 from keras_jacmon.structure.index_map import Node
-from keras_jacmon.structure.ops import ELEMENTWISE
+from keras_jacmon.structure.interpreter import find_structure
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from numpy.typing import NDArray
+
+    from keras_jacmon.structure.structure import Structure
 
 PROBE = normal(BATCH, STEPS, FEATURES, seed=3)
 # Two values of the first feature are above it.
@@ -251,11 +253,11 @@ ACTIVATIONS: dict[str, Callable[[Any], Any]] = {
 ACTIVATIONS["threshold"] = functools.partial(keras.activations.threshold, threshold=0.1, default_value=0.0)
 
 
-def structure_of(function: Callable[[Any, Any, Any], Any]) -> discovery.Structure:
+def structure_of(function: Callable[[Any, Any, Any], Any]) -> Structure:
     """The structure of a cell's step; no number is computed."""
     cell, h = FunctionCell(function), tf.zeros((3, 4))
     cell.build((1, FEATURES))
-    return discovery.Structure(CellGraph(CellStep(cell, [h]), tf.zeros((3, FEATURES)), [h]))
+    return find_structure(CellGraph(CellStep(cell, [h]), tf.zeros((3, FEATURES)), [h]))
 
 
 @pytest.mark.fast
@@ -301,7 +303,7 @@ def test_a_subclass_that_overrides_call() -> None:
 
 @pytest.fixture
 def _softmax_passes_for_elementwise(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(discovery, "ELEMENTWISE", ELEMENTWISE | {"Softmax"})
+    monkeypatch.setitem(ops.OPERATIONS, "Softmax", ops.Op("Softmax", ops.ELEMENTWISE))
 
 
 @pytest.mark.usefixtures("_softmax_passes_for_elementwise")

@@ -1,0 +1,259 @@
+"""The search for the structure of a cell's Jacobian: follows the units of states and inputs through the cell's graph.
+
+There is one rule for each kind of operation. A rule that does not understand a use of an operation raises
+`NotImplementedError`; whatever that operation depends on is then unstructured, with the error as the reason.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import tensorflow as tf
+
+from keras_jacmon.cell.cell_graph import CellGraph
+from keras_jacmon.structure.independence import independent_tensors
+from keras_jacmon.structure.index_map import Node
+from keras_jacmon.structure.movers import Labels
+from keras_jacmon.structure.ops import Kind, keeps_rows, move, op_of, passes_unchanged
+from keras_jacmon.structure.structure import Origin, Product, Structure
+from keras_jacmon.traced_graph import has_custom_gradient
+
+# If one unit is made from more units than this, in one elementwise stretch, that is no structure any more.
+_MOST_SLOTS = 64
+
+# The most entries of a kernel that is not a plain matrix and has to be written as one.
+_MOST_ENTRIES = 2**24
+
+
+@dataclass(frozen=True)
+class _Call:
+    """One operation of a cell's graph, as a rule sees it.
+
+    Attributes:
+        graph: The cell's step.
+        operation: The operation.
+        products: The products before it.
+        operands: By position, the origins of all operands that states or inputs have an influence on.
+    """
+
+    graph: CellGraph
+    operation: tf.Operation
+    products: Sequence[Product]
+    operands: Mapping[int, Origin]
+
+    @property
+    def known(self) -> dict[int, Origin]:
+        """The operands that have a derivative by a state or by the inputs."""
+        return {k: origin for k, origin in self.operands.items() if origin.sources}
+
+    def sources_of(self, node: Node) -> frozenset[Node]:
+        """Returns the states and inputs that a node depends on."""
+        return self.products[node.position].sources if node.is_product else frozenset([node])
+
+    def describe(self, node: Node) -> str:
+        """Describes a node in words."""
+        if node.is_product:
+            return f"the product with {self.products[node.position].kernel}"
+        return f"state {node.position}" if node.is_state else "the inputs"
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """The origin of each output of an operation, and the product that it adds to the structure, if it is one."""
+
+    origins: Sequence[Origin]
+    product: Product | None = None
+
+
+_Rule = Callable[[_Call], _Outcome]
+
+
+def find_structure(graph: CellGraph) -> Structure:
+    """Finds the structure of a cell's Jacobian.
+
+    Args:
+        graph: The cell's step.
+
+    Raises:
+        NotImplementedError: If the shape of a state for any number of rows is not known.
+    """
+    origins = {graph.step_inputs.name: _source(Node.inputs(), graph.step_inputs)}
+    origins |= {state.name: _source(Node.state(q), state) for q, state in enumerate(graph.states)}
+    products: list[Product] = []
+    for operation in graph.operations:
+        operands = {k: origins[t.name] for k, t in enumerate(operation.inputs) if t.name in origins}
+        if not operands:
+            continue
+        outcome = _outcome(_Call(graph, operation, products, operands))
+        products += [outcome.product] if outcome.product else []
+        depends_on_state = any(origin.depends_on_state for origin in operands.values())
+        for tensor, origin in zip(operation.outputs, outcome.origins, strict=True):
+            found = Origin() if _non_differentiable(tensor) else origin
+            origins[tensor.name] = dataclasses.replace(found, depends_on_state=depends_on_state)
+    return Structure(graph, tuple(products), origins, independent_tensors(graph))
+
+
+def _source(node: Node, tensor: tf.Tensor) -> Origin:
+    """Returns the origin of a state or of the inputs."""
+    if not tensor.dtype.is_floating:
+        return Origin(depends_on_state=node.is_state)
+    whole = _whole(tuple(int(size) for size in tensor.shape[1:]))
+    return Origin({node: whole}, frozenset([node]), frozenset([node]), depends_on_state=node.is_state)
+
+
+def _outcome(call: _Call) -> _Outcome:
+    """Applies the rule for an operation."""
+    operation, row, known = call.operation, op_of(call.operation), call.known
+    # What has no derivative has no source, but is no constant either.
+    if not known or not row.derivative or all(map(_non_differentiable, operation.outputs)):
+        return _Outcome([Origin()] * len(operation.outputs))
+    rule = _custom_gradient if has_custom_gradient(operation) else _RULES.get(row.kind, _refused)
+    try:
+        return rule(call)
+    except NotImplementedError as error:
+        reason = str(error) or f"`{operation.type}` mixes units or rows (operation `{operation.name}`)"
+        return _Outcome([_unstructured(known.values(), reason)] * len(operation.outputs))
+
+
+def _refused(_: _Call) -> _Outcome:
+    """The rule for operations that have no structure."""
+    raise NotImplementedError
+
+
+def _custom_gradient(call: _Call) -> _Outcome:
+    """The rule for operations whose derivative may be another one than the table says."""
+    raise NotImplementedError(f"`{call.operation.name}` has a gradient of its own")
+
+
+def _copied(call: _Call) -> _Outcome:
+    """The rule for operations that return their operands."""
+    return _Outcome([call.known.get(k, Origin()) for k in range(len(call.operation.outputs))])
+
+
+def _elementwise(call: _Call) -> _Outcome:
+    """The rule for elementwise operations: the labels of all operands, broadcast, in slots of their own."""
+    operation, known = call.operation, call.known
+    (output,) = operation.outputs
+    units = call.graph.units(output)
+    labels: dict[Node, list[Labels]] = {}
+    changed: set[Node] = set()
+    for k, origin in known.items():
+        if len(call.graph.units(operation.inputs[k])) != len(units):
+            raise NotImplementedError
+        for node, made_from in origin.labels.items():
+            if node in labels or node not in origin.unchanged or not passes_unchanged(operation, k):
+                changed.add(node)
+            labels.setdefault(node, []).append(np.broadcast_to(made_from, (len(made_from), *units)))
+    merged = {node: _tidied(np.concatenate(parts)) for node, parts in labels.items()}
+    return _Outcome([_checked(call, merged, frozenset(merged) - changed)])
+
+
+def _moved(call: _Call) -> _Outcome:
+    """The rule for operations that move units."""
+    operation, graph, known = call.operation, call.graph, call.known
+    shapes = [graph.units(tensor) for tensor in operation.outputs]
+    if not all(graph.size(operation.inputs[k]) for k in known):
+        raise NotImplementedError
+    moved: list[dict[Node, Labels]] = [{} for _ in shapes]
+    for node in {node: None for origin in known.values() for node in origin.labels}:
+        labels = _in_equal_slots({k: origin.labels[node] for k, origin in known.items() if node in origin.labels})
+        slots = len(next(iter(labels.values())))
+        for result, found in zip(moved, move(operation, labels, graph.units, shapes, slots), strict=True):
+            if (found >= 0).any():
+                result[node] = _tidied(found)
+    changed = {node for origin in known.values() for node in origin.labels if node not in origin.unchanged}
+    return _Outcome([_checked(call, labels, frozenset(labels) - changed) for labels in moved])
+
+
+def _product(call: _Call) -> _Outcome:
+    """The rule for products with a kernel: the result is a node of its own."""
+    operation, graph = call.operation, call.graph
+    if len(call.operands) != 1:
+        raise NotImplementedError(f"both sides of `{operation.name}` depend on the states or the inputs")
+    ((position, origin),) = call.operands.items()
+    y, (z,) = operation.inputs[position], operation.outputs
+    if z.dtype.size < max(state.dtype.size for state in graph.states if state.dtype.is_floating):
+        raise NotImplementedError(f"`{operation.name}` computes in {z.dtype.name}, which is less than its states")
+    units = graph.units(z)
+    shape = (graph.size(y), int(np.prod(units)))
+    if not keeps_rows(operation, position, len(graph.units(y)) + 1, len(units) + 1):
+        raise NotImplementedError
+    if operation.type != "MatMul" and int(np.prod(shape)) > _MOST_ENTRIES:
+        raise NotImplementedError(f"the kernel of `{operation.name}` is too large to be written as a matrix")
+    (kernel,) = (tensor for tensor in operation.inputs if tensor is not y)
+    node = Node.product(len(call.products))
+    product = Product(operation, y, z, graph.source_of(kernel), shape, origin.sources)
+    found = Origin({node: _whole(units)}, frozenset([node]), origin.sources, origin.unstructured)
+    return _Outcome([found], product)
+
+
+_RULES: Mapping[Kind, _Rule] = {
+    Kind.COPIES: _copied,
+    Kind.ELEMENTWISE: _elementwise,
+    Kind.MOVES: _moved,
+    Kind.PRODUCT: _product,
+}
+
+
+def _checked(call: _Call, labels: Mapping[Node, Labels], unchanged: frozenset[Node]) -> Origin:
+    """Returns the origin with these labels; a node that reaches a unit in too many ways is left out.
+
+    What such a node depends on has no structure from there on.
+    """
+    origins = call.known.values()
+    unstructured = {source: reason for origin in origins for source, reason in origin.unstructured.items()}
+    sound = {}
+    for node, made_from in labels.items():
+        used = made_from[made_from >= 0]
+        reason = None
+        if len(np.unique(used)) < used.size:
+            reason = f"a unit of {call.describe(node)} is used in several units"
+        elif len(made_from) > _MOST_SLOTS:
+            reason = f"a unit is made from more than {_MOST_SLOTS} units of {call.describe(node)}"
+        if reason:
+            unstructured |= dict.fromkeys(call.sources_of(node), reason)
+        else:
+            sound[node] = made_from
+    return Origin(sound, unchanged & frozenset(sound), _sources(origins), unstructured)
+
+
+def _unstructured(origins: Iterable[Origin], reason: str) -> Origin:
+    """Returns the origin of a tensor without structure; the first reason for a source stands."""
+    origins = list(origins)
+    sources = _sources(origins)
+    earlier = {source: why for origin in origins for source, why in origin.unstructured.items()}
+    return Origin(sources=sources, unstructured={source: earlier.get(source, reason) for source in sources})
+
+
+def _sources(origins: Iterable[Origin]) -> frozenset[Node]:
+    return frozenset[Node]().union(*(origin.sources for origin in origins))
+
+
+def _non_differentiable(tensor: tf.Tensor) -> bool:
+    """Tells if a tensor has no derivative, by its type. A list of tensors (a variant) has one."""
+    return tensor.dtype.is_integer or tensor.dtype.is_bool or tensor.dtype == tf.string
+
+
+def _whole(units: Sequence[int]) -> Labels:
+    """Returns the labels of a node's own tensor."""
+    return np.arange(int(np.prod(units))).reshape(1, *units)
+
+
+def _in_equal_slots(labels: Mapping[int, Labels]) -> dict[int, Labels]:
+    """Returns the labels with as many slots for each operand as the largest of them has."""
+    slots = max(map(len, labels.values()))
+    return {
+        k: np.pad(x, [(0, slots - len(x))] + [(0, 0)] * (x.ndim - 1), constant_values=-1) for k, x in labels.items()
+    }
+
+
+def _tidied(labels: Labels) -> Labels:
+    """Returns the same labels with each unit once, in as few slots as possible."""
+    last = np.iinfo(labels.dtype).max
+    labels = np.sort(np.where(labels < 0, last, labels), axis=0)
+    again = np.zeros(labels.shape, bool)
+    again[1:] = labels[1:] == labels[:-1]
+    labels = np.sort(np.where(again, last, labels), axis=0)
+    labels = labels[(labels != last).reshape(len(labels), -1).any(axis=1)]
+    return np.where(labels == last, -1, labels)
