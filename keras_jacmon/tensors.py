@@ -1,4 +1,4 @@
-"""Tensors `(time, batch, ...)` as rows, and their sizes."""
+"""Small helpers for tensors `(time, batch, ...)`: one axis for both, sizes, slices, sums."""
 
 import functools
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Sampling: a few of the points that a cell visits stand for all of them."""
+"""A sample of the points that a cell visits, to stand for all of them."""
 
 import dataclasses
 from collections.abc import Sequence

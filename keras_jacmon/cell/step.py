@@ -1,4 +1,4 @@
-"""One step of a cell, from its inputs and states to its output and new states."""
+"""One step of a cell as a function of its inputs and flat states, in float32 or better."""
 
 import contextlib
 from collections.abc import Iterator, Sequence

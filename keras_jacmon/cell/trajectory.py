@@ -1,4 +1,4 @@
-"""Trajectory of a cell: the states that it visits in a sequence."""
+"""The trajectory of a cell: its states at each step, from one graph loop."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
