@@ -109,7 +109,7 @@ class CallPenalty:
 
     @property
     def holds(self) -> bool:
-        """Whether there is a penalty; otherwise it is zero."""
+        """True if there is a penalty; otherwise it is zero."""
         # Points of all steps are put together for it.
         return self._assumptions.independent
 

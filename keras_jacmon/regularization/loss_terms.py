@@ -104,12 +104,12 @@ class LossTerms:
 
     @property
     def in_fit(self) -> bool:
-        """Whether they were attached for the time of a `fit`."""
+        """True if they were attached for the time of a `fit`."""
         return self.attached and self._to_fit
 
     @property
     def in_earlier_fit(self) -> bool:
-        """Whether they were attached for the time of a `fit` that is not the present one."""
+        """True if they were attached for the time of a `fit` that is not the present one."""
         return self.in_fit and getattr(self._model, "history", None) is not self._history
 
 
