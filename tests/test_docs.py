@@ -16,6 +16,7 @@ from pages import ROOT, blocks, codes, page, reader_names, run, table
 
 import keras_jacmon
 from keras_jacmon import JacobianMonitor, explain, measure
+from keras_jacmon.structure.ops import OPERATIONS, Kind
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -82,6 +83,14 @@ def test_the_places_that_the_architecture_names_are_there() -> None:
         definitions = (ast.FunctionDef, ast.ClassDef)
         names = [node.name for node in ast.parse(path.read_text()).body if isinstance(node, definitions)]
         assert not name or name in names, f"{file}::{name}"
+
+
+@pytest.mark.fast
+def test_each_kind_of_operation_is_explained_with_examples() -> None:
+    described = table(page("docs/architecture.md"), "| kind | what the operation does | examples |")
+    assert [codes(kind)[0] for kind, _, _ in described] == [kind.name for kind in Kind]
+    for kind, _, examples in described:
+        assert {OPERATIONS[name].kind.name for name in codes(examples)} <= set(codes(kind))
 
 
 @pytest.mark.fast
