@@ -208,7 +208,7 @@ class JacobianMeter:
     @property
     def choices(self) -> dict[str, dict[str, list[Choice]]]:
         """Dict by key of dicts by view: the list of `Choice`, one for each block of the Jacobian."""
-        return {name: facts.choices for name, facts in self._traced[True].function.static.calls.items()}
+        return {name: metadata.choices for name, metadata in self._traced[True].function.static.calls.items()}
 
     def __call__(self, *, slow: bool = True) -> Report:
         """Measures with the weights of this moment.
@@ -231,21 +231,24 @@ class JacobianMeter:
         """
         which = slow or not self.has_slow_measures
         results = self._run(self._traced[which])
-        while (trust := self._trust_after(results)) != self._trust:
-            self._trace(trust)
+        while (assumptions := self._assumptions_after(results)) != self._assumptions:
+            self._trace(assumptions)
             results = self._run(self._traced[which])
         self._measurements += 1
         calls = self._traced[which].function.static.calls
         return Report(
-            {name: facts.report(results.calls[name], results.loss_gradients.get(name)) for name, facts in calls.items()}
+            {
+                name: metadata.report(results.calls[name], results.loss_gradients.get(name))
+                for name, metadata in calls.items()
+            }
         )
 
-    def _trust_after(self, results: _Results) -> dict[str, Assumptions]:
+    def _assumptions_after(self, results: _Results) -> dict[str, Assumptions]:
         """The assumptions that remain after the checks, by key; warns if they are fewer than before."""
-        trust = dict(self._trust)
+        assumptions = dict(self._assumptions)
         for name, found in results.calls.items():
             cell = self._traced[True].function.static.calls[name].cell
-            verdict = diagnose(found.checks.floats(), trust.get(name, Assumptions()))
+            verdict = diagnose(found.checks.floats(), assumptions.get(name, Assumptions()))
             if verdict is None:
                 continue
             if verdict.assumptions is None:
@@ -257,18 +260,18 @@ class JacobianMeter:
                 f"Layer `{name}`: {verdict.reason}. {verdict.consequence} from now on, this time included.",
                 stacklevel=3,
             )
-            trust[name] = verdict.assumptions
-        return trust
+            assumptions[name] = verdict.assumptions
+        return assumptions
 
-    def _trace(self, trust: dict[str, Assumptions]) -> None:
+    def _trace(self, assumptions: dict[str, Assumptions]) -> None:
         traced: dict[bool, _Traced] = {}
         specs = [tf.TensorSpec([], tf.int32), *(tf.TensorSpec(t.shape, t.dtype) for t in self._tensors())]
         for which, selection in self._selections.items():
-            function = trace(partial(self._measure, selection, trust), specs)
+            function = trace(partial(self._measure, selection, assumptions), specs)
             self._traces += 1
             traced[which] = _Traced(function, foreign_variables(function.graph.graph, self._model, []))
         # Not before: if tracing fails, or is interrupted, the next measurement has what there was.
-        self._trust, self._traced = trust, traced
+        self._assumptions, self._traced = assumptions, traced
 
     def _tensors(self) -> list[tf.Tensor]:
         return [*self._inputs, *([] if self._targets is None else keras.tree.flatten(self._targets))]
@@ -283,7 +286,7 @@ class JacobianMeter:
                 raise RuntimeError(f"Measuring {self._culprit(error)} failed: {_essence(error)}") from error
 
     def _measure(
-        self, selection: Selection, trust: Mapping[str, Assumptions], draw: tf.Tensor, *tensors: tf.Tensor
+        self, selection: Selection, assumptions: Mapping[str, Assumptions], draw: tf.Tensor, *tensors: tf.Tensor
     ) -> tuple[_Results, _Static]:
         """Model and probe -> recording -> calls measured, in the graph that is being traced."""
         inputs, targets = tensors[: len(self._inputs)], tensors[len(self._inputs) :]
@@ -298,8 +301,8 @@ class JacobianMeter:
             for position, call in enumerate(recording.calls):
                 # The scope's name leads from a failing operation back to its layer.
                 with _naming(call), tf.name_scope(f"jacobian_of_call_{position}"):
-                    known = trust.get(call.name, Assumptions())
-                    measured = measure_call(call, selection, self._options, trust=known, draw=draw)
+                    known = assumptions.get(call.name, Assumptions())
+                    measured = measure_call(call, selection, self._options, assumptions=known, draw=draw)
                     calls[call.name], results[call.name] = measured
         if self._targets is None:
             return _Results(results, {}), _Static(calls, recording, None)
@@ -333,8 +336,8 @@ class JacobianMeter:
             )
         if reasons:
             warnings.warn(f"Some recurrent layers are not measured. {reasons}", stacklevel=4)
-        for name, facts in calls.items():
-            for note in facts.notes:
+        for name, metadata in calls.items():
+            for note in metadata.notes:
                 warnings.warn(f"Layer `{name}`: {note}", stacklevel=4)
 
     def _refusal(self, inputs: Sequence[tf.Tensor], error: Exception) -> ValueError:

@@ -72,13 +72,13 @@ def of_cell(cell: Any, inputs: NDArray[Any], *, structured: bool) -> Steps:
     """
     time, samples = inputs.shape[:2]
     states = tf.nest.flatten(cell.get_initial_state(batch_size=samples))
-    walk = UnrollInputs(tf.constant(inputs), tuple(states), None)
+    sequence = UnrollInputs(tf.constant(inputs), tuple(states), None)
     step = CellStep(cell, states)
-    jacobian = CellJacobian(step, walk.inputs[0], walk.states, Assumptions(structure=structured))
+    jacobian = CellJacobian(step, sequence.inputs[0], sequence.states, Assumptions(structure=structured))
     assert {choice.how for choice in jacobian.choices("joint")} <= (
         {"structure", "zero"} if structured else {"autodiff"}
     )
-    trajectory = unroll(step, walk, jacobian.shortcut())
+    trajectory = unroll(step, sequence, jacobian.unroll_plan())
     rows = PointBatch.of(trajectory)
 
     def at(t: tf.Tensor) -> tf.linalg.LinearOperator:

@@ -31,26 +31,28 @@ class Sample(NamedTuple):
     weights: tf.Tensor
 
 
-def sample(step: CellStep, walk: UnrollInputs, shortcut: UnrollPlan | None, count: int, draw: tf.Tensor) -> Sample:
-    """Leads a cell along a walk and keeps at most `count` points, in every step the same number of samples.
+def sample(
+    step: CellStep, sequence: UnrollInputs, unroll_plan: UnrollPlan | None, count: int, draw: tf.Tensor
+) -> Sample:
+    """Leads a cell along a sequence and keeps at most `count` points, in every step the same number of samples.
 
     Which samples they are, and of a sequence with more steps than that which steps, goes round with the draw, so that
     every step, and every sample of it, has its turn.
 
     Args:
         step: The cell's step.
-        walk: Where it is led.
-        shortcut: How, if there is a faster way.
+        sequence: Where it is led.
+        unroll_plan: How, if there is a faster way.
         count: The most points.
         draw: Counts the samples that were taken before.
     """
-    time, samples = known_sizes(walk.inputs)[:2]
+    time, samples = known_sizes(sequence.inputs)[:2]
     width = max(1, count // time) if isinstance(time, int) else 1
     width = min(width, samples) if isinstance(samples, int) else 1
     # Every step has had its turn before another sample has.
     stride = -(-time // count)
-    chosen, valid = _choose_samples(walk.mask, time, samples, width, draw // stride)
-    trajectory = unroll(step, walk, shortcut, chosen)
+    chosen, valid = _choose_samples(sequence.mask, time, samples, width, draw // stride)
+    trajectory = unroll(step, sequence, unroll_plan, chosen)
     tensors = [trajectory.inputs, *trajectory.states, *trajectory.new, valid]
     if not isinstance(time, int) or time > count:
         steps = (tf.range(time // stride) * stride + draw) % time
@@ -61,24 +63,24 @@ def sample(step: CellStep, walk: UnrollInputs, shortcut: UnrollPlan | None, coun
     inputs, *points = (
         tf.where(tf.reshape(valid, [-1] + [1] * (x.shape.rank - 1)), x, tf.zeros_like(x)) for x in (inputs, *points)
     )
-    states, new = points[: len(walk.states)], points[len(walk.states) :]
+    states, new = points[: len(sequence.states)], points[len(sequence.states) :]
     dtype = next(state.dtype for state in states if state.dtype.is_floating)
     return Sample(inputs, tuple(states), tuple(new), tf.cast(valid, dtype))
 
 
 def without_values(
-    shortcut: UnrollPlan | None, steps: Sequence[int | tf.Tensor], most_values: int
+    unroll_plan: UnrollPlan | None, steps: Sequence[int | tf.Tensor], most_values: int
 ) -> UnrollPlan | None:
-    """The shortcut for a trajectory of which points alone are wanted; None if what it hoists would take much memory."""
-    if shortcut is None:
+    """Returns the plan for a trajectory without saved values; None if its hoisted tensors would take much memory."""
+    if unroll_plan is None:
         return None
     rows = 1
     for size in steps:
         if not isinstance(size, int):
             return None
         rows *= size
-    hoisted = sum(int(tensor.shape[1:].num_elements()) for tensor in shortcut.prepared)
-    return dataclasses.replace(shortcut, saved=()) if rows * hoisted <= most_values else None
+    hoisted = sum(int(tensor.shape[1:].num_elements()) for tensor in unroll_plan.prepared)
+    return dataclasses.replace(unroll_plan, saved=()) if rows * hoisted <= most_values else None
 
 
 def _choose_samples(

@@ -26,7 +26,7 @@ class UnrollInputs:
 
     @classmethod
     def of(cls, call: RecurrentCall) -> "UnrollInputs":
-        """The walk of a recorded call."""
+        """The inputs of a recorded call."""
         inputs, mask = widened(_swapped(call.inputs)), None if call.mask is None else _swapped(call.mask)
         if call.layer.go_backwards:
             inputs, mask = inputs[::-1], None if mask is None else mask[::-1]
@@ -56,23 +56,23 @@ class Trajectory:
 
 
 def unroll(
-    step: CellStep, walk: UnrollInputs, shortcut: UnrollPlan | None = None, keep: tf.Tensor | None = None
+    step: CellStep, sequence: UnrollInputs, unroll_plan: UnrollPlan | None = None, keep: tf.Tensor | None = None
 ) -> Trajectory:
-    """Leads a cell along a walk, in one graph loop.
+    """Leads a cell along a sequence, in one graph loop.
 
     Args:
         step: The cell's step.
-        walk: Where it is led.
-        shortcut: If given, its graph is used and not the cell itself.
+        sequence: Where it is led.
+        unroll_plan: If given, its graph is used and not the cell itself.
         keep: `(time, k)`, the samples whose points are kept, other ones at each step; None for all.
 
     Returns:
         The trajectory, in float32 or better.
     """
-    inputs, mask = walk.inputs, walk.mask
+    inputs, mask = sequence.inputs, sequence.mask
     time = known_sizes(inputs)[0]
-    kept: Sequence[tf.Tensor] = shortcut.saved if shortcut else ()
-    beforehand = shortcut.precompute(inputs) if shortcut else None
+    kept: Sequence[tf.Tensor] = unroll_plan.saved if unroll_plan else ()
+    beforehand = unroll_plan.precompute(inputs) if unroll_plan else None
 
     def body(
         t: tf.Tensor, states: list[tf.Tensor], arrays: list[tf.TensorArray]
@@ -85,13 +85,13 @@ def unroll(
         new = [tf.ensure_shape(value, old.shape) for value, old in zip(new, states, strict=True)]
         return t + 1, new, arrays
 
-    wanted = [*walk.states, *kept] if keep is None else [*walk.states, *kept, *walk.states]
+    wanted = [*sequence.states, *kept] if keep is None else [*sequence.states, *kept, *sequence.states]
     width = inputs.shape[1] if keep is None else keep.shape[1]
     arrays = [tf.TensorArray(t.dtype, time, element_shape=[width, *t.shape[1:]]) for t in wanted]
     _, last, arrays = tf.while_loop(
         lambda t, *_: t < time,
         body,
-        [tf.constant(0), list(walk.states), arrays],
+        [tf.constant(0), list(sequence.states), arrays],
         # Known beforehand, so that XLA can differentiate the loop.
         maximum_iterations=inputs.shape[0],
     )
@@ -99,7 +99,7 @@ def unroll(
         tf.ensure_shape(array.stack(), [inputs.shape[0], width, *tensor.shape[1:]])
         for array, tensor in zip(arrays, wanted, strict=True)
     ]
-    count = len(walk.states)
+    count = len(sequence.states)
     states, values, new = stacks[:count], stacks[count : count + len(kept)], stacks[count + len(kept) :]
     known = dict(zip((tensor.name for tensor in kept), values, strict=True))
     hoisted = beforehand.values if beforehand else {}

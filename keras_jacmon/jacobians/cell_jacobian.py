@@ -124,7 +124,7 @@ class CellJacobian:
 
     Attributes:
         step: The cell's step.
-        trust: The properties that are relied on.
+        assumptions: The properties that are relied on.
         row_by_row: True if it is proven that each point's new states are a function of the same point alone.
     """
 
@@ -135,7 +135,7 @@ class CellJacobian:
         states: Sequence[tf.Tensor],
         assumptions: Assumptions = Assumptions(),
     ) -> None:
-        self.step, self.trust = step, assumptions
+        self.step, self.assumptions = step, assumptions
         self._example = PointBatch(inputs, tuple(states))
         self._plans: dict[str, ViewPlan] = {}
         whole = assumptions.structure and assumptions.independent
@@ -156,7 +156,7 @@ class CellJacobian:
             self._weights_only = weights_only_values(self._structure)
             self._kernels = kernels_of(self._structure, self._weights_only, states[floating_states(states)[0]].dtype)
 
-    def shortcut(self) -> UnrollPlan | None:
+    def unroll_plan(self) -> UnrollPlan | None:
         """A plan for unrolling the cell at a lower cost; None if nothing is known of its graph."""
         if self._structure is None:
             return None
@@ -243,12 +243,12 @@ class CellJacobian:
     def reference(self, view: View, points: PointBatch) -> AutodiffJacobian:
         """The operator to compare with: by autodiff, and J formed where nobody knows what the cell's graph contains."""
         function = view_function(self.step, points.inputs, points.states, view)
-        twice = self.trust.products and self._form is None
-        return function.jacobian(independent=self.trust.independent, for_many=False, twice=twice)
+        twice = self.assumptions.products and self._form is None
+        return function.jacobian(independent=self.assumptions.independent, for_many=False, twice=twice)
 
     def by_tape_twice(self, views: Sequence[str], points: PointBatch) -> Iterator[tuple[View, JacobianOperator]]:
         """The operators of some views that rest on the tape applied twice."""
-        plans = [self.plan(name) for name in views] if self.trust.products else []
+        plans = [self.plan(name) for name in views] if self.assumptions.products else []
         parts = [part for plan in plans if not plan.is_registered for part, _ in plan.parts(structured=False)]
         for part in dict.fromkeys(parts):
             yield part, self._by_autodiff(part, points)
@@ -301,6 +301,6 @@ class CellJacobian:
     def _by_autodiff(self, view: View, points: PointBatch) -> JacobianOperator:
         function = view_function(self.step, points.inputs, points.states, view)
         # Formed of its transpose, if that is all that is relied on.
-        twice = self.trust.products
-        jacobian = function.jacobian(independent=self.trust.independent, for_many=twice, twice=twice)
+        twice = self.assumptions.products
+        jacobian = function.jacobian(independent=self.assumptions.independent, for_many=twice, twice=twice)
         return jacobian if twice else jacobian.formed()

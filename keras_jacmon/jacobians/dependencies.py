@@ -23,12 +23,12 @@ class Dependencies:
     Attributes:
         depends: `depends[p][q]` is True if a gradient flows from new floating-point state p to old one q.
         on_inputs: True if a gradient flows from the first of the new states to the inputs.
-        bytes_per_row: Memory that one evaluation of the cell with its derivative takes for each point.
+        bytes_per_point: Memory that one evaluation of the cell with its derivative takes for each point.
     """
 
     depends: tuple[tuple[bool, ...], ...]
     on_inputs: bool
-    bytes_per_row: int
+    bytes_per_point: int
 
 
 def find_dependencies(step: CellStep, inputs: tf.Tensor, states: Sequence[tf.Tensor]) -> Dependencies:

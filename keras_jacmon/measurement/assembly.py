@@ -73,7 +73,7 @@ class CallMetadata:
         call: RecurrentCall,
         states: Sequence[tf.Tensor],
         jacobian: CellJacobian,
-        connections: Dependencies,
+        dependencies: Dependencies,
         *,
         asked: Iterable[str],
         options: Options,
@@ -84,7 +84,7 @@ class CallMetadata:
             call: The recorded call.
             states: The flat initial states.
             jacobian: The Jacobians of its cell.
-            connections: The dependencies of new states on old ones.
+            dependencies: The dependencies of new states on old ones.
             asked: The views that the user asked for.
             options: The settings of the measurement.
 
@@ -92,7 +92,7 @@ class CallMetadata:
             ValueError: If no state has a derivative.
         """
         floating = floating_states(states)
-        depends = connections.depends
+        depends = dependencies.depends
         views, notes = [], []
         if depends[0][0]:
             views.append("hidden")
@@ -108,7 +108,7 @@ class CallMetadata:
                 for state, influences in zip(floating, zip(*depends, strict=True), strict=True)
                 if not any(influences)
             ]
-        if "inputs" in asked and connections.on_inputs:
+        if "inputs" in asked and dependencies.on_inputs:
             views.append("inputs")
         elif "inputs" in asked:
             notes.append("no gradient connects the new state with the inputs, so the inputs view is left out")

@@ -35,7 +35,7 @@ _SHARE_OF_TRAJECTORY, _SHARE_OF_DERIVATIVES, _SHARE_OF_SEQUENCES = 8, 3, 6
 
 
 def measure_call(
-    call: RecurrentCall, measures: Selection, options: Options, *, trust: Assumptions, draw: tf.Tensor
+    call: RecurrentCall, measures: Selection, options: Options, *, assumptions: Assumptions, draw: tf.Tensor
 ) -> tuple[CallMetadata, CallResults]:
     """Measures one call, in the graph that is being traced.
 
@@ -43,7 +43,8 @@ def measure_call(
         call: The recorded call.
         measures: The quantities that the user selected.
         options: The settings. `max_bytes` bounds the memory, through segments of the sequence and chunks of points.
-        trust: The assumptions that the Jacobians may rest on. Without independent points, steps are taken one by one.
+        assumptions: The assumptions that the Jacobians may rest on. Without independent points, steps are taken one
+            by one.
         draw: Number of measurements before this one; it decides which points are checked.
 
     Returns:
@@ -52,32 +53,34 @@ def measure_call(
     Raises:
         ValueError: If no state has a derivative.
     """
-    walk, step = UnrollInputs.of(call), CellStep(call.layer.cell, call.states)
-    if not floating_states(walk.states):
-        raise ValueError(f"None of its {len(walk.states)} states is floating-point, so there is no derivative")
-    jacobian = CellJacobian(step, walk.inputs[0], walk.states, trust)
-    connections = find_dependencies(step, walk.inputs[0], walk.states)
-    facts = CallMetadata.of(call, walk.states, jacobian, connections, asked=views_of(measures), options=options)
-    selection = _of_views(measures, facts.views, several=bool(facts.joint))
+    sequence, step = UnrollInputs.of(call), CellStep(call.layer.cell, call.states)
+    if not floating_states(sequence.states):
+        raise ValueError(f"None of its {len(sequence.states)} states is floating-point, so there is no derivative")
+    jacobian = CellJacobian(step, sequence.inputs[0], sequence.states, assumptions)
+    dependencies = find_dependencies(step, sequence.inputs[0], sequence.states)
+    metadata = CallMetadata.of(call, sequence.states, jacobian, dependencies, asked=views_of(measures), options=options)
+    selection = _of_views(measures, metadata.views, several=bool(metadata.joint))
     # Not a subclass, which may do something else with its gates.
     with_inputs = with_suggestion_measures(selection, forgets=type(call.layer.cell) is keras.layers.LSTMCell)
     of_points = filtered(with_inputs, lambda measure: not measure.kind.over_time)
     over_time = filtered(selection, lambda measure: measure.kind.over_time)
-    facts = dataclasses.replace(
-        facts, has_structure=jacobian.has_structure(views_of(selection)), quantities=(*of_points, *over_time)
+    metadata = dataclasses.replace(
+        metadata, has_structure=jacobian.has_structure(views_of(selection)), quantities=(*of_points, *over_time)
     )
     measurement = StepMeasurement(
         jacobian,
         of_points,
         tuple(views_of(selection)),
-        MeasureContext(options, _dtype(walk), walk.inputs.shape[:2].num_elements()),
+        MeasureContext(options, _dtype(sequence), sequence.inputs.shape[:2].num_elements()),
         bytes_allowed=options.max_bytes // _SHARE_OF_DERIVATIVES,
-        bytes_per_point=connections.bytes_per_row,
+        bytes_per_point=dependencies.bytes_per_point,
         draw=draw,
-        independent=trust.independent,
-        samples=known_sizes(walk.inputs)[1],
+        independent=assumptions.independent,
+        samples=known_sizes(sequence.inputs)[1],
     )
-    return facts, _Call(step, walk, jacobian.shortcut(), measurement, call.layer.go_backwards).results(over_time)
+    return metadata, _Call(step, sequence, jacobian.unroll_plan(), measurement, call.layer.go_backwards).results(
+        over_time
+    )
 
 
 @dataclass(frozen=True)
@@ -86,31 +89,31 @@ class _Call:
 
     Attributes:
         step: The step of the cell.
-        walk: The sequence, in the order in which the cell runs.
-        shortcut: As for `unroll`.
+        sequence: The sequence, in the order in which the cell runs.
+        unroll_plan: As for `unroll`.
         measurement: Measurement of the single points.
         go_backwards: True if the layer reads its input from the end.
     """
 
     step: CellStep
-    walk: UnrollInputs
-    shortcut: UnrollPlan | None
+    sequence: UnrollInputs
+    unroll_plan: UnrollPlan | None
     measurement: StepMeasurement
     go_backwards: bool
 
     def results(self, over_time: Selection) -> CallResults:
         """Measures the single points, and then the products over time."""
-        walk, points, options = self.walk, self.measurement, self.measurement.context.options
-        shape = known_sizes(walk.inputs)[:2]
-        places = choose_places(walk.mask, shape, points.quantities, options, independent=points.independent)
-        steps = _most_steps(walk, self.shortcut, options.max_bytes // _SHARE_OF_TRAJECTORY)
-        arrays, checks, rows = self._at_points(places, steps)
-        spectra_at = None if places.spectra is None else tf.where(places.spectra)
+        sequence, points, options = self.sequence, self.measurement, self.measurement.context.options
+        shape = known_sizes(sequence.inputs)[:2]
+        subsample = choose_places(sequence.mask, shape, points.quantities, options, independent=points.independent)
+        steps = _most_steps(sequence, self.unroll_plan, options.max_bytes // _SHARE_OF_TRAJECTORY)
+        arrays, checks, rows = self._at_points(subsample, steps)
+        spectra_at = None if subsample.spectra is None else tf.where(subsample.spectra)
         if spectra_at is not None and self.go_backwards:
             spectra_at = tf.stack([shape[0] - 1 - spectra_at[:, 0], spectra_at[:, 1]], axis=1)
         results = CallResults(
-            self._in_order(tf.ones(shape, tf.bool) if walk.mask is None else walk.mask),
-            None if places.expensive is None else self._in_order(places.expensive),
+            self._in_order(tf.ones(shape, tf.bool) if sequence.mask is None else sequence.mask),
+            None if subsample.expensive is None else self._in_order(subsample.expensive),
             spectra_at,
             checks,
             tuple(
@@ -122,40 +125,42 @@ class _Call:
             return results
         return results._replace(arrays=(*results.arrays, *self._over_time(over_time, steps, rows, results)))
 
-    def _at_points(self, places: Subsample, steps: int) -> tuple[list[MeasuredArray], CheckResults, PointBatch | None]:
+    def _at_points(
+        self, subsample: Subsample, steps: int
+    ) -> tuple[list[MeasuredArray], CheckResults, PointBatch | None]:
         """Measures the points, at once or in segments; the points themselves if they are there at once."""
-        walk, points = self.walk, self.measurement
-        if walk.inputs.shape[0] is not None and walk.inputs.shape[0] <= steps:
-            trajectory = unroll(self.step, walk, self.shortcut)
+        sequence, points = self.sequence, self.measurement
+        if sequence.inputs.shape[0] is not None and sequence.inputs.shape[0] <= steps:
+            trajectory = unroll(self.step, sequence, self.unroll_plan)
             rows = PointBatch.of(trajectory)
             # Skipped steps need not be evaluated.
-            rows = points.evaluated(rows) if walk.mask is None else rows
-            return *points.measure(rows, trajectory.last, places, 0), rows
+            rows = points.evaluated(rows) if sequence.mask is None else rows
+            return *points.measure(rows, trajectory.last, subsample, 0), rows
 
         def measure_segment(
             part: UnrollInputs, index: tf.Tensor, start: tf.Tensor
         ) -> tuple[list[MeasuredArray], CheckResults, tuple[tf.Tensor, ...]]:
-            here = unroll(self.step, part, self.shortcut)
+            here = unroll(self.step, part, self.unroll_plan)
             stop = start + known_sizes(here.inputs)[0]
-            return *points.measure(PointBatch.of(here), here.last, places.between(start, stop), index), here.last
+            return *points.measure(PointBatch.of(here), here.last, subsample.between(start, stop), index), here.last
 
-        return *in_segments(walk, steps, points, measure_segment), None
+        return *in_segments(sequence, steps, points, measure_segment), None
 
     def _over_time(
         self, over_time: Selection, steps: int, rows: PointBatch | None, results: CallResults
     ) -> list[MeasuredArray]:
         """Measures the products over time, after all else, so that both do not need their memory at the same time."""
-        walk, points = self.walk, self.measurement
+        sequence, points = self.sequence, self.measurement
         options = points.context.options
-        most = options.max_bytes // _SHARE_OF_SEQUENCES // points.bytes_per_point // _samples(walk)
+        most = options.max_bytes // _SHARE_OF_SEQUENCES // points.bytes_per_point // _samples(sequence)
         done = [results.mask, *results.checks]
         done += [tensor for array in results.arrays for tensor in (array.value, array.uncertainty)]
         with tf.control_dependencies([tensor.op for tensor in done]):
-            begin = tuple(map(tf.identity, walk.states))
+            begin = tuple(map(tf.identity, sequence.states))
         whole = SequenceMeasurement(
             self.step,
-            walk.between(0, known_sizes(walk.inputs)[0], begin),
-            self.shortcut,
+            sequence.between(0, known_sizes(sequence.inputs)[0], begin),
+            self.unroll_plan,
             points.jacobian,
             points.independent,
             max(1, min(steps, most)),
@@ -167,31 +172,31 @@ class _Call:
 
     def _in_order(self, value: tf.Tensor) -> tf.Tensor:
         """Values as `(time, batch)`, by position in the input; NaN or False at the steps that are skipped."""
-        value = tf.reshape(value, known_sizes(self.walk.inputs)[:2])
-        if self.walk.mask is not None:
+        value = tf.reshape(value, known_sizes(self.sequence.inputs)[:2])
+        if self.sequence.mask is not None:
             nothing = tf.constant(False if value.dtype.is_bool else float("nan"), value.dtype)
-            value = tf.where(self.walk.mask, value, nothing)
+            value = tf.where(self.sequence.mask, value, nothing)
         return value[::-1] if self.go_backwards else value
 
 
-def _most_steps(walk: UnrollInputs, shortcut: UnrollPlan | None, max_bytes: int) -> int:
+def _most_steps(sequence: UnrollInputs, unroll_plan: UnrollPlan | None, max_bytes: int) -> int:
     """Maximum number of steps whose trajectory fits into some memory."""
-    once, twice = [walk.inputs[0]], [*walk.states]
-    if shortcut:
-        once += shortcut.prepared
+    once, twice = [sequence.inputs[0]], [*sequence.states]
+    if unroll_plan:
+        once += unroll_plan.prepared
         # A list of steps becomes one tensor, and for a moment there are both.
-        twice += shortcut.saved
+        twice += unroll_plan.saved
     values = sum(map(size, once)) + 2 * sum(map(size, twice))
-    return max(1, max_bytes // (values * _dtype(walk).size * _samples(walk)))
+    return max(1, max_bytes // (values * _dtype(sequence).size * _samples(sequence)))
 
 
-def _samples(walk: UnrollInputs) -> int:
-    return int(walk.inputs.shape[1] or UNKNOWN_SAMPLES)
+def _samples(sequence: UnrollInputs) -> int:
+    return int(sequence.inputs.shape[1] or UNKNOWN_SAMPLES)
 
 
-def _dtype(walk: UnrollInputs) -> tf.DType:
+def _dtype(sequence: UnrollInputs) -> tf.DType:
     """Type of the Jacobians."""
-    return walk.states[floating_states(walk.states)[0]].dtype
+    return sequence.states[floating_states(sequence.states)[0]].dtype
 
 
 def _of_views(measures: Selection, views: Sequence[str], *, several: bool) -> Selection:

@@ -42,28 +42,28 @@ class SequenceMeasurement:
 
     Attributes:
         step: The step of the cell.
-        walk: The whole sequence, in the order in which the cell runs.
-        shortcut: As for `unroll`.
+        sequence: The whole sequence, in the order in which the cell runs.
+        unroll_plan: As for `unroll`.
         jacobian: The Jacobians of the cell.
         independent: False if the points of a step must stay together.
         most_steps: Maximum number of steps of a segment.
     """
 
     step: CellStep
-    walk: UnrollInputs
-    shortcut: UnrollPlan | None
+    sequence: UnrollInputs
+    unroll_plan: UnrollPlan | None
     jacobian: CellJacobian
     independent: bool
     most_steps: int
 
 
 def measure_sequence(
-    sequence: SequenceMeasurement, quantities: Selection, context: MeasureContext, rows: PointBatch | None
+    measurement: SequenceMeasurement, quantities: Selection, context: MeasureContext, rows: PointBatch | None
 ) -> list[MeasuredArray]:
     """Measures products of Jacobians over time, in the graph that is being traced.
 
     Args:
-        sequence: The sequence.
+        measurement: The sequence and the operators of its cell.
         quantities: The quantities to measure, of the kinds `Flow` and `Exponents`.
         context: Settings of the measures.
         rows: The points of the whole trajectory; None if they are not held at once.
@@ -72,20 +72,23 @@ def measure_sequence(
         For each quantity: `(spans, samples)` for the flow; `(exponents, samples)` for the Lyapunov exponents;
         `(samples,)` for the others.
     """
-    walk, time = sequence.walk, sequence.walk.inputs.shape[0]
-    steps, samples = known_sizes(walk.inputs)[:2]
+    sequence, time = measurement.sequence, measurement.sequence.inputs.shape[0]
+    steps, samples = known_sizes(sequence.inputs)[:2]
     warmup = steps // 10 if context.options.warmup is None else context.options.warmup
-    sizes = {view: View.of(view, walk.states).columns(walk.inputs[0], walk.states) for view in views_of(quantities)}
+    sizes = {
+        view: View.of(view, sequence.states).columns(sequence.inputs[0], sequence.states)
+        for view in views_of(quantities)
+    }
     flows, chaotic = views_of(of_kind(quantities, Flow)), views_of(of_kind(quantities, Exponents))
     carry = _Carry(
         {view: _start_flow(samples, sizes[view], context) for view in flows},
         {view: _start_exponents(samples, sizes[view], context) for view in chaotic},
     )
-    if rows is not None and time is not None and time <= sequence.most_steps:
-        logs, exponents = _at_once(sequence, rows, carry, warmup, context)
+    if rows is not None and time is not None and time <= measurement.most_steps:
+        logs, exponents = _at_once(measurement, rows, carry, warmup, context)
     else:
-        logs, exponents = _in_segments(sequence, carry, warmup, context)
-    gains = {view: _gains(logs[view], walk.mask, context.options) for view in flows}
+        logs, exponents = _in_segments(measurement, carry, warmup, context)
+    gains = {view: _gains(logs[view], sequence.mask, context.options) for view in flows}
     found = {view: lyapunov.lyapunov_exponents(exponents[view], warmup=warmup) for view in chaotic}
     arrays = []
     for view, measure in quantities:
@@ -116,37 +119,37 @@ def _start_exponents(samples: int | tf.Tensor, size: int, context: MeasureContex
 
 
 def _at_once(
-    sequence: SequenceMeasurement, rows: PointBatch, carry: _Carry, warmup: int | tf.Tensor, context: MeasureContext
+    measurement: SequenceMeasurement, rows: PointBatch, carry: _Carry, warmup: int | tf.Tensor, context: MeasureContext
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    steps = _steps(sequence, sequence.walk, rows, {*carry.flow, *carry.exponents}, context)
+    steps = _steps(measurement, measurement.sequence, rows, {*carry.flow, *carry.exponents}, context)
     logs = {view: _flow_segment(steps[view], start, context)[0] for view, start in carry.flow.items()}
     return logs, {view: _exponents(steps[view], start, warmup, context) for view, start in carry.exponents.items()}
 
 
 def _in_segments(
-    sequence: SequenceMeasurement, carry: _Carry, warmup: int | tf.Tensor, context: MeasureContext
+    measurement: SequenceMeasurement, carry: _Carry, warmup: int | tf.Tensor, context: MeasureContext
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    walk = sequence.walk
-    time, samples = tf.shape(walk.inputs)[0], known_sizes(walk.inputs)[1]
-    count = -(-time // sequence.most_steps)
+    sequence = measurement.sequence
+    time, samples = tf.shape(sequence.inputs)[0], known_sizes(sequence.inputs)[1]
+    count = -(-time // measurement.most_steps)
 
     def segment(index: tf.Tensor, states: list[tf.Tensor]) -> tuple[UnrollInputs, Trajectory]:
-        start = index * sequence.most_steps
-        part = walk.between(start, tf.minimum(start + sequence.most_steps, time), states)
-        return part, unroll(sequence.step, part, sequence.shortcut)
+        start = index * measurement.most_steps
+        part = sequence.between(start, tf.minimum(start + measurement.most_steps, time), states)
+        return part, unroll(measurement.step, part, measurement.unroll_plan)
 
     def forwards(index: tf.Tensor, states: list[tf.Tensor], starts: Any, exponents: Any) -> tuple[Any, ...]:
         part, trajectory = segment(index, states)
         starts = [array.write(index, state) for array, state in zip(starts, states, strict=True)]
-        steps = _steps(sequence, part, PointBatch.of(trajectory), set(exponents), context)
+        steps = _steps(measurement, part, PointBatch.of(trajectory), set(exponents), context)
         exponents = {view: _exponents(steps[view], known, warmup, context) for view, known in exponents.items()}
         return index + 1, list(trajectory.last), starts, exponents
 
-    starts = [tf.TensorArray(s.dtype, count, element_shape=s.shape, clear_after_read=False) for s in walk.states]
+    starts = [tf.TensorArray(s.dtype, count, element_shape=s.shape, clear_after_read=False) for s in sequence.states]
     _, _, starts, exponents = tf.while_loop(
         lambda index, *_: index < count,
         forwards,
-        [tf.constant(0), list(walk.states), starts, carry.exponents],
+        [tf.constant(0), list(sequence.states), starts, carry.exponents],
         parallel_iterations=1,
     )
     if not carry.flow:
@@ -154,7 +157,7 @@ def _in_segments(
 
     def backwards(index: tf.Tensor, flows: Any, arrays: Any) -> tuple[Any, ...]:
         part, trajectory = segment(index, [array.read(index) for array in starts])
-        steps = _steps(sequence, part, PointBatch.of(trajectory), set(flows), context)
+        steps = _steps(measurement, part, PointBatch.of(trajectory), set(flows), context)
         found = {view: _flow_segment(steps[view], known, context) for view, known in flows.items()}
         arrays = {view: array.write(index, tf.reshape(found[view][0], [-1])) for view, array in arrays.items()}
         return index - 1, {view: known for view, (_, known) in found.items()}, arrays
@@ -181,13 +184,13 @@ def _exponents(
 
 
 def _steps(
-    sequence: SequenceMeasurement, part: UnrollInputs, rows: PointBatch, views: set[str], context: MeasureContext
+    measurement: SequenceMeasurement, part: UnrollInputs, rows: PointBatch, views: set[str], context: MeasureContext
 ) -> dict[str, Steps]:
-    """The Jacobians of each step of a part of the walk, whose points are these rows, by view."""
+    """The Jacobians of each step of a part of the sequence, whose points are these rows, by view."""
     time, samples = known_sizes(part.inputs)[:2]
 
     def steps(view: str) -> Steps:
-        whole = sequence.jacobian.operators([view], rows)[view] if sequence.independent else None
+        whole = measurement.jacobian.operators([view], rows)[view] if measurement.independent else None
 
         def at(t: tf.Tensor) -> JacobianOperator:
             start, stop = t * samples, (t + 1) * samples
@@ -195,7 +198,7 @@ def _steps(
             taken = None if whole is None else whole.take(slice(start, stop))
             if taken is not None:
                 return taken
-            return sequence.jacobian.operators([view], rows.between(start, stop))[view]
+            return measurement.jacobian.operators([view], rows.between(start, stop))[view]
 
         size = View.of(view, part.states).columns(part.inputs[0], part.states)
         return Steps(time, at, part.mask, samples, size, context.dtype)

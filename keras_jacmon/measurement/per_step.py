@@ -66,7 +66,7 @@ class StepMeasurement:
         self,
         rows: PointBatch,
         last: Sequence[tf.Tensor],
-        places: Subsample,
+        subsample: Subsample,
         segment: tf.Tensor | int,
     ) -> tuple[list[MeasuredArray], CheckResults]:
         """Measures all quantities: `(time * batch,)`, spectra `(points, values)`; and makes the checks.
@@ -74,14 +74,14 @@ class StepMeasurement:
         Args:
             rows: The points.
             last: The states after the last step.
-            places: Masks of those that are measured.
+            subsample: Masks of those that are measured.
             segment: Number of parts of the sequence before this one.
         """
         # Dependent points stay together: all samples of a step, masked ones included.
-        valid = None if places.mask is None or not self.independent else indices_of(places.mask)
+        valid = None if subsample.mask is None or not self.independent else indices_of(subsample.mask)
         context = dataclasses.replace(self.context, stream=segment * _STREAMS)
         found: dict[Quantity, MeasuredArray] = {}
-        for quantities, chosen, place in self._groups(valid, places.expensive):
+        for quantities, chosen, place in self._groups(valid, subsample.expensive):
             rows = rows.behind(_tensors(found))
             source = self._source(rows, views_of(quantities), chosen)
             chunk = self._chunk(rows, quantities) if self.independent else self.samples
@@ -89,14 +89,14 @@ class StepMeasurement:
             arrays = arrays if place is None else [_where(place, array) for array in arrays]
             found |= zip(quantities, arrays, strict=True)
         rows = rows.behind(_tensors(found))
-        if places.spectra is not None:
+        if subsample.spectra is not None:
             spectra = of_kind(self.quantities, Spectrum)
-            values = self._spectra(spectra, rows, indices_of(places.spectra), context)
-            count = tf.math.count_nonzero(places.spectra)
+            values = self._spectra(spectra, rows, indices_of(subsample.spectra), context)
+            count = tf.math.count_nonzero(subsample.spectra)
             found |= zip(spectra, [MeasuredArray.of(value[:count]) for value in values], strict=True)
         checks = self._checked(rows, last, valid)
         # A placeholder point (everything is masked) has no meaningful next state: ignore its checks.
-        exists = True if places.mask is None else tf.reduce_any(places.mask)
+        exists = True if subsample.mask is None else tf.reduce_any(subsample.mask)
         checks = CheckResults(*(tf.where(exists, check, tf.zeros_like(check)) for check in checks))
         return [found[quantity] for quantity in self.quantities], checks
 
@@ -145,7 +145,7 @@ class StepMeasurement:
     def _chunk(self, rows: PointBatch, quantities: Selection) -> int:
         """The maximum number of points at once."""
         kept = [measure.numbers_kept(*self._shape(view, rows)) for view, measure in quantities]
-        if not self.jacobian.trust.products:
+        if not self.jacobian.assumptions.products:
             # J is formed.
             kept += [math.prod(self._shape(view, rows)) for view in self.views]
         bytes_per_point = self.bytes_per_point + max(kept, default=0) * self.context.dtype.size
@@ -213,7 +213,7 @@ class StepMeasurement:
 
 
 def in_segments(
-    walk: UnrollInputs,
+    sequence: UnrollInputs,
     steps: int,
     measurement: StepMeasurement,
     measure_segment: Callable[
@@ -223,22 +223,22 @@ def in_segments(
     """Measures a bounded number of steps at a time, so that a long sequence is never held as a whole.
 
     Args:
-        walk: The whole sequence.
+        sequence: The whole sequence.
         steps: Maximum number of steps of a segment.
         measurement: Its quantities are measured.
         measure_segment: Function from a segment, its index and its first step to the values, the results of the checks
             and the states after the last step.
     """
-    time = tf.shape(walk.inputs)[0]
+    time = tf.shape(sequence.inputs)[0]
     count = -(-time // steps)
     quantities, real = measurement.quantities, measurement.context.dtype
-    widths = [measurement.width(quantity, PointBatch(walk.inputs[0], walk.states)) for quantity in quantities]
+    widths = [measurement.width(quantity, PointBatch(sequence.inputs[0], sequence.states)) for quantity in quantities]
 
     def body(
         index: tf.Tensor, states: Sequence[tf.Tensor], lists: list[MeasuredArray], worst: CheckResults
     ) -> tuple[Any, ...]:
         start = index * steps
-        part = walk.between(start, tf.minimum(start + steps, time), states)
+        part = sequence.between(start, tf.minimum(start + steps, time), states)
         arrays, checks, last = measure_segment(part, index, start)
         lists = [
             MeasuredArray(
@@ -260,7 +260,7 @@ def in_segments(
     _, _, lists, checks = tf.while_loop(
         lambda index, *_: index < count,
         body,
-        [tf.constant(0), list(walk.states), nothing, CheckResults.zero(real)],
+        [tf.constant(0), list(sequence.states), nothing, CheckResults.zero(real)],
         # The next segment could be unrolled while this one is measured, and would need its memory beside it.
         parallel_iterations=1,
     )

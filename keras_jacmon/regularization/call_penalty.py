@@ -243,10 +243,10 @@ class CallPenalty:
 
     def _sampled(self, call: RecurrentCall) -> tuple[Sample, CellJacobian]:
         """Some points of the trajectory of a call, and the Jacobian there."""
-        walk = UnrollInputs.of(call)
-        jacobian = self._jacobian(walk.inputs[0], walk.states)
-        plan = without_values(jacobian.shortcut(), known_sizes(walk.inputs)[:2], _MOST_HOISTED)
-        return sample(self._cell_step, walk, plan, self._config.rows, self._turn), jacobian
+        sequence = UnrollInputs.of(call)
+        jacobian = self._jacobian(sequence.inputs[0], sequence.states)
+        plan = without_values(jacobian.unroll_plan(), known_sizes(sequence.inputs)[:2], _MOST_HOISTED)
+        return sample(self._cell_step, sequence, plan, self._config.rows, self._turn), jacobian
 
     def _jacobian(self, inputs: tf.Tensor, states: Sequence[tf.Tensor]) -> CellJacobian:
         return CellJacobian(self._cell_step, inputs, states, self._assumptions)
@@ -293,12 +293,12 @@ def _view_of(name: str, step: CellStep, call: RecurrentCall) -> str:
     Raises:
         ValueError: If nothing connects its states, so that there is no derivative.
     """
-    walk = UnrollInputs.of(call)
-    floating = floating_states(walk.states)
+    sequence = UnrollInputs.of(call)
+    floating = floating_states(sequence.states)
     if not floating:
-        raise ValueError(f"None of its {len(walk.states)} states is floating-point, so there is no derivative.")
+        raise ValueError(f"None of its {len(sequence.states)} states is floating-point, so there is no derivative.")
     name = "hidden" if name == "joint" and len(floating) == 1 else name
-    dependencies = find_dependencies(step, walk.inputs[0], walk.states)
+    dependencies = find_dependencies(step, sequence.inputs[0], sequence.states)
     connected = {
         "hidden": dependencies.depends[0][0],
         "joint": any(map(any, dependencies.depends)),

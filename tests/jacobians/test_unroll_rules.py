@@ -113,14 +113,14 @@ def assert_unrolled_as_the_cell(cell: Any, inputs: Any, states: Any) -> int:
 
     @tf.function(autograph=False)
     def run(inputs: Any, *flat: Any) -> Any:
-        walk, step = UnrollInputs(inputs, flat, None), CellStep(cell, states)
+        sequence, step = UnrollInputs(inputs, flat, None), CellStep(cell, states)
         jacobian = CellJacobian(step, inputs[0], flat)
-        shortcut = jacobian.shortcut()
-        assert shortcut is not None
-        trajectory = unroll(step, walk, shortcut)
-        sums.extend(part for part in shortcut.sums if part.of_states is not None)
-        graph: CellGraph = shortcut.graph
-        known = [*shortcut.saved, *(t for t in shortcut.prepared if t.name in trajectory.values)]
+        unroll_plan = jacobian.unroll_plan()
+        assert unroll_plan is not None
+        trajectory = unroll(step, sequence, unroll_plan)
+        sums.extend(part for part in unroll_plan.sums if part.of_states is not None)
+        graph: CellGraph = unroll_plan.graph
+        known = [*unroll_plan.saved, *(t for t in unroll_plan.prepared if t.name in trajectory.values)]
         assert {tensor.name for tensor in known} == set(trajectory.values)
         pairs: list[Any] = []
         for t in range(TIME):
