@@ -135,7 +135,7 @@ class Step(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Segment:
+class Piece:
     """A recurrent layer and what is around it.
 
     `kind` is a layer of Keras, whose options are those of its only cell, or `RNN` of one cell or a `stack` of them. The
@@ -228,7 +228,7 @@ class DrawnModel:
 
     style: str
     source: str
-    pieces: tuple[Segment, ...]
+    pieces: tuple[Piece, ...]
     inner: int
     inner_style: str
     mask: tuple[tuple[bool, ...], ...]
@@ -307,7 +307,7 @@ def built_in_cells(draw: st.DrawFn, kind: str) -> Cell:
 
 
 @st.composite
-def pieces(draw: st.DrawFn, *, last: bool) -> Segment:
+def pieces(draw: st.DrawFn, *, last: bool) -> Piece:
     kind = draw(st.sampled_from([*BUILT_IN, "ConvLSTM1D", "RNN", "RNN", "stack"]))
     if kind in ("RNN", "stack"):
         cell = st.one_of(*map(built_in_cells, BUILT_IN), *[odd_cells()] * 3)
@@ -320,7 +320,7 @@ def pieces(draw: st.DrawFn, *, last: bool) -> Segment:
     calls = draw(st.sampled_from([1, 1, 1, 1, 2]))
     sequences = not last or not plain or calls > 1 or draw(st.booleans())
     merge_mode = draw(st.sampled_from(["concat", "sum", "mul", "ave", None])) if wrapper == "Bidirectional" else None
-    return Segment(
+    return Piece(
         kind,
         tuple(cells),
         draw(st.sampled_from(POLICIES)),
