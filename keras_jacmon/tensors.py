@@ -1,4 +1,4 @@
-"""Small helpers for tensors `(time, batch, ...)`: one axis for both, sizes, slices, sums."""
+"""Small helpers for tensors: points `(time * batch, ...)`, known sizes, slices and sums."""
 
 import functools
 from collections.abc import Sequence
@@ -8,28 +8,41 @@ import numpy.typing as npt
 import tensorflow as tf
 
 
-def as_rows(tensor: tf.Tensor) -> tf.Tensor:
-    """(time, batch, ...) -> (time * batch, ...)."""
+def as_points(tensor: tf.Tensor) -> tf.Tensor:
+    """Reshapes a tensor `(time, batch, ...)` to points `(time * batch, ...)`."""
     time, batch, *rest = known_sizes(tensor)
     return tf.reshape(tensor, [time * batch, *rest])
 
 
 def known_sizes(tensor: tf.Tensor) -> list[int | tf.Tensor]:
-    """The size of each axis: a number where it is known before the graph runs."""
+    """Returns the size of each axis: an integer where it is known before the graph runs, a tensor otherwise."""
     return [tf.shape(tensor)[axis] if size is None else size for axis, size in enumerate(tensor.shape)]
 
 
-# More runs of neighbouring units than this are gathered one by one.
+# The largest number of runs of neighbouring units that are sliced; more of them are gathered unit by unit.
 _MOST_RUNS = 16
 
 
-def take_rows(tensor: tf.Tensor, rows: tf.Tensor | slice) -> tf.Tensor:
-    """Those with these indices `(k,)`, or a slice of them, which takes no copy."""
-    return tensor[rows] if isinstance(rows, slice) else tf.gather(tensor, rows)
+def take_points(tensor: tf.Tensor, points: tf.Tensor | slice) -> tf.Tensor:
+    """Returns some points of a tensor.
+
+    Args:
+        tensor: Tensor `(points, ...)`.
+        points: Integer tensor `(k,)`, the indices of the points; or a slice, which takes no copy.
+    """
+    return tensor[points] if isinstance(points, slice) else tf.gather(tensor, points)
 
 
 def take_each(tensor: tf.Tensor, indices: npt.NDArray[np.int64]) -> list[tf.Tensor]:
-    """Picks units of the last axis, for each of some lists of the same length; see `take`."""
+    """Picks units of the last axis, once for each row of the indices; see `take`.
+
+    Args:
+        tensor: Tensor `(..., size)`.
+        indices: Integer array `(k, n)`; -1 for a zero.
+
+    Returns:
+        List of `k` tensors `(..., n)`.
+    """
     size = tensor.shape[-1]
     if np.array_equal(indices.ravel(), np.arange(size)):
         return [tensor] if len(indices) == 1 else tf.split(tensor, len(indices), axis=-1)
@@ -37,14 +50,20 @@ def take_each(tensor: tf.Tensor, indices: npt.NDArray[np.int64]) -> list[tf.Tens
 
 
 def take(tensor: tf.Tensor, index: npt.NDArray[np.int64], axis: int = -1) -> tf.Tensor:
-    """Picks units along an axis, zero where the index is -1; as few slices as possible, since a gather is slow."""
+    """Picks units along an axis, in as few slices as possible, since a gather is slow.
+
+    Args:
+        tensor: Tensor.
+        index: Integer array `(n,)`; -1 for a zero.
+        axis: Integer. Defaults to -1.
+    """
     axis %= tensor.shape.rank
     size = tensor.shape[axis]
     none = index < 0
     breaks = (np.diff(index) != np.where(none[1:], 0, 1)) | (none[1:] != none[:-1])
     runs = np.split(index, np.flatnonzero(breaks) + 1)
     if len(runs) > _MOST_RUNS:
-        # The zero stands behind the last unit.
+        # The zero stands after the last unit.
         padded = tf.pad(tensor, [[0, int(k == axis)] for k in range(tensor.shape.rank)])
         return tf.gather(padded, np.where(index < 0, size, index), axis=axis)
     pieces = [_run(tensor, int(run[0]), run.size, axis) for run in runs]
@@ -52,7 +71,7 @@ def take(tensor: tf.Tensor, index: npt.NDArray[np.int64], axis: int = -1) -> tf.
 
 
 def _run(tensor: tf.Tensor, start: int, size: int, axis: int) -> tf.Tensor:
-    """Neighbouring units, or zeros if the first one is -1."""
+    """Returns `size` neighbouring units from `start` on; zeros if `start` is negative."""
     if (start, size) == (0, tensor.shape[axis]):
         return tensor
     if start < 0:
@@ -64,10 +83,10 @@ def _run(tensor: tf.Tensor, start: int, size: int, axis: int) -> tf.Tensor:
 
 
 def joined(tensors: Sequence[tf.Tensor]) -> tf.Tensor:
-    """One behind the other along the last axis; of a single one nothing is made."""
+    """Concatenates tensors along the last axis; a single tensor is returned as it is."""
     return tensors[0] if len(tensors) == 1 else tf.concat(tensors, axis=-1)
 
 
 def total(tensors: list[tf.Tensor]) -> tf.Tensor:
-    """Like `tf.add_n`, but broadcasting."""
+    """Adds tensors like `tf.add_n`, with broadcasting."""
     return functools.reduce(tf.add, tensors)

@@ -1,4 +1,4 @@
-"""Functions of tensors as graphs of TensorFlow operations: traced once, then run, read, or replayed in part."""
+"""Functions of tensors as TensorFlow graphs: traced once, then run, read, or replayed in part."""
 
 import contextlib
 import itertools
@@ -10,7 +10,7 @@ from typing import Any, Generic, TypeVar
 import tensorflow as tf
 from tensorflow.python.framework import ops as framework_ops
 
-# Around a user's gradient TensorFlow puts two functions; some more may be found in their closures.
+# TensorFlow wraps a user's gradient in two functions; their closures may hold a few more.
 _MOST_WRAPPERS = 20
 
 # Calls of a `tf.function`.
@@ -24,8 +24,8 @@ class Traced(Generic[StaticT]):
     """A function of tensors as a graph, with the Python object that it returned while it was traced.
 
     Attributes:
-        graph: The concrete function of TensorFlow. Calling it, or the `Traced` itself, runs the graph.
-        static: The Python object, known before the graph runs: metadata, or whatever must live as long as the graph.
+        graph: Concrete function of TensorFlow. Calling it, or the `Traced` itself, runs the graph.
+        static: Python object, known before the graph runs: metadata, or an object that must live as long as the graph.
     """
 
     graph: Any
@@ -39,16 +39,16 @@ class Traced(Generic[StaticT]):
 def trace(function: Callable[..., tuple[Any, StaticT]], specs: Sequence[Any] = ()) -> Traced[StaticT]:
     """Traces a function of tensors once, and keeps the Python object that it returns beside them.
 
-    The graph of a `tf.function` returns tensors only: a Python object leaves the trace by a side effect or not at all.
-    That one side effect is here.
+    The graph of a `tf.function` returns tensors only, so a Python object can leave the trace only by a side effect.
+    This function holds that one side effect.
 
     Args:
-        function: From tensors to a pair: any structure of tensors, and any Python object. It should create no
+        function: Function from tensors to a pair: any structure of tensors, and any Python object. It should create no
             variables, since TensorFlow would then trace it twice.
-        specs: Structures of `tf.TensorSpec`, one for each argument; default none.
+        specs: Sequence of structures of `tf.TensorSpec`, one for each argument. Defaults to `()`.
 
     Returns:
-        The graph and the object. If the function raises, its error is raised and nothing is left.
+        `Traced`, the graph and the object. If the function raises, its error is raised.
 
     Example:
 
@@ -72,18 +72,20 @@ def trace(function: Callable[..., tuple[Any, StaticT]], specs: Sequence[Any] = (
 class TracedGraph:
     """A function of tensors, traced once.
 
-    Must live as long as what is made with `replay`: TensorFlow forgets the bodies of its loops and branches with it,
-    and then crashes when it is to run them.
+    It must live as long as all tensors that `replay` returned: with it TensorFlow forgets the bodies of its loops and
+    branches, and crashes when it runs them afterwards.
 
     Args:
-        function: From tensors to any structure of tensors; or such a function that `trace` has traced.
-        specs: What it is traced for.
-        inline: Whether what a `tf.function` does shall stand in the graph itself, and not a call of it.
+        function: Function from tensors to any structure of tensors; or a `Traced` one.
+        specs: Sequence of `tf.TensorSpec`, one for each argument.
+        inline: Boolean, True to replace each call of a `tf.function` by the operations of that function. Defaults to
+            False.
 
     Attributes:
-        inputs: The tensors of the graph that stand for the arguments.
-        outputs: What the function returned, flat.
-        operations: In an order in which they can be computed.
+        inputs: List of the tensors of the graph that stand for the arguments.
+        outputs: List of the tensors that the function returned, flat.
+        operations: List of the operations, in an order in which they can be computed.
+        captures: Dict by name of a tensor of the graph, the outside tensor that it stands for, such as a weight.
     """
 
     def __init__(self, function: Callable[..., Any], specs: Sequence[tf.TensorSpec], *, inline: bool = False) -> None:
@@ -95,7 +97,7 @@ class TracedGraph:
             self._functions.append(tf.function(function, autograph=False).get_concrete_function(*specs))
         graph = self._functions[-1].graph
         self.inputs: list[tf.Tensor] = list(graph.inputs[: len(specs)])
-        # In front of the identities that wait for everything that has an effect, wanted or not.
+        # Without the last identities, which wait for every operation that has an effect.
         self.outputs: list[tf.Tensor] = [tensor.op.inputs[0] for tensor in graph.outputs]
         self.operations: list[tf.Operation] = list(graph.get_operations())
         self.captures: dict[str, tf.Tensor] = {inner.name: outer for outer, inner in graph.captures}
@@ -104,15 +106,15 @@ class TracedGraph:
         self._nodes = {node.name: _bare(node, by_name[node.name]) for node in self._definition.node}
 
     def replay(self, fetches: Sequence[tf.Tensor], feeds: Mapping[str, tf.Tensor]) -> list[tf.Tensor]:
-        """Lays out the operations that lead from some tensors of this graph to others, in the present graph.
+        """Copies to the present graph the operations that lead from the fed tensors of this graph to the fetched ones.
 
         Args:
-            fetches: Tensors of this graph.
-            feeds: What to put in the place of tensors of this graph, by their names. What the function took from
-                outside, such as weights, need not be given.
+            fetches: Sequence of tensors of this graph.
+            feeds: Mapping by name of a tensor of this graph, the tensor to use in its place. The `captures` need not be
+                given.
 
         Returns:
-            The counterparts of the fetches.
+            List of the counterparts of the fetches.
         """
         feeds = {**self.captures, **feeds}
         wanted, consumed = self.between(feeds, fetches)
@@ -130,7 +132,15 @@ class TracedGraph:
         return [here[tensor.name] if tensor.name in feeds else next(made) for tensor in fetches]
 
     def between(self, known: Collection[str], fetches: Sequence[tf.Tensor]) -> tuple[set[str], set[str]]:
-        """The names of the operations that make tensors of this graph from known ones, and of those that they take."""
+        """Finds the operations that make tensors of this graph from known ones.
+
+        Args:
+            known: Collection of the names of the known tensors.
+            fetches: Sequence of tensors of this graph.
+
+        Returns:
+            Tuple of two sets: the names of the operations, and the names of the known tensors that they take.
+        """
         wanted: set[str] = set()
         consumed: set[str] = set()
         operations = [tensor.op for tensor in fetches if tensor.name not in known]
@@ -154,30 +164,62 @@ def _without_calls(graph: Any, *inputs: tf.Tensor) -> list[tf.Tensor]:
     known = {inner.name: tensor for inner, tensor in zip(graph.inputs, inputs, strict=False)}
     known |= {inner.name: _captured(outer) for outer, inner in graph.captures if inner.name not in known}
     definition = graph.as_graph_def()
-    nodes = {node.name: node for node in definition.node}
     for is_call, run in itertools.groupby(graph.get_operations(), _is_call):
         operations = [operation for operation in run if operation.type != "Placeholder"]
         if is_call:
-            for operation in operations:
-                body = graph._get_function(operation.get_attr("f").name).graph  # noqa: SLF001 - there is no other way
-                results = _without_calls(body, *(known[tensor.name] for tensor in operation.inputs))
-                known |= {tensor.name: result for tensor, result in zip(operation.outputs, results, strict=True)}
-            continue
-        here = {operation.name for operation in operations}
-        part = tf.compat.v1.GraphDef(versions=definition.versions, library=definition.library)
-        part.node.extend(nodes[operation.name] for operation in operations)
-        for node in part.node:
-            # A step that waits for what has an effect is refused anyway.
-            for name in [name for name in node.input if name.startswith("^") and name[1:] not in here]:
-                node.input.remove(name)
-        feeds = {t.name: known[t.name] for op in operations for t in op.inputs if t.op.name not in here}
-        names = [tensor.name for operation in operations for tensor in operation.outputs]
-        known |= zip(names, tf.graph_util.import_graph_def(part, feeds, names, name="inlined"), strict=True)
+            for call in operations:
+                known |= _without_call(graph, call, known)
+        else:
+            known |= _copy_of(definition, operations, known)
     return [known[tensor.name] for tensor in graph.outputs]
 
 
+def _without_call(graph: Any, call: tf.Operation, known: Mapping[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+    """Lays out the body of a called function in the present graph.
+
+    Args:
+        graph: Graph that the call stands in.
+        call: The call, an operation of that graph.
+        known: By name of a tensor of that graph, its counterpart in the present graph.
+
+    Returns:
+        The counterparts of the call's outputs, by name.
+    """
+    body = graph._get_function(call.get_attr("f").name).graph  # noqa: SLF001 - there is no other way
+    results = _without_calls(body, *(known[tensor.name] for tensor in call.inputs))
+    return {tensor.name: result for tensor, result in zip(call.outputs, results, strict=True)}
+
+
+def _copy_of(
+    definition: Any, operations: Sequence[tf.Operation], known: Mapping[str, tf.Tensor]
+) -> dict[str, tf.Tensor]:
+    """Copies operations to the present graph.
+
+    Args:
+        definition: `GraphDef` of the graph that the operations stand in.
+        operations: The operations, in an order in which they can be computed.
+        known: By name of a tensor of that graph, its counterpart in the present graph.
+
+    Returns:
+        The counterparts of the operations' outputs, by name.
+    """
+    here = {operation.name for operation in operations}
+    part = tf.compat.v1.GraphDef(versions=definition.versions, library=definition.library)
+    part.node.extend(node for node in definition.node if node.name in here)
+    for node in part.node:
+        # A step that waits for what has an effect is refused anyway.
+        for name in [name for name in node.input if name.startswith("^") and name[1:] not in here]:
+            node.input.remove(name)
+    feeds = {t.name: known[t.name] for op in operations for t in op.inputs if t.op.name not in here}
+    names = [tensor.name for operation in operations for tensor in operation.outputs]
+    return dict(zip(names, tf.graph_util.import_graph_def(part, feeds, names, name="inlined"), strict=True))
+
+
 def graph_of(tensor: tf.Tensor) -> contextlib.AbstractContextManager[Any]:
-    """The graph that a tensor stands in: what is made of it there is made once, and not in each turn of a loop."""
+    """Returns a context in which operations are added to the graph of a tensor.
+
+    In the body of a loop, an operation on a tensor from outside is so computed once and not in each turn.
+    """
     return contextlib.nullcontext() if tf.executing_eagerly() else tensor.graph.as_default()
 
 
@@ -191,9 +233,10 @@ def has_custom_gradient(operation: tf.Operation) -> bool:
 
 
 def _is_swish(operation: tf.Operation) -> bool:
-    """Whether it is TensorFlow's own `silu`, whose custom gradient saves memory and is the plain one but for rounding.
+    """Tells if the operation is TensorFlow's own `silu`.
 
-    TensorFlow has no public way to the gradient of an operation. Should this one fail, `silu` is left to autodiff.
+    Its custom gradient saves memory and equals the gradient of the formula up to rounding. TensorFlow has no public way
+    to the gradient of an operation. If this one fails, `silu` is left to autodiff.
     """
     functions = [framework_ops.get_gradient_function(operation)]
     # The user's function is in a closure of TensorFlow's wrappers.
@@ -216,9 +259,10 @@ def _is_full(cell: Any) -> bool:
 
 
 def _bare(node: Any, operation: tf.Operation) -> Any:
-    """A node without wishes for a place beside another one, which may not be laid.
+    """Removes from a node what holds only in the graph that it was traced in, and returns it.
 
-    And without the gradient of `silu`: it speaks of tensors of the graph that it was traced in.
+    These are the placement beside another node, which may not be copied, and the custom gradient of `silu`, which
+    refers to tensors of that graph.
     """
     node.attr.pop("_class", None)
     if "_gradient_op_type" in node.attr and not has_custom_gradient(operation):
@@ -227,7 +271,7 @@ def _bare(node: Any, operation: tf.Operation) -> Any:
 
 
 def _captured(tensor: tf.Tensor) -> tf.Tensor:
-    """The tensor in the present graph, which may be the body of a loop."""
+    """Returns the tensor in the present graph, which may be the body of a loop."""
     graph = tf.compat.v1.get_default_graph()
     if getattr(tensor, "graph", None) is graph or not graph.building_function:
         return tensor

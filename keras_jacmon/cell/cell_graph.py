@@ -8,31 +8,32 @@ import tensorflow as tf
 from keras_jacmon.cell.step import CellStep
 from keras_jacmon.traced_graph import TracedGraph
 
-# Stateful operations that only read.
+# Operations that TensorFlow counts as stateful although they only read.
 _READERS = ("Placeholder", "ReadVariableOp", "ResourceGather")
 
-# The number of rows in the copy of the graph whose shapes are looked at; no shape of a network is likely to have it.
-ROWS = 8191
+# Number of points in the copy of the graph that shows the shapes; no other axis of a network is likely to be as long.
+_POINTS = 8191
 
 
 class CellGraph(TracedGraph):
-    """The operations between a cell's inputs and old states and its new states, for any number of rows.
+    """The operations between a cell's inputs and old states and its new states, for any number of points.
 
-    What a `tf.function` in the cell does stands in the graph itself, and is seen.
+    Calls of a `tf.function` in the cell are replaced by its operations.
 
     Args:
-        step: The cell's step.
-        inputs: `(rows, ...)`; only shape and type count.
-        states: Flat, each `(rows, ...)`.
+        step: `CellStep`, the cell's step.
+        inputs: Tensor `(points, ...)`; only shape and type count.
+        states: Sequence of tensors `(points, ...)`, the flat states; only shapes and types count.
 
     Attributes:
-        step_inputs: The inputs.
-        states: The old states.
-        new_states: The new ones.
-        shapes: By tensor, the shape for `ROWS` rows; None where TensorFlow cannot tell.
+        step_inputs: Tensor of the graph `(points, ...)`, the inputs.
+        states: List of tensors of the graph `(points, ...)`, the old states.
+        new_states: List of tensors of the graph `(points, ...)`, the new states.
+        shapes: Dict by name of a tensor, its shape in a copy of the graph for a fixed number of points; None where
+            TensorFlow does not know the rank.
 
     Raises:
-        NotImplementedError: If the step cannot be seen through; the message says why.
+        NotImplementedError: If the step cannot be analysed; the message says why.
     """
 
     def __init__(self, step: CellStep, inputs: tf.Tensor, states: Sequence[tf.Tensor]) -> None:
@@ -50,7 +51,7 @@ class CellGraph(TracedGraph):
         self.shapes = self._static_shapes()
 
     def source_of(self, tensor: tf.Tensor) -> str:
-        """Returns the names of the weights that a tensor is made from, if it depends on no input and no state."""
+        """Describes in words the weights that a tensor is made from, for one that depends on no input and no state."""
         names: dict[str, None] = {}
         operations: set[str] = set()
         pending = [tensor]
@@ -70,23 +71,23 @@ class CellGraph(TracedGraph):
         return f"a part of {listed}" if operations <= parts else f"a function of {listed}"
 
     def units(self, tensor: tf.Tensor) -> tuple[int, ...]:
-        """Returns the shape of a tensor without the rows.
+        """Returns the shape of a tensor without its first axis, the points.
 
         Raises:
-            NotImplementedError: If the first axis is not known to be that of the rows.
+            NotImplementedError: If the first axis is not known to hold the points.
         """
         shape = self.shapes.get(tensor.name)
-        if shape is None or None in shape or not shape or shape[0] != ROWS:
+        if shape is None or None in shape or not shape or shape[0] != _POINTS:
             raise NotImplementedError
         return tuple(int(size) for size in shape[1:] if size is not None)
 
     def size(self, tensor: tf.Tensor) -> int:
-        """Returns the number of units of a tensor, per row; raises as `units` does."""
+        """Returns the number of units of a tensor at each point; raises as `units` does."""
         return math.prod(self.units(tensor))
 
     def _static_shapes(self) -> dict[str, tuple[int | None, ...] | None]:
         with tf.Graph().as_default():
-            feeds = {t.name: tf.compat.v1.placeholder(t.dtype, [ROWS, *t.shape[1:]]) for t in self.inputs}
+            feeds = {t.name: tf.compat.v1.placeholder(t.dtype, [_POINTS, *t.shape[1:]]) for t in self.inputs}
             for operation in self.operations:
                 for tensor in operation.outputs:
                     if tensor.name in self.captures or operation.type in _READERS[1:]:

@@ -1,4 +1,4 @@
-"""A sample of the points that a cell visits, to stand for all of them."""
+"""Samples of the points that a cell visits, which stand for all of its points."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ import tensorflow as tf
 from keras_jacmon.cell.step import CellStep
 from keras_jacmon.cell.trajectory import UnrollInputs, unroll
 from keras_jacmon.cell.unroll_plan import UnrollPlan
-from keras_jacmon.tensors import as_rows, known_sizes
+from keras_jacmon.tensors import as_points, known_sizes
 
 _GOLDEN = 0.6180339887498949
 
@@ -18,11 +18,11 @@ class Sample(NamedTuple):
     """Some points of a trajectory.
 
     Attributes:
-        inputs: `(rows, ...)`.
-        states: Flat, those before the step, each `(rows, ...)`.
-        new: Those that the cell makes of them.
-        weights: `(rows,)`, 0 for a row that stands for nothing, because its step is masked or its state not finite;
-            zeros stand there.
+        inputs: Tensor `(points, ...)`.
+        states: Tuple of tensors `(points, ...)`, the flat states before the step.
+        new: Tuple of tensors `(points, ...)`, the flat states after the step.
+        weights: Tensor `(points,)`, 1 for a valid point, 0 for a placeholder: its step is masked or its state is not
+            finite, and its inputs and states are replaced by zeros.
     """
 
     inputs: tf.Tensor
@@ -34,22 +34,25 @@ class Sample(NamedTuple):
 def sample(
     step: CellStep, sequence: UnrollInputs, unroll_plan: UnrollPlan | None, count: int, draw: tf.Tensor
 ) -> Sample:
-    """Leads a cell along a sequence and keeps at most `count` points, in every step the same number of samples.
+    """Unrolls a cell along a sequence and keeps at most `count` points, the same number of samples at each step.
 
-    Which samples they are, and of a sequence with more steps than that which steps, goes round with the draw, so that
-    every step, and every sample of it, has its turn.
+    The samples rotate with the draw. If the sequence has more than `count` steps, the steps rotate too. So every step,
+    and every sample at it, has its turn.
 
     Args:
-        step: The cell's step.
-        sequence: Where it is led.
-        unroll_plan: How, if there is a faster way.
-        count: The most points.
-        draw: Counts the samples that were taken before.
+        step: `CellStep`, the cell's step.
+        sequence: `UnrollInputs`.
+        unroll_plan: `UnrollPlan`; None to call the cell.
+        count: Integer, maximum number of points.
+        draw: Integer tensor `()`, number of draws before this one.
+
+    Returns:
+        `Sample`.
     """
     time, samples = known_sizes(sequence.inputs)[:2]
     width = max(1, count // time) if isinstance(time, int) else 1
     width = min(width, samples) if isinstance(samples, int) else 1
-    # Every step has had its turn before another sample has.
+    # All steps have their turn before the samples move on.
     stride = -(-time // count)
     chosen, valid = _choose_samples(sequence.mask, time, samples, width, draw // stride)
     trajectory = unroll(step, sequence, unroll_plan, chosen)
@@ -57,7 +60,7 @@ def sample(
     if not isinstance(time, int) or time > count:
         steps = (tf.range(time // stride) * stride + draw) % time
         tensors = [tf.gather(tensor, steps) for tensor in tensors]
-    inputs, *points, valid = map(as_rows, tensors)
+    inputs, *points, valid = map(as_points, tensors)
     finite = [tf.reduce_all(tf.math.is_finite(x), axis=range(1, x.shape.rank)) for x in points if x.dtype.is_floating]
     valid = tf.reduce_all(tf.stack([valid, *finite]), axis=0)
     inputs, *points = (
@@ -71,22 +74,35 @@ def sample(
 def without_values(
     unroll_plan: UnrollPlan | None, steps: Sequence[int | tf.Tensor], most_values: int
 ) -> UnrollPlan | None:
-    """Returns the plan for a trajectory without saved values; None if its hoisted tensors would take much memory."""
+    """Returns the plan without saved values, if its prepared tensors take little memory.
+
+    Args:
+        unroll_plan: `UnrollPlan`; None if there is none.
+        steps: Sequence of the sizes whose product is the number of points; a tensor for a size that is not known.
+        most_values: Integer, maximum number of values in the prepared tensors.
+
+    Returns:
+        `UnrollPlan`; None without a plan, with more values than `most_values`, or if their number is not known.
+    """
     if unroll_plan is None:
         return None
-    rows = 1
+    num_points = 1
     for size in steps:
         if not isinstance(size, int):
             return None
-        rows *= size
-    hoisted = sum(int(tensor.shape[1:].num_elements()) for tensor in unroll_plan.prepared)
-    return dataclasses.replace(unroll_plan, saved=()) if rows * hoisted <= most_values else None
+        num_points *= size
+    prepared = sum(int(tensor.shape[1:].num_elements()) for tensor in unroll_plan.prepared)
+    return dataclasses.replace(unroll_plan, saved=()) if num_points * prepared <= most_values else None
 
 
 def _choose_samples(
     mask: tf.Tensor | None, time: int | tf.Tensor, samples: int | tf.Tensor, width: int, draw: tf.Tensor
 ) -> tuple[tf.Tensor, tf.Tensor]:
-    """For each step the samples to keep, `(time, width)`, unmasked ones first, and whether they are unmasked."""
+    """Chooses the samples to keep at each step, unmasked ones first.
+
+    Returns:
+        Integer tensor `(time, width)`, the samples; Boolean tensor `(time, width)`, True for an unmasked one.
+    """
     # Neighbouring steps begin with different samples.
     share = tf.cast(tf.range(time), tf.float64) * _GOLDEN % 1.0
     first = tf.cast(share * tf.cast(samples, tf.float64), tf.int32)[:, None] + draw * width

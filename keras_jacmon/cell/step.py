@@ -16,8 +16,8 @@ class CellStep:
     """One step of a cell, from inputs and flat states to flat new states, without dropout, in float32 or better.
 
     Args:
-        cell: Anything that `keras.layers.RNN` takes as a cell.
-        states: The cell's states in their own structure; only the structure is kept.
+        cell: Keras layer or other object that `keras.layers.RNN` takes as a cell.
+        states: Structure of the cell's states; only the structure is kept.
     """
 
     def __init__(self, cell: Any, states: Any) -> None:
@@ -27,7 +27,18 @@ class CellStep:
         self._written: set[int] = set()
 
     def __call__(self, inputs: tf.Tensor, states: Sequence[tf.Tensor]) -> list[tf.Tensor]:
-        """Steps rows `(rows, ...)` of inputs and states, each row by itself."""
+        """Takes one step from each point by itself.
+
+        Args:
+            inputs: Tensor `(points, ...)`.
+            states: Sequence of tensors `(points, ...)`, the flat states.
+
+        Returns:
+            List of tensors `(points, ...)`, the flat new states, of the same types.
+
+        Raises:
+            ValueError: If number or shapes of the new states are not those of the old ones.
+        """
         # A cell may draw a dropout mask that it does not use: neither its seed nor the mask may stay behind.
         with full_precision(self.cell), keras.StatelessScope() as scope, without_masks(self.cell):
             _, new = self.cell(inputs, self.packed(states), **training_argument(self.cell))
@@ -41,12 +52,12 @@ class CellStep:
         return [_like(value, old, self.cell) for value, old in zip(flat, states, strict=True)]
 
     def written(self) -> "list[keras.Variable]":
-        """The variables of Keras that the last step wrote to, but for the states of random numbers."""
+        """Returns the Keras variables that the last step wrote to, except for the states of random generators."""
         weights = {id(weight): weight for layer in sublayers(self.cell) for weight in layer.weights}
         return [weight for key, weight in weights.items() if key in self._written]
 
     def packed(self, states: Sequence[tf.Tensor]) -> tuple[Any, ...]:
-        """Flat states in the structure that the cell takes, a tuple as Keras' own loop passes it."""
+        """Returns flat states in the structure that the cell takes, a tuple as Keras' own loop passes it."""
         return tuple(keras.tree.pack_sequence_as(self._structure, list(states)))
 
 
@@ -69,12 +80,13 @@ def full_precision(cell: Any) -> Iterator[None]:
 
 
 def widened(tensor: Any) -> tf.Tensor:
-    """The tensor in float32 if it is of half precision, and as it is otherwise."""
+    """Returns the tensor in float32 if it has half precision, and unchanged otherwise."""
     tensor = tf.convert_to_tensor(tensor)
     return tf.cast(tensor, tf.float32) if tensor.dtype in _HALF else tensor
 
 
 def _like(value: tf.Tensor, old: tf.Tensor, cell: Any) -> tf.Tensor:
+    """Returns a new state with the type and shape of the old one."""
     value = tf.cast(tf.convert_to_tensor(value), old.dtype)
     if not value.shape.is_compatible_with(old.shape):
         raise ValueError(

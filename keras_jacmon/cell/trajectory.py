@@ -1,6 +1,6 @@
-"""The trajectory of a cell: its states at each step, from one graph loop."""
+"""Trajectories of cells: the states at each step, from one graph loop."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import keras
@@ -16,8 +16,10 @@ from keras_jacmon.tensors import known_sizes
 class UnrollInputs:
     """The inputs of an unrolled cell, in the order of its steps: backwards in time for `go_backwards`.
 
-    `inputs` is `(time, batch, ...)`; `states` are the flat initial states, `(batch, ...)`, in float32 or better; `mask`
-    is None or `(time, batch)`, False where the step is skipped.
+    Attributes:
+        inputs: Tensor `(time, batch, ...)`, in float32 or better.
+        states: Tuple of tensors `(batch, ...)`, the flat initial states, in float32 or better.
+        mask: Boolean tensor `(time, batch)`, False where a step is skipped; None without a mask.
     """
 
     inputs: tf.Tensor
@@ -26,14 +28,14 @@ class UnrollInputs:
 
     @classmethod
     def of(cls, call: RecurrentCall) -> "UnrollInputs":
-        """The inputs of a recorded call."""
+        """Returns the inputs of a recorded call."""
         inputs, mask = widened(_swapped(call.inputs)), None if call.mask is None else _swapped(call.mask)
         if call.layer.go_backwards:
             inputs, mask = inputs[::-1], None if mask is None else mask[::-1]
         return cls(inputs, tuple(widened(state) for state in keras.tree.flatten(call.states)), mask)
 
     def between(self, start: tf.Tensor, stop: tf.Tensor, states: Sequence[tf.Tensor]) -> "UnrollInputs":
-        """The part from step `start` up to `stop`, from the states there."""
+        """Returns the part from step `start` up to `stop`, with the states before it as initial states."""
         mask = None if self.mask is None else self.mask[start:stop]
         return UnrollInputs(self.inputs[start:stop], tuple(states), mask)
 
@@ -42,10 +44,15 @@ class UnrollInputs:
 class Trajectory:
     """The points at which a cell is evaluated.
 
-    `inputs` is `(time, batch, ...)`; `states` are the flat states *before* each step and `values` those of tensors of
-    the cell's graph, by name, all `(time, batch, ...)`; `last` are the states behind the last step, `(batch, ...)`.
-    Where only some samples of each step are kept, their number stands for the batch, and `new` are the states that the
-    cell makes of them, whether the step is masked or not.
+    If only some samples of each step are kept, `batch` is their number (but not for `last`).
+
+    Attributes:
+        inputs: Tensor `(time, batch, ...)`.
+        states: Tuple of tensors `(time, batch, ...)`, the flat states *before* each step.
+        last: Tuple of tensors `(batch, ...)`, the flat states after the last step, of all samples.
+        values: Dict by name, tensors `(time, batch, ...)`, the values of tensors of the cell's graph.
+        new: Tuple of tensors `(time, batch, ...)`, the flat states that the cell returns, masked or not; empty if all
+            samples are kept.
     """
 
     inputs: tf.Tensor
@@ -58,62 +65,87 @@ class Trajectory:
 def unroll(
     step: CellStep, sequence: UnrollInputs, unroll_plan: UnrollPlan | None = None, keep: tf.Tensor | None = None
 ) -> Trajectory:
-    """Leads a cell along a sequence, in one graph loop.
+    """Unrolls a cell along a sequence, in one graph loop.
 
     Args:
         step: The cell's step.
-        sequence: Where it is led.
-        unroll_plan: If given, its graph is used and not the cell itself.
-        keep: `(time, k)`, the samples whose points are kept, other ones at each step; None for all.
+        sequence: Inputs, initial states and mask.
+        unroll_plan: A plan whose graph is used instead of the cell itself; None to call the cell. Defaults to None.
+        keep: Integer tensor `(time, k)`, the samples whose points are kept at each step; None for all. Defaults to
+            None.
 
     Returns:
         The trajectory, in float32 or better.
     """
-    inputs, mask = sequence.inputs, sequence.mask
-    time = known_sizes(inputs)[0]
-    kept: Sequence[tf.Tensor] = unroll_plan.saved if unroll_plan else ()
-    beforehand = unroll_plan.precompute(inputs) if unroll_plan else None
+    inputs, mask, count = sequence.inputs, sequence.mask, len(sequence.states)
+    saved: Sequence[tf.Tensor] = unroll_plan.saved if unroll_plan else ()
+    precomputed = unroll_plan.precompute(inputs) if unroll_plan else None
 
-    def body(
-        t: tf.Tensor, states: list[tf.Tensor], arrays: list[tf.TensorArray]
-    ) -> tuple[tf.Tensor, list[tf.Tensor], list[tf.TensorArray]]:
-        new, values = beforehand.step(inputs[t], states, t) if beforehand else (step(inputs[t], states), [])
+    def take_step(t: tf.Tensor, states: list[tf.Tensor]) -> tuple[list[tf.Tensor], list[tf.Tensor]]:
+        new, values = precomputed.step(inputs[t], states, t) if precomputed else (step(inputs[t], states), [])
         points = [*states, *values] if keep is None else [tf.gather(x, keep[t]) for x in (*states, *values, *new)]
-        arrays = [array.write(t, value) for array, value in zip(arrays, points, strict=True)]
         if mask is not None:
             new = [_keep_where(mask[t], value, old) for value, old in zip(new, states, strict=True)]
-        new = [tf.ensure_shape(value, old.shape) for value, old in zip(new, states, strict=True)]
-        return t + 1, new, arrays
+        return new, points
 
-    wanted = [*sequence.states, *kept] if keep is None else [*sequence.states, *kept, *sequence.states]
-    width = inputs.shape[1] if keep is None else keep.shape[1]
-    arrays = [tf.TensorArray(t.dtype, time, element_shape=[width, *t.shape[1:]]) for t in wanted]
-    _, last, arrays = tf.while_loop(
-        lambda t, *_: t < time,
-        body,
-        [tf.constant(0), list(sequence.states), arrays],
-        # Known beforehand, so that XLA can differentiate the loop.
-        maximum_iterations=inputs.shape[0],
-    )
-    stacks = [
-        tf.ensure_shape(array.stack(), [inputs.shape[0], width, *tensor.shape[1:]])
-        for array, tensor in zip(arrays, wanted, strict=True)
-    ]
-    count = len(sequence.states)
-    states, values, new = stacks[:count], stacks[count : count + len(kept)], stacks[count + len(kept) :]
-    known = dict(zip((tensor.name for tensor in kept), values, strict=True))
-    hoisted = beforehand.values if beforehand else {}
+    stored = [*sequence.states, *saved] if keep is None else [*sequence.states, *saved, *sequence.states]
+    last, stacks = _loop(take_step, sequence, stored, inputs.shape[1] if keep is None else keep.shape[1])
+    states, values, new = stacks[:count], stacks[count : count + len(saved)], stacks[count + len(saved) :]
+    known = dict(zip((tensor.name for tensor in saved), values, strict=True))
+    hoisted = precomputed.values if precomputed else {}
     if keep is not None:
         inputs = tf.gather(inputs, keep, batch_dims=1)
         hoisted = {name: tf.gather(value, keep, batch_dims=1) for name, value in hoisted.items()}
     return Trajectory(inputs, tuple(states), tuple(last), {**hoisted, **known}, tuple(new))
 
 
+def _loop(
+    take_step: Callable[[tf.Tensor, list[tf.Tensor]], tuple[list[tf.Tensor], list[tf.Tensor]]],
+    sequence: UnrollInputs,
+    stored: Sequence[tf.Tensor],
+    width: int | None,
+) -> tuple[list[tf.Tensor], list[tf.Tensor]]:
+    """Takes all steps of a sequence in one graph loop.
+
+    Args:
+        take_step: Function from the step and the states before it to the states after it and the tensors to store.
+        sequence: Inputs, initial states and mask.
+        stored: Sequence of tensors `(batch, ...)` with the types and shapes of the tensors to store.
+        width: Integer, number of samples that are stored at each step; None if it is not known.
+
+    Returns:
+        The states after the last step, and the stored tensors of all steps, each `(time, width, ...)`.
+    """
+    time, known_time = known_sizes(sequence.inputs)[0], sequence.inputs.shape[0]
+
+    def body(
+        t: tf.Tensor, states: list[tf.Tensor], arrays: list[tf.TensorArray]
+    ) -> tuple[tf.Tensor, list[tf.Tensor], list[tf.TensorArray]]:
+        new, points = take_step(t, states)
+        arrays = [array.write(t, value) for array, value in zip(arrays, points, strict=True)]
+        new = [tf.ensure_shape(value, old.shape) for value, old in zip(new, states, strict=True)]
+        return t + 1, new, arrays
+
+    arrays = [tf.TensorArray(tensor.dtype, time, element_shape=[width, *tensor.shape[1:]]) for tensor in stored]
+    _, last, arrays = tf.while_loop(
+        lambda t, *_: t < time,
+        body,
+        [tf.constant(0), list(sequence.states), arrays],
+        # Set before the loop runs, so that XLA can differentiate it.
+        maximum_iterations=known_time,
+    )
+    stacks = [
+        tf.ensure_shape(array.stack(), [known_time, width, *tensor.shape[1:]])
+        for array, tensor in zip(arrays, stored, strict=True)
+    ]
+    return last, stacks
+
+
 def _swapped(tensor: tf.Tensor) -> tf.Tensor:
-    """(batch, time, ...) -> (time, batch, ...)."""
+    """Swaps the first two axes: `(batch, time, ...)` to `(time, batch, ...)`."""
     return tf.transpose(tensor, [1, 0, *range(2, tensor.shape.rank)])
 
 
 def _keep_where(mask: tf.Tensor, new: tf.Tensor, old: tf.Tensor) -> tf.Tensor:
-    """The new state where the mask (batch,) is True; a masked step passes the state through."""
+    """Returns the new state where the mask `(batch,)` is True, and the old state elsewhere."""
     return tf.where(tf.reshape(mask, [-1] + [1] * (new.shape.rank - 1)), new, old)

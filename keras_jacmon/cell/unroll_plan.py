@@ -1,4 +1,4 @@
-"""A plan for unrolling a cell at a lower cost than by calling it at each step."""
+"""Plans for unrolling a cell at a lower cost than by calling it at each step."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -7,22 +7,22 @@ from functools import reduce
 import tensorflow as tf
 
 from keras_jacmon.cell.cell_graph import CellGraph
-from keras_jacmon.tensors import as_rows, known_sizes
+from keras_jacmon.tensors import as_points, known_sizes
 
 
 @dataclass(frozen=True)
 class Sum:
-    """A tensor of a cell's graph as a sum of products with matrices that all rows share, and of a constant.
+    """A tensor of a cell's graph as a sum of products with matrices that all points share, and of a constant.
 
     The graph may reach the tensor by one product for several gates, a bias, and a split. These are passes over wide
     tensors, and each takes a fair part of the time of the product in a step.
 
     Attributes:
-        tensor: Tensor of the graph, `(rows, ...)`.
-        of_inputs: Pairs of a factor, a tensor `(rows, n)` of the graph that depends on the inputs alone, and its matrix
-            `(n, units of the tensor)`.
-        of_states: Such a pair for a factor that depends on the states; None if there is none.
-        constant: `(units of the tensor,)`.
+        tensor: Tensor of the graph, `(points, ...)`.
+        of_inputs: Sequence of pairs of a factor and its matrix: a tensor `(points, n)` of the graph that depends on the
+            inputs alone, and a tensor `(n, units of the tensor)`.
+        of_states: Pair of a factor that depends on the states and its matrix; None if there is none.
+        constant: Tensor `(units of the tensor,)`.
     """
 
     tensor: tf.Tensor
@@ -31,7 +31,7 @@ class Sum:
     constant: tf.Tensor
 
     def shaped(self, flat: tf.Tensor) -> tf.Tensor:
-        """Gives values `(..., units)` the shape that a row of the tensor has."""
+        """Reshapes values `(..., units)` to the shape that the tensor has at each point."""
         return tf.reshape(flat, [*known_sizes(flat)[:-1], *self.tensor.shape[1:]])
 
 
@@ -40,11 +40,11 @@ class UnrollPlan:
     """A split of a cell's graph into what is computed before the first step and what is computed at each step.
 
     Attributes:
-        graph: The cell's step.
-        weights_only: By name, values of tensors of the graph that are the same at all steps.
-        inputs_only: Tensors of the graph that depend on the inputs alone; computed for all steps at once.
-        sums: Tensors of the graph that are computed as sums; what depends on the inputs for all steps at once.
-        saved: Tensors of the graph whose values at all steps are wanted.
+        graph: `CellGraph`, the cell's step.
+        weights_only: Mapping by name, the values of tensors of the graph that are the same at all steps.
+        inputs_only: Sequence of tensors of the graph that depend on the inputs alone, computed for all steps at once.
+        sums: Sequence of `Sum`s; their products of the inputs are computed for all steps at once.
+        saved: Sequence of tensors of the graph whose values at all steps are saved.
     """
 
     graph: CellGraph
@@ -55,16 +55,20 @@ class UnrollPlan:
 
     @property
     def prepared(self) -> list[tf.Tensor]:
-        """The tensors whose values, or a part of them, are held for all steps before the first one."""
+        """The tensors of the graph that are computed, at least in part, before the first step."""
         return [*self.inputs_only, *(part.tensor for part in self.sums)]
 
     def precompute(self, inputs: tf.Tensor) -> "Precomputed":
-        """Computes what can be computed before the first step, from inputs `(time, batch, ...)`."""
-        time, samples = known_sizes(inputs)[:2]
-        feeds = {**self.weights_only, self.graph.step_inputs.name: as_rows(inputs)}
+        """Computes the values that can be known before the first step.
 
-        def by_step(rows: tf.Tensor) -> tf.Tensor:
-            return tf.reshape(rows, [time, samples, *rows.shape[1:]])
+        Args:
+            inputs: Tensor `(time, batch, ...)`.
+        """
+        time, samples = known_sizes(inputs)[:2]
+        feeds = {**self.weights_only, self.graph.step_inputs.name: as_points(inputs)}
+
+        def by_step(points: tf.Tensor) -> tf.Tensor:
+            return tf.reshape(points, [time, samples, *points.shape[1:]])
 
         factors = [factor for part in self.sums for factor, _ in part.of_inputs]
         replayed = iter(self.graph.replay([*self.inputs_only, *factors], feeds))
@@ -84,10 +88,10 @@ class Precomputed:
     """The values of a cell's graph that are known before its first step.
 
     Attributes:
-        plan: The plan that they were computed by.
-        values: By name, those of tensors that depend on the inputs alone, `(time, batch, ...)`.
-        partial_sums: The sums without their product of the states, `(time, batch, units)`; `(units,)` if they are the
-            same for all steps.
+        plan: `UnrollPlan` that they were computed by.
+        values: Dict by name, tensors `(time, batch, ...)`, the values that depend on the inputs alone.
+        partial_sums: Sequence of pairs of a `Sum` and its value without the product of the states, a tensor
+            `(time, batch, units)`; `(units,)` if it is the same for all steps.
     """
 
     plan: UnrollPlan
@@ -97,10 +101,15 @@ class Precomputed:
     def step(
         self, inputs: tf.Tensor, states: Sequence[tf.Tensor], t: tf.Tensor
     ) -> tuple[list[tf.Tensor], list[tf.Tensor]]:
-        """Takes step `t` from its inputs and states, each `(batch, ...)`.
+        """Takes one step.
+
+        Args:
+            inputs: Tensor `(batch, ...)`, the inputs of the step.
+            states: Sequence of tensors `(batch, ...)`, the states before the step.
+            t: Integer tensor `()`, the position of the step.
 
         Returns:
-            The new states, and the values of the plan's `saved` tensors.
+            List of the new states, and list of the values of the plan's `saved` tensors.
         """
         graph = self.plan.graph
         feeds = {**self.plan.weights_only, graph.step_inputs.name: inputs}

@@ -8,7 +8,7 @@ import tensorflow as tf
 from keras_jacmon.cell.trajectory import Trajectory
 from keras_jacmon.jacobians.views import View
 from keras_jacmon.operators.structured import StructuredJacobian
-from keras_jacmon.tensors import as_rows, known_sizes
+from keras_jacmon.tensors import as_points, known_sizes
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,8 @@ class PointBatch:
     @classmethod
     def of(cls, trajectory: Trajectory) -> "PointBatch":
         """The points of a trajectory, step by step."""
-        values = {name: as_rows(value) for name, value in trajectory.values.items()}
-        return cls(as_rows(trajectory.inputs), tuple(map(as_rows, trajectory.states)), values)
+        values = {name: as_points(value) for name, value in trajectory.values.items()}
+        return cls(as_points(trajectory.inputs), tuple(map(as_points, trajectory.states)), values)
 
     def take(self, indices: tf.Tensor) -> "PointBatch":
         """The points with these indices, `(k,)`."""

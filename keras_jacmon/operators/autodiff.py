@@ -9,7 +9,7 @@ import tensorflow as tf
 
 from keras_jacmon.operators.contract import JacobianOperator
 from keras_jacmon.operators.formed import FormedJacobian
-from keras_jacmon.tensors import take_rows
+from keras_jacmon.tensors import take_points
 
 Product = Callable[[tf.Tensor], tf.Tensor]
 
@@ -95,7 +95,7 @@ class AutodiffJacobian(JacobianOperator):
         """The operator of some of the points; None if points depend on each other."""
         if not self._independent:
             return None
-        point, *context = [take_rows(t, points) for t in (self._point, *self._context)]
+        point, *context = [take_points(t, points) for t in (self._point, *self._context)]
         return AutodiffJacobian(self._function, point, context, self._range_dimension, twice=self._twice)
 
     def _in_graph(self, vectors: tf.Tensor, *, adjoint: bool) -> tf.Tensor:

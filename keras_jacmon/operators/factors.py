@@ -8,7 +8,7 @@ import numpy.typing as npt
 import tensorflow as tf
 
 from keras_jacmon.structure.index_map import IndexMap
-from keras_jacmon.tensors import joined, take, take_each, take_rows, total
+from keras_jacmon.tensors import joined, take, take_each, take_points, total
 from keras_jacmon.traced_graph import graph_of
 
 
@@ -48,8 +48,8 @@ class Diagonal:
             return self
         if isinstance(rows, slice):
             # One slice, where each step of a sequence takes its own.
-            return Diagonal(self.link, ((np.arange(self.link.node_size), take_rows(self.values, rows)),))
-        return Diagonal(self.link, tuple((units, take_rows(part, rows)) for units, part in self.pieces))
+            return Diagonal(self.link, ((np.arange(self.link.node_size), take_points(self.values, rows)),))
+        return Diagonal(self.link, tuple((units, take_points(part, rows)) for units, part in self.pieces))
 
     def forward(self, tangent: tf.Tensor) -> tf.Tensor:
         """From a change of the base to that of the target, `(rows, ..., units)`."""

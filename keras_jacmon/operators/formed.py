@@ -5,7 +5,7 @@ from typing import final
 import tensorflow as tf
 
 from keras_jacmon.operators.contract import JacobianOperator
-from keras_jacmon.tensors import take_rows
+from keras_jacmon.tensors import take_points
 
 
 @final
@@ -34,7 +34,7 @@ class FormedJacobian(JacobianOperator):
 
     def take(self, points: tf.Tensor | slice) -> "FormedJacobian":
         """The matrices of some of the points."""
-        return FormedJacobian(take_rows(self._matrices, points))
+        return FormedJacobian(take_points(self._matrices, points))
 
 
 @final
