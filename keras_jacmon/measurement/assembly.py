@@ -1,4 +1,4 @@
-"""Static metadata of a recurrent call, which assembles its report from the measured arrays."""
+"""Static metadata of a recurrent call; assembles its report from the measured arrays."""
 
 import dataclasses
 from collections.abc import Iterable, Sequence
@@ -40,18 +40,19 @@ class CallMetadata:
     """Static metadata of a recurrent call; assembles its report from the measured arrays.
 
     Attributes:
-        cell: Class of the cell.
-        units: Size of the hidden state.
-        joint: Prefix of the keys of the joint view.
-        go_backwards: True if the layer reads its input from the end.
-        views: The views that the cell has.
-        choices: By view, how each of its blocks is taken.
-        notes: Sentences that a reader of the numbers must know.
-        jacobian: Must live as long as what it has given operators to.
-        columns: By view, those of its Jacobians.
+        cell: String, class name of the cell.
+        units: Integer, size of the hidden state.
+        joint: String, prefix of the keys of the joint view; empty for a cell with one state.
+        go_backwards: Boolean, True if the layer reads its input from the end.
+        views: Tuple of the views that the cell has.
+        choices: Dict by view of lists: the method that was chosen for each block.
+        notes: Tuple of sentences that a reader of the numbers must know.
+        jacobian: The Jacobians of the cell. They must live as long as the graphs that use their operators.
+        columns: Dict by view, the number of columns of its Jacobians.
         options: The settings of the measurement.
-        has_structure: True if a measured Jacobian rests on a structure, or on a registered form.
-        quantities: The measured quantities, in the order of `CallResults.arrays`.
+        has_structure: Boolean, True if a measured Jacobian rests on a structure, or on a registered form. Defaults to
+            False.
+        quantities: The measured quantities, in the order of `CallResults.arrays`. Defaults to none.
     """
 
     cell: str
@@ -78,7 +79,7 @@ class CallMetadata:
         asked: Iterable[str],
         options: Options,
     ) -> "CallMetadata":
-        """The metadata of a call.
+        """Collects the metadata of a call.
 
         Args:
             call: The recorded call.
@@ -92,26 +93,7 @@ class CallMetadata:
             ValueError: If no state has a derivative.
         """
         floating = floating_states(states)
-        depends = dependencies.depends
-        views, notes = [], []
-        if depends[0][0]:
-            views.append("hidden")
-        else:
-            notes.append(
-                f"new state {floating[0]} does not depend on the old one (no gradient connects them), "
-                "so the hidden view is left out"
-            )
-        if len(floating) > 1 and any(map(any, depends)):
-            views.append("joint")
-            notes += [
-                f"old state {state} has no influence on the new states (no gradient connects them)"
-                for state, influences in zip(floating, zip(*depends, strict=True), strict=True)
-                if not any(influences)
-            ]
-        if "inputs" in asked and dependencies.on_inputs:
-            views.append("inputs")
-        elif "inputs" in asked:
-            notes.append("no gradient connects the new state with the inputs, so the inputs view is left out")
+        views, notes = _views_and_notes(floating, dependencies, with_inputs="inputs" in asked)
         choices = {view: jacobian.choices(view) for view in views}
         columns = {view: View.of(view, states).columns(call.inputs[:, 0], states) for view in views}
         return cls(
@@ -119,9 +101,9 @@ class CallMetadata:
             size(states[floating[0]]),
             "joint/" if len(floating) > 1 else "",
             call.layer.go_backwards,
-            tuple(views),
+            views,
             choices,
-            tuple(notes),
+            notes,
             jacobian,
             columns,
             options,
@@ -174,14 +156,14 @@ class CallMetadata:
         return dataclasses.replace(layer, notes=(*self.notes, *notes))
 
     def _suggestion_inputs(self, everything: Iterable[_Found], mask: Any) -> dict[str, float]:
-        """The numbers from which the suggestions of a verdict are computed."""
+        """Returns the numbers from which the suggestions of a verdict are computed."""
         known = {found.quantity: found.value[mask] for found in everything if found.value.shape == mask.shape}
         helpers = {q.measure.name: value for q, value in known.items() if isinstance(q.measure.kind, SuggestionInput)}
         gains = known.get(KEYS[f"{self.joint}rms_singular_value"], [])
         return suggestion_inputs(helpers, known.get(KEYS["variance"], []), gains)
 
     def _method(self, found: _Found) -> str:
-        """Describes in words how the values were found, and how many did not reach the tolerance."""
+        """Describes the method behind the values, and counts the values that did not reach the tolerance."""
         view, measure = found.quantity
         # The loss is differentiated by a hidden state that need not have a view.
         columns = self.columns.get(view, self.units)
@@ -196,9 +178,9 @@ class CallMetadata:
         return f"{how}, not reached by {unreached.sum()} of {total}" if unreached.any() else how
 
     def _undecided(self, layer: LayerReport) -> list[str]:
-        """Notes on values that are NaN since too few exponents are known."""
+        """Returns notes on values that are NaN because too few exponents are known."""
         time = len(layer.mask)
-        # A sample that ends before has no exponents at all.
+        # A sample that ends within the warm-up has no exponents.
         after_warmup = layer.mask.sum(axis=0) > (time // 10 if self.options.warmup is None else self.options.warmup)
         notes = []
         for key in layer.sequences:
@@ -206,7 +188,7 @@ class CallMetadata:
             if not (isinstance(measure.kind, Exponents) and measure.kind.may_be_undecided):
                 continue
             undecided = int(np.isnan(layer[key][after_warmup]).sum())
-            # All of them always decide it, unless a state is NaN.
+            # With all exponents it is always decided, unless a state is NaN.
             if undecided and self.options.exponents < self.columns[view]:
                 notes.append(
                     f"`{key}` is NaN, and not in its mean, for {undecided} of {after_warmup.sum()} samples: their "
@@ -214,3 +196,36 @@ class CallMetadata:
                     "would"
                 )
         return notes
+
+
+def _views_and_notes(
+    floating: Sequence[int], dependencies: Dependencies, *, with_inputs: bool
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Returns the views that a cell has, and notes on missing views and on states without influence.
+
+    Args:
+        floating: Indices of the floating-point states.
+        dependencies: The dependencies of new states on old ones.
+        with_inputs: Boolean, True if the user asked for the inputs view.
+    """
+    depends = dependencies.depends
+    views, notes = [], []
+    if depends[0][0]:
+        views.append("hidden")
+    else:
+        notes.append(
+            f"new state {floating[0]} does not depend on the old one (no gradient connects them), "
+            "so the hidden view is left out"
+        )
+    if len(floating) > 1 and any(map(any, depends)):
+        views.append("joint")
+        notes += [
+            f"old state {state} has no influence on the new states (no gradient connects them)"
+            for state, influences in zip(floating, zip(*depends, strict=True), strict=True)
+            if not any(influences)
+        ]
+    if with_inputs and dependencies.on_inputs:
+        views.append("inputs")
+    elif with_inputs:
+        notes.append("no gradient connects the new state with the inputs, so the inputs view is left out")
+    return tuple(views), tuple(notes)

@@ -28,9 +28,8 @@ from keras_jacmon.model.recording import RecurrentCall
 from keras_jacmon.options import Options
 from keras_jacmon.tensors import known_sizes
 
-# The shares of the memory allowed that a trajectory may take, that the derivatives at its points may take, and those of
-# a segment of the sequence. What else is alive at that time, and what the allocator holds back between them, was
-# measured to be more than all of these.
+# `max_bytes` is divided by these numbers for a trajectory, for the derivatives at its points, and for a segment of the
+# sequence. Other live tensors, and the memory that the allocator holds back, were measured to take more than all three.
 _SHARE_OF_TRAJECTORY, _SHARE_OF_DERIVATIVES, _SHARE_OF_SEQUENCES = 8, 3, 6
 
 
@@ -43,9 +42,9 @@ def measure_call(
         call: The recorded call.
         measures: The quantities that the user selected.
         options: The settings. `max_bytes` bounds the memory, through segments of the sequence and chunks of points.
-        assumptions: The assumptions that the Jacobians may rest on. Without independent points, steps are taken one
+        assumptions: The assumptions behind the Jacobians. If the points are not independent, steps are measured one
             by one.
-        draw: Number of measurements before this one; it decides which points are checked.
+        draw: Integer scalar, number of measurements before this one; it decides which points are checked.
 
     Returns:
         The metadata of the call, and its results.
@@ -60,7 +59,7 @@ def measure_call(
     dependencies = find_dependencies(step, sequence.inputs[0], sequence.states)
     metadata = CallMetadata.of(call, sequence.states, jacobian, dependencies, asked=views_of(measures), options=options)
     selection = _of_views(measures, metadata.views, several=bool(metadata.joint))
-    # Not a subclass, which may do something else with its gates.
+    # A subclass may use its gates in another way.
     with_inputs = with_suggestion_measures(selection, forgets=type(call.layer.cell) is keras.layers.LSTMCell)
     of_points = filtered(with_inputs, lambda measure: not measure.kind.over_time)
     over_time = filtered(selection, lambda measure: measure.kind.over_time)
@@ -90,9 +89,9 @@ class _Call:
     Attributes:
         step: The step of the cell.
         sequence: The sequence, in the order in which the cell runs.
-        unroll_plan: As for `unroll`.
-        measurement: Measurement of the single points.
-        go_backwards: True if the layer reads its input from the end.
+        unroll_plan: The plan that `unroll` follows; None for a plain loop.
+        measurement: The measurement of single points.
+        go_backwards: Boolean, True if the layer reads its input from the end.
     """
 
     step: CellStep
@@ -102,12 +101,14 @@ class _Call:
     go_backwards: bool
 
     def results(self, over_time: Selection) -> CallResults:
-        """Measures the single points, and then the products over time."""
-        sequence, points, options = self.sequence, self.measurement, self.measurement.context.options
+        """Measures single points, and then the products over time."""
+        sequence, measurement, options = self.sequence, self.measurement, self.measurement.context.options
         shape = known_sizes(sequence.inputs)[:2]
-        subsample = choose_places(sequence.mask, shape, points.quantities, options, independent=points.independent)
+        subsample = choose_places(
+            sequence.mask, shape, measurement.quantities, options, independent=measurement.independent
+        )
         steps = _most_steps(sequence, self.unroll_plan, options.max_bytes // _SHARE_OF_TRAJECTORY)
-        arrays, checks, rows = self._at_points(subsample, steps)
+        arrays, checks, points = self._at_points(subsample, steps)
         spectra_at = None if subsample.spectra is None else tf.where(subsample.spectra)
         if spectra_at is not None and self.go_backwards:
             spectra_at = tf.stack([shape[0] - 1 - spectra_at[:, 0], spectra_at[:, 1]], axis=1)
@@ -118,41 +119,47 @@ class _Call:
             checks,
             tuple(
                 array if isinstance(measure.kind, Spectrum) else self._array_in_order(array)
-                for (_, measure), array in zip(points.quantities, arrays, strict=True)
+                for (_, measure), array in zip(measurement.quantities, arrays, strict=True)
             ),
         )
         if not over_time:
             return results
-        return results._replace(arrays=(*results.arrays, *self._over_time(over_time, steps, rows, results)))
+        return results._replace(arrays=(*results.arrays, *self._over_time(over_time, steps, points, results)))
 
     def _at_points(
         self, subsample: Subsample, steps: int
     ) -> tuple[list[MeasuredArray], CheckResults, PointBatch | None]:
-        """Measures the points, at once or in segments; the points themselves if they are there at once."""
-        sequence, points = self.sequence, self.measurement
+        """Measures the points, at once or in segments.
+
+        Returns:
+            The values, the checks, and the points; None for the points if they were measured in segments.
+        """
+        sequence, measurement = self.sequence, self.measurement
         if sequence.inputs.shape[0] is not None and sequence.inputs.shape[0] <= steps:
             trajectory = unroll(self.step, sequence, self.unroll_plan)
-            rows = PointBatch.of(trajectory)
+            points = PointBatch.of(trajectory)
             # Skipped steps need not be evaluated.
-            rows = points.evaluated(rows) if sequence.mask is None else rows
-            return *points.measure(rows, trajectory.last, subsample, 0), rows
+            points = measurement.evaluated(points) if sequence.mask is None else points
+            return *measurement.measure(points, trajectory.last, subsample, 0), points
 
         def measure_segment(
             part: UnrollInputs, index: tf.Tensor, start: tf.Tensor
         ) -> tuple[list[MeasuredArray], CheckResults, tuple[tf.Tensor, ...]]:
             here = unroll(self.step, part, self.unroll_plan)
             stop = start + known_sizes(here.inputs)[0]
-            return *points.measure(PointBatch.of(here), here.last, subsample.between(start, stop), index), here.last
+            return *measurement.measure(
+                PointBatch.of(here), here.last, subsample.between(start, stop), index
+            ), here.last
 
-        return *in_segments(sequence, steps, points, measure_segment), None
+        return *in_segments(sequence, steps, measurement, measure_segment), None
 
     def _over_time(
-        self, over_time: Selection, steps: int, rows: PointBatch | None, results: CallResults
+        self, over_time: Selection, steps: int, points: PointBatch | None, results: CallResults
     ) -> list[MeasuredArray]:
-        """Measures the products over time, after all else, so that both do not need their memory at the same time."""
-        sequence, points = self.sequence, self.measurement
-        options = points.context.options
-        most = options.max_bytes // _SHARE_OF_SEQUENCES // points.bytes_per_point // _samples(sequence)
+        """Measures the products over time, after everything else, so that the two do not hold memory together."""
+        sequence, measurement = self.sequence, self.measurement
+        options = measurement.context.options
+        most = options.max_bytes // _SHARE_OF_SEQUENCES // measurement.bytes_per_point // _samples(sequence)
         done = [results.mask, *results.checks]
         done += [tensor for array in results.arrays for tensor in (array.value, array.uncertainty)]
         with tf.control_dependencies([tensor.op for tensor in done]):
@@ -161,17 +168,17 @@ class _Call:
             self.step,
             sequence.between(0, known_sizes(sequence.inputs)[0], begin),
             self.unroll_plan,
-            points.jacobian,
-            points.independent,
+            measurement.jacobian,
+            measurement.independent,
             max(1, min(steps, most)),
         )
-        return measure_sequence(whole, over_time, points.context, rows and rows.behind(done))
+        return measure_sequence(whole, over_time, measurement.context, points and points.behind(done))
 
     def _array_in_order(self, array: MeasuredArray) -> MeasuredArray:
         return MeasuredArray(self._in_order(array.value), self._in_order(array.uncertainty), array.is_exact)
 
     def _in_order(self, value: tf.Tensor) -> tf.Tensor:
-        """Values as `(time, batch)`, by position in the input; NaN or False at the steps that are skipped."""
+        """Returns values as `(time, batch)`, by position in the input; NaN or False at skipped steps."""
         value = tf.reshape(value, known_sizes(self.sequence.inputs)[:2])
         if self.sequence.mask is not None:
             nothing = tf.constant(False if value.dtype.is_bool else float("nan"), value.dtype)
@@ -180,7 +187,7 @@ class _Call:
 
 
 def _most_steps(sequence: UnrollInputs, unroll_plan: UnrollPlan | None, max_bytes: int) -> int:
-    """Maximum number of steps whose trajectory fits into some memory."""
+    """Returns the maximum number of steps whose trajectory fits into `max_bytes`."""
     once, twice = [sequence.inputs[0]], [*sequence.states]
     if unroll_plan:
         once += unroll_plan.prepared
@@ -195,12 +202,12 @@ def _samples(sequence: UnrollInputs) -> int:
 
 
 def _dtype(sequence: UnrollInputs) -> tf.DType:
-    """Type of the Jacobians."""
+    """Returns the dtype of the Jacobians."""
     return sequence.states[floating_states(sequence.states)[0]].dtype
 
 
 def _of_views(measures: Selection, views: Sequence[str], *, several: bool) -> Selection:
-    """The measures of the views that a cell has; with one state its hidden view is the joint one."""
+    """Returns the measures of the views that a cell has; with one state, its hidden view is the joint view."""
     if not several:
         wanted = {("hidden" if view == "joint" else view, measure) for view, measure in measures}
         measures = tuple(quantity for quantity in KEYS.values() if quantity in wanted)

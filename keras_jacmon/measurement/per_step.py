@@ -56,15 +56,15 @@ class StepMeasurement:
     independent: bool
     samples: int | tf.Tensor
 
-    def evaluated(self, rows: PointBatch) -> PointBatch:
-        """The rows, with all structures evaluated if there is memory for all at once."""
-        count = rows.inputs.shape[0]
-        at_once = self.independent and count is not None and count <= self._chunk(rows, ())
-        return self.jacobian.evaluated(self.views, rows) if at_once else rows
+    def evaluated(self, points: PointBatch) -> PointBatch:
+        """The points, with all structures evaluated if there is memory for all at once."""
+        count = points.inputs.shape[0]
+        at_once = self.independent and count is not None and count <= self._chunk(points, ())
+        return self.jacobian.evaluated(self.views, points) if at_once else points
 
     def measure(
         self,
-        rows: PointBatch,
+        points: PointBatch,
         last: Sequence[tf.Tensor],
         subsample: Subsample,
         segment: tf.Tensor | int,
@@ -72,7 +72,7 @@ class StepMeasurement:
         """Measures all quantities: `(time * batch,)`, spectra `(points, values)`; and makes the checks.
 
         Args:
-            rows: The points.
+            points: The points.
             last: The states after the last step.
             subsample: Masks of those that are measured.
             segment: Number of parts of the sequence before this one.
@@ -82,19 +82,19 @@ class StepMeasurement:
         context = dataclasses.replace(self.context, stream=segment * _STREAMS)
         found: dict[Quantity, MeasuredArray] = {}
         for quantities, chosen, place in self._groups(valid, subsample.expensive):
-            rows = rows.behind(_tensors(found))
-            source = self._source(rows, views_of(quantities), chosen)
-            chunk = self._chunk(rows, quantities) if self.independent else self.samples
+            points = points.behind(_tensors(found))
+            source = self._source(points, views_of(quantities), chosen)
+            chunk = self._chunk(points, quantities) if self.independent else self.samples
             arrays = measure_points(source, quantities, context, chunk)
             arrays = arrays if place is None else [_where(place, array) for array in arrays]
             found |= zip(quantities, arrays, strict=True)
-        rows = rows.behind(_tensors(found))
+        points = points.behind(_tensors(found))
         if subsample.spectra is not None:
             spectra = of_kind(self.quantities, Spectrum)
-            values = self._spectra(spectra, rows, indices_of(subsample.spectra), context)
+            values = self._spectra(spectra, points, indices_of(subsample.spectra), context)
             count = tf.math.count_nonzero(subsample.spectra)
             found |= zip(spectra, [MeasuredArray.of(value[:count]) for value in values], strict=True)
-        checks = self._checked(rows, last, valid)
+        checks = self._checked(points, last, valid)
         # A placeholder point (everything is masked) has no meaningful next state: ignore its checks.
         exists = True if subsample.mask is None else tf.reduce_any(subsample.mask)
         checks = CheckResults(*(tf.where(exists, check, tf.zeros_like(check)) for check in checks))
@@ -114,17 +114,17 @@ class StepMeasurement:
         return [group for group in groups if group[0]]
 
     def _spectra(
-        self, spectra: Selection, rows: PointBatch, indices: tf.Tensor, context: MeasureContext
+        self, spectra: Selection, points: PointBatch, indices: tf.Tensor, context: MeasureContext
     ) -> list[tf.Tensor]:
         """The spectra `(k, values)` of points with these indices `(k,)`, one by one, since each takes a matrix."""
 
         def at(chosen: tf.Tensor) -> list[tf.Tensor]:
-            operators = self.jacobian.operators(views_of(spectra), rows.take(chosen))
+            operators = self.jacobian.operators(views_of(spectra), points.take(chosen))
             return [measure.function(operators[view], context) for view, measure in spectra]
 
         if not self.independent:
             return at(indices)
-        widths = [measure.kind.width(self._shape(view, rows)) for view, measure in spectra]
+        widths = [measure.kind.width(self._shape(view, points)) for view, measure in spectra]
         types = [measure.kind.dtype(context.dtype) for _, measure in spectra]
         return tf.map_fn(
             lambda index: [values[0] for values in at(index[None])],
@@ -133,46 +133,48 @@ class StepMeasurement:
             parallel_iterations=1,
         )
 
-    def width(self, quantity: Quantity, rows: PointBatch) -> int | None:
+    def width(self, quantity: Quantity, points: PointBatch) -> int | None:
         """Number of values of a quantity at each point; None for a single number."""
-        return quantity.measure.kind.width(self._shape(quantity.view, rows))
+        return quantity.measure.kind.width(self._shape(quantity.view, points))
 
-    def _shape(self, name: str, rows: PointBatch) -> tuple[int, int]:
+    def _shape(self, name: str, points: PointBatch) -> tuple[int, int]:
         """Rows and columns of the Jacobians of a view."""
-        view = View.of(name, rows.states)
-        return sum(size(rows.states[new]) for new in view.outputs), view.columns(rows.inputs, rows.states)
+        view = View.of(name, points.states)
+        return sum(size(points.states[new]) for new in view.outputs), view.columns(points.inputs, points.states)
 
-    def _chunk(self, rows: PointBatch, quantities: Selection) -> int:
+    def _chunk(self, points: PointBatch, quantities: Selection) -> int:
         """The maximum number of points at once."""
-        kept = [measure.numbers_kept(*self._shape(view, rows)) for view, measure in quantities]
+        kept = [measure.numbers_kept(*self._shape(view, points)) for view, measure in quantities]
         if not self.jacobian.assumptions.products:
             # J is formed.
-            kept += [math.prod(self._shape(view, rows)) for view in self.views]
+            kept += [math.prod(self._shape(view, points)) for view in self.views]
         bytes_per_point = self.bytes_per_point + max(kept, default=0) * self.context.dtype.size
         return max(1, min(self.bytes_allowed // bytes_per_point, _MOST_POINTS))
 
-    def _source(self, rows: PointBatch, views: Sequence[str], valid: tf.Tensor | None) -> PointSource:
+    def _source(self, points: PointBatch, views: Sequence[str], valid: tf.Tensor | None) -> PointSource:
         return PointSource(
-            rows.count,
-            lambda start, stop: self.jacobian.operators(views, rows if start is None else rows.between(start, stop)),
-            lambda chosen: self.jacobian.operators(views, rows.take(chosen)),
+            points.count,
+            lambda start, stop: self.jacobian.operators(
+                views, points if start is None else points.between(start, stop)
+            ),
+            lambda chosen: self.jacobian.operators(views, points.take(chosen)),
             valid,
         )
 
-    def _checked(self, rows: PointBatch, last: Sequence[tf.Tensor], valid: tf.Tensor | None) -> CheckResults:
+    def _checked(self, points: PointBatch, last: Sequence[tf.Tensor], valid: tf.Tensor | None) -> CheckResults:
         """Checks of what the measures rest on."""
         if not self.views:
             # No gradient connects the states, and there is nothing to measure.
             return CheckResults.zero(self.context.dtype)
-        count = rows.count
+        count = points.count
         total = count if valid is None else tf.size(valid)
         # Half as many points as are measured at once, since autodiff takes its memory beside them.
-        most = max(1, self._chunk(rows, ()) // 2) if self.independent else self.samples
+        most = max(1, self._chunk(points, ()) // 2) if self.independent else self.samples
         seed = tf.random.experimental.stateless_fold_in([self.context.options.seed, 3], self.draw)
 
         def at(indices: tf.Tensor) -> tuple[PointBatch, list[tf.Tensor]]:
             chosen = tf.cast(indices if valid is None else tf.gather(valid, indices), tf.int32)
-            return rows.take(chosen), self._following(rows, last, chosen)
+            return points.take(chosen), self._following(points, last, chosen)
 
         # As many as possible the first time; then a few that are spread over them, others each time: after enough
         # measurements each row has had its turn. Those of a step, if they must stay together.
@@ -199,16 +201,16 @@ class StepMeasurement:
         )
         return worst
 
-    def _following(self, rows: PointBatch, last: Sequence[tf.Tensor], chosen: tf.Tensor) -> list[tf.Tensor]:
+    def _following(self, points: PointBatch, last: Sequence[tf.Tensor], chosen: tf.Tensor) -> list[tf.Tensor]:
         """The states after some points: the old states of the next step, or the last states after the last step."""
-        count, samples = rows.count, self.samples
+        count, samples = points.count, self.samples
         return [
             tf.where(
                 tf.reshape(chosen + samples < count, [-1] + [1] * (end.shape.rank - 1)),
                 tf.gather(states, tf.minimum(chosen + samples, count - 1)),
                 tf.gather(end, chosen % samples),
             )
-            for states, end in zip(rows.states, last, strict=True)
+            for states, end in zip(points.states, last, strict=True)
         ]
 
 
