@@ -624,7 +624,7 @@ TRAININGS: dict[str, Callable[[str], Training]] = {
         log_dir=log_dir,
         measures="full",
         update_freq=2,
-        slow_freq=2,
+        slow_freq=3,
         max_reports=3,
     ),
     "fit_batches": lambda log_dir: training(
