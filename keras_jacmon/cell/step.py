@@ -37,9 +37,9 @@ class CellStep:
             List of tensors `(points, ...)`, the flat new states, of the same types.
 
         Raises:
-            ValueError: If number or shapes of the new states are not those of the old ones.
+            ValueError: If number or shapes of the new states differ from the old ones.
         """
-        # A cell may draw a dropout mask that it does not use: neither its seed nor the mask may stay behind.
+        # A cell may draw a dropout mask that it does not use: neither its seed nor the mask may remain.
         with full_precision(self.cell), keras.StatelessScope() as scope, without_masks(self.cell):
             _, new = self.cell(inputs, self.packed(states), **training_argument(self.cell))
         self._written = set(scope.state_mapping)

@@ -125,7 +125,7 @@ class CellJacobian:
     Attributes:
         step: The cell's step.
         assumptions: The properties that are relied on.
-        row_by_row: True if it is proven that each point's new states are a function of the same point alone.
+        point_by_point: True if it is proven that each point's new states are a function of the same point alone.
     """
 
     def __init__(
@@ -151,7 +151,7 @@ class CellJacobian:
                 self._reason = str(error)
             except Exception as error:  # noqa: BLE001 - autodiff takes over, and `explain` shows what went wrong
                 self._reason = f"its graph is not understood ({type(error).__name__}: {error})"
-        self.row_by_row = self._structure is not None and self._structure.row_by_row
+        self.point_by_point = self._structure is not None and self._structure.point_by_point
         if self._structure:
             self._weights_only = weights_only_values(self._structure)
             self._kernels = kernels_of(self._structure, self._weights_only, states[floating_states(states)[0]].dtype)

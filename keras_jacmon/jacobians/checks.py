@@ -144,7 +144,7 @@ def check_points(
     of_products = _product_differences(jacobian, views, points, seed)
     of_new_states = []
     floating = floating_states(points.states)
-    if jacobian.row_by_row:
+    if jacobian.point_by_point:
         if stepped is None:
             stepped = _beside(jacobian.step(points.inputs, points.states), floating)
         sizes = [size(points.states[p]) for p in floating]

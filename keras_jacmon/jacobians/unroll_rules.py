@@ -11,8 +11,8 @@ from keras_jacmon.structure.movers import Labels
 from keras_jacmon.structure.ops import moves_units, passes_unchanged
 from keras_jacmon.structure.structure import Structure
 
-# With more parts than this, or narrower ones, a product for each part takes longer than one product for all of them and
-# its split: 1.1 times as long at 64 units, 0.75 times at 128.
+# With more parts than this, or with narrower ones, one product for each part takes longer than one product for all of
+# them and a split: 1.1 times as long at 64 units, 0.75 times at 128.
 _MOST_PARTS, _LEAST_UNITS = 8, 128
 
 
@@ -22,9 +22,12 @@ def unroll_plan_of(
     """Plans the unrolling of a cell with a known structure.
 
     Args:
-        structure: The structure of the cell's step.
-        weights_only: By name, the values of the tensors of its graph that depend on weights alone.
-        kernels: The kernels of its products.
+        structure: `Structure` of the cell's step.
+        weights_only: Mapping by name, the values of the tensors of its graph that depend on weights alone.
+        kernels: Mapping from the nodes of its products to their kernels.
+
+    Returns:
+        `UnrollPlan`.
     """
     graph = structure.graph
     states = [Node.state(q) for q in range(len(graph.states))]
@@ -52,8 +55,9 @@ def _as_sums(
 ) -> list[Sum]:
     """Writes tensors as sums of products of the inputs, and of one product of the states if it is given.
 
-    Returns nothing unless all of them are such sums: the wide product that they have in common is needed as long as one
-    of them is not.
+    Returns:
+        List of `Sum`s; empty unless all of the tensors are such sums. If one of them is not, the wide product that they
+        have in common is still needed, and nothing is gained.
     """
     if len(tensors) > 1 and (len(tensors) > _MOST_PARTS or min(map(structure.size, tensors)) < _LEAST_UNITS):
         return []
@@ -69,7 +73,7 @@ def _as_sum(
     weights_only: Mapping[str, tf.Tensor],
     kernels: Mapping[Node, Kernel],
 ) -> Sum | None:
-    """Writes one tensor as a sum; None if it is none."""
+    """Writes one tensor as a sum; returns None if it is not a sum."""
     summands = _summands(structure, tensor)
     if summands is None:
         return None
@@ -88,11 +92,11 @@ def _as_sum(
 
 
 def _summands(structure: Structure, tensor: tf.Tensor) -> dict[Node, Labels] | None:
-    """Finds the products that add up to a tensor, but for a constant.
+    """Finds the products that add up to a tensor, except for a constant.
 
     Returns:
-        For each product, the unit of it that each unit of the tensor is made from. None if the tensor is not such a
-        sum, or is itself a product.
+        Dict from each product to the labels of the tensor: the unit of the product that each unit is made from. None if
+        the tensor is not such a sum, or is itself a product.
     """
     summands: dict[Node, Labels] = {}
     for node, index_map in structure.index_maps(tensor).items():
@@ -108,10 +112,10 @@ def _summands(structure: Structure, tensor: tf.Tensor) -> dict[Node, Labels] | N
 
 
 def _adds_up(structure: Structure, tensor: tf.Tensor, results: Collection[str]) -> bool:
-    """Tells if a tensor is made by moving and adding only these results of products, and constants.
+    """Tells if a tensor is made only by moving and adding these results of products, and constants.
 
-    Derivatives of one do not tell it all. A part of the values may have no derivative (integers, a stopped gradient) or
-    no index map (a unit that is used several times), and a narrower type rounds.
+    That the derivatives are one does not suffice. A part of the values may have no derivative (integers, a stopped
+    gradient) or no index map (a unit that is used several times), and a narrower type rounds.
     """
     pending = [tensor]
     while pending:

@@ -184,7 +184,7 @@ class StepMeasurement:
         if not self.independent:
             chosen = tf.range(self.samples) + self.draw * self.samples % count
         checks = check_points(self.jacobian, self.views, *at(chosen), seed)
-        if self.jacobian.row_by_row:
+        if self.jacobian.point_by_point:
             return checks
 
         # All of them, at each measurement.

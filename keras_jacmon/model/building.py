@@ -1,4 +1,4 @@
-"""Building: the weights of a model that has none yet, made from the probe."""
+"""Building of a model that has no weights yet, from the probe."""
 
 from typing import Any
 
@@ -12,11 +12,11 @@ from keras_jacmon.model.internals import sublayers, training_argument
 
 
 def build(model: keras.Layer, arrays: Any) -> None:
-    """Builds the layers that make their weights at the first call, without moving any state.
+    """Builds the layers that make their weights at the first call, without changing any state.
 
     Args:
-        model: Keras model; one that has its weights is left as it is.
-        arrays: Arrays as `read_probe` returns them.
+        model: Keras model; a built one is left as it is.
+        arrays: Structure of NumPy arrays `(batch, ...)`, as `read_probe` returns them.
 
     Raises:
         ValueError: If the model cannot be called on the probe.
@@ -34,7 +34,7 @@ def build(model: keras.Layer, arrays: Any) -> None:
         return model(keras.tree.pack_sequence_as(inputs, list(tensors)), **training_argument(model))
 
     # Traced and not run: a cell may write to a `tf.Variable`, which the scope does not shield. The number of samples
-    # stays open: a Sequential model keeps the shape that it was built with, and is saved with it.
+    # stays open, because a Sequential model keeps the shape that it was built with, and is saved with it.
     specs = [tf.TensorSpec([None, *tensor.shape[1:]], tensor.dtype) for tensor in keras.tree.flatten(inputs)]
     with shielded(model):
         try:

@@ -1,4 +1,4 @@
-"""Distribution: the strategies of `tf.distribute` that a model may be made in."""
+"""Strategies of `tf.distribute` that a model may be made in."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from keras_jacmon.errors import invalid_argument
 
 
 def check_distribution(model: keras.Layer) -> None:
-    """Refuses a distribution that is not known to train, or to be measured, in the way that it says.
+    """Refuses the distributions that this package does not support.
 
     Args:
         model: Keras model.
@@ -39,7 +39,7 @@ def check_outside_of_scopes() -> None:
     """Refuses to trace in the scope of a strategy, where the variables of replicas cannot be read.
 
     Raises:
-        ValueError: In the scope of a `tf.distribute` strategy with replicas.
+        ValueError: If it is called in the scope of a `tf.distribute` strategy with replicas.
     """
     if tf.distribute.has_strategy() and tf.distribute.in_cross_replica_context():
         raise ValueError(
@@ -50,10 +50,10 @@ def check_outside_of_scopes() -> None:
 
 
 def own_variable(value: Any, shape: tf.TensorShape | None = None) -> tf.Variable:
-    """Returns a variable that no optimizer trains, a single one in the scope of a strategy too.
+    """Returns a variable that is not trained, and has one copy even in the scope of a strategy.
 
-    `tf.Variable` would make one for each replica there, which can be read inside of the replicas only. TensorFlow has
-    no public way around the scope.
+    In such a scope `tf.Variable` makes one copy for each replica, which can be read only inside of the replicas.
+    TensorFlow has no public way around the scope.
 
     Args:
         value: Tensor, the initial value.

@@ -1,4 +1,4 @@
-"""Guards: a measurement or a trace puts back what it changes."""
+"""Guards that restore the state of a model after a measurement or a trace."""
 
 import contextlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -11,23 +11,26 @@ from keras_jacmon.model.internals import losses_put_back, without_masks
 
 @contextlib.contextmanager
 def shielded(model: keras.Layer) -> Iterator[None]:
-    """Puts back what calls of a model change: its variables, the masks of its cells and the losses of its layers.
+    """Restores what calls of a model change: its variables, the masks of its cells and the losses of its layers.
 
-    A `tf.Variable` that a layer writes to past Keras is not shielded: see `put_back`.
+    A `tf.Variable` that a layer writes to without Keras is not shielded; see `put_back`.
+
+    Args:
+        model: Keras model.
     """
     with losses_put_back(model), keras.StatelessScope(), without_masks(model):
         yield
 
 
 def foreign_variables(graph: tf.Graph, model: keras.Layer, own: Iterable[tf.Variable]) -> list[tf.Variable]:
-    """Returns the variables that a graph uses and that are neither the model's nor among our own.
+    """Returns the variables that a graph uses and that belong neither to the model nor to this package.
 
     Args:
         graph: `tf.Graph` of a traced function.
         model: Keras model.
-        own: Iterable of `tf.Variable`.
+        own: Iterable of `tf.Variable`, the variables of this package.
     """
-    # In place of a mirrored variable a graph knows the variable of its replica.
+    # A graph refers to a mirrored variable by the copy of its replica.
     parts = [part for variable in model.variables for part in getattr(variable.value, "values", [variable.value])]
     known = {id(variable) for variable in [*parts, *own]}
     return [variable for variable in graph.variables if id(variable) not in known]
@@ -35,7 +38,11 @@ def foreign_variables(graph: tf.Graph, model: keras.Layer, own: Iterable[tf.Vari
 
 @contextlib.contextmanager
 def put_back(variables: Sequence[tf.Variable]) -> Iterator[None]:
-    """Gives variables the values back that they had."""
+    """Restores the values of variables at the end of the context.
+
+    Args:
+        variables: Sequence of `tf.Variable`.
+    """
     saved = [variable.read_value() for variable in variables]
     try:
         yield

@@ -1,4 +1,4 @@
-"""Inputs of a model: probe and targets, read without touching the training and checked against the model."""
+"""Inputs of a model, the probe and its targets: read without effect on the training, checked against the model."""
 
 import contextlib
 import random
@@ -17,8 +17,8 @@ def read_probe(probe: Any) -> Any:
     """Reads the probe as arrays.
 
     Args:
-        probe: A batch of model inputs: an array or tensor, a list, tuple or dict of them for several inputs, or a
-            `tf.data.Dataset` or `keras.utils.PyDataset`, whose first batch is taken (from `(x, y)`, x).
+        probe: Batch of model inputs: an array or tensor, a list, tuple or dict of them for several inputs, or a
+            `tf.data.Dataset` or `keras.utils.PyDataset`, whose first batch is taken (x, if it is a pair `(x, y)`).
 
     Returns:
         NumPy arrays `(batch, ...)` in the structure of the inputs.
@@ -47,11 +47,11 @@ def read_targets(targets: Any, probe: Any) -> Any:
 
     Args:
         targets: Array or tensor, or a list, tuple or dict of them, that the loss compares the outputs with.
-        probe: Arrays as `read_probe` returns them.
+        probe: Structure of NumPy arrays `(batch, ...)`, as `read_probe` returns them.
 
     Returns:
-        Tensors `(batch, ...)` in the same structure, floating-point ones of Keras' default type, as `fit` converts
-        them.
+        Tensors `(batch, ...)` in the structure of the targets. Floating-point ones have Keras' default type, as in
+        `fit`.
 
     Raises:
         ValueError: If there is not one target for each sample.
@@ -61,7 +61,7 @@ def read_targets(targets: Any, probe: Any) -> Any:
     counts = [int(tensor.shape[0]) for tensor in keras.tree.flatten(tensors)]
     if not counts or set(counts) != {samples}:
         raise invalid_argument(
-            "targets", f"those of the {samples} samples of the probe", f"targets of {counts} samples"
+            "targets", f"one target for each of the {samples} samples of the probe", f"targets of {counts} samples"
         )
     return tensors
 
@@ -81,15 +81,15 @@ def fit_probe(model: keras.Layer, arrays: Any) -> Any:
     """Checks a probe against the model's inputs and converts it to tensors of their types.
 
     Args:
-        model: A built Keras model. Structure, shapes and types are checked where it declares them (functional and
-            Sequential models do).
-        arrays: Arrays as `read_probe` returns them.
+        model: Built Keras model. Structure, shapes and types are checked if it declares them, as functional and
+            Sequential models do.
+        arrays: Structure of NumPy arrays `(batch, ...)`, as `read_probe` returns them.
 
     Returns:
         Tensors `(batch, ...)` in the same structure.
 
     Raises:
-        ValueError: If number, names, shapes or types of the arrays are not those of the model's inputs.
+        ValueError: If number, names, shapes or types of the arrays differ from the model's inputs.
     """
     declared = getattr(model, "inputs", None)
     if not declared:
@@ -113,9 +113,9 @@ def fit_probe(model: keras.Layer, arrays: Any) -> Any:
 
 @contextlib.contextmanager
 def _random_numbers_put_back() -> Iterator[None]:
-    """Gives the generators of NumPy and Python the states back that they had.
+    """Restores the states of NumPy's and Python's global random generators at the end of the context.
 
-    Reading a dataset may augment it with random numbers from these generators, which the training draws from too.
+    Reading a dataset may augment it with random numbers from these generators, which the training uses too.
     """
     of_numpy, of_python = np.random.get_state(), random.getstate()  # noqa: NPY002 - that is the one
     try:
@@ -130,7 +130,7 @@ def _first_batch(dataset: Any) -> Any:
         x, _, _ = keras.utils.unpack_x_y_sample_weight(dataset[0])
         return x
     if _shuffles(dataset):
-        # A shuffle draws a new order each time it is read: reading it here would shift the order of the training.
+        # A shuffle draws a new order each time it is read: reading it here would change the order in the training.
         raise invalid_argument(
             "probe",
             "a dataset that does not shuffle (reading one that does changes the order that training sees); "
@@ -157,7 +157,7 @@ def _as_array(leaf: Any) -> np.ndarray[Any, Any]:
             "probe", "arrays of one shape for all samples", f"{type(leaf).__name__} ({error})"
         ) from error
     text = array.dtype.kind in "SU" or (array.dtype.kind == "O" and _is_text(array))
-    # Kind V is what NumPy calls bfloat16 and its kin.
+    # Kind V is NumPy's kind for bfloat16 and similar types.
     if array.dtype.kind not in "biufV" and not text:
         raise invalid_argument("probe", "numbers", f"an array of dtype {array.dtype}")
     return array
@@ -180,7 +180,7 @@ def _check_values(arrays: Sequence[np.ndarray[Any, Any]]) -> None:
 
 
 def _fit(array: np.ndarray[Any, Any], spec: Any, name: str, *, frozen: bool) -> tf.Tensor:
-    """Returns an array as a tensor of the declared input's type, if its shape and type allow."""
+    """Converts an array to a tensor of the declared input's type, after checks of its shape and type."""
     shape = tuple(spec.shape)
     if frozen and shape and shape[0] is not None:
         shape = (*[None] * (len(shape) - 1), shape[-1])

@@ -1,4 +1,4 @@
-"""Private parts of Keras and `tf.data` that this package needs, because there is no public way."""
+"""Private parts of Keras and `tf.data` that this package needs, because they have no public counterpart."""
 
 import contextlib
 from collections.abc import Iterator
@@ -26,9 +26,9 @@ def training_argument(layer: Any) -> dict[str, bool]:
 
 @contextlib.contextmanager
 def losses_put_back(model: keras.Layer) -> Iterator[None]:
-    """Gives the layers the losses back that they had added.
+    """Restores the losses that the layers had added, at the end of the context.
 
-    At the beginning of a call Keras forgets the losses that the last one has added, and has no public way to set them.
+    At the beginning of a call Keras forgets the losses of the call before, and has no public way to set them.
     """
     layers = sublayers(model)
     before = [(list(layer._losses), set(layer._loss_ids)) for layer in layers]  # noqa: SLF001
@@ -43,10 +43,10 @@ def losses_put_back(model: keras.Layer) -> Iterator[None]:
 
 @contextlib.contextmanager
 def without_fused_kernels(model: keras.Layer) -> Iterator[None]:
-    """Keeps layers from handing their whole sequence to one fused kernel, which never calls their cells.
+    """Keeps layers from passing their whole sequence to one fused kernel, which never calls their cells.
 
-    On a GPU `Bidirectional` hands both directions to such a kernel, past its layers. The attribute is an argument of
-    `LSTM` and `GRU`, but Keras does not document that it may be set later.
+    On a GPU `Bidirectional` passes both directions to such a kernel, without calling its layers. The
+    attribute is an argument of `LSTM` and `GRU`, but Keras does not document that it may be set later.
     """
     fused = {layer: layer.use_cudnn for layer in sublayers(model) if getattr(layer, "use_cudnn", False)}
     try:
@@ -60,9 +60,10 @@ def without_fused_kernels(model: keras.Layer) -> Iterator[None]:
 
 @contextlib.contextmanager
 def without_masks(layer: Any) -> Iterator[None]:
-    """Resets the dropout masks that cells keep: one from a trace is symbolic, and would fail in `fit`.
+    """Resets the dropout masks that cells keep, at the end of the context.
 
-    The class of the cells that keep masks is not public; its methods are.
+    A mask from a trace is symbolic, and would fail in `fit`. The class of the cells that keep masks is not
+    public; its methods are.
     """
     try:
         yield

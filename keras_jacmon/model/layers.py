@@ -11,7 +11,12 @@ from keras_jacmon.model.internals import sublayers
 
 @dataclass(frozen=True)
 class RecurrentLayer:
-    """A recurrent layer and its name in reports, logs and TensorBoard tags."""
+    """A recurrent layer and its name in reports, logs and TensorBoard tags.
+
+    Attributes:
+        name: String, unique within a model.
+        layer: `keras.layers.RNN`.
+    """
 
     name: str
     layer: keras.layers.RNN
@@ -21,10 +26,11 @@ def find_recurrent_layers(model: keras.Layer) -> tuple[RecurrentLayer, ...]:
     """Finds every `keras.layers.RNN`, subclasses included, at any depth of a built model.
 
     Args:
-        model: A built Keras model or layer.
+        model: Built Keras model or layer.
 
     Returns:
-        Tuple of layers with unique names: Keras paths without the model's own name, e.g. `bidirectional/forward_lstm`.
+        Tuple of `RecurrentLayer`s. Their names are Keras paths without the model's own name, e.g.
+        `bidirectional/forward_lstm`.
 
     Raises:
         ValueError: If the model has no recurrent layer.
@@ -46,17 +52,17 @@ def find_recurrent_layers(model: keras.Layer) -> tuple[RecurrentLayer, ...]:
 def select_layers(
     found: Sequence[RecurrentLayer], wanted: Iterable[str | keras.Layer] | str | keras.Layer | None
 ) -> tuple[RecurrentLayer, ...]:
-    """Narrows the layers found to those that the user named.
+    """Selects the layers that the user named.
 
     Args:
         found: Sequence of layers from `find_recurrent_layers`.
-        wanted: Names as in reports, names of Keras layers, or the layers themselves; None for all.
+        wanted: Name as in reports, name of a Keras layer, or a layer; or an iterable of them; None for all layers.
 
     Returns:
-        Tuple of the wanted layers, in the order in which they were found.
+        Tuple of the wanted layers, in the order of `found`.
 
     Raises:
-        ValueError: If a wanted layer is not among those found, or none is wanted.
+        ValueError: If a wanted layer is not in `found`, or `wanted` is empty.
     """
     if wanted is None:
         return tuple(found)
@@ -77,14 +83,14 @@ def select_layers(
 
 
 def _path(layer: keras.Layer, model: keras.Layer) -> str:
-    # A layer has a path once it is built; one that is never called has only its name.
+    # Keras sets the path when it builds a layer; a layer that is never called has only its name.
     return (layer.path or layer.name).removeprefix(f"{model.name}/")
 
 
 def _unique(name: str, taken: Iterable[str]) -> str:
     """Returns the name, numbered if it is taken.
 
-    Keras allows two layers of one path (e.g. the same name in two custom layers); reports must tell them apart.
+    Keras allows two layers with the same path (e.g. the same name in two custom layers); reports must distinguish them.
     """
     candidate, count = name, 1
     while candidate in taken:

@@ -1,4 +1,4 @@
-"""Gradients of the compiled loss by the states that recurrent layers go through."""
+"""Gradients of the compiled loss by the hidden states of recurrent layers."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
@@ -21,8 +21,8 @@ class LossGradients:
     """The gradients of the loss by the hidden states.
 
     Attributes:
-        by_call: Dict of tensors `(batch, time, units)`, named as recurrent calls are.
-        graph: `TracedGraph`; must live as long as these.
+        by_call: Dict by name of a recurrent call, tensors `(batch, time, units)`.
+        graph: `TracedGraph` of the loss; must live as long as the gradients.
     """
 
     by_call: dict[str, tf.Tensor]
@@ -34,19 +34,19 @@ def loss_gradients(
 ) -> LossGradients:
     """Differentiates the loss that the model is compiled with by the hidden state after each step.
 
-    Zeros are added to that state as the cell hands it on, to its next step and, where the output is the same tensor, to
-    the following layers; the loss is differentiated by these zeros. So the gradient is the one that training would see
-    there, from all later steps and layers together.
+    Zeros are added to the state that the cell returns, and the loss is differentiated by these zeros. They reach the
+    next step and, if the output of the cell is the same tensor, the following layers. So the gradient is the one of the
+    training, from all later steps and layers together.
 
     Args:
-        model: A compiled Keras model.
-        inputs: The probe's tensors, in the structure that the model takes.
-        targets: Structure of tensors, the targets of the probe's samples.
-        layers: Mapping of the layers to look at, by the position that names their operations.
+        model: Compiled Keras model.
+        inputs: Structure of tensors `(batch, ...)`, the probe as the model takes it.
+        targets: Structure of tensors `(batch, ...)`, the targets of the probe.
+        layers: Mapping from the position that names their operations to the layers to differentiate.
 
     Returns:
-        The gradients, times the number of samples: if the loss is a mean over the samples, the gradient of each
-        sample's own loss. Time is the position in the input; zero at steps that are skipped.
+        `LossGradients`, times the number of samples: if the loss is a mean over the samples, the gradient of each
+        sample's own loss. Time is the position in the input; the gradient is zero at steps that are skipped.
 
     Raises:
         ValueError: If the loss cannot be computed from these targets.
@@ -85,14 +85,14 @@ def _loss(model: keras.Model, inputs: Any, targets: Any, outputs: Any) -> tf.Ten
 def _times_samples(gradient: tf.Tensor) -> tf.Tensor:
     """Returns the gradient times the number of samples, in at least single precision.
 
-    The gradient itself may be in half precision, with the rounding that training without loss scaling has.
+    The gradient may have half precision, with the same rounding as in a training without loss scaling.
     """
     wide = tf.float64 if gradient.dtype == tf.float64 else tf.float32
     return tf.cast(gradient, wide) * tf.cast(tf.shape(gradient)[0], wide)
 
 
 class _ZeroAdder:
-    """Adds zeros, which a tape watches, to the hidden states of the layers that are called in one graph.
+    """Adds zeros that a tape watches to the hidden states of the layers that are called in one graph.
 
     Args:
         tape: `tf.GradientTape`.
@@ -100,7 +100,7 @@ class _ZeroAdder:
 
     Attributes:
         layers: List of the names of the called layers, in the order of the calls.
-        zeros: List of the zeros of each call, `(batch, time, units)`.
+        zeros: List of tensors `(batch, time, units)`, the zeros of each call.
     """
 
     def __init__(self, tape: tf.GradientTape, graph: tf.Graph) -> None:
@@ -129,12 +129,12 @@ class _ZeroAdder:
 
 @contextlib.contextmanager
 def _adding_cell(layer: keras.layers.RNN, features: tf.TensorShape, states: Any) -> "Iterator[_AddingCell]":
-    """Puts an `_AddingCell` in the place of the cell that makes the hidden state: in a stack, of the lowest one."""
+    """Replaces the cell that makes the hidden state (in a stack, the lowest one) by an `_AddingCell`."""
     owner, name, place = layer, "cell", layer.cell
     while isinstance(place, keras.layers.StackedRNNCells):
         owner, name, place = place, "cells", place.cells[0]
     cell, before = _AddingCell(place, features, states), vars(owner)[name]
-    # Past Keras' `__setattr__`, which would track it as a layer of its own.
+    # Without Keras' `__setattr__`, which would track it as a layer of its own.
     vars(owner)[name] = [cell, *before[1:]] if name == "cells" else cell
     try:
         yield cell
@@ -143,14 +143,17 @@ def _adding_cell(layer: keras.layers.RNN, features: tf.TensorShape, states: Any)
 
 
 class _AddingCell:
-    """A cell that adds a part of its inputs to the hidden state that it hands on.
+    """A cell that adds the last part of its inputs to the hidden state that it returns.
 
-    That part stands after the features of the true cell.
+    The first part holds the features of the true cell.
 
     Args:
         cell: The true cell.
-        features: Shape of the true cell's inputs.
-        states: Structure of tensors, its initial states.
+        features: `tf.TensorShape` of the true cell's inputs, without the batch.
+        states: Structure of tensors `(batch, ...)`, its initial states.
+
+    Attributes:
+        units: Integer, number of units of the hidden state.
     """
 
     def __init__(self, cell: Any, features: tf.TensorShape, states: Any) -> None:
@@ -164,7 +167,12 @@ class _AddingCell:
         return getattr(self._cell, name)
 
     def widened(self, sequences: tf.Tensor, added: tf.Tensor) -> tf.Tensor:
-        """Returns the inputs of this cell, `(batch, time, features + units)`."""
+        """Returns the inputs of this cell, `(batch, time, features + units)`.
+
+        Args:
+            sequences: Tensor `(batch, time, ...)`, the inputs of the true cell.
+            added: Tensor `(batch, time, units)`, added to the hidden states.
+        """
         flat = tf.reshape(sequences, [*known_sizes(sequences)[:2], self._features.num_elements()])
         return tf.concat([flat, added], axis=-1)
 

@@ -21,9 +21,9 @@ class RecurrentCall:
     Attributes:
         name: String, the key of the call in reports.
         layer: `keras.layers.RNN`.
-        inputs: `(batch, time, ...)`, the sequence.
+        inputs: Tensor `(batch, time, ...)`, the sequence.
         states: Structure of tensors `(batch, ...)`, the initial states as the layer holds them.
-        mask: Boolean `(batch, time)`, False at the steps to skip; None without a mask.
+        mask: Boolean tensor `(batch, time)`, False at the steps to skip; None without a mask.
     """
 
     name: str
@@ -38,8 +38,8 @@ class Recording:
     """The recurrent calls that the model made on the probe.
 
     Attributes:
-        calls: Tuple of calls in the order in which they happened, named like their layers, and `layer:1`, `layer:2`,
-            ... from the second call of a layer on.
+        calls: Tuple of `RecurrentCall`s in their order. The first call of a layer has the name of the layer; the next
+            ones are `layer:1`, `layer:2`, ...
         unmeasured: Dict by layer name, the reason why a layer has no call that can be measured.
         graph: `TracedGraph` of the model; must live as long as the calls.
     """
@@ -52,15 +52,15 @@ class Recording:
 def record_calls(model: keras.Layer, inputs: Any, layers: Sequence[RecurrentLayer]) -> Recording:
     """Runs the model on the probe, inside the graph that is being traced, and records its recurrent calls.
 
-    A layer's `inner_loop` receives what its cell sees: the sequence as it is unrolled, the initial states as tensors
-    (from a stateful layer, from the caller, or zeros) and the mask. So these are recorded.
+    A call is recorded where Keras calls the `inner_loop` of the layer. Its arguments are the sequence as the cell sees
+    it, the initial states as tensors (from a stateful layer, from the caller, or zeros) and the mask.
 
-    Only the operations that these calls depend on are replayed in that graph: not those that follow the last recurrent
-    layer, for instance.
+    Only the operations that these arguments depend on are replayed in the graph. The layers after the last recurrent
+    one, for instance, are left out.
 
     Args:
-        model: A built Keras model.
-        inputs: The probe's tensors, in the structure that the model takes.
+        model: Built Keras model.
+        inputs: Structure of tensors `(batch, ...)`, the probe as the model takes it.
         layers: Sequence of the layers to record.
 
     Returns:
@@ -106,7 +106,7 @@ class _Recorder:
         self, item: RecurrentLayer, loop: Callable[..., Any], inputs: tf.Tensor, states: Any, mask: Any, **kwargs: Any
     ) -> Any:
         if inputs.graph is self._graph:
-            # Read now: the states of a stateful layer are variables, which the model has moved on once it has run.
+            # Read now: the states of a stateful layer are variables, which the model changes when it runs.
             initial = keras.tree.map_structure(lambda state: tf.identity(tf.convert_to_tensor(state)), states)
             self.calls.append(RecurrentCall(item.name, item.layer, inputs, initial, _as_mask(mask)))
         else:
@@ -154,7 +154,13 @@ def _as_mask(mask: Any) -> tf.Tensor | None:
 
 
 def call_names(layers: Iterable[str]) -> list[str]:
-    """Returns the names of calls: the name of the layer, from its second call on with `:1`, `:2`, ... after it."""
+    """Returns the names of calls.
+
+    The first call of a layer has the name of the layer; the next ones are `layer:1`, `layer:2`, ...
+
+    Args:
+        layers: Iterable of the names of the called layers, in the order of the calls.
+    """
     counts: Counter[str] = Counter()
     names = []
     for layer in layers:
@@ -167,13 +173,13 @@ def call_names(layers: Iterable[str]) -> list[str]:
 def shadowing(model: keras.Layer, layers: Mapping[int, RecurrentLayer], around: Callable[..., Any]) -> Iterator[None]:
     """Shadows `inner_loop` on the layers' instances while the model is traced.
 
-    The operations of the layer at position 2 get a name with `forward_of_layer_2` in it, which leads from one that
-    fails at run time back to its layer.
+    The names of the operations of the layer at position 2 contain `forward_of_layer_2`. So the name of an operation
+    that fails at run time tells the layer.
 
     Args:
         model: Keras model.
         layers: Mapping from positions to layers.
-        around: Function that is called instead, as
+        around: Function that is called instead of `inner_loop`, as
             `around(item, inner_loop, sequences, initial_state, mask, **kwargs)`.
     """
 
@@ -189,7 +195,7 @@ def shadowing(model: keras.Layer, layers: Mapping[int, RecurrentLayer], around: 
     with without_fused_kernels(model):
         try:
             for position, item in layers.items():
-                # Past Keras' `__setattr__`: a locked layer tracks nothing new.
+                # Without Keras' `__setattr__`: a locked layer tracks nothing new.
                 vars(item.layer)["inner_loop"] = shadow(position, item)
             yield
         finally:

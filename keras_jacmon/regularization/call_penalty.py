@@ -164,7 +164,7 @@ class CallPenalty:
             return check(jacobian, [self._view], points.take(some), new, seed)
 
         checks = checked(check_points, valid[:CHECKED_POINTS])
-        return checks if jacobian.row_by_row else checks.worst(checked(check_independence, valid))
+        return checks if jacobian.point_by_point else checks.worst(checked(check_independence, valid))
 
     def _traced(self) -> Traced[Any]:
         if not tf.executing_eagerly():

@@ -1,4 +1,4 @@
-"""Nodes of a cell's step, and the index maps by which the units of one node reach those of another."""
+"""Nodes of a cell's step, and index maps from the units of a node to the units of another tensor."""
 
 import enum
 from dataclasses import dataclass
@@ -18,11 +18,11 @@ class NodeKind(enum.Enum):
 
 @dataclass(frozen=True, order=True)
 class Node:
-    """A tensor that derivatives are taken by or of.
+    """A tensor that is differentiated, or that another one is differentiated by.
 
     Attributes:
-        kind: An old state, the inputs, the product with a kernel, or a new state.
-        position: Among the nodes of its kind; products count in the order in which they are computed.
+        kind: `NodeKind`: an old state, the inputs, the product with a kernel, or a new state.
+        position: Integer, position among the nodes of its kind; products in the order in which they are computed.
     """
 
     kind: NodeKind
@@ -61,13 +61,13 @@ class Node:
 
 @dataclass(frozen=True)
 class IndexMap:
-    """The way of a node's units to the units of another tensor, through elementwise operations.
+    """The path of a node's units to the units of another tensor, the target, through elementwise operations.
 
     Attributes:
-        slots: `(slots, size)`, the units of the node that each unit of the target is made from; -1 for none. A unit of
-            the node stands in it at most once.
-        node_size: Number of units of the node.
-        unchanged: True if all derivatives are one.
+        slots: Integer array `(slots, size)`, the units of the node that each unit of the target is made from; -1 for
+            none. Each unit of the node appears at most once.
+        node_size: Integer, number of units of the node.
+        unchanged: Boolean, True if all derivatives are one.
     """
 
     slots: npt.NDArray[np.int64]
@@ -76,7 +76,7 @@ class IndexMap:
 
     @property
     def targets(self) -> npt.NDArray[np.int64]:
-        """`(node_size,)`: the unit of the target that each unit of the node reaches; -1 for none."""
+        """Integer array `(node_size,)`, the unit of the target that each unit of the node reaches; -1 for none."""
         targets = np.full(self.node_size, -1)
         for slot in self.slots:
             targets[slot[slot >= 0]] = np.flatnonzero(slot >= 0)

@@ -15,14 +15,14 @@ from keras_jacmon.cell.cell_graph import CellGraph
 from keras_jacmon.structure.independence import independent_tensors
 from keras_jacmon.structure.index_map import Node
 from keras_jacmon.structure.movers import Labels
-from keras_jacmon.structure.ops import Kind, keeps_rows, move, op_of, passes_unchanged
+from keras_jacmon.structure.ops import Kind, keeps_points, move, op_of, passes_unchanged
 from keras_jacmon.structure.structure import Origin, Product, Structure
 from keras_jacmon.traced_graph import has_custom_gradient
 
-# If one unit is made from more units than this, in one elementwise stretch, that is no structure any more.
+# Maximum number of units of one node that a unit is made from; with more of them it counts as unstructured.
 _MOST_SLOTS = 64
 
-# The most entries of a kernel that is not a plain matrix and has to be written as one.
+# Maximum number of entries of a kernel that is not a plain matrix and has to be written as one.
 _MOST_ENTRIES = 2**24
 
 
@@ -31,10 +31,10 @@ class _Call:
     """One operation of a cell's graph, as a rule sees it.
 
     Attributes:
-        graph: The cell's step.
-        operation: The operation.
-        products: The products before it.
-        operands: By position, the origins of all operands that states or inputs have an influence on.
+        graph: `CellGraph`, the cell's step.
+        operation: Operation of that graph.
+        products: Sequence of the products before it.
+        operands: Mapping by position, the origins of all operands that states or inputs have an influence on.
     """
 
     graph: CellGraph
@@ -73,10 +73,13 @@ def find_structure(graph: CellGraph) -> Structure:
     """Finds the structure of a cell's Jacobian.
 
     Args:
-        graph: The cell's step.
+        graph: `CellGraph`, the cell's step.
+
+    Returns:
+        `Structure`.
 
     Raises:
-        NotImplementedError: If the shape of a state for any number of rows is not known.
+        NotImplementedError: If the shape of a state is not known for any number of points.
     """
     origins = {graph.step_inputs.name: _source(Node.inputs(), graph.step_inputs)}
     origins |= {state.name: _source(Node.state(q), state) for q, state in enumerate(graph.states)}
@@ -105,7 +108,7 @@ def _source(node: Node, tensor: tf.Tensor) -> Origin:
 def _outcome(call: _Call) -> _Outcome:
     """Applies the rule for an operation."""
     operation, row, known = call.operation, op_of(call.operation), call.known
-    # What has no derivative has no source, but is no constant either.
+    # A tensor without a derivative has no sources, but it is no constant either.
     if not known or not row.derivative or all(map(_non_differentiable, operation.outputs)):
         return _Outcome([Origin()] * len(operation.outputs))
     rule = _custom_gradient if has_custom_gradient(operation) else _RULES.get(row.kind, _refused)
@@ -122,7 +125,7 @@ def _refused(_: _Call) -> _Outcome:
 
 
 def _custom_gradient(call: _Call) -> _Outcome:
-    """The rule for operations whose derivative may be another one than the table says."""
+    """The rule for operations whose derivative may differ from the table."""
     raise NotImplementedError(f"`{call.operation.name}` has a gradient of its own")
 
 
@@ -177,7 +180,7 @@ def _product(call: _Call) -> _Outcome:
         raise NotImplementedError(f"`{operation.name}` computes in {z.dtype.name}, which is less than its states")
     units = graph.units(z)
     shape = (graph.size(y), int(np.prod(units)))
-    if not keeps_rows(operation, position, len(graph.units(y)) + 1, len(units) + 1):
+    if not keeps_points(operation, position, len(graph.units(y)) + 1, len(units) + 1):
         raise NotImplementedError
     if operation.type != "MatMul" and int(np.prod(shape)) > _MOST_ENTRIES:
         raise NotImplementedError(f"the kernel of `{operation.name}` is too large to be written as a matrix")
@@ -197,9 +200,9 @@ _RULES: Mapping[Kind, _Rule] = {
 
 
 def _checked(call: _Call, labels: Mapping[Node, Labels], unchanged: frozenset[Node]) -> Origin:
-    """Returns the origin with these labels; a node that reaches a unit in too many ways is left out.
+    """Returns the origin with these labels, without the nodes that reach a unit in too many ways.
 
-    What such a node depends on has no structure from there on.
+    The sources of such a node have no structure from there on.
     """
     origins = call.known.values()
     unstructured = {source: reason for origin in origins for source, reason in origin.unstructured.items()}
@@ -241,7 +244,7 @@ def _whole(units: Sequence[int]) -> Labels:
 
 
 def _in_equal_slots(labels: Mapping[int, Labels]) -> dict[int, Labels]:
-    """Returns the labels with as many slots for each operand as the largest of them has."""
+    """Pads the labels of all operands to the same number of slots."""
     slots = max(map(len, labels.values()))
     return {
         k: np.pad(x, [(0, slots - len(x))] + [(0, 0)] * (x.ndim - 1), constant_values=-1) for k, x in labels.items()

@@ -1,4 +1,4 @@
-"""Rules of the operations that only move units: the place of each unit in the outputs, given that in the operands."""
+"""Rules of the operations that only move units: from the labels of the operands to the labels of the outputs."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,19 +7,20 @@ import numpy as np
 import numpy.typing as npt
 import tensorflow as tf
 
-# For each unit of a tensor the unit of another one that it was made from; -1 for none. `(slots, ...)` where the
-# tensor is `(rows, ...)`: several slots where it was made from several units.
+# Integer array `(slots, ...)` for a tensor `(points, ...)`: for each unit of the tensor, the units of another tensor
+# that it is made from, one in each slot; -1 for none.
 Labels = npt.NDArray[np.int64]
 
-# From the position of an operand to its labels.
+# Function from the position of an operand to its labels.
 Operand = Callable[[int], Labels]
 
-# From an operation and its operands to the labels of each output, which the caller reshapes. It raises
-# `NotImplementedError` if rows move too, or if the graph does not say which units move.
+# Function from an operation and its operands to the labels of each output, which the caller reshapes. It raises
+# `NotImplementedError` if points move too, or if the graph does not say which units move.
 Mover = Callable[[tf.Operation, Operand], list[Labels]]
 
 
 def _constant(operation: tf.Operation, k: int) -> Any:
+    """Returns the value of an operand that is a constant."""
     value = tf.get_static_value(operation.inputs[k])
     if value is None:
         raise NotImplementedError
@@ -27,7 +28,7 @@ def _constant(operation: tf.Operation, k: int) -> Any:
 
 
 def _unit_axis(axis: int, rank: int) -> int:
-    """An axis that is not that of the rows."""
+    """Returns the axis, counted from 0; raises an error for the first axis, which holds the points."""
     axis = int(axis) % rank
     if axis == 0:
         raise NotImplementedError
@@ -35,7 +36,7 @@ def _unit_axis(axis: int, rank: int) -> int:
 
 
 def move_reshape(_: tf.Operation, operand: Operand) -> list[Labels]:
-    """Keeps all units in their order; the caller reshapes. With as many units per row as before, the rows stay."""
+    """Keeps all units in their order; the caller reshapes. With as many units per point as before, points stay."""
     return [operand(0)]
 
 

@@ -1,8 +1,8 @@
-"""The table of TensorFlow operations: the effect of each one on the units and rows of a tensor `(rows, ...)`.
+"""The table of TensorFlow operations: the effect of each one on the units and points of a tensor `(points, ...)`.
 
 Both analyses of a cell's graph read this table: the search for the structure of its Jacobian, and the proof that its
-rows are independent. An operation that is not in it leaves the structure to autodiff and the independence unproven. To
-add an operation, add a row.
+points are independent. An operation that is not in it leaves the structure to autodiff and the independence unproven.
+To add an operation, add a row.
 """
 
 import enum
@@ -16,9 +16,9 @@ import tensorflow as tf
 from keras_jacmon.structure import movers
 from keras_jacmon.structure.movers import Labels, Mover
 
-# Said of a product: (operation, position of the operand, its rank, rank of the result) -> row r of the result is made
-# from row r of that operand.
-KeepsRows = Callable[[tf.Operation, int, int, int], bool]
+# Function from a product, the position of an operand, its rank and the rank of the result; True if point p of the
+# result is made from point p of that operand.
+KeepsPoints = Callable[[tf.Operation, int, int, int], bool]
 
 
 class Kind(enum.Enum):
@@ -28,8 +28,8 @@ class Kind(enum.Enum):
     COPIES: each output is the operand at the same position.
     BROADCASTS: each unit of the output is a unit of an operand, which may be used several times.
     MOVES: each unit of an output is a unit of an operand, or a constant.
-    PRODUCT: linear in each of two operands; with a kernel, one matrix for all rows.
-    SIZES: the output holds sizes, the same whatever the values.
+    PRODUCT: linear in each of two operands; with a kernel, one matrix for all points.
+    SIZES: the output holds sizes, which do not depend on the values.
     MIXES_AXES: units are mixed along the axes that the second operand names.
     MIXES_LAST_AXIS: units are mixed along the last axis.
     UNKNOWN: the operation is not in the table.
@@ -50,7 +50,7 @@ ELEMENTWISE, COPIES, BROADCASTS, MOVES = Kind.ELEMENTWISE, Kind.COPIES, Kind.BRO
 PRODUCT, SIZES = Kind.PRODUCT, Kind.SIZES
 MIXES_AXES, MIXES_LAST_AXIS = Kind.MIXES_AXES, Kind.MIXES_LAST_AXIS
 
-# The number of operands, where it is all of them.
+# Number of operands that stands for all of them.
 EVERY = sys.maxsize
 
 
@@ -59,14 +59,17 @@ class Op:
     """A row of the table.
 
     Attributes:
-        name: The type of the operation, as TensorFlow registers it.
-        kind: Its kind.
-        derivative: False if no derivative passes the operation.
-        passes: Number of leading operands by which the derivative of an elementwise operation is one.
-        mover: The places of the units, for an operation that moves them.
-        keeps_rows: The rule by which a product keeps rows apart.
-        pairs_rows: True for a product that multiplies row r of one operand with row r of the other, from rank 3 on.
-        size_operand: Position of an operand that holds sizes of the output; None if there is none.
+        name: String, the type of the operation, as TensorFlow registers it.
+        kind: `Kind`.
+        derivative: Boolean, False if no derivative passes the operation. Defaults to True.
+        passes: Integer, number of leading operands by which the derivative of an elementwise operation is one. Defaults
+            to 0.
+        mover: `Mover`, the rule of an operation that moves units; None for other kinds. Defaults to None.
+        keeps_points: `KeepsPoints`, the rule of a product; None for other kinds. Defaults to None.
+        pairs_points: Boolean, True for a product that multiplies point p of one operand with point p of the other, from
+            rank 3 on. Defaults to False.
+        size_operand: Integer, position of an operand that holds sizes of the output; None if there is none. Defaults to
+            None.
     """
 
     name: str
@@ -74,23 +77,23 @@ class Op:
     derivative: bool = True
     passes: int = 0
     mover: Mover | None = None
-    keeps_rows: KeepsRows | None = None
-    pairs_rows: bool = False
+    keeps_points: KeepsPoints | None = None
+    pairs_points: bool = False
     size_operand: int | None = None
 
 
-def _matmul_keeps_rows(operation: tf.Operation, operand: int, _: int, __: int) -> bool:
+def _matmul_keeps_points(operation: tf.Operation, operand: int, _: int, __: int) -> bool:
     return operand == 0 and not operation.get_attr("transpose_a")
 
 
-def _batch_matmul_keeps_rows(operation: tf.Operation, operand: int, rank: int, output_rank: int) -> bool:
+def _batch_matmul_keeps_points(operation: tf.Operation, operand: int, rank: int, output_rank: int) -> bool:
     if len(operation.outputs[0].shape) == len("ij"):
         return operand == 0 and not operation.get_attr("adj_x")
     # From rank 3 on, the first axis only counts the products.
     return output_rank == rank
 
 
-def _einsum_keeps_rows(operation: tf.Operation, operand: int, _: int, __: int) -> bool:
+def _einsum_keeps_points(operation: tf.Operation, operand: int, _: int, __: int) -> bool:
     left, result = operation.get_attr("equation").decode().replace(" ", "").split("->")
     parts = left.split(",")
     if len(parts) == 1:
@@ -101,7 +104,7 @@ def _einsum_keeps_rows(operation: tf.Operation, operand: int, _: int, __: int) -
     return own[:1] == result[:1] and own[:1] not in other and own.count(own[0]) == 1
 
 
-def _convolution_keeps_rows(_: tf.Operation, operand: int, __: int, ___: int) -> bool:
+def _convolution_keeps_points(_: tf.Operation, operand: int, __: int, ___: int) -> bool:
     return operand == 0
 
 
@@ -112,12 +115,12 @@ def _convolution_keeps_rows(_: tf.Operation, operand: int, __: int, ___: int) ->
 #   does the gradient that TensorFlow registers. `derivative=False` only if that gradient is None for all operands, or
 #   if the output has no derivative by its type. `passes` only where the gradient is one for every value of the operand
 #   (`Cast` may round).
-# - MOVES: the mover knows the place of each unit, or raises `NotImplementedError`; so it does if rows are mixed.
-# - PRODUCT: linear in each operand, with no other term, and `keeps_rows` is true only if row r of the result depends on
-#   row r of that operand and on no other row of it.
+# - MOVES: the mover knows the place of each unit, or raises `NotImplementedError`; so it does if points are mixed.
+# - PRODUCT: linear in each operand, with no other term, and `keeps_points` is true only if point p of the result
+#   depends on point p of that operand and on no other point of it.
 # - SIZES: the output depends on the shapes of the operands, and not on their values.
-# - MIXES_AXES and MIXES_LAST_AXIS: along other axes than those named, nothing is mixed.
-# At run time, checks compare each structure with autodiff; they find a wrong row, but only where it makes a difference.
+# - MIXES_AXES and MIXES_LAST_AXIS: nothing is mixed along axes that are not named.
+# At run time, checks compare each structure with autodiff; they find a wrong row, but only if it changes the result.
 TABLE = (
     # Unit by unit.
     Op("Abs", ELEMENTWISE),
@@ -236,12 +239,12 @@ TABLE = (
     Op("Transpose", MOVES, mover=movers.move_transpose),
     Op("Unpack", MOVES, mover=movers.move_unpack),
     # Products with a kernel.
-    Op("BatchMatMulV2", PRODUCT, keeps_rows=_batch_matmul_keeps_rows, pairs_rows=True),
-    Op("BatchMatMulV3", PRODUCT, keeps_rows=_batch_matmul_keeps_rows, pairs_rows=True),
-    Op("Conv2D", PRODUCT, keeps_rows=_convolution_keeps_rows),
-    Op("Conv3D", PRODUCT, keeps_rows=_convolution_keeps_rows),
-    Op("Einsum", PRODUCT, keeps_rows=_einsum_keeps_rows),
-    Op("MatMul", PRODUCT, keeps_rows=_matmul_keeps_rows),
+    Op("BatchMatMulV2", PRODUCT, keeps_points=_batch_matmul_keeps_points, pairs_points=True),
+    Op("BatchMatMulV3", PRODUCT, keeps_points=_batch_matmul_keeps_points, pairs_points=True),
+    Op("Conv2D", PRODUCT, keeps_points=_convolution_keeps_points),
+    Op("Conv3D", PRODUCT, keeps_points=_convolution_keeps_points),
+    Op("Einsum", PRODUCT, keeps_points=_einsum_keeps_points),
+    Op("MatMul", PRODUCT, keeps_points=_matmul_keeps_points),
     # Sizes of a tensor.
     Op("Rank", SIZES, derivative=False),
     Op("Shape", SIZES, derivative=False),
@@ -269,7 +272,7 @@ OPERATIONS = {op.name: op for op in TABLE}
 
 
 def op_of(operation: tf.Operation) -> Op:
-    """Returns the row of an operation; one of kind UNKNOWN if there is none."""
+    """Returns the row of an operation; a row of kind UNKNOWN for an operation that is not in the table."""
     return OPERATIONS.get(operation.type) or Op(operation.type, Kind.UNKNOWN)
 
 
@@ -283,9 +286,16 @@ def moves_units(operation: tf.Operation) -> bool:
     return op_of(operation).kind is MOVES
 
 
-def keeps_rows(operation: tf.Operation, operand: int, rank: int, output_rank: int) -> bool:
-    """Tells if row r of a product is made from row r of the operand at a position, given the ranks of both."""
-    rule = op_of(operation).keeps_rows
+def keeps_points(operation: tf.Operation, operand: int, rank: int, output_rank: int) -> bool:
+    """Tells if point p of a product is made from point p of one of its operands.
+
+    Args:
+        operation: Operation of kind PRODUCT.
+        operand: Integer, position of the operand.
+        rank: Integer, rank of the operand.
+        output_rank: Integer, rank of the product.
+    """
+    rule = op_of(operation).keeps_points
     return rule is not None and rule(operation, operand, rank, output_rank)
 
 
@@ -300,16 +310,16 @@ def move(
 
     Args:
         operation: Operation of kind MOVES.
-        labels: By position, the labels `(slots, ...)` of some operands; the others have none.
-        units: Function from an operand to its shape without its rows.
-        shapes: Shapes of the outputs without their rows.
-        slots: Number of slots.
+        labels: Mapping by position, the labels `(slots, ...)` of some operands; the others have none.
+        units: Function from an operand to its shape without the points.
+        shapes: Sequence of the shapes of the outputs without the points.
+        slots: Integer, number of slots.
 
     Returns:
-        The labels of each output.
+        List of the labels `(slots, ...)` of each output.
 
     Raises:
-        NotImplementedError: If the operation moves rows too, or if the graph does not say which units it moves.
+        NotImplementedError: If the operation moves points too, or if the graph does not say which units it moves.
     """
 
     def operand(k: int) -> Labels:

@@ -1,4 +1,4 @@
-"""The structure of a cell's Jacobian: an immutable result, and the questions that it answers.
+"""The structure of a cell's Jacobian: an immutable result with queries.
 
 In most cells a state passes through elementwise functions, products with kernels and elementwise functions again. Where
 every operation between the products is known to act unit by unit, or to move units, each block of the Jacobian is made
@@ -21,15 +21,15 @@ from keras_jacmon.structure.ops import moves_units, passes_unchanged
 
 @dataclass(frozen=True)
 class Product:
-    """A product `z = y @ W` in the graph, with a kernel that is the same for all rows.
+    """A product `z = y @ W` in the graph, with a kernel that is the same for all points.
 
     Attributes:
         operation: Operation of the cell's graph.
-        y: The factor, a tensor of the cell's graph.
-        z: The result.
-        kernel: The kernel's name.
+        y: Tensor of the cell's graph `(points, ...)`, the factor.
+        z: Tensor of the cell's graph `(points, ...)`, the result.
+        kernel: String, the kernel's name.
         shape: Shape of the kernel as a matrix, `(units of y, units of z)`.
-        sources: States and inputs that the result depends on, through what has a derivative.
+        sources: Set of the states and inputs that the result has derivatives by.
     """
 
     operation: tf.Operation
@@ -42,7 +42,12 @@ class Product:
 
 @dataclass(frozen=True, eq=False)
 class Segment:
-    """A tensor of the graph that holds some units of a product's result, plus what has been added to them."""
+    """A tensor of the graph that holds some units of a product's result, after additions.
+
+    Attributes:
+        tensor: Tensor of the cell's graph `(points, ...)`.
+        units: Integer array, the unit of the result that each unit of the tensor holds.
+    """
 
     tensor: tf.Tensor
     units: npt.NDArray[np.int64]
@@ -53,11 +58,12 @@ class Origin:
     """The nodes that a tensor is made from.
 
     Attributes:
-        labels: By node, the labels `(slots, ...)` of the units that reach this tensor elementwise.
-        unchanged: Nodes whose units come with a derivative of one.
-        sources: States and inputs that this tensor depends on, through what has a derivative.
-        unstructured: Those of the sources whose influence has no structure, each with the reason.
-        depends_on_state: True if a state has an influence on the values, be it one without a derivative.
+        labels: Mapping by node, the labels `(slots, ...)` of the units that reach this tensor elementwise.
+        unchanged: Set of the nodes whose units arrive with a derivative of one.
+        sources: Set of the states and inputs that this tensor has derivatives by.
+        unstructured: Mapping from the sources whose influence has no structure to the reason.
+        depends_on_state: Boolean, True if a state has an influence on the values, with or without a derivative.
+            Defaults to False.
     """
 
     labels: Mapping[Node, Labels] = field(default_factory=dict)
@@ -75,10 +81,11 @@ class Structure:
     """The blocks of a cell's Jacobian that are made of diagonals and kernels.
 
     Attributes:
-        graph: The cell's step.
-        products: The products with kernels, in the order in which they are computed.
-        origins: By name, the origins of the tensors that the states or the inputs have an influence on.
-        independent: Names of the tensors whose row r is proven to be made from row r of inputs and states.
+        graph: `CellGraph`, the cell's step.
+        products: Tuple of the products with kernels, in the order in which they are computed.
+        origins: Mapping by name, the origins of the tensors that the states or the inputs have an influence on.
+        independent: Set of the names of the tensors whose point p is proven to be made from point p of inputs and
+            states.
     """
 
     graph: CellGraph
@@ -87,8 +94,8 @@ class Structure:
     independent: frozenset[str]
 
     @property
-    def row_by_row(self) -> bool:
-        """True if row r of all new states is proven to be a function of row r of inputs and states."""
+    def point_by_point(self) -> bool:
+        """True if point p of all new states is proven to be a function of point p of inputs and states."""
         return self.independent.issuperset(tensor.name for tensor in self.graph.new_states)
 
     def reason(self, new: int, source: Node) -> str | None:
@@ -96,7 +103,7 @@ class Structure:
         return self._origin(self.graph.new_states[new]).unstructured.get(source)
 
     def depends(self, new: int, source: Node) -> bool:
-        """Tells if a new state depends on a source through what has a derivative."""
+        """Tells if a new state has a derivative by a source."""
         return source in self._origin(self.graph.new_states[new]).sources
 
     def describe(self, new: int, source: Node) -> str:
@@ -115,7 +122,7 @@ class Structure:
         return " + ".join(parts)
 
     def index_maps(self, tensor: tf.Tensor) -> dict[Node, IndexMap]:
-        """Returns the elementwise ways of states, inputs and products to a tensor of the graph."""
+        """Returns the index maps, by node, from states, inputs and products to a tensor of the graph."""
         origin, size = self._origin(tensor), self.size(tensor)
         return {
             node: IndexMap(labels.reshape(len(labels), size), self.size(self.tensor(node)), node in origin.unchanged)
@@ -127,7 +134,7 @@ class Structure:
         return not self.product(product).sources.isdisjoint(sources)
 
     def varies(self, tensor: tf.Tensor) -> bool:
-        """Tells if the states or the inputs have an influence on a tensor, be it one without a derivative."""
+        """Tells if the states or the inputs have an influence on a tensor, with or without a derivative."""
         return tensor.name in self.origins
 
     def is_unstructured(self, tensor: tf.Tensor) -> bool:
@@ -135,14 +142,14 @@ class Structure:
         return bool(self._origin(tensor).unstructured)
 
     def depends_on_inputs_only(self, tensor: tf.Tensor) -> bool:
-        """Tells if row r of a tensor is known to be made from row r of the inputs, and from no state."""
+        """Tells if point p of a tensor is known to be made from point p of the inputs, and from no state."""
         origin = self._origin(tensor)
         understood = origin.sources == {Node.inputs()} and not origin.unstructured
         return understood and not origin.depends_on_state and tensor.name in self.independent
 
     @functools.cached_property
     def inputs_only(self) -> tuple[tf.Tensor, ...]:
-        """The last tensors on the ways from the inputs that depend on the inputs alone, row by row."""
+        """The last tensors after the inputs that depend on the inputs alone, point by point."""
         found = {}
         for operation in self.graph.operations:
             if not operation.outputs or not all(map(self.depends_on_inputs_only, operation.outputs)):
@@ -154,7 +161,7 @@ class Structure:
     def weights_only(self) -> tuple[tf.Tensor, ...]:
         """The last tensors that depend on weights alone.
 
-        Constants are none of them and stay in the graph, where shape functions and derivatives must see them.
+        Constants do not count. They stay in the graph, where shape functions and derivatives must see them.
         """
         constant: dict[str, bool] = {}
         found = {}
@@ -167,14 +174,18 @@ class Structure:
         return tuple(tensor for tensor in found.values() if tensor.dtype != tf.resource)
 
     def segments(self, product: Node, sources: Iterable[Node]) -> list[Segment]:
-        """Returns the last tensors that together hold the result of a product, apart from what is added to it.
+        """Returns the last tensors that together hold the result of a product, after additions.
 
-        Biases and inputs that are added, and the split into gates, need not be passed again to know the derivatives by
-        the product.
+        The derivatives by the product are the same before and after the addition of biases and inputs. So these
+        operations, and the split into gates, need not be replayed.
 
         Args:
             product: Node of the product.
-            sources: Nodes that derivatives are taken by. A tensor that depends on them is not passed.
+            sources: Iterable of the nodes that derivatives are taken by. The addition of a tensor that depends on them
+                ends the search.
+
+        Returns:
+            List of `Segment`s.
         """
         sources = frozenset(sources)
         z = self.product(product).z
@@ -188,7 +199,7 @@ class Structure:
         return found
 
     def _later(self, segment: Segment, product: Node, sources: frozenset[Node]) -> list[Segment]:
-        """Returns the segments one operation later that hold the same units; none if there are none."""
+        """Returns the segments one operation later, if they hold the same units; an empty list otherwise."""
         if segment.tensor.name in self._ends:
             return []
         operations = [operation for operation in segment.tensor.consumers() if operation.name in self._used]
@@ -202,11 +213,11 @@ class Structure:
                 return []
             later.append(Segment(tensor, labels.ravel()))
         units = np.concatenate([part.units for part in later]) if later else np.empty(0, np.int64)
-        # As many of each as before, so that nothing is left out and nothing counts twice.
+        # Each unit as often as before, so that none is left out and none counts twice.
         return later if np.array_equal(np.sort(units), np.sort(segment.units)) else []
 
     def _moved_or_added_to(self, operation: tf.Operation, tensor: tf.Tensor, sources: frozenset[Node]) -> bool:
-        """Tells if an operation moves the units of a tensor, or adds to them what does not depend on the sources."""
+        """Tells if an operation moves the units of a tensor, or adds a tensor that does not depend on the sources."""
         names = [operand.name for operand in operation.inputs]
         others = [self._origin(operand) for operand in operation.inputs if operand.name != tensor.name]
         known = moves_units(operation) or passes_unchanged(operation, names.index(tensor.name))
@@ -227,11 +238,11 @@ class Structure:
         return self.product(node).y if node.is_product else self.graph.new_states[node.position]
 
     def size(self, tensor: tf.Tensor) -> int:
-        """Returns the number of units of a tensor, per row."""
+        """Returns the number of units of a tensor at each point."""
         return self.graph.size(tensor)
 
     def units(self, tensor: tf.Tensor) -> tuple[int, ...]:
-        """Returns the shape of a tensor without the rows."""
+        """Returns the shape of a tensor without the points."""
         return self.graph.units(tensor)
 
     @functools.cached_property

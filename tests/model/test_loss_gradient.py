@@ -212,10 +212,10 @@ def test_without_targets_there_is_none() -> None:
 @pytest.mark.parametrize(
     ("targets", "message"),
     [
-        (LAST[:2], "Expected those of the 3 samples of the probe. Received: targets of \\[2\\] samples"),
+        (LAST[:2], "Expected one target for each of the 3 samples of the probe. Received: targets of \\[2\\] samples"),
         (["a", "b", "c"], "Expected arrays of numbers"),
         (LAST[:, :3], "Expected targets that the loss of the model takes. Received: shapes \\(3, 3\\)"),
-        ([], "Expected those of the 3 samples"),
+        ([], "Expected one target for each of the 3 samples"),
     ],
 )
 def test_targets_that_do_not_fit_are_refused(targets: Any, message: str) -> None:

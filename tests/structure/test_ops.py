@@ -34,7 +34,7 @@ def test_each_operation_of_tensorflow_has_one_row_at_most() -> None:
 def test_rows_have_what_their_kind_needs() -> None:
     for row in ops.TABLE:
         assert (row.mover is not None) == (row.kind is ops.MOVES), row
-        assert (row.keeps_rows is not None) == (row.kind is ops.PRODUCT), row
+        assert (row.keeps_points is not None) == (row.kind is ops.PRODUCT), row
         assert not row.passes or (row.kind is ops.ELEMENTWISE and row.derivative), row
 
 
@@ -46,9 +46,9 @@ def test_adding_an_elementwise_operation_is_adding_a_row(monkeypatch: pytest.Mon
     monkeypatch.delitem(ops.OPERATIONS, "Softsign")
     before = structure_of_step(step)
     assert "`Softsign` mixes units or rows" in str(before.reason(0, Node.state(0)))
-    assert not before.row_by_row
+    assert not before.point_by_point
     monkeypatch.setitem(ops.OPERATIONS, "Softsign", row)
     after = structure_of_step(step)
     assert after.reason(0, Node.state(0)) is None
     assert after.describe(0, Node.state(0)).startswith("the product with")
-    assert after.row_by_row
+    assert after.point_by_point
