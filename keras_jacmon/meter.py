@@ -72,7 +72,7 @@ class _Static(NamedTuple):
     Attributes:
         calls: Metadata of the calls, by name.
         recording: The recorded calls of the model; must live as long as the graph.
-        loss: The gradients of the loss, which must too; None without targets.
+        loss: The gradients of the loss, which must live as long; None without targets.
     """
 
     calls: dict[str, CallMetadata]
@@ -171,7 +171,7 @@ class JacobianMeter:
         check_distribution(model)
         self._model, self._options = model, plan.options
         quick = filtered(plan.selection, lambda measure: measure.cost != "full")
-        # By whether slow measures are taken. Who names nothing else wants them each time.
+        # True: with the slow measures; False: without. If the user names only slow ones, they are always taken.
         self._selections = {True: plan.selection} | ({False: quick} if quick not in ((), plan.selection) else {})
         self._targets = plan.targets
         if plan.targets is not None and not getattr(model, "compiled", False):
@@ -186,7 +186,7 @@ class JacobianMeter:
         self._inputs = keras.tree.flatten(inputs)
         self._structure = keras.tree.map_structure(lambda _: 0, inputs)
         self._traces = self._measurements = 0
-        # Traced here and not at the first call, so that what cannot be measured is said at once.
+        # Traced here and not at the first call, so that errors and warnings come at once.
         self._trace({})
         self._check_calls(required=plan.layers is not None)
 
@@ -244,7 +244,7 @@ class JacobianMeter:
         )
 
     def _assumptions_after(self, results: _Results) -> dict[str, Assumptions]:
-        """The assumptions that remain after the checks, by key; warns if they are fewer than before."""
+        """Returns the assumptions that remain after the checks, by key; warns if they are fewer than before."""
         assumptions = dict(self._assumptions)
         for name, found in results.calls.items():
             cell = self._traced[True].function.static.calls[name].cell
@@ -270,7 +270,7 @@ class JacobianMeter:
             function = trace(partial(self._measure, selection, assumptions), specs)
             self._traces += 1
             traced[which] = _Traced(function, foreign_variables(function.graph.graph, self._model, []))
-        # Not before: if tracing fails, or is interrupted, the next measurement has what there was.
+        # Assigned last: if tracing fails or is interrupted, the next measurement uses the old traces.
         self._assumptions, self._traced = assumptions, traced
 
     def _tensors(self) -> list[tf.Tensor]:
@@ -288,7 +288,7 @@ class JacobianMeter:
     def _measure(
         self, selection: Selection, assumptions: Mapping[str, Assumptions], draw: tf.Tensor, *tensors: tf.Tensor
     ) -> tuple[_Results, _Static]:
-        """Model and probe -> recording -> calls measured, in the graph that is being traced."""
+        """Records the calls of the model on the probe and measures them, in the graph that is being traced."""
         inputs, targets = tensors[: len(self._inputs)], tensors[len(self._inputs) :]
         packed = keras.tree.pack_sequence_as(self._structure, list(inputs))
         with shielded(self._model):
@@ -365,7 +365,7 @@ class JacobianMeter:
 
 
 def _essence(error: tf.errors.OpError) -> str:
-    """The error without its dozens of lines on the origin of the operation; these stay in the error itself."""
+    """Returns the message without its dozens of lines on the origin of the operation."""
     lines = [line for line in error.message.splitlines() if line.strip() and not line.startswith('  File "')]
     return "\n".join(
         line for line in lines if not re.match(r"Graph execution error:|Detected at node |<stack traces", line)

@@ -229,7 +229,7 @@ class JacobianMonitor(keras.callbacks.Callback):
         self._warn_of_nonfinite(report, step)
 
     def _penalty(self) -> float | None:
-        """The penalty with the present weights, NaN if it cannot be computed; None without a regularizer."""
+        """Returns the penalty with the present weights, NaN if it cannot be computed; None without a regularizer."""
         if self._held is None:
             return None
         value = self._attempt("Evaluating the penalty", self._held.penalty)
@@ -251,7 +251,7 @@ class JacobianMonitor(keras.callbacks.Callback):
                 )
 
     def _step(self) -> int:
-        """The optimizer's iteration count, or the batches seen if a custom `train_step` does not use that optimizer."""
+        """Returns the optimizer's iteration count, or the batches seen if a custom `train_step` does not use it."""
         start, done = self._schedule.start or 0, self._schedule.done
         iterations = self._iterations()
         if iterations is None or (iterations == start and done >= 2 * self._batches_per_iteration()):
@@ -296,11 +296,11 @@ class _Schedule:
 
     @property
     def is_measured(self) -> bool:
-        """Whether there is a measurement after the last batch."""
+        """Boolean, True if there is a measurement after the last batch."""
         return self._measured_at == self.done
 
     def is_due_after(self, batch: int) -> bool:
-        """Counts the batches up to the given one, and returns whether a measurement is due."""
+        """Counts the batches up to the given one, and returns True if a measurement is due."""
         # `batch` is the last of the `steps_per_execution` batches that have just been run.
         before = (self.start or 0) + self.done
         self.done += batch - self._batch
@@ -314,7 +314,7 @@ class _Schedule:
         return self.start is not None and not (self.is_measured and self._measured_slow)
 
     def next_is_slow(self, *, last: bool, has_slow: bool) -> bool:
-        """Counts the next measurement, and returns whether it includes the slow measures."""
+        """Counts the next measurement, and returns True if it includes the slow measures."""
         slow = last or self._measurements % self.slow_every == 0
         self._measured_at, self._measured_slow = self.done, slow or not has_slow
         self._measurements += 1
@@ -384,12 +384,12 @@ def _check_arguments(update_freq: Any, slow_freq: Any, max_reports: Any, on_erro
 
 
 def _identity(model: keras.Model) -> list[Any]:
-    """The objects that make a model another one for the measurement, if one of them is replaced."""
+    """Returns the objects that a measurement depends on: if one of them is replaced, it must be traced anew."""
     # Each `compile` makes a new one, and Keras traces the model anew then too.
     loss = getattr(model, "_compile_loss", None)
     return [model, loss, *model.variables, None, *model.trainable_variables]
 
 
 def _same(left: list[Any], right: list[Any]) -> bool:
-    """Whether two lists have the same objects; `==` of variables is that of their values."""
+    """Returns True if two lists have the same objects; `==` of variables compares their values."""
     return len(left) == len(right) and all(one is other for one, other in zip(left, right, strict=True))

@@ -24,7 +24,7 @@ class Options:
     """The settings of a measurement: costs, exactness and random numbers.
 
     `JacobianMeter`, `JacobianMonitor` and the command line take their arguments and defaults from here. The docstring
-    of `JacobianMeter` says what each of them does.
+    of `JacobianMeter` explains each of them.
 
     Raises:
         ValueError: If a value is out of range.

@@ -21,10 +21,11 @@ class PointSource:
     """Source of the operators of points.
 
     Attributes:
-        count: Number of points.
-        between: Function from two indices to the operators, by view, of the points from the one up to the other.
+        count: Integer, number of points.
+        between: Function from two indices to the operators, by view, of the points from the first index up to the
+            second, which is excluded; two times None for all points.
         take: Function from indices `(k,)` to the operators, by view, of these points.
-        valid: Indices of the points to measure; None for all.
+        valid: Integer `(k,)`, indices of the points to measure; None for all.
     """
 
     count: int | tf.Tensor
@@ -42,7 +43,7 @@ def measure_points(
         source: Source of the operators.
         quantities: The quantities to measure, of the kind `PerStep`.
         context: Settings of the measures.
-        chunk: Maximum number of points at once.
+        chunk: Integer, maximum number of points at once.
 
     Returns:
         For each quantity its values, `(points,)`, NaN where not measured.
@@ -81,7 +82,7 @@ def _measured(operators: Operators, quantities: Selection, context: MeasureConte
 
 
 def _put(found: list[MeasuredArray], arrays: list[MeasuredArray], at: tf.Tensor) -> list[MeasuredArray]:
-    """The arrays with other values at some points."""
+    """Returns the arrays with the found values at the given indices."""
 
     def put(part: tf.Tensor, array: tf.Tensor) -> tf.Tensor:
         return tf.tensor_scatter_nd_update(array, tf.expand_dims(at, axis=1), tf.cast(part, array.dtype))
@@ -93,10 +94,10 @@ def _put(found: list[MeasuredArray], arrays: list[MeasuredArray], at: tf.Tensor)
 
 
 def spread_evenly(total: tf.Tensor | int, count: int) -> tf.Tensor:
-    """At most `count` of the numbers from 0 up to `total`, `(min(total, count),)`: one in each of as many equal parts.
+    """Returns at most `count` of the numbers from 0 up to `total`, `(min(total, count),)`, spread evenly.
 
-    Where in its part a number lies follows the golden ratio and not a stride, which could meet the same sample of a
-    batch each time.
+    The range is cut into equal parts, with one number from each. The position of the number in its part follows the
+    golden ratio. A constant stride could meet the same sample of a batch each time.
     """
     total = tf.cast(total, tf.int64)
     count = tf.minimum(tf.constant(count, tf.int64), total)

@@ -23,10 +23,10 @@ from keras_jacmon.measures.registry import Quantity, Selection, filtered, of_kin
 # More (point, vector) pairs at once than this do not fit a cache and are no faster.
 _MOST_POINTS = 2**14
 
-# Number of points whose structure is compared with autodiff at each measurement, others each time.
+# Number of points at which a structure is compared with autodiff; other points at each measurement.
 CHECKED_POINTS = 16
 
-# The random numbers of one segment are told from those of another by as many streams as it may have chunks.
+# Each segment has this number of streams of random numbers, one for each of its chunks.
 _STREAMS = 2**12
 
 
@@ -36,14 +36,14 @@ class StepMeasurement:
 
     Attributes:
         jacobian: The Jacobians of the cell.
-        quantities: The quantities of single points, spectra among them.
+        quantities: The quantities of single points, including spectra.
         views: The views whose structure is checked.
         context: Settings of the measures.
-        bytes_allowed: Memory for the derivatives.
-        bytes_per_point: Memory of one evaluation of the cell with its derivative.
-        draw: Number of measurements before this one.
-        independent: False if the points of a step must stay together.
-        samples: Number of points of a step.
+        bytes_allowed: Integer, memory for the derivatives.
+        bytes_per_point: Integer, memory of one evaluation of the cell with its derivative.
+        draw: Integer scalar, number of measurements before this one.
+        independent: Boolean, False if the points of a step must stay together.
+        samples: Integer, number of points of a step.
     """
 
     jacobian: CellJacobian
@@ -57,7 +57,7 @@ class StepMeasurement:
     samples: int | tf.Tensor
 
     def evaluated(self, points: PointBatch) -> PointBatch:
-        """The points, with all structures evaluated if there is memory for all at once."""
+        """Returns the points with their structured operators evaluated, if there is memory for all points at once."""
         count = points.inputs.shape[0]
         at_once = self.independent and count is not None and count <= self._chunk(points, ())
         return self.jacobian.evaluated(self.views, points) if at_once else points
@@ -69,13 +69,16 @@ class StepMeasurement:
         subsample: Subsample,
         segment: tf.Tensor | int,
     ) -> tuple[list[MeasuredArray], CheckResults]:
-        """Measures all quantities: `(time * batch,)`, spectra `(points, values)`; and makes the checks.
+        """Measures all quantities, and checks the assumptions.
 
         Args:
             points: The points.
             last: The states after the last step.
-            subsample: Masks of those that are measured.
-            segment: Number of parts of the sequence before this one.
+            subsample: Masks of the points that are measured.
+            segment: Integer, number of segments before this one.
+
+        Returns:
+            The values of each quantity, `(time * batch,)`, spectra `(points, values)`; and the results of the checks.
         """
         # Dependent points stay together: all samples of a step, masked ones included.
         valid = None if subsample.mask is None or not self.independent else indices_of(subsample.mask)
@@ -103,7 +106,7 @@ class StepMeasurement:
     def _groups(
         self, valid: tf.Tensor | None, expensive: tf.Tensor | None
     ) -> list[tuple[Selection, tf.Tensor | None, tf.Tensor | None]]:
-        """Quantities with the indices of their points, and, if these are not all, their mask `(time, batch)`."""
+        """Returns quantities with the indices of their points, and with the mask `(time, batch)` of a subsample."""
         of_steps = of_kind(self.quantities, PerStep)
         if expensive is None:
             return [(of_steps, valid, None)] if of_steps else []
@@ -116,7 +119,7 @@ class StepMeasurement:
     def _spectra(
         self, spectra: Selection, points: PointBatch, indices: tf.Tensor, context: MeasureContext
     ) -> list[tf.Tensor]:
-        """The spectra `(k, values)` of points with these indices `(k,)`, one by one, since each takes a matrix."""
+        """Returns the spectra `(k, values)` at indices `(k,)`, one by one, since each takes a matrix."""
 
         def at(chosen: tf.Tensor) -> list[tf.Tensor]:
             operators = self.jacobian.operators(views_of(spectra), points.take(chosen))
@@ -134,16 +137,16 @@ class StepMeasurement:
         )
 
     def width(self, quantity: Quantity, points: PointBatch) -> int | None:
-        """Number of values of a quantity at each point; None for a single number."""
+        """Returns the number of values of a quantity at each point; None for a single number."""
         return quantity.measure.kind.width(self._shape(quantity.view, points))
 
     def _shape(self, name: str, points: PointBatch) -> tuple[int, int]:
-        """Rows and columns of the Jacobians of a view."""
+        """Returns the number of rows and columns of the Jacobians of a view."""
         view = View.of(name, points.states)
         return sum(size(points.states[new]) for new in view.outputs), view.columns(points.inputs, points.states)
 
     def _chunk(self, points: PointBatch, quantities: Selection) -> int:
-        """The maximum number of points at once."""
+        """Returns the maximum number of points at once."""
         kept = [measure.numbers_kept(*self._shape(view, points)) for view, measure in quantities]
         if not self.jacobian.assumptions.products:
             # J is formed.
@@ -162,12 +165,17 @@ class StepMeasurement:
         )
 
     def _checked(self, points: PointBatch, last: Sequence[tf.Tensor], valid: tf.Tensor | None) -> CheckResults:
-        """Checks of what the measures rest on."""
+        """Checks the assumptions behind the Jacobians: at some points the structure, at all points the independence.
+
+        Args:
+            points: The points.
+            last: The states after the last step.
+            valid: Integer `(k,)`, indices of the points to check; None for all.
+        """
         if not self.views:
             # No gradient connects the states, and there is nothing to measure.
             return CheckResults.zero(self.context.dtype)
-        count = points.count
-        total = count if valid is None else tf.size(valid)
+        total = points.count if valid is None else tf.size(valid)
         # Half as many points as are measured at once, since autodiff takes its memory beside them.
         most = max(1, self._chunk(points, ()) // 2) if self.independent else self.samples
         seed = tf.random.experimental.stateless_fold_in([self.context.options.seed, 3], self.draw)
@@ -176,18 +184,12 @@ class StepMeasurement:
             chosen = tf.cast(indices if valid is None else tf.gather(valid, indices), tf.int32)
             return points.take(chosen), self._following(points, last, chosen)
 
-        # As many as possible the first time; then a few that are spread over them, others each time: after enough
-        # measurements each row has had its turn. Those of a step, if they must stay together.
-        number = tf.minimum(total, tf.where(self.draw == 0, most, CHECKED_POINTS))
-        stride = -(-total // tf.maximum(number, 1))
-        chosen = (tf.range(number) * stride + self.draw % tf.maximum(stride, 1)) % tf.maximum(total, 1)
-        if not self.independent:
-            chosen = tf.range(self.samples) + self.draw * self.samples % count
+        chosen = self._turn(total, most) if self.independent else self._step_in_turn(points.count)
         checks = check_points(self.jacobian, self.views, *at(chosen), seed)
         if self.jacobian.point_by_point:
             return checks
 
-        # All of them, at each measurement.
+        # Independence is checked at all points, at each measurement.
         def body(start: tf.Tensor, worst: CheckResults) -> tuple[tf.Tensor, CheckResults]:
             here = tf.range(start, tf.minimum(start + most, total))
             own = tf.random.experimental.stateless_fold_in(seed, start)
@@ -201,8 +203,21 @@ class StepMeasurement:
         )
         return worst
 
+    def _turn(self, total: int | tf.Tensor, most: int | tf.Tensor) -> tf.Tensor:
+        """Returns the indices of the points whose turn it is: as many as possible the first time, then a few.
+
+        The few are spread over all points, and others each time: after enough measurements each point has had its turn.
+        """
+        number = tf.minimum(total, tf.where(self.draw == 0, most, CHECKED_POINTS))
+        stride = -(-total // tf.maximum(number, 1))
+        return (tf.range(number) * stride + self.draw % tf.maximum(stride, 1)) % tf.maximum(total, 1)
+
+    def _step_in_turn(self, count: int | tf.Tensor) -> tf.Tensor:
+        """Returns the indices of the points of one step, another step each time."""
+        return tf.range(self.samples) + self.draw * self.samples % count
+
     def _following(self, points: PointBatch, last: Sequence[tf.Tensor], chosen: tf.Tensor) -> list[tf.Tensor]:
-        """The states after some points: the old states of the next step, or the last states after the last step."""
+        """Returns the states after the chosen points: the old states of the next step, or the last states."""
         count, samples = points.count, self.samples
         return [
             tf.where(
@@ -226,15 +241,16 @@ def in_segments(
 
     Args:
         sequence: The whole sequence.
-        steps: Maximum number of steps of a segment.
-        measurement: Its quantities are measured.
+        steps: Integer, maximum number of steps of a segment.
+        measurement: `StepMeasurement`, for its quantities and their context.
         measure_segment: Function from a segment, its index and its first step to the values, the results of the checks
             and the states after the last step.
+
+    Returns:
+        The values of each quantity, and the worst results of the checks.
     """
     time = tf.shape(sequence.inputs)[0]
     count = -(-time // steps)
-    quantities, real = measurement.quantities, measurement.context.dtype
-    widths = [measurement.width(quantity, PointBatch(sequence.inputs[0], sequence.states)) for quantity in quantities]
 
     def body(
         index: tf.Tensor, states: Sequence[tf.Tensor], lists: list[MeasuredArray], worst: CheckResults
@@ -242,39 +258,50 @@ def in_segments(
         start = index * steps
         part = sequence.between(start, tf.minimum(start + steps, time), states)
         arrays, checks, last = measure_segment(part, index, start)
-        lists = [
-            MeasuredArray(
-                known.value.write(index, tf.reshape(array.value, [-1])),
-                known.uncertainty.write(index, tf.reshape(array.uncertainty, [-1])),
-                known.is_exact & array.is_exact,
-            )
-            for known, array in zip(lists, arrays, strict=True)
-        ]
-        return index + 1, list(last), lists, worst.worst(checks)
+        return index + 1, list(last), _written(lists, index, arrays), worst.worst(checks)
 
-    def empty(dtype: tf.DType) -> tf.TensorArray:
-        return tf.TensorArray(dtype, count, infer_shape=False, element_shape=[None])
-
-    nothing = [
-        MeasuredArray(empty(measure.kind.dtype(real)), empty(real), tf.constant(True))  # noqa: FBT003 - positional only
-        for _, measure in quantities
-    ]
+    real = measurement.context.dtype
+    empty = [_empty_lists(quantity, count, real) for quantity in measurement.quantities]
     _, _, lists, checks = tf.while_loop(
         lambda index, *_: index < count,
         body,
-        [tf.constant(0), list(sequence.states), nothing, CheckResults.zero(real)],
+        [tf.constant(0), list(sequence.states), empty, CheckResults.zero(real)],
         # The next segment could be unrolled while this one is measured, and would need its memory beside it.
         parallel_iterations=1,
     )
+    first = PointBatch(sequence.inputs[0], sequence.states)
+    widths = [measurement.width(quantity, first) for quantity in measurement.quantities]
+    return list(map(_joined, lists, widths)), checks
 
-    def whole(array: tf.TensorArray, width: int | None) -> tf.Tensor:
-        return array.concat() if width is None else tf.reshape(array.concat(), [-1, width])
 
-    arrays = [
-        MeasuredArray(whole(found.value, width), whole(found.uncertainty, width), found.is_exact)
-        for found, width in zip(lists, widths, strict=True)
+def _empty_lists(quantity: Quantity, count: tf.Tensor, real: tf.DType) -> MeasuredArray:
+    """Returns a quantity's lists of values and uncertainties, for `count` segments."""
+    value, uncertainty = (
+        tf.TensorArray(dtype, count, infer_shape=False, element_shape=[None])
+        for dtype in (quantity.measure.kind.dtype(real), real)
+    )
+    return MeasuredArray(value, uncertainty, tf.constant(True))  # noqa: FBT003 - positional only
+
+
+def _written(lists: list[MeasuredArray], index: tf.Tensor, arrays: list[MeasuredArray]) -> list[MeasuredArray]:
+    """Returns the lists with the values of one segment."""
+    return [
+        MeasuredArray(
+            known.value.write(index, tf.reshape(array.value, [-1])),
+            known.uncertainty.write(index, tf.reshape(array.uncertainty, [-1])),
+            known.is_exact & array.is_exact,
+        )
+        for known, array in zip(lists, arrays, strict=True)
     ]
-    return arrays, checks
+
+
+def _joined(lists: MeasuredArray, width: int | None) -> MeasuredArray:
+    """Returns the values of all segments, `(points,)` or `(points, width)`."""
+    value, uncertainty = (
+        array.concat() if width is None else tf.reshape(array.concat(), [-1, width])
+        for array in (lists.value, lists.uncertainty)
+    )
+    return MeasuredArray(value, uncertainty, lists.is_exact)
 
 
 def _tensors(found: Mapping[Quantity, MeasuredArray]) -> list[tf.Tensor]:
@@ -282,7 +309,7 @@ def _tensors(found: Mapping[Quantity, MeasuredArray]) -> list[tf.Tensor]:
 
 
 def _where(mask: tf.Tensor, array: MeasuredArray) -> MeasuredArray:
-    """The values `(time * batch,)` where a mask `(time, batch)` is True, and NaN elsewhere."""
+    """Returns the values `(time * batch,)` where a mask `(time, batch)` is True, and NaN elsewhere."""
     nothing = tf.constant(float("nan"), array.value.dtype)
     flat = tf.reshape(mask, [-1])
     value, uncertainty = (tf.where(flat, part, nothing) for part in (array.value, array.uncertainty))

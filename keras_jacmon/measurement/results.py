@@ -1,4 +1,4 @@
-"""The results of a call as typed values: what leaves the graph, before the report is assembled."""
+"""Typed results of a call, as they leave the graph and before the report is assembled."""
 
 from typing import NamedTuple
 
@@ -11,7 +11,7 @@ class MeasuredArray(NamedTuple):
     """The values of one quantity.
 
     Attributes:
-        value: `(points,)`, `(time, batch)` or `(points, values)`, by the measure's kind.
+        value: Tensor `(points,)`, `(time, batch)` or `(points, values)`, by the measure's kind.
         uncertainty: Tensor of the shape of `value`, real; zero if there is none.
         is_exact: Boolean scalar, True if there is no uncertainty.
     """
@@ -22,7 +22,7 @@ class MeasuredArray(NamedTuple):
 
     @classmethod
     def of(cls, value: tf.Tensor, uncertainty: tf.Tensor | None = None) -> "MeasuredArray":
-        """Values with their uncertainty, or exact ones."""
+        """Makes an array of values; they are exact if there is no uncertainty."""
         if uncertainty is None:
             return cls(value, tf.zeros_like(tf.math.real(value)), tf.constant(True))  # noqa: FBT003 - positional only
         return cls(value, uncertainty, tf.constant(False))  # noqa: FBT003

@@ -20,9 +20,9 @@ class Subsample(NamedTuple):
     """Masks `(time, batch)` of the points that are measured.
 
     Attributes:
-        mask: False at steps that are skipped; None if there are none.
-        expensive: Where expensive measures are taken; None for everywhere.
-        spectra: Where spectra are taken; None if there are none.
+        mask: Boolean, False at skipped steps; None if no step is skipped.
+        expensive: Boolean, True where expensive measures are taken; None for everywhere.
+        spectra: Boolean, True where spectra are taken; None without spectra.
     """
 
     mask: tf.Tensor | None
@@ -30,7 +30,7 @@ class Subsample(NamedTuple):
     spectra: tf.Tensor | None
 
     def between(self, start: tf.Tensor | int, stop: tf.Tensor | int) -> "Subsample":
-        """The masks of a part of the sequence."""
+        """Returns the masks of the steps from `start` up to `stop`."""
         return Subsample(*(None if mask is None else mask[start:stop] for mask in self))
 
 
@@ -45,11 +45,11 @@ def choose_places(
     """Chooses the points at which measures are taken.
 
     Args:
-        mask: `(time, batch)`, False at steps that are skipped; None for no mask.
-        shape: Time and batch.
+        mask: Boolean `(time, batch)`, False at skipped steps; None for no mask.
+        shape: Two integers, time and batch.
         measures: The quantities of single points.
-        options: `max_rows` and `spectra` count.
-        independent: False if the points of a step must stay together.
+        options: The settings `max_rows` and `spectra`.
+        independent: Boolean, False if the points of a step must stay together.
     """
     expensive = spectra = None
     sample = partial(_sample_points, mask, shape, independent=independent)
@@ -64,7 +64,7 @@ def choose_places(
 
 
 def _known(function: Callable[..., tf.Tensor], *args: Any) -> tf.Tensor:
-    """Evaluates a function of no tensors to a constant, so that the shapes of what it chooses are known."""
+    """Evaluates a function of no tensors to a constant, so that its static value is known."""
     with tf.init_scope():
         value = function(*args).numpy()
     return tf.constant(value)
@@ -86,10 +86,10 @@ def _sample_points(
 
 
 def indices_of(mask: tf.Tensor) -> tf.Tensor:
-    """Indices of the points that a mask `(time, batch)` chooses, or of the first point if there is none.
+    """Returns the indices of the points that a mask `(time, batch)` chooses, or of the first point if it chooses none.
 
-    TensorFlow does not compute all cells for no points at all: its optimizer gets the shapes of empty convolutions
-    wrong. The value of such a stand-in must be left out afterwards.
+    TensorFlow's optimizer gets the shapes of empty convolutions wrong, so there is always a point. The caller leaves
+    out the value of such a placeholder.
     """
     known = tf.get_static_value(mask)
     if known is not None and known.any():

@@ -26,7 +26,7 @@ from keras_jacmon.regularization.penalty_config import PenaltyConfig
 from keras_jacmon.tensors import known_sizes
 from keras_jacmon.traced_graph import Traced, trace
 
-# The numbers that the unrolling may hold at once.
+# Maximum number of values that the unrolling computes for all steps at once.
 _MOST_HOISTED = 2**24
 
 
@@ -48,12 +48,12 @@ class CallPenalty:
     Args:
         config: `PenaltyConfig`.
         model: Keras model, which puts back its own variables if a cell writes to them.
-        call: The call. Its shapes and states count, its tensors are not kept.
+        call: The recorded call, for its shapes and states; its tensors are not kept.
         target: Scalar variable, the target of the measure.
-        weights: Sequence of the variables that the penalty has derivatives by.
+        weights: Sequence of variables; the penalty is differentiated by them.
         record: Callable that runs the model on the probe, in the graph that is being traced, and returns the recording.
-        turn: Integer variable, the number of samples of the trajectory taken so far.
-        step: Integer variable, the number of batches so far, for other random vectors at each.
+        turn: Integer variable, the number of times that points of the trajectory were taken.
+        step: Integer variable, the number of batches so far; it seeds the random vectors.
 
     Attributes:
         layer: The recurrent layer.
@@ -90,7 +90,7 @@ class CallPenalty:
         self._alive: list[Traced[Any]] = []
 
     def __call__(self) -> tf.Tensor:
-        """The penalty with the present weights, not scaled by the strength."""
+        """Returns the penalty with the present weights, not scaled by the strength."""
         if not self.holds:
             return tf.zeros([])
         # A tape must know them before it meets a function that reads them.
@@ -103,14 +103,14 @@ class CallPenalty:
 
     @property
     def variables(self) -> list[tf.Variable]:
-        """The variables that it reads beside the weights of the model."""
+        """List of the variables that it reads beside the weights of the model."""
         leading = [] if self._leading is None else [self._leading]
         return [*self._points, *leading, self._target, self._turn, self._step]
 
     @property
     def holds(self) -> bool:
         """True if there is a penalty; otherwise it is zero."""
-        # Points of all steps are put together for it.
+        # It treats points of different steps as one batch, which needs independent points.
         return self._assumptions.independent
 
     def refute(self, checks: CheckResults) -> str | None:
@@ -155,7 +155,7 @@ class CallPenalty:
         self._leading.assign(vectors)
 
     def _checked(self, jacobian: CellJacobian, points: PointBatch, chosen: Sample) -> CheckResults:
-        """The results of the checks at points that stand for something."""
+        """Returns the results of the checks, at the points with a weight."""
         seed = tf.random.experimental.stateless_fold_in([self._config.seed, 4], self._turn)
         valid = tf.cast(tf.where(chosen.weights > 0)[:, 0], tf.int32)
 
@@ -177,7 +177,7 @@ class CallPenalty:
         return self._eager
 
     def _value(self) -> tuple[tf.Tensor, Any]:
-        """The penalty, and the objects that must live as long as the graph that is being traced."""
+        """Returns the penalty, and the objects that must live as long as the graph that is being traced."""
         points, weights, jacobian, recording = self._present_points()
         # A point with a weight has a derivative, if it was examined when it was taken.
         finite = _are_finite(tf.stop_gradient(self._distances(jacobian, points, self._leading))) & (weights > 0)
@@ -193,7 +193,7 @@ class CallPenalty:
         return total, (jacobian, recording)
 
     def _present_points(self) -> tuple[PointBatch, tf.Tensor, CellJacobian, Recording | None]:
-        """The points, their weights, the Jacobian there and the recording of the call that they are taken from."""
+        """Returns the points, their weights, their Jacobian, and the recording; None for cached points."""
         if self._config.states == "cached":
             inputs, *states, weights = (variable.read_value() for variable in self._points)
             return PointBatch(inputs, tuple(states)), weights, self._jacobian(inputs, states), None
@@ -205,7 +205,7 @@ class CallPenalty:
         return PointBatch(inputs, tuple(states)), chosen.weights, jacobian, recording
 
     def _mean(self, jacobian: CellJacobian, points: PointBatch, weights: tf.Tensor, finite: tf.Tensor) -> tf.Tensor:
-        """The share of this call: the mean distance over the points where it is finite."""
+        """Returns the share of this call: the mean distance over the points where it is finite."""
         # A point that is not finite would make the whole gradient NaN, even with a weight of zero.
         stand_in = tf.argmax(finite)
 
@@ -220,7 +220,7 @@ class CallPenalty:
         return self.share * tf.reduce_sum(shares * distances) / tf.maximum(tf.reduce_sum(shares), 1)
 
     def _usable(self, jacobian: CellJacobian, points: PointBatch) -> tf.Tensor:
-        """Boolean `(points,)`: the distance is finite and has a finite derivative by the states.
+        """Returns boolean `(points,)`: True if the distance and its derivative by the states are finite.
 
         A NaN in the second derivative of the cell reaches the states as well as the weights.
         """
@@ -235,14 +235,14 @@ class CallPenalty:
         return _are_finite(distances) & tf.reduce_all(tf.math.is_finite(slopes), axis=-1)
 
     def _distances(self, jacobian: CellJacobian, points: PointBatch, leading: tf.Tensor | None) -> tf.Tensor:
-        """The squared distance of the measure from the target, `(points,)`."""
+        """Returns the squared distance of the measure from the target, `(points,)`."""
         operator = jacobian.operators([self._view], points)[self._view]
         seed = tf.random.experimental.stateless_fold_in([self._config.seed, 5], self._step)
         draws = DIFFERENTIABLE[self._config.measure](operator, Directions(self._config.vectors, seed, leading))
         return squared_distance(draws, tf.cast(self._target, draws.dtype), self._config)
 
     def _sampled(self, call: RecurrentCall) -> tuple[Sample, CellJacobian]:
-        """Some points of the trajectory of a call, and the Jacobian there."""
+        """Returns a sample of the points of a call's trajectory, and the Jacobian there."""
         sequence = UnrollInputs.of(call)
         jacobian = self._jacobian(sequence.inputs[0], sequence.states)
         plan = without_values(jacobian.unroll_plan(), known_sizes(sequence.inputs)[:2], _MOST_HOISTED)
@@ -253,13 +253,13 @@ class CallPenalty:
 
 
 def squared_distance(draws: tf.Tensor, target: tf.Tensor, config: PenaltyConfig) -> tf.Tensor:
-    """`(measure - target)²` at each point, or of the logarithms; zero on the side that is allowed.
+    """Returns `(measure - target)²` at each point, or the square for the logarithms; zero on the allowed side.
 
     Args:
         draws: `(draws, points)`, the measure or independent estimates of it. Products of different estimates make the
             square unbiased.
         target: Scalar.
-        config: `PenaltyConfig`, of which `scale` and `side` count.
+        config: `PenaltyConfig`, for its `scale` and `side`.
 
     Returns:
         `(points,)`.
@@ -283,12 +283,12 @@ def squared_distance(draws: tf.Tensor, target: tf.Tensor, config: PenaltyConfig)
 
 
 def _are_finite(distances: tf.Tensor) -> tf.Tensor:
-    """Boolean `(points,)`: the distance is finite, and its sum over as many points would be."""
+    """Returns boolean `(points,)`: True if the distance, times the number of points, is finite."""
     return tf.math.is_finite(distances * tf.cast(tf.size(distances), distances.dtype))
 
 
 def _view_of(name: str, step: CellStep, call: RecurrentCall) -> str:
-    """The view for this cell: the joint view of a cell with one state is the hidden one.
+    """Returns the view for this cell: the joint view of a cell with one state is the hidden view.
 
     Raises:
         ValueError: If nothing connects its states, so that there is no derivative.
@@ -310,7 +310,7 @@ def _view_of(name: str, step: CellStep, call: RecurrentCall) -> str:
 
 
 def _variable_like(tensor: tf.Tensor) -> tf.Variable:
-    """A variable of the shape and type of a tensor, whose sizes may be unknown."""
+    """Makes a variable of the shape and type of a tensor, whose sizes may be unknown."""
     with tf.init_scope():
         nothing = tf.zeros([size or 0 for size in tensor.shape], tensor.dtype)
     return own_variable(nothing, tensor.shape)

@@ -25,8 +25,8 @@ class RegularizedModel:
         model: Keras model.
         probe: The arrays that `read_probe` returned.
         layers: Names of recurrent layers, or layers; None for all.
-        config: `PenaltyConfig`, the measure and how its penalty is taken.
-        targets: Dict from the name of a layer or a call to its target; the target under None is that of all others.
+        config: `PenaltyConfig`, the settings of the penalty.
+        targets: Dict from the name of a layer or a call to its target; the key None is the target of all others.
         strength: `ScheduledNumber`, the factor of the penalty.
 
     Raises:
@@ -70,7 +70,7 @@ class RegularizedModel:
         """Puts the penalty into the losses of the model, unless it is there; also in the middle of `fit`.
 
         Args:
-            to_fit: Boolean, whether it is taken out when the present `fit` is left. Default: False.
+            to_fit: Boolean, True if it is taken out when the present `fit` is left. Defaults to False.
         """
         self._terms.attach(to_fit=to_fit)
 
@@ -96,7 +96,7 @@ class RegularizedModel:
                 self._terms.trace_anew()
 
     def penalty(self) -> float:
-        """The penalty with the present weights, not scaled by the strength."""
+        """Returns the penalty with the present weights, not scaled by the strength."""
         return self._penalty()
 
     def _check_targets(self, found: Sequence[RecurrentLayer], targets: Sequence[str]) -> None:
@@ -118,7 +118,7 @@ class RegularizedModel:
 
 
 def _trained_weights(model: keras.Layer, found: Iterable[RecurrentLayer]) -> dict[int, keras.Variable]:
-    """The first weight of each layer that is trained, by the identity of the layer; warns of layers without one."""
+    """Returns the first trained weight of each layer, by the layer's identity; warns of layers without one."""
     trained = {id(variable) for variable in model.trainable_variables}
     first = {}
     for item in found:
@@ -131,7 +131,7 @@ def _trained_weights(model: keras.Layer, found: Iterable[RecurrentLayer]) -> dic
 
 
 def _scaled(penalty: Callable[[], tf.Tensor], strength: tf.Variable) -> Term:
-    """The penalty times its strength."""
+    """Returns a term: the penalty times its strength."""
 
     def term() -> tf.Tensor:
         value = penalty()

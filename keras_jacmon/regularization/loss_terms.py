@@ -9,7 +9,7 @@ import tensorflow as tf
 
 Term = Callable[[], tf.Tensor]
 
-# The attributes of a model under which Keras keeps what it has traced of the losses.
+# The attributes of a model that hold the functions that Keras has traced with its losses.
 _TRAIN, _TEST = _FUNCTIONS = ("train_function", "test_function")
 
 
@@ -28,7 +28,7 @@ class SummedRegularizer(keras.regularizers.Regularizer):
         self.terms: list[Term] = []
 
     def __call__(self, value: Any) -> tf.Tensor:
-        """The sum, a scalar."""
+        """Returns the sum of the terms and of the own regularizer, a scalar."""
         total = tf.add_n([term() for term in self.terms])
         return total if self.own is None else tf.cast(self.own(value), total.dtype) + total
 
@@ -66,7 +66,7 @@ class LossTerms:
         """Puts the terms in, unless they are in.
 
         Args:
-            to_fit: Boolean, whether they are taken out when the present `fit` of the model is left. Default: False,
+            to_fit: Boolean, True if they are taken out when the present `fit` of the model is left. Defaults to False,
                 for a loop that calls `detach` itself.
         """
         if self.attached:
@@ -94,7 +94,7 @@ class LossTerms:
         _SWAPPED[self._model].remove(self)
 
     def trace_anew(self) -> None:
-        """Has Keras trace the model again, since the terms are computed in another way from now on.
+        """Makes Keras trace the model again, since the terms are computed in another way from now on.
 
         Also in the middle of `fit`, which looks the function up at each step.
         """
@@ -116,7 +116,7 @@ class LossTerms:
 class _SwappedFunctions:
     """The functions that Keras traces of a model, replaced while terms are in its losses.
 
-    Keras would go on using what it has traced of the losses of another time.
+    Otherwise Keras would go on using functions that it traced with other losses.
 
     Args:
         model: Keras model.
@@ -125,7 +125,7 @@ class _SwappedFunctions:
     def __init__(self, model: keras.Layer) -> None:
         self._model = model
         self._holders: list[LossTerms] = []
-        # Whether there was never more than one of them.
+        # True until there is more than one of them.
         self._alone = True
         self._plain: dict[str, Any] = {}
         self._made: dict[str, Any] = {}
@@ -234,7 +234,7 @@ class _GuardedFunction:
 
 
 def _is_of_fit(iterator: Any) -> bool:
-    """Whether it is `fit` that takes a step on this data; `train_on_batch` hands over a generator."""
+    """Returns True if `fit` takes a step on this data; `train_on_batch` hands over a generator."""
     return isinstance(iterator, (tf.data.Iterator, tf.distribute.DistributedIterator))
 
 

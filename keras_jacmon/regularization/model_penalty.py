@@ -26,8 +26,8 @@ class _Calls:
     Attributes:
         penalties: Dict from the key of a call to its penalty.
         names: List of the keys of calls and the names of their layers, with or without a penalty.
-        recording: The calls themselves; must live as long as the graph.
-        jacobians: List; must live as long as the graph.
+        recording: The recorded calls; must live as long as the graph.
+        jacobians: List of their Jacobians; must live as long as the graph.
     """
 
     penalties: dict[str, CallPenalty]
@@ -67,7 +67,7 @@ class ModelPenalty:
     ) -> None:
         self._model, self._inputs, self._layers, self._config, self._targets = model, inputs, layers, config, targets
         self._turn, self._step = own_variable(-1), own_variable(0)
-        # Calls of which it has been told that points are left out.
+        # Calls with a note already that some of their points are left out.
         self._told: set[str] = set()
         self.calls: dict[str, CallPenalty] = {}
         self._traced = self._trace()
@@ -85,8 +85,8 @@ class ModelPenalty:
         """Takes other points of the trajectories, with the present weights.
 
         Returns:
-            A list of sentences on assumptions that do not hold, and a boolean: whether Jacobians are taken in another
-            way from now on, so that whatever contains a penalty must be traced anew.
+            A list of sentences on assumptions that do not hold, and a boolean: True if Jacobians are taken in another
+            way from now on. Every graph that contains a penalty must then be traced anew.
         """
         self._turn.assign_add(1)
         own = [variable for call in self.calls.values() for variable in call.variables]
@@ -117,7 +117,7 @@ class ModelPenalty:
             self._turn.assign_add(1)
 
     def __call__(self) -> float:
-        """The penalty with the present weights."""
+        """Returns the penalty with the present weights."""
         return float(sum(float(call()) for call in self.calls.values()))
 
     def _trace(self) -> Traced[_Calls]:
@@ -142,7 +142,7 @@ class ModelPenalty:
         return results, _Calls(penalties, names, recording, jacobians)
 
     def _target_of(self, call: str, layer: str) -> tf.Variable | None:
-        """The target of a call: its own, that of its layer, or that of all others."""
+        """Returns the target of a call: its own, or the target of its layer, or the target of all others."""
         key = next((key for key in (call, layer) if key in self._targets), None)
         return self._targets.get(key)
 

@@ -11,15 +11,15 @@ from keras_jacmon.options import VIEWS
 
 @dataclass(frozen=True)
 class PenaltyConfig:
-    """The measure that a penalty is taken of, and the points and estimates that it is taken with.
+    """The measure in a penalty, and the points and estimates that it is computed with.
 
     Args:
         measure: String, a measure that can be differentiated.
         view: String, one of `VIEWS`.
         scale: `"linear"` or `"log"`, the scale on which the measure is compared with its target.
         side: `"both"`, `"at_most"` or `"at_least"`, the side of the target on which there is a penalty.
-        states: `"cached"` or `"fresh"`, whether the states are constants or taken at each batch.
-        through_states: Boolean, whether gradients flow through fresh states.
+        states: `"cached"` for constant states, or `"fresh"` for states that are computed at each batch.
+        through_states: Boolean, True if gradients flow through fresh states.
         refresh: Integer, the number of batches after which other points are taken.
         rows: Integer, the maximum number of (step, sample) points of a call.
         vectors: Integer, the number of random vectors that stand for the rows of a block without structure.

@@ -47,7 +47,7 @@ class JacobianRegularizer:
             every `refresh` batches. A batch then costs one evaluation of the cell, at `rows` points, without
             unrolling. `"fresh"`: the model runs on the probe at each batch, for its present states. Defaults to
             `"cached"`.
-        through_states: Boolean, whether the gradient also flows through fresh states, and to the layers below. Defaults
+        through_states: Boolean, True if the gradient also flows through fresh states, and to the layers below. Defaults
             to False.
         refresh: Integer, the number of batches after which other points are taken. Defaults to 50.
         rows: Integer, the maximum number of (step, sample) points of a call, the same number of samples at each step;
@@ -184,7 +184,7 @@ class JacobianRegularizer:
             held.detach()
 
     def get_config(self) -> dict[str, Any]:
-        """The arguments with their present values; schedules as Keras serializes them.
+        """Returns the arguments with their present values; schedules as Keras serializes them.
 
         A function as a schedule can be loaded again if `keras.saving.register_keras_serializable` knows it.
         """
@@ -209,5 +209,5 @@ class JacobianRegularizer:
 
 
 def _by_layer(target: Schedule | Mapping[str, Schedule]) -> dict[str | None, Schedule]:
-    """The targets by layer; one for all layers stands under None."""
+    """Returns the targets by layer; a target for all layers stands under None."""
     return dict(target.items()) if isinstance(target, Mapping) else {None: target}

@@ -48,7 +48,7 @@ class ScheduledNumber:
             self._assign(self._schedule(step))
 
     def config(self) -> Any:
-        """The number, or the schedule as Keras serializes it."""
+        """Returns the number, or the schedule as Keras serializes it."""
         return self.value if self._schedule is None else keras.saving.serialize_keras_object(self._schedule)
 
     def _assign(self, value: Any) -> None:
@@ -67,5 +67,5 @@ class ScheduledNumber:
 
 
 def schedule_from_config(config: Any) -> Schedule:
-    """The number or the schedule that `ScheduledNumber.config` returned."""
+    """Makes the number or the schedule that `ScheduledNumber.config` returned."""
     return keras.saving.deserialize_keras_object(config) if isinstance(config, Mapping) else config
