@@ -57,7 +57,14 @@ BRANCHING: dict[str, Function] = {
 }
 
 
-@pytest.mark.parametrize(("name", "masked"), [*((name, False) for name in BRANCHING), ("conditional_product", True)])
+@pytest.mark.parametrize(
+    ("name", "masked"),
+    [
+        *((name, False) for name in BRANCHING),
+        ("conditional_product", True),
+        *(pytest.param(name, True, marks=pytest.mark.soak) for name in ("data_dependent_branch", "mean_of_the_batch")),
+    ],
+)
 def test_samples_that_are_not_independent(name: str, masked: bool) -> None:  # noqa: FBT001 - pytest passes it by name
     layer = keras.layers.RNN(FunctionCell(BRANCHING[name]), name="rnn")
     inputs = keras.Input((STEPS, FEATURES))
@@ -88,7 +95,7 @@ OF_THE_BATCH: dict[str, Function] = {
 
 @pytest.mark.parametrize("name", OF_THE_BATCH)
 def test_what_depends_on_the_batch_is_not_computed_for_all_steps_at_once(name: str) -> None:
-    assert_measured(OF_THE_BATCH[name], PROBE, DEPENDS)
+    assert_measured(OF_THE_BATCH[name], PROBE, DEPENDS, [*MOMENTS, "spectral_norm"])
 
 
 # At one step of fifty, or in one sample of eight.
@@ -103,7 +110,7 @@ SELDOM: dict[str, Function] = {
 
 @pytest.mark.parametrize("name", SELDOM)
 def test_no_row_is_forgiven_where_independence_is_not_proven(name: str) -> None:
-    assert_measured(SELDOM[name], LONG, DEPENDS)
+    assert_measured(SELDOM[name], LONG, DEPENDS, [*MOMENTS, "spectral_norm"])
 
 
 def test_a_branch_that_is_taken_later_is_seen_when_it_is() -> None:
