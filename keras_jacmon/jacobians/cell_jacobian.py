@@ -1,4 +1,4 @@
-"""Operators for the views of a cell's Jacobian, by a plan that says how each block is taken."""
+"""Operators for the views of a cell's Jacobian, by a plan that gives each block its method."""
 
 import enum
 from collections.abc import Iterator, Sequence
@@ -99,10 +99,10 @@ class ViewPlan:
         return self.blocks[0].how is Method.REGISTERED_FORM
 
     def parts(self, *, structured: bool | None = None) -> list[tuple[View, bool]]:
-        """The view as rectangles of blocks, each with whether it has a structure.
+        """The view as rectangles of blocks, each with a Boolean, True if it has a structure.
 
         Args:
-            structured: Which of them; None for all.
+            structured: Boolean, True or False for one kind of rectangles only; None for both, the default.
         """
         rectangles: dict[tuple[tuple[Node, ...], bool], list[int]] = {}
         for new in self.view.outputs:
@@ -187,7 +187,7 @@ class CellJacobian:
         return list(self.plan(name).blocks)
 
     def has_structure(self, views: Sequence[str]) -> bool:
-        """True if something of some views does not rest on autodiff."""
+        """True if a block of one of the views does not rest on autodiff."""
         return any(block.how is not Method.AUTODIFF for name in views for block in self.plan(name).blocks)
 
     def _whole(self, name: str, views: Sequence[str]) -> str:
@@ -196,7 +196,7 @@ class CellJacobian:
         return "joint" if is_block else name
 
     def evaluated(self, views: Sequence[str], points: PointBatch) -> PointBatch:
-        """The points with the structured operators of some views evaluated, for all that is made of these points."""
+        """The points with the structured operators of some views evaluated, once for all later uses."""
         if self._form is not None:
             return points
         wholes = dict.fromkeys(self._whole(name, views) for name in views)
@@ -204,7 +204,7 @@ class CellJacobian:
         return replace(points, operators={part: self._structured(part, points) for part in parts})
 
     def operators(self, views: Sequence[str], points: PointBatch) -> dict[str, JacobianOperator]:
-        """The operators of views, of `VIEWS`, at some points; they share what they have in common."""
+        """The operators of views, of `VIEWS`, at some points; they share their common parts."""
         operators: dict[str, JacobianOperator] = {}
         wholes: dict[str, dict[View, JacobianOperator]] = {}
         for name in views:
@@ -235,13 +235,13 @@ class CellJacobian:
                     yield part, self._structured(part, points)
 
     def stepped_with(self, view: View) -> View:
-        """The view with all new states, if their derivatives have a structure too and can be taken as safely."""
+        """The view with all new states, if all have a structure; otherwise the view itself."""
         outputs = floating_states(self._example.states)
         structured = all(self._choice(new, source).is_structured for new in outputs for source in view.sources)
         return View(tuple(outputs), view.sources) if structured and self._form is None else view
 
     def reference(self, view: View, points: PointBatch) -> AutodiffJacobian:
-        """The operator to compare with: by autodiff, and J formed where nobody knows what the cell's graph contains."""
+        """The operator to compare with: by autodiff, without the tape applied twice if a form is registered."""
         function = view_function(self.step, points.inputs, points.states, view)
         twice = self.assumptions.products and self._form is None
         return function.jacobian(independent=self.assumptions.independent, for_many=False, twice=twice)
@@ -292,7 +292,7 @@ class CellJacobian:
         if self._structure is None:
             raise RuntimeError("A cell without a structure was asked for one.")
         graph = self._structure.graph
-        # What is known beforehand may lie between the inputs and what is made of them.
+        # Known values may lie between the inputs and the results, and would cut the derivative by the inputs.
         known = {} if Node.inputs() in view.sources else points.values
         values = {**self._weights_only, graph.step_inputs.name: points.inputs, **known}
         values |= {tensor.name: state for tensor, state in zip(graph.states, points.states, strict=True)}
@@ -300,7 +300,7 @@ class CellJacobian:
 
     def _by_autodiff(self, view: View, points: PointBatch) -> JacobianOperator:
         function = view_function(self.step, points.inputs, points.states, view)
-        # Formed of its transpose, if that is all that is relied on.
+        # Without trust in the tape applied twice, J is formed from products with its transpose.
         twice = self.assumptions.products
         jacobian = function.jacobian(independent=self.assumptions.independent, for_many=twice, twice=twice)
         return jacobian if twice else jacobian.formed()

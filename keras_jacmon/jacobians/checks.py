@@ -126,9 +126,9 @@ def check_points(
 
     Each result is the largest of the points but for one in 200 (see `largest`):
 
-    - `structure_residual`, if there is a structure that was found, or a registered form:
+    - `structure_residual`, if a structure was found or a form is registered:
       `‖J w - (J w by autodiff)‖ / ‖J w by autodiff‖`, for each new state and, in turns, each old one, so that no block
-      hides behind larger ones.
+      is hidden by larger ones.
     - `products`, if products with J are made by the tape applied twice: `|w · J g - ‖g‖| / ‖g‖` with
       `g = Jᵀ w / ‖Jᵀ w‖`, block by block too.
     - `dependence`, if points are independent by proof. Otherwise see `check_independence`.
@@ -138,7 +138,7 @@ def check_points(
         views: The views that are measured.
         points: The points; all points of a step if points are not independent.
         new_states: Their new states in the trajectory.
-        seed: `(2,)`, of the random vectors w.
+        seed: Tensor `(2,)`, seed of the random vectors w.
     """
     of_structure, stepped = _structure_differences(jacobian, views, points, seed)
     of_products = _product_differences(jacobian, views, points, seed)
@@ -208,7 +208,7 @@ def _product_differences(
 def check_independence(
     jacobian: CellJacobian, views: Sequence[str], points: PointBatch, new_states: Sequence[tf.Tensor], seed: tf.Tensor
 ) -> CheckResults:
-    """Checks whether each point's new states are a function of the same point alone, where that is not proven.
+    """Checks that each point's new states are a function of the same point alone, where there is no proof.
 
     Points of all steps and samples are put together for the derivatives, which is right only then. No point is
     forgiven: a branch may be taken at a single step.
@@ -218,11 +218,11 @@ def check_independence(
         views: The views that are measured.
         points: Some points, or all points of a step.
         new_states: Their new states in the trajectory.
-        seed: `(2,)`, of the random vectors.
+        seed: Tensor `(2,)`, seed of the random vectors.
 
     Returns:
-        `dependence`, and `influence`: the largest norm of a product with Jᵀ at the points where the vector is zero,
-        relative to the largest one at the points where it is not. The other results are 0.
+        `dependence`, and `influence`: the largest norm of a product with Jᵀ at points where the vector is zero,
+        relative to the largest norm at the other points. The other results are 0.
     """
     chosen = [View.of(name, points.states) for name in views]
     outputs = sorted({new for view in chosen for new in view.outputs})
@@ -280,9 +280,9 @@ def in_turns(vectors: tf.Tensor, sizes: Sequence[int], every: int = 1) -> tf.Ten
     """Vectors with one of their parts at each point and zero for the others, or with all parts if points are few.
 
     Args:
-        vectors: `(points, n)`, with all parts.
+        vectors: Tensor `(points, n)`, with all parts.
         sizes: Sizes of the parts, together n.
-        every: Number of points after which the turn goes to the next part.
+        every: Integer, number of points after which the turn goes to the next part. Defaults to 1.
     """
     if len(sizes) == 1:
         return vectors
@@ -296,14 +296,14 @@ def in_turns(vectors: tf.Tensor, sizes: Sequence[int], every: int = 1) -> tf.Ten
 def relative_differences(
     found: tf.Tensor, expected: tf.Tensor, sizes: Sequence[int], negligible: tf.Tensor | float = _NEGLIGIBLE
 ) -> tf.Tensor:
-    """The distance of each part of vectors from the one expected, relative to the latter.
+    """The distance of each part of the vectors from the expected part, relative to the norm of the expected part.
 
     Infinite where one of the two is finite and the other is not. Where both are NaN or infinite they agree: that is the
     network's own.
 
     Args:
-        found: `(points, n)`.
-        expected: `(points, n)`.
+        found: Tensor `(points, n)`.
+        expected: Tensor `(points, n)`.
         sizes: Sizes of the parts that the vectors are made of.
         negligible: Norm up to which an error counts as none, `(points,)` or a number.
 

@@ -47,7 +47,7 @@ def find_dependencies(step: CellStep, inputs: tf.Tensor, states: Sequence[tf.Ten
     stepped = graph.get_operations()[before:]
     if any(operation.type in _PYTHON for operation in stepped):
         raise ValueError("Its cell runs Python at each step (`tf.py_function`), which can be differentiated only once")
-    if left := _left_behind(step, stepped, new):
+    if left := _side_effect(step, stepped, new):
         raise ValueError(
             f"Its cell writes to {left}, and its next step depends on it. What is left there is no state "
             "that is handed on, and is not known at the points where derivatives are taken"
@@ -64,7 +64,7 @@ def find_dependencies(step: CellStep, inputs: tf.Tensor, states: Sequence[tf.Ten
     return Dependencies(tuple(depends), on_inputs, max(sum(sizes), floor))
 
 
-def _left_behind(step: CellStep, operations: Sequence[tf.Operation], new: Sequence[tf.Tensor]) -> str | None:
+def _side_effect(step: CellStep, operations: Sequence[tf.Operation], new: Sequence[tf.Tensor]) -> str | None:
     """A variable, in words, that a step writes to and whose old value has an influence on the new states."""
     # Of variables of Keras a scope keeps what is written, and hides what they are.
     by_handle = {id(variable._value.handle): variable.path for variable in step.written()}  # noqa: SLF001

@@ -16,11 +16,11 @@ class PointBatch:
     """Points at which Jacobians are taken.
 
     Attributes:
-        inputs: `(points, ...)`.
-        states: Flat, each `(points, ...)`.
+        inputs: Tensor `(points, ...)`.
+        states: Tuple of tensors `(points, ...)`, the flat states.
         values: Known values of tensors of the cell's graph, by their names.
         operators: Structured Jacobians that have been evaluated at these points, by view.
-        size: Number of points, if that is known before the points are.
+        size: Integer or scalar tensor, number of points, if it is known before the points are. Defaults to None.
     """
 
     inputs: tf.Tensor
@@ -46,7 +46,7 @@ class PointBatch:
         return self._each(lambda x: tf.gather(x, indices), lambda operator: operator.take(indices), count)
 
     def behind(self, results: Iterable[tf.Tensor]) -> "PointBatch":
-        """The same points, known after some results are: what is made of both does not need its memory at once."""
+        """The same points, computed after some results: the memory of the two is not needed at once."""
         with tf.control_dependencies([result.op for result in results]):
             return self._each(tf.identity, lambda operator: operator, self.size)
 

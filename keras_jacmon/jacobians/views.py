@@ -53,10 +53,10 @@ def state_jacobian(cell: Any, inputs: tf.Tensor, states: Any, view: str = "hidde
     states = [states] if not keras.tree.is_nested(states) else states
     flat = [widened(state) for state in keras.tree.flatten(states)]
     inputs = widened(inputs)
-    rows = {int(tensor.shape[0]) for tensor in (inputs, *flat) if tensor.shape[0] is not None}
-    if len(rows) > 1:
+    counts = {int(tensor.shape[0]) for tensor in (inputs, *flat) if tensor.shape[0] is not None}
+    if len(counts) > 1:
         raise ValueError(
-            "Invalid value for arguments `inputs` and `states`. Expected the same number of rows in each. "
+            "Invalid value for arguments `inputs` and `states`. Expected the same number of points in each. "
             f"Received: inputs of shape {tuple(inputs.shape)}, states of shapes {[tuple(s.shape) for s in flat]}"
         )
     step = CellStep(cell, states)
@@ -95,13 +95,13 @@ class View:
 
 @dataclass(frozen=True)
 class ViewFunction:
-    """New states as a function of what a view derives them by, with all of these flattened side by side.
+    """The new states of a view as a function of its sources, which are flattened and stand side by side.
 
     Attributes:
         function: Maps a point `(points, n)` and a context, tensors that begin with the points, to `(points, m)`.
-        point: `(points, n)`, where the function is differentiated.
-        context: Tensors that are held.
-        range_dimension: m.
+        point: Tensor `(points, n)`, at which the function is differentiated.
+        context: List of tensors that are held constant.
+        range_dimension: Integer, m.
     """
 
     function: Callable[[tf.Tensor, list[tf.Tensor]], tf.Tensor]
@@ -141,7 +141,7 @@ def floating_states(states: Sequence[tf.Tensor]) -> list[int]:
 
 
 def size(tensor: tf.Tensor) -> int:
-    """The number of values per point."""
+    """The number of values at each point."""
     return int(tensor.shape[1:].num_elements())
 
 

@@ -1,4 +1,4 @@
-"""The contract of a measure: what it is given beside the operator, and what it returns."""
+"""The contract of a measure: the context that it gets with the operator, and the values that it returns."""
 
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -30,7 +30,8 @@ class MeasureContext:
         options: The user's options.
         dtype: Type of the results.
         num_points: Number of all points of the call, of which the operator may hold a part; None if unknown.
-        stream: Separates the random numbers of one chunk of points from those of another.
+        stream: Integer or scalar tensor, the number of a chunk of points; each has random numbers of its own. Defaults
+            to 0.
         workspace_vectors: Maximum number of (point, vector) pairs that are multiplied at once.
     """
 
@@ -46,7 +47,7 @@ class MeasureContext:
         return self.options.tolerance
 
     def exact(self, operator: tf.linalg.LinearOperator) -> bool:
-        """Tells if the entries of all Jacobians together are few enough to be looked at one by one."""
+        """True if all Jacobians together have at most `max_entries` entries, few enough to compute each one."""
         points = self.num_points or operator.shape[0] or UNKNOWN_POINTS
         return int(points * operator.shape[-2] * operator.shape[-1]) <= self.options.max_entries
 

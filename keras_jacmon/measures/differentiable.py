@@ -16,9 +16,10 @@ class Directions:
     """The vectors that a measure is differentiated with.
 
     Attributes:
-        vectors: So many random vectors stand for a block of J that has no structure and more rows than that.
-        seed: `(2,)`, of these vectors.
-        leading: `(rows, n)`, leading right singular vectors, or what they were a little while ago.
+        vectors: Integer, number of random vectors for a block of J that has no structure and more rows than that.
+        seed: Tensor `(2,)`, seed of these vectors.
+        leading: Tensor `(points, n)`, leading right singular vectors, possibly from a few steps of training ago.
+            Defaults to None.
     """
 
     vectors: int
@@ -27,14 +28,14 @@ class Directions:
 
 
 def variance(operator: tf.linalg.LinearOperator, directions: Directions) -> tf.Tensor:
-    """`n * Var(J)`, `(draws, rows)`: one draw if it is exact, otherwise independent unbiased estimates."""
+    """`n * Var(J)`, `(draws, points)`: one draw if it is exact, otherwise independent unbiased estimates."""
     m, n = int(operator.shape[-2]), int(operator.shape[-1])
     mean, squares = _moments(operator, directions)
     return n / (m * n) * (squares - m * n * mean**2)
 
 
 def rms_singular_value(operator: tf.linalg.LinearOperator, directions: Directions) -> tf.Tensor:
-    """`sqrt(‖J‖_F² / n)`, `(1, rows)`; from an unbiased estimate of the square where that is not exact."""
+    """`sqrt(‖J‖_F² / n)`, `(1, points)`; from an unbiased estimate of the square where no exact value is known."""
     _, squares = _moments(operator, directions)
     mean_square = tf.reduce_mean(squares, axis=0, keepdims=True) / int(operator.shape[-1])
     # The derivative of the root has a pole at zero.
@@ -42,10 +43,10 @@ def rms_singular_value(operator: tf.linalg.LinearOperator, directions: Direction
 
 
 def spectral_norm(operator: tf.linalg.LinearOperator, directions: Directions) -> tf.Tensor:
-    """`uᵀ J v`, `(1, rows)`, with the leading singular vectors u and v held: its derivative is that of the norm.
+    """`uᵀ J v`, `(1, points)`, with the leading singular vectors u and v held: its derivative is that of the norm.
 
-    One step of the power method brings vectors of a little while ago up to date; the error is of second order in
-    what is left.
+    One step of the power method brings vectors from a few steps of training ago up to date; the error is of second
+    order in the distance that remains.
 
     References:
         T. Miyato et al., "Spectral Normalization for Generative Adversarial Networks", 2018.
@@ -72,7 +73,7 @@ def _unit(vectors: tf.Tensor) -> tf.Tensor:
 
 
 def _moments(operator: tf.linalg.LinearOperator, directions: Directions) -> tuple[tf.Tensor, tf.Tensor]:
-    """The mean of the entries, `(rows,)`, and the sum of their squares, `(draws, rows)`."""
+    """The mean of the entries, `(points,)`, and the sum of their squares, `(draws, points)`."""
     m, n = int(operator.shape[-2]), int(operator.shape[-1])
     blocks = closed_blocks(operator)
     mean = tf.add_n([block.entry_sum() for block in blocks]) / (m * n)
@@ -87,17 +88,17 @@ def _moments(operator: tf.linalg.LinearOperator, directions: Directions) -> tupl
 
 
 def _squares(operator: tf.linalg.LinearOperator, directions: Directions, stream: int) -> tf.Tensor:
-    """`‖J‖_F²` from products with Jᵀ, `(draws, rows)`: with all unit vectors if they are few, or with random ones.
+    """`‖J‖_F²` from products with Jᵀ, `(draws, points)`: with all unit vectors if they are few, or with random ones.
 
     `E ‖Jᵀ z‖² = ‖J‖_F²` for independent signs z (Hutchinson 1989).
     """
     m = int(operator.shape[-2])
-    rows = operator.batch_shape_tensor()[0]
+    points = operator.batch_shape_tensor()[0]
     if m <= directions.vectors:
-        images = operator.matmul(tf.eye(m, batch_shape=[rows], dtype=operator.dtype), adjoint=True)
+        images = operator.matmul(tf.eye(m, batch_shape=[points], dtype=operator.dtype), adjoint=True)
         return tf.reduce_sum(images**2, axis=[1, 2])[None]
     seed = tf.random.experimental.stateless_fold_in(directions.seed, stream)
-    shape = [operator.shape[0] or rows, m, directions.vectors]
+    shape = [operator.shape[0] or points, m, directions.vectors]
     bits = tf.random.stateless_uniform(shape, seed, 0, 2, tf.int32)
     images = operator.matmul(tf.cast(2 * bits - 1, operator.dtype), adjoint=True)
     return tf.transpose(tf.reduce_sum(images**2, axis=1))

@@ -7,19 +7,19 @@ import tensorflow as tf
 
 from keras_jacmon.measures.context import MeasureContext, Measured
 
-# Up to so many units the eigenvalues are found by forming J: 128 units take 5 ms a row, 256 already 43 ms.
+# Up to this number of units the eigenvalues are found by forming J: 128 units take 5 ms per point, 256 take 43 ms.
 EXACT_SIZE = 128
 
-# Up to so many columns all eigenvalues are found: that takes 0.3 s a row for 512 and 3 s for 1024.
+# Up to this number of columns all eigenvalues are found: 0.3 s per point for 512 columns and 3 s for 1024.
 SPECTRUM_SIZE = 512
 
-# Of larger matrices so many eigenvalues are found, in a single Krylov space of so many vectors: of random matrices and
-# steps of LSTMs and GRUs with 600 to 1024 columns all of them to 1e-2, with 192 vectors not those of a GRU. Not 256:
-# see `_PADDING`.
+# Number of eigenvalues found for larger matrices, and number of vectors of the one Krylov space that they are found in.
+# For random matrices and steps of LSTMs and GRUs with 600 to 1024 columns 240 vectors find all 16 to 1e-2; 192 vectors
+# miss some of a GRU. A multiple of 256 would be slow: see `_PADDING`.
 LEADING, SPECTRUM_KRYLOV = 16, 240
 
-# Columns that are a multiple of 2 KiB apart fall into the same few lines of a cache. So many zeros beside them make the
-# eigenvalues of 512 units four times faster, of 1024 seven times.
+# Columns that are a multiple of 2 KiB apart fall into the same few lines of a cache. These zeros beside them make the
+# eigenvalues of 512 units four times faster, of 1024 units seven times.
 _PADDING, _SPACING = 8, 256
 
 # Vectors of a Krylov space. With 32 the edge of a random orthogonal matrix, all of whose eigenvalues are as large as
@@ -39,13 +39,13 @@ _SPURIOUS = 1e-3
 
 
 def eigenvalues(operator: tf.linalg.LinearOperator) -> tf.Tensor:
-    """All eigenvalues of each row, by forming J: O(n³) a row, 5 ms for 128 units.
+    """All eigenvalues at each point, by forming J: O(n³) per point, 5 ms for 128 units.
 
     Args:
-        operator: The Jacobians, `(n, n)`, batch shape `(rows,)`.
+        operator: The Jacobians, `(n, n)`, batch shape `(points,)`.
 
     Returns:
-        `(rows, n)`, complex, the largest modulus first; NaN for rows that hold NaN or inf.
+        `(points, n)`, complex, the largest modulus first; NaN at points where J holds NaN or inf.
     """
     dense, finite = _finite(operator.to_dense())
     n = int(operator.shape[-1])
@@ -58,45 +58,45 @@ def eigenvalues(operator: tf.linalg.LinearOperator) -> tf.Tensor:
 
 
 def leading_eigenvalues(operator: tf.linalg.LinearOperator, context: MeasureContext) -> tf.Tensor:
-    """All eigenvalues of each row up to 512 columns, and above that the 16 largest, as far as they are found.
+    """All eigenvalues at each point up to 512 columns; for larger J the 16 largest, as far as they are found.
 
     Above, they are Ritz values in a Krylov space of 240 dimensions (Arnoldi's method), whose residual `‖J x - θ x‖` of
     the unit vector x is at most `tolerance` times the modulus of θ: see `spectral_radius` for what that says. The
-    others are NaN; these are many where many eigenvalues are equally large, as those of an orthogonal J are. One that
-    is repeated is found once.
+    others are NaN. Many are NaN where many eigenvalues are equally large, as for an orthogonal J. A repeated
+    eigenvalue is found once.
 
     Args:
-        operator: The Jacobians, `(n, n)`, batch shape `(rows,)`.
-        context: `tolerance` is relative; the start vector comes from `seed`.
+        operator: The Jacobians, `(n, n)`, batch shape `(points,)`.
+        context: `MeasureContext`; `tolerance` is relative, and the start vector comes from `seed`.
 
     Returns:
-        `(rows, n)` or `(rows, 16)`, complex, the largest modulus first, with NaN in the places of those that are not
-        found; NaN for rows that hold NaN or inf.
+        `(points, n)` or `(points, 16)`, complex, the largest modulus first, NaN for eigenvalues that are not found, and
+        at points where J holds NaN or inf.
     """
     n = int(operator.shape[-1])
     if n <= SPECTRUM_SIZE:
         return eigenvalues(operator)
-    rows = operator.batch_shape_tensor()[0]
-    start, _ = _unit(tf.random.stateless_normal([rows, n], context.seeds(7), dtype=operator.dtype))
+    points = operator.batch_shape_tensor()[0]
+    start, _ = _unit(tf.random.stateless_normal([points, n], context.seeds(7), dtype=operator.dtype))
     values, residuals = (x[:, :LEADING] for x in _ritz_values(*_krylov(operator, start, SPECTRUM_KRYLOV)))
     return tf.where(residuals <= context.tolerance * tf.abs(values), values, _nan(values.dtype))
 
 
 def spectral_radius(operator: tf.linalg.LinearOperator, context: MeasureContext) -> Measured:
-    """The largest modulus of an eigenvalue of each row. Dimensionless; what a step repeated for ever would gain.
+    """The largest modulus of an eigenvalue at each point. Dimensionless; the gain of a step that is repeated for ever.
 
     Up to 128 units from all eigenvalues. Above, by Arnoldi's method in Krylov spaces of 48 dimensions, orthogonalised
     twice and restarted up to 12 times, until the residual of the largest Ritz value is at most `tolerance` times its
-    modulus in every row.
+    modulus at every point.
 
     Args:
-        operator: The Jacobians, `(n, n)`, batch shape `(rows,)`.
-        context: `tolerance` is relative; the start vector comes from `seed`.
+        operator: The Jacobians, `(n, n)`, batch shape `(points,)`.
+        context: `MeasureContext`; `tolerance` is relative, and the start vector comes from `seed`.
 
     Returns:
-        The value `(rows,)`, NaN for rows that hold NaN or inf. The uncertainty is None if it is exact up to rounding,
-        otherwise the residual `‖J x - θ x‖` of the unit vector x: θ is an eigenvalue of a matrix that differs from J by
-        that norm at most. Of an eigenvalue of J it may be further away, by the condition number of that eigenvalue.
+        The value `(points,)`, NaN at points where J holds NaN or inf. The uncertainty is None if the value is exact up
+        to rounding, otherwise the residual `‖J x - θ x‖` of the unit vector x: θ is an eigenvalue of a matrix that
+        differs from J by that norm at most. Of an eigenvalue of J it may be further away, by the condition number of that eigenvalue.
 
     References:
         W. E. Arnoldi, "The principle of minimized iterations in the solution of the matrix eigenvalue problem", 1951.
@@ -108,13 +108,13 @@ def spectral_radius(operator: tf.linalg.LinearOperator, context: MeasureContext)
 
 
 def singular_values(operator: tf.linalg.LinearOperator) -> tf.Tensor:
-    """All singular values of each row, by forming J: 3 ms for 128 units, O(n³). All near 1 is dynamical isometry.
+    """All singular values at each point, by forming J: O(n³), 3 ms for 128 units. All near 1 is dynamical isometry.
 
     Args:
-        operator: The Jacobians, `(m, n)`, batch shape `(rows,)`.
+        operator: The Jacobians, `(m, n)`, batch shape `(points,)`.
 
     Returns:
-        `(rows, min(m, n))`, the largest first; NaN for rows that hold NaN or inf.
+        `(points, min(m, n))`, the largest first; NaN at points where J holds NaN or inf.
     """
     dense, finite = _finite(operator.to_dense())
     values = tf.linalg.svd(dense, compute_uv=False)
@@ -122,14 +122,14 @@ def singular_values(operator: tf.linalg.LinearOperator) -> tf.Tensor:
 
 
 def condition_number(operator: tf.linalg.LinearOperator, context: MeasureContext) -> Measured:  # noqa: ARG001 - as every measure
-    """The largest singular value over the smallest, for each row. Dimensionless; 1 for an orthogonal J.
+    """The largest singular value over the smallest, at each point. Dimensionless; 1 for an orthogonal J.
 
     Args:
-        operator: The Jacobians, `(m, n)`, batch shape `(rows,)`.
-        context: Has no part in it: the value is exact up to rounding.
+        operator: The Jacobians, `(m, n)`, batch shape `(points,)`.
+        context: `MeasureContext`, unused: the value is exact up to rounding.
 
     Returns:
-        The value `(rows,)`; inf if the smallest one is zero but for rounding, NaN for rows that hold NaN or inf.
+        The value `(points,)`; inf if the smallest one is zero but for rounding, NaN at points where J holds NaN or inf.
     """
     values = singular_values(operator)
     largest, smallest = values[:, 0], values[:, -1]
@@ -140,28 +140,28 @@ def condition_number(operator: tf.linalg.LinearOperator, context: MeasureContext
 
 def _arnoldi_radius(operator: tf.linalg.LinearOperator, context: MeasureContext) -> Measured:
     n, dtype = int(operator.shape[-1]), operator.dtype
-    rows = operator.batch_shape_tensor()[0]
+    points = operator.batch_shape_tensor()[0]
 
     def unfinished(value: tf.Tensor, residual: tf.Tensor) -> tf.Tensor:
-        # A NaN compares as finished: such a row never gets better.
+        # A NaN compares as finished: such a point never gets better.
         return residual > context.tolerance * value
 
     def body(value: tf.Tensor, residual: tf.Tensor, start: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
         space = _krylov(operator, start, KRYLOV)
         new_value, new_residual = (tf.abs(x[:, 0]) for x in _ritz_values(*space))
         mixture = _leading_directions(space.hessenberg, new_value)
-        # A row that is done goes on as long as others do. NaN compares as better: it stays.
+        # A point that is done goes on as long as others do. NaN compares as better: it stays.
         worse = new_residual > residual
         start = _unit(tf.linalg.matvec(space.basis, mixture, transpose_a=True))[0]
         return tf.where(worse, value, new_value), tf.where(worse, residual, new_residual), start
 
-    start, _ = _unit(tf.random.stateless_normal([rows, n], context.seeds(4), dtype=dtype))
-    infinite = tf.fill([rows], tf.constant(np.inf, dtype))
+    start, _ = _unit(tf.random.stateless_normal([points, n], context.seeds(4), dtype=dtype))
+    infinite = tf.fill([points], tf.constant(np.inf, dtype))
     scalar = tf.TensorShape([None])
     value, residual, _ = tf.while_loop(
         lambda value, residual, _: tf.reduce_any(unfinished(value, residual)),
         body,
-        (tf.zeros([rows], dtype), infinite, start),
+        (tf.zeros([points], dtype), infinite, start),
         shape_invariants=(scalar, scalar, tf.TensorShape([None, n])),
         maximum_iterations=MAX_RESTARTS,
     )
@@ -171,8 +171,8 @@ def _arnoldi_radius(operator: tf.linalg.LinearOperator, context: MeasureContext)
 class _Krylov(NamedTuple):
     """`J V = V H + beyond v eᵀ` with orthonormal V.
 
-    `basis` `(rows, k, n)` are the columns of V, zeros where the space is invariant before; `hessenberg` `(rows, k, k)`
-    is H, and `beyond` is `(rows,)`.
+    `basis` `(points, k, n)` are the columns of V, zeros where the space is invariant before; `hessenberg`
+    `(points, k, k)` is H, and `beyond` is `(points,)`.
     """
 
     basis: tf.Tensor
@@ -181,8 +181,8 @@ class _Krylov(NamedTuple):
 
 
 def _krylov(operator: tf.linalg.LinearOperator, start: tf.Tensor, size: int) -> _Krylov:
-    """The space of `start`, `J start`, ... of so many dimensions."""
-    rows, n = tf.shape(start)[0], start.shape[1]
+    """The Krylov space of `start`, `J start`, ... with `size` dimensions."""
+    points, n = tf.shape(start)[0], start.shape[1]
 
     def step(
         j: tf.Tensor, basis: tf.Tensor, vector: tf.Tensor, hessenberg: tf.Tensor, _: tf.Tensor
@@ -190,7 +190,7 @@ def _krylov(operator: tf.linalg.LinearOperator, start: tf.Tensor, size: int) -> 
         basis = tf.concat([basis, vector[:, None]], axis=1)
         image = operator.matvec(vector)
         noise = 10 * np.finfo(image.dtype.as_numpy_dtype).eps * tf.norm(image, axis=-1)
-        column = tf.zeros([rows, j + 1], image.dtype)
+        column = tf.zeros([points, j + 1], image.dtype)
         for _again in range(2):
             part = tf.linalg.matvec(basis, image)
             image -= tf.linalg.matvec(basis, part, transpose_a=True)
@@ -206,10 +206,10 @@ def _krylov(operator: tf.linalg.LinearOperator, start: tf.Tensor, size: int) -> 
         step,
         (
             tf.constant(0),
-            tf.zeros([rows, 0, n], start.dtype),
+            tf.zeros([points, 0, n], start.dtype),
             start,
-            tf.zeros([rows, size + 1, 0], start.dtype),
-            tf.zeros([rows], start.dtype),
+            tf.zeros([points, size + 1, 0], start.dtype),
+            tf.zeros([points], start.dtype),
         ),
         shape_invariants=(
             tf.TensorShape([]),
@@ -223,13 +223,13 @@ def _krylov(operator: tf.linalg.LinearOperator, start: tf.Tensor, size: int) -> 
 
 
 def _ritz_values(basis: tf.Tensor, hessenberg: tf.Tensor, beyond: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-    """The eigenvalues of H, the largest modulus first, and the residuals of their vectors, each `(rows, k)`."""
+    """The eigenvalues of H, the largest modulus first, and the residuals of their vectors, each `(points, k)`."""
     safe, finite = _finite(hessenberg)
     values, vectors = tf.linalg.eig(safe)
     order = tf.argsort(tf.abs(values), axis=-1, direction="DESCENDING")
     values = tf.gather(values, order, batch_dims=1)
     parts = tf.abs(tf.gather(vectors, order, axis=2, batch_dims=1))
-    # An eigenvector of H that is made of zeros in V, behind an invariant space, is none of J.
+    # An eigenvector of H that is made of zeros in V, after an invariant space, is none of J.
     exists = tf.cast(tf.reduce_any(tf.not_equal(basis, 0), axis=2), parts.dtype)
     norms = tf.norm(parts * exists[:, :, None], axis=1)
     infinite = tf.constant(np.inf, norms.dtype)
@@ -239,7 +239,7 @@ def _ritz_values(basis: tf.Tensor, hessenberg: tf.Tensor, beyond: tf.Tensor) -> 
 
 
 def _leading_directions(hessenberg: tf.Tensor, largest: tf.Tensor) -> tf.Tensor:
-    """What to mix a new start of, `(rows, k)`: powers of H favour the largest of its eigenvalues."""
+    """Coefficients of a new start vector, `(points, k)`: powers of H favour the largest of its eigenvalues."""
     power = tf.math.divide_no_nan(hessenberg, largest[:, None, None])
     for _ in range(SQUARINGS):
         power = power @ power
@@ -247,7 +247,7 @@ def _leading_directions(hessenberg: tf.Tensor, largest: tf.Tensor) -> tf.Tensor:
 
 
 def _finite(matrices: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-    """The matrices, zeros in place of those that hold NaN or inf, which solvers refuse; and which rows are finite."""
+    """The matrices, zero if one holds NaN or inf, which solvers refuse; and Booleans, True for finite ones."""
     finite = tf.reduce_all(tf.math.is_finite(matrices), axis=[1, 2])
     return tf.where(finite[:, None, None], matrices, tf.zeros_like(matrices)), finite
 
@@ -257,7 +257,7 @@ def _nan(dtype: tf.DType) -> tf.Tensor:
 
 
 def _unit(vectors: tf.Tensor, noise: tf.Tensor | float = 0.0) -> tuple[tf.Tensor, tf.Tensor]:
-    """Vectors of norm one and the norms; both zero where that is nothing but noise."""
+    """Vectors of norm one and the norms; both zero where the norm is at most `noise`."""
     norms = tf.norm(vectors, axis=-1)
     norms = tf.where(norms <= noise, tf.zeros_like(norms), norms)
     return tf.math.divide_no_nan(vectors, norms[:, None]), norms

@@ -4,8 +4,8 @@ The product of the last k steps is `P_k = J_T J_{T-1} ... J_{T-k+1} = d s_T / d 
 reaches s_{T-k} as `P_kᵀ w`, so everything here runs backwards, from the last step to the first one. A long sequence is
 run through in segments of time, the last one first; a carry leads from one to the next.
 
-All logarithms are natural. They are summed in float64: after 10,000 steps float32 would round the sum by more than
-what a step adds to it is worth.
+All logarithms are natural. They are summed in float64: after 10,000 steps float32 would round the sum by more than a
+step adds to it.
 """
 
 import math
@@ -18,10 +18,12 @@ from keras_jacmon.measures.steps import Steps
 
 
 class FlowCarry(NamedTuple):
-    """Where the propagation stands.
+    """The state of the propagation.
 
-    `vectors` `(samples, vectors, n)` are those propagated, rescaled; `logs` are the logarithms of what they were
-    divided by so far, `(samples, vectors)`, or `(samples, 1)` if all vectors of a sample have one scale.
+    Attributes:
+        vectors: Tensor `(samples, vectors, n)`, the propagated vectors, rescaled.
+        logs: Tensor `(samples, vectors)`, float64, logarithms of all their divisors so far; `(samples, 1)` if all
+            vectors of a sample have one scale.
     """
 
     vectors: tf.Tensor
@@ -43,17 +45,17 @@ def start_flow(
     Entries are ±1: `E ‖Pᵀ w‖² = ‖P‖_F²` as for Gaussian ones, with a smaller variance.
 
     Args:
-        samples: How many samples there are.
-        size: Units n.
-        vectors: How many for each sample. The standard error takes at least 2.
-        seed: `(2,)`, of `tf.random.stateless_uniform`.
-        dtype: Of the operators.
+        samples: Integer, number of samples.
+        size: Integer, number of units n.
+        vectors: Integer, number of vectors for each sample; at least 2 for a standard error.
+        seed: Tensor `(2,)`, seed of `tf.random.stateless_uniform`.
+        dtype: Type of the operators.
 
     References:
         M. F. Hutchinson, "A stochastic estimator of the trace of the influence matrix", 1989.
     """
     bits = tf.random.stateless_uniform([samples, vectors, size], seed, 0, 2, tf.int32)
-    # Of norm one, so that the logarithms are those of ‖Pᵀ w‖ / sqrt(n).
+    # Of norm one, so that a logarithm is log(‖Pᵀ w‖ / sqrt(n)).
     return FlowCarry(tf.cast(2 * bits - 1, dtype) / math.sqrt(size), tf.zeros([samples, vectors], tf.float64))
 
 
@@ -61,9 +63,9 @@ def start_exact_flow(samples: int | tf.Tensor, size: int, dtype: tf.DType) -> Fl
     """All unit vectors at the end of the sequence, for the spectral norm.
 
     Args:
-        samples: How many samples there are.
-        size: Units n.
-        dtype: Of the operators.
+        samples: Integer, number of samples.
+        size: Integer, number of units n.
+        dtype: Type of the operators.
     """
     return FlowCarry(tf.eye(size, batch_shape=[samples], dtype=dtype), tf.zeros([samples, 1], tf.float64))
 
@@ -78,7 +80,7 @@ def flow_segment(steps: Steps, carry: FlowCarry) -> tuple[tf.Tensor, FlowCarry]:
         carry: From `start_flow`, or from the segment that follows in time.
 
     Returns:
-        The logarithms of `‖Pᵀ w‖ / sqrt(n)`, `(time, vectors, samples)`, at each step those of the product from there
+        The logarithms of `‖Pᵀ w‖ / sqrt(n)`, `(time, vectors, samples)`, at each step for the product from there
         to the end of the sequence; and the carry.
     """
 
@@ -101,7 +103,7 @@ def exact_flow_segment(steps: Steps, carry: FlowCarry) -> tuple[tf.Tensor, FlowC
         carry: From `start_exact_flow`, or from the segment that follows in time.
 
     Returns:
-        The logarithms of the spectral norm `‖P‖`, `(time, 1, samples)`, at each step that of the product from there to
+        The logarithms of the spectral norm `‖P‖`, `(time, 1, samples)`, at each step for the product from there to
         the end of the sequence; and the carry.
     """
 
@@ -122,7 +124,7 @@ def flow_by_span(logs: tf.Tensor, mask: tf.Tensor | None) -> Flow:
     about `-standard_error²`.
 
     Args:
-        logs: From `flow_segment`, all segments one behind the other in the order of time, `(time, vectors, samples)`.
+        logs: From `flow_segment`, all segments one after the other in the order of time, `(time, vectors, samples)`.
         mask: `(time, samples)`, as in `Steps`.
 
     Returns:
@@ -142,7 +144,7 @@ def flow_by_span(logs: tf.Tensor, mask: tf.Tensor | None) -> Flow:
 
 
 def by_span(values: tf.Tensor, mask: tf.Tensor | None) -> tf.Tensor:
-    """Puts what was found at each step where its distance from the end of the sample's sequence says.
+    """Sorts the values of the steps by their distance from the end of the sample's sequence.
 
     Args:
         values: `(time, samples)`, in the order of time.

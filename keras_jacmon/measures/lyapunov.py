@@ -20,14 +20,14 @@ from keras_jacmon.measures.steps import Steps
 
 
 class LyapunovCarry(NamedTuple):
-    """Where the iteration stands.
+    """The state of the iteration.
 
     Attributes:
-        vectors: `(samples, n, k)`, orthonormal after each QR.
-        sums: Of the logarithms that count, `(samples, k)`, float64.
-        taken: Steps that each sample has taken, `(samples,)`; those that it skips do not count.
-        pending: How many of these since the last QR, `(samples,)`.
-        since: Steps since the last QR, a scalar, skipped or not.
+        vectors: Tensor `(samples, n, k)`, columns that are orthonormal after each QR.
+        sums: Tensor `(samples, k)`, float64, sums of the logarithms that count.
+        taken: Tensor `(samples,)`, number of steps that each sample has taken; skipped steps do not count.
+        pending: Tensor `(samples,)`, number of steps that each sample has taken since the last QR.
+        since: Scalar tensor, number of steps since the last QR, skipped or not.
     """
 
     vectors: tf.Tensor
@@ -43,14 +43,14 @@ def start_lyapunov(
     """Random orthonormal columns at the beginning of the sequence.
 
     Args:
-        samples: How many samples there are.
-        size: Units n.
-        k: How many exponents, from the largest on.
-        seed: `(2,)`, of `tf.random.stateless_normal`.
-        dtype: Of the operators.
+        samples: Integer, number of samples.
+        size: Integer, number of units n.
+        k: Integer, number of exponents, from the largest on.
+        seed: Tensor `(2,)`, seed of `tf.random.stateless_normal`.
+        dtype: Type of the operators.
 
     Raises:
-        ValueError: If there are not so many exponents.
+        ValueError: If `k` is not between 1 and `size`.
     """
     if not 1 <= k <= size:
         raise ValueError(f"Invalid value for argument `k`. Expected 1 to {size}, the number of units. Received: k={k}")
@@ -68,9 +68,11 @@ def lyapunov_segment(steps: Steps, carry: LyapunovCarry, *, warmup: int, qr_ever
     Args:
         steps: The segment.
         carry: From `start_lyapunov`, or from the segment before.
-        warmup: So many steps of each sample turn the columns into the directions that grow most, and do not count.
-        qr_every: Steps between two QRs. In between, columns draw near to each other and grow: a spread of the exponents
-            times `qr_every` of more than 13 nats (33 in float64) is lost to rounding, as is a growth that overflows.
+        warmup: Integer, number of first steps of each sample that turn the columns into the directions that grow most,
+            and do not count.
+        qr_every: Integer, number of steps between two QRs. In between, columns draw near to each other and grow: a
+            spread of the exponents times `qr_every` of more than 13 nats (33 in float64) is lost to rounding, as is a
+            growth that overflows. Defaults to 1.
 
     Returns:
         The carry for the next segment, or for `lyapunov_exponents`.
@@ -99,8 +101,8 @@ def lyapunov_exponents(carry: LyapunovCarry, *, warmup: int) -> tf.Tensor:
         warmup: As in `lyapunov_segment`.
 
     Returns:
-        `(k, samples)`, in the order of the columns, which is that of the exponents but for fluctuations. -inf for
-        directions that some step does away with, up to rounding; NaN for samples with no step behind the warm-up.
+        `(k, samples)`, in the order of the columns: the largest first, but for fluctuations. -inf for
+        directions that some step does away with, up to rounding; NaN for samples with no step after the warm-up.
     """
     carry = _orthonormalised(carry, warmup)
     counts = tf.cast(tf.maximum(carry.taken - warmup, 0), tf.float64)
@@ -108,14 +110,14 @@ def lyapunov_exponents(carry: LyapunovCarry, *, warmup: int) -> tf.Tensor:
 
 
 def kaplan_yorke(exponents: tf.Tensor, size: int) -> tf.Tensor:
-    """The Kaplan-Yorke dimension of the attractor: of how many dimensions a volume neither grows nor shrinks.
+    """The Kaplan-Yorke dimension of the attractor: the dimension whose volumes neither grow nor shrink.
 
     `j + (λ_1 + ... + λ_j) / |λ_{j+1}|` with the largest j for which the sum is not negative; 0 if all exponents are,
     n if all sums are not.
 
     Args:
         exponents: Nats per step, `(k, samples)`.
-        size: Units n.
+        size: Integer, number of units n.
 
     Returns:
         `(samples,)`; NaN if the k exponents that are given do not decide it. All n always do.
@@ -143,7 +145,7 @@ def kaplan_yorke(exponents: tf.Tensor, size: int) -> tf.Tensor:
 
 
 def _orthonormalised(carry: LyapunovCarry, warmup: int) -> LyapunovCarry:
-    """One QR, whose logarithms count for those samples whose warm-up was over at the QR before."""
+    """The carry after one QR; its logarithms count for samples whose warm-up was over at the QR before."""
     # Each column by its own scale: Householder's squares may underflow in some.
     scale = tf.reduce_max(tf.abs(carry.vectors), axis=1)
     q, r = tf.linalg.qr(tf.math.divide_no_nan(carry.vectors, scale[:, None]))

@@ -9,21 +9,21 @@ from keras_jacmon.measures.context import MeasureContext, Measured
 from keras_jacmon.operators.contract import JacobianOperator
 from keras_jacmon.operators.formed import as_jacobian_operator
 
-# Random vectors of an estimate. The error of a mean over r rows falls as 1/√(16 r).
+# Random vectors of an estimate. The error of a mean over p points falls as 1/√(16 p).
 ESTIMATE_VECTORS = 16
 
 
 def variance(operator: tf.linalg.LinearOperator, context: MeasureContext) -> Measured:
-    """`n * Var(J)` for each row: population variance over all entries, mean removed, times the units.
+    """`n * Var(J)` at each point: population variance over all entries, mean removed, times the units.
 
     Dimensionless; 1.0 for a linear cell with Glorot weights, 0.5 with ReLU.
 
     Args:
-        operator: The Jacobians, batch shape `(rows,)`.
-        context: Up to `max_entries` entries the value is exact, above it an estimate.
+        operator: The Jacobians, batch shape `(points,)`.
+        context: `MeasureContext`; up to `max_entries` entries the value is exact, above it an estimate.
 
     Returns:
-        Value and standard error, each `(rows,)`.
+        Value and standard error, each `(points,)`.
     """
     moments = _moments(operator, context)
     m, n = _dimensions(operator)
@@ -33,16 +33,16 @@ def variance(operator: tf.linalg.LinearOperator, context: MeasureContext) -> Mea
 
 
 def rms_singular_value(operator: tf.linalg.LinearOperator, context: MeasureContext) -> Measured:
-    """`sqrt(‖J‖_F² / n)` for each row: the RMS gain of a random direction.
+    """`sqrt(‖J‖_F² / n)` at each point: the RMS gain of a random direction.
 
     Dimensionless; 1 keeps norms. Sees the mean of the entries, to which the variance is blind.
 
     Args:
-        operator: The Jacobians, batch shape `(rows,)`.
-        context: Up to `max_entries` entries the value is exact, above it an estimate.
+        operator: The Jacobians, batch shape `(points,)`.
+        context: `MeasureContext`; up to `max_entries` entries the value is exact, above it an estimate.
 
     Returns:
-        Value and standard error, each `(rows,)`; the error by the delta method.
+        Value and standard error, each `(points,)`; the error by the delta method.
     """
     moments = _moments(operator, context)
     m, n = _dimensions(operator)
@@ -92,7 +92,7 @@ def _moments_by_blocks(operator: tf.linalg.LinearOperator, context: MeasureConte
 
 
 def closed_blocks(operator: tf.linalg.LinearOperator) -> list[JacobianOperator]:
-    """The operator, or as many of its blocks as it takes for closed forms."""
+    """The operator itself if it has closed forms, otherwise its blocks, divided until they have closed forms."""
     operator = as_jacobian_operator(operator)
     if operator.square_sum() is not None:
         return [operator]
@@ -116,15 +116,15 @@ def _exact(operator: tf.linalg.LinearOperator, mean: tf.Tensor, context: Measure
     # By the smaller side. A product with J takes about as long as two with Jᵀ where a tape gives both.
     adjoint = m <= 2 * n
     side = m if adjoint else n
-    rows = operator.batch_shape_tensor()[0]
-    width = tf.clip_by_value(context.workspace_vectors // tf.maximum(rows, 1), 1, side)
+    points = operator.batch_shape_tensor()[0]
+    width = tf.clip_by_value(context.workspace_vectors // tf.maximum(points, 1), 1, side)
 
     def body(start: tf.Tensor, total: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         basis = tf.one_hot(tf.range(start, tf.minimum(start + width, side)), side, axis=0, dtype=operator.dtype)
-        basis = tf.broadcast_to(basis, [rows, side, tf.shape(basis)[1]])
+        basis = tf.broadcast_to(basis, [points, side, tf.shape(basis)[1]])
         images = operator.matmul(basis, adjoint=adjoint)
         squares = tf.reduce_sum((images - mean[:, None, None]) ** 2, axis=[1, 2])
-        # Of a single row the mean may know that it is one where the images do not.
+        # The static shape of the mean may say that there is a single point where the shape of the images does not.
         return start + width, total + tf.ensure_shape(squares, mean.shape)
 
     _, total = tf.while_loop(
@@ -143,10 +143,10 @@ def _estimated(
     M. F. Hutchinson, "A stochastic estimator of the trace of the influence matrix", 1989.
     """
     m, _ = _dimensions(operator)
-    rows = operator.batch_shape_tensor()[0]
+    points = operator.batch_shape_tensor()[0]
 
     def body(draw: tf.Tensor, draws: tf.TensorArray) -> tuple[tf.Tensor, tf.TensorArray]:
-        bits = tf.random.stateless_uniform([rows, m], context.seeds(1, draw), 0, 2, tf.int32)
+        bits = tf.random.stateless_uniform([points, m], context.seeds(1, draw), 0, 2, tf.int32)
         z = tf.cast(2 * bits - 1, operator.dtype)
         image = operator.matvec(z, adjoint=True) - (mean * tf.reduce_sum(z, axis=-1))[:, None]
         return draw + 1, draws.write(draw, tf.reduce_sum(image**2, axis=-1))

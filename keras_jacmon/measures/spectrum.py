@@ -9,31 +9,31 @@ import tensorflow as tf
 from keras_jacmon.measures.context import MeasureContext, Measured
 from keras_jacmon.operators.formed import as_jacobian_operator
 
-# Random matrices of 128 x 128 need at most about 25 steps for 1e-2 and 30 for 1e-3. A row that has not converged after
-# so many says so by its residual.
+# Random matrices of 128 x 128 need at most about 25 steps for 1e-2 and 30 for 1e-3. The residual of a
+# point that has not converged after this number of steps shows it.
 MAX_STEPS = 96
 
-# A small residual says that some singular value is near. With fewer steps that is not the largest one in more than one
-# row of a hundred, where the random start vector happens to be almost orthogonal to its singular vector.
+# A small residual says that some singular value is near. With fewer steps it is not the largest one at more than
+# one point in a hundred, where the random start vector happens to be almost orthogonal to its singular vector.
 LEAST_STEPS = 12
 
-# The small problem that tells whether a row has converged costs as much as some products with J.
+# The small problem that decides if a point has converged costs as much as some products with J.
 STEPS_BETWEEN_CHECKS = 2
 
 
 def spectral_norm(operator: tf.linalg.LinearOperator, context: MeasureContext) -> Measured:
-    """The largest singular value of each row, the worst-case gain of one step. Dimensionless.
+    """The largest singular value at each point, the worst-case gain of one step. Dimensionless.
 
     Golub-Kahan-Lanczos bidiagonalisation with one-sided reorthogonalisation, of at least 12 steps, until the residual
-    of the leading singular triplet is at most half of `tolerance` times its value; rows that are there are left out of
-    the further steps.
+    of the leading singular triplet is at most half of `tolerance` times its value; points that have
+    converged are left out of the further steps.
 
     Args:
-        operator: The Jacobians, batch shape `(rows,)`.
-        context: `tolerance` is relative; the start vector comes from `seed`.
+        operator: The Jacobians, batch shape `(points,)`.
+        context: `MeasureContext`; `tolerance` is relative, and the start vector comes from `seed`.
 
     Returns:
-        Value and residual norm, each `(rows,)`: some singular value is at most the residual away from the value.
+        Value and residual norm, each `(points,)`: some singular value is at most the residual away from the value.
         That it is the largest one is very likely, but no theorem: of 5,000 random matrices and LSTM steps with 64 and
         256 units, in one of two hundred it was another one, at most 5 % below the largest.
 
@@ -74,16 +74,16 @@ def _lanczos(
 ) -> tuple[tf.Tensor, tf.Tensor, list[tf.Tensor]]:
     """Values and residuals, and the right singular vectors if they are wanted."""
     operator = as_jacobian_operator(operator)
-    rows, n = operator.shape[0] or operator.batch_shape_tensor()[0], int(operator.shape[-1])
+    points, n = operator.shape[0] or operator.batch_shape_tensor()[0], int(operator.shape[-1])
     squarings = math.ceil(math.log2(1 / max(context.tolerance, 1e-6))) + 4
-    start, _ = _normalised(tf.random.stateless_normal([rows, n], context.seeds(2), dtype=operator.dtype))
-    every = tf.range(tf.cast(rows, tf.int64))
-    # Asked with all rows: Keras cannot trace an LSTM for none.
+    start, _ = _normalised(tf.random.stateless_normal([points, n], context.seeds(2), dtype=operator.dtype))
+    every = tf.range(tf.cast(points, tf.int64))
+    # Asked with all points: Keras cannot trace an LSTM for none.
     separable = operator.take(every) is not None
 
     def unfinished(value: tf.Tensor, residual: tf.Tensor) -> tf.Tensor:
         # Half: what still changes after the whole tolerance is often the second singular value giving way to the first.
-        # A NaN compares as finished: such a row never gets better.
+        # A NaN compares as finished: such a point never gets better.
         going = tf.squeeze(residual > context.tolerance / 2 * value, axis=1)
         return going if separable else tf.fill(tf.shape(going), tf.reduce_any(going))
 
@@ -125,11 +125,15 @@ def _lanczos(
 
 
 class _Progress(NamedTuple):
-    """How far the bidiagonalisation `J V = U B` of some rows has come.
+    """The state of the bidiagonalisation `J V = U B` at some points.
 
-    `u` `(rows, m)` and `v` `(rows, n)` are the last vectors, `beta` `(rows, 1)` the entry of B that belongs to the next
-    one; `alphas` and `betas`, `(rows, steps)`, are the diagonal of B and what stands above it, from a zero on. `basis`
-    `(rows, steps, n)` are the vectors before v.
+    Attributes:
+        u: Tensor `(points, m)`, the last left vector.
+        v: Tensor `(points, n)`, the last right vector.
+        beta: Tensor `(points, 1)`, the entry of B that belongs to the next left vector.
+        alphas: Tensor `(points, steps)`, the diagonal of B.
+        betas: Tensor `(points, steps)`, the entries above the diagonal, after a zero.
+        basis: Tensor `(points, steps, n)`, the right vectors before v.
     """
 
     u: tf.Tensor
@@ -150,12 +154,12 @@ class _Progress(NamedTuple):
         shapes = ([None, m], [None, n], [None, 1], [None, None], [None, None], [None, None, n])
         return _Progress(*map(tf.TensorShape, shapes))
 
-    def take(self, rows: tf.Tensor) -> "_Progress":
-        return _Progress(*(tf.gather(part, rows) for part in self))
+    def take(self, points: tf.Tensor) -> "_Progress":
+        return _Progress(*(tf.gather(part, points) for part in self))
 
 
 def _advance(operator: tf.linalg.LinearOperator, progress: _Progress, steps: int | tf.Tensor) -> _Progress:
-    """Some steps further."""
+    """Continues the bidiagonalisation by some steps."""
 
     def step(*state: tf.Tensor) -> tuple[tf.Tensor, ...]:
         u, v, beta, alphas, betas, basis = state
@@ -174,7 +178,7 @@ def _advance(operator: tf.linalg.LinearOperator, progress: _Progress, steps: int
 
 
 def _orthogonal(vectors: tf.Tensor, basis: tf.Tensor) -> tf.Tensor:
-    """Vectors `(rows, n)` without what they have in common with the vectors of a basis `(rows, steps, n)`."""
+    """Vectors `(points, n)` without their projections on the vectors of a basis `(points, steps, n)`."""
 
     def cleaned(vectors: tf.Tensor) -> tf.Tensor:
         # Written with the vectors on the left, which is twice as fast as `tf.linalg.matvec`.
@@ -188,18 +192,18 @@ def _orthogonal(vectors: tf.Tensor, basis: tf.Tensor) -> tf.Tensor:
 
 
 def _combined(coefficients: tf.Tensor, basis: tf.Tensor) -> tf.Tensor:
-    """The sums `(rows, n)` of the vectors of a basis `(rows, steps, n)` times coefficients `(rows, 1, steps)`."""
+    """The sums `(points, n)` of the vectors of a basis `(points, steps, n)` times coefficients `(points, 1, steps)`."""
     return tf.squeeze(coefficients @ basis, axis=1)
 
 
 def _noise(alphas: tf.Tensor) -> tf.Tensor:
-    """What is below this is rounding: an invariant subspace has been found, and noise must not become a direction."""
+    """The norm below which all is rounding: in an invariant subspace, noise must not become a direction."""
     # Of no alphas at all the maximum is -inf, and nothing is below that.
     return 10 * np.finfo(alphas.dtype.as_numpy_dtype).eps * tf.reduce_max(alphas, axis=1, keepdims=True)
 
 
 def _normalised(vectors: tf.Tensor, noise: tf.Tensor | None = None) -> tuple[tf.Tensor, tf.Tensor]:
-    """Vectors `(..., n)` of length one, or zero for noise, and what they were divided by, `(..., 1)`."""
+    """Vectors `(..., n)` of length one, or zero for noise, and their divisors, `(..., 1)`."""
     norm = tf.norm(vectors, axis=-1, keepdims=True)
     if noise is not None:
         norm = tf.where(norm <= noise, tf.zeros([], norm.dtype), norm)
@@ -214,7 +218,7 @@ def _leading_singular_value(progress: _Progress, squarings: int) -> tuple[tf.Ten
     squaring that matrix: batched eigensolvers refuse NaN and take longer than the products with J.
 
     Returns:
-        Value and residual, `(rows, 1)`, and q, `(rows, 1, steps)`.
+        Value and residual, `(points, 1)`, and q, `(points, 1, steps)`.
     """
     # The entry above the diagonal in the first column, which there is not, is the first of the betas.
     bidiagonal = tf.linalg.diag(tf.stack([progress.betas, progress.alphas], axis=1), k=(0, 1))

@@ -32,8 +32,8 @@ class Steps:
 
         Args:
             t: Index of the step.
-            vectors: What is multiplied; those of a sample are rows and no columns, as they are for the operators' own
-                products with shared kernels, so that nothing needs to be transposed.
+            vectors: Tensor `(samples, vectors, n)`. The vectors of a sample are rows, as in the operators' own products
+                with shared kernels, so that nothing needs to be transposed.
             adjoint: True to multiply with Jᵀ. Defaults to False.
         """
         columns = self.at(t).matmul(tf.linalg.matrix_transpose(vectors), adjoint=adjoint)

@@ -1,4 +1,4 @@
-"""Measures that the suggestions of a verdict are computed from, taken along with those that were asked for."""
+"""Measures that the suggestions of a verdict are computed from, added to the measures that the user selected."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -51,7 +51,7 @@ def suggestion_inputs(values: Mapping[str, Any], variances: Any, gains: Any) -> 
 
     Returns:
         `variance`, the mean of the hidden variance; `kernel_gain`, the gain that would bring it to 1; `forget`, the
-        geometric mean of the forget gates; `step_gain`, that of the gains. An unknown one is left out.
+        geometric mean of the forget gates; `step_gain`, the geometric mean of the gains. Unknown numbers are left out.
     """
     found: dict[str, float] = {}
     if WITHOUT in values and np.size(variances):

@@ -1,1 +1,1 @@
-"""Jacobians as linear operators: what can be computed of them without forming them."""
+"""Jacobians as linear operators, with products and sums of entries that need no matrix."""

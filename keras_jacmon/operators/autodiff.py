@@ -31,14 +31,13 @@ class AutodiffJacobian(JacobianOperator):
 
     Args:
         function: Maps points `(points, n)` and the context to `(points, m)`, each point by itself.
-        point: `(points, n)`, where the function is differentiated.
-        context: Further tensors whose first axis is the points, held constant.
-        range_dimension: m.
-        independent: True if each value of the function depends on the same point alone. Otherwise points are never
-            repeated, and products hold for all points changing together. Defaults to True.
-        for_many: True if products with more than one vector will be asked for, so that the function had better be
-            evaluated now, once for all of them. Defaults to True.
-        twice: True if the tape may be applied twice. Defaults to True.
+        point: Tensor `(points, n)`, at which the function is differentiated.
+        context: List of tensors `(points, ...)`, held constant.
+        range_dimension: Integer, m.
+        independent: Boolean, True if each value of the function depends on the same point alone. Otherwise points are
+            never repeated, and products hold for all points changing together. Defaults to True.
+        for_many: Boolean, True to evaluate the function now, once for products with many vectors. Defaults to True.
+        twice: Boolean, True if the tape may be applied twice. Defaults to True.
 
     References:
         The forward product from two backward ones: J. Townsend, "A new trick for calculating Jacobian vector
@@ -125,10 +124,10 @@ class AutodiffJacobian(JacobianOperator):
 
     def formed(self) -> "FormedJacobian":
         """J as matrices, for products with both J and Jᵀ."""
-        return FormedJacobian(self._row_by_row())
+        return FormedJacobian(self._formed_by_rows())
 
-    def _row_by_row(self) -> tf.Tensor:
-        """J from its rows, of which one at a time takes the memory of a derivative."""
+    def _formed_by_rows(self) -> tf.Tensor:
+        """J from its rows, one at a time: only one derivative is in memory at once."""
         m, points = self._range_dimension, tf.shape(self._point)[0]
         basis = tf.broadcast_to(tf.eye(m, dtype=self.dtype)[:, None], [m, points, m])
 
@@ -139,7 +138,7 @@ class AutodiffJacobian(JacobianOperator):
         return tf.transpose(tf.map_fn(row, basis, parallel_iterations=1), [1, 0, 2])
 
     def _linearised(self) -> tuple[Product, Product] | None:
-        """Both products, with the function evaluated here: what calls them in a loop does not evaluate it again.
+        """Both products, with the function evaluated here: a loop that calls them does not evaluate it again.
 
         None if the function has control flow, whose derivative must stand in the graph of its evaluation.
         """
@@ -164,7 +163,7 @@ class AutodiffJacobian(JacobianOperator):
     def _push(self) -> Product:
         """The product with J: (points, n) -> (points, m)."""
         if self.forward is None:
-            dense = self._row_by_row()
+            dense = self._formed_by_rows()
             return lambda vectors: tf.linalg.matvec(dense, vectors)
         return self.forward[1]
 

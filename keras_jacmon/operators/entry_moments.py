@@ -17,7 +17,7 @@ from keras_jacmon.traced_graph import graph_of
 class _Factor:
     """What one slot of a product gives to a block: `Diag(a) Vᵀ Diag(b)`.
 
-    a is `(rows, m)` and b `(rows, n)`, or None for ones; V is `(n, m)`, shared by all rows.
+    a is `(points, m)` and b `(points, n)`, or None for ones; V is `(n, m)`, shared by all points.
     """
 
     a: tf.Tensor | None
@@ -26,7 +26,7 @@ class _Factor:
 
     @property
     def entry_sum(self) -> tf.Tensor:
-        """The sum of all entries, `(rows,)`, or `()` without any derivative."""
+        """The sum of all entries, `(points,)`, or `()` without any derivative."""
         if self.a is None:
             with graph_of(self.V):
                 per_source = tf.reduce_sum(self.V, axis=1)
@@ -56,7 +56,7 @@ Ways = Iterable[tuple[Diagonal, Kernel, Diagonal]]
 
 
 def entry_sums(direct: Diagonal | None, ways: Ways, dtype: tf.DType) -> list[tf.Tensor]:
-    """Returns the terms of the sum of a block's entries: tensors `(rows,)`, `(1,)` or `()`.
+    """Returns the terms of the sum of a block's entries: tensors `(points,)`, `(1,)` or `()`.
 
     Args:
         direct: From the source to the new state.

@@ -14,12 +14,12 @@ from keras_jacmon.traced_graph import graph_of
 
 @dataclass(frozen=True)
 class Diagonal:
-    """An elementwise way from a base (a source or a product) to a target (a new state or what a product multiplies).
+    """An elementwise way from a base (a source or a product) to a target (a new state or the operand of a product).
 
     Attributes:
-        link: Which unit leads to which.
-        pieces: Some units of the base, each in one of them, and the derivatives of these, `(rows, units)`; None if all
-            are one.
+        link: `IndexMap` from the units of the base to the units of the target.
+        pieces: Pairs of units of the base and their derivatives `(points, units)`, each unit in one pair; None if all
+            derivatives are one.
     """
 
     link: IndexMap
@@ -27,7 +27,7 @@ class Diagonal:
 
     @functools.cached_property
     def values(self) -> tf.Tensor | None:
-        """The derivatives, `(rows, units of the base)`; None if all are one."""
+        """The derivatives, `(points, units of the base)`; None if all are one."""
         if self.pieces is None:
             return None
         units = np.concatenate([known for known, _ in self.pieces])
@@ -42,17 +42,17 @@ class Diagonal:
                 return derivatives
         return None if self.values is None else take(self.values, units)
 
-    def take(self, rows: tf.Tensor | slice) -> "Diagonal":
-        """That of some rows."""
+    def take(self, points: tf.Tensor | slice) -> "Diagonal":
+        """The diagonal at some of the points."""
         if self.pieces is None:
             return self
-        if isinstance(rows, slice):
+        if isinstance(points, slice):
             # One slice, where each step of a sequence takes its own.
-            return Diagonal(self.link, ((np.arange(self.link.node_size), take_points(self.values, rows)),))
-        return Diagonal(self.link, tuple((units, take_points(part, rows)) for units, part in self.pieces))
+            return Diagonal(self.link, ((np.arange(self.link.node_size), take_points(self.values, points)),))
+        return Diagonal(self.link, tuple((units, take_points(part, points)) for units, part in self.pieces))
 
     def forward(self, tangent: tf.Tensor) -> tf.Tensor:
-        """From a change of the base to that of the target, `(rows, ..., units)`."""
+        """The change of the target for a change of the base, both `(points, ..., units)`."""
         scaled = tangent if self.values is None else _beside(self.values, tangent) * tangent
         return total(take_each(scaled, self.link.slots))
 
@@ -63,7 +63,7 @@ class Diagonal:
 
 
 def _beside(values: tf.Tensor, vectors: tf.Tensor) -> tf.Tensor:
-    """Values `(rows, units)` shaped to go with vectors `(rows, ..., units)`."""
+    """Values `(points, units)` shaped to go with vectors `(points, ..., units)`."""
     return values if vectors.shape.rank == values.shape.rank else values[:, None]
 
 
@@ -71,7 +71,7 @@ class Kernel:
     """A kernel of products `y @ matrix`.
 
     Args:
-        matrix: `(units in, units out)`.
+        matrix: Tensor `(units in, units out)`.
     """
 
     def __init__(self, matrix: tf.Tensor) -> None:
@@ -80,10 +80,10 @@ class Kernel:
 
     @functools.cached_property
     def transposed(self) -> tf.Tensor:
-        """`(units out, units in)`, made once where the matrix stands.
+        """`(units out, units in)`, made once in the graph of the matrix.
 
-        `tf.matmul(..., transpose_b=True)` transposes each time that it is run, which takes longer than the product of
-        some tens of rows.
+        `tf.matmul(..., transpose_b=True)` transposes each time that it is run, which takes longer than the product for
+        some tens of points.
         """
         with graph_of(self.matrix):
             return tf.transpose(self.matrix)

@@ -13,7 +13,7 @@ class FormedJacobian(JacobianOperator):
     """The matrices themselves.
 
     Args:
-        matrices: `(points, m, n)`.
+        matrices: Tensor `(points, m, n)`.
     """
 
     def __init__(self, matrices: tf.Tensor) -> None:
@@ -39,10 +39,10 @@ class FormedJacobian(JacobianOperator):
 
 @final
 class WrappedJacobian(JacobianOperator):
-    """Any linear operator, of which nothing but products is known.
+    """Any linear operator, used by its products alone.
 
     Args:
-        operator: Batch shape `(points,)`.
+        operator: `tf.linalg.LinearOperator` with batch shape `(points,)`.
     """
 
     def __init__(self, operator: tf.linalg.LinearOperator) -> None:

@@ -17,17 +17,17 @@ from keras_jacmon.tensors import joined, total
 class StructuredJacobian(JacobianOperator):
     """`J = D + Σ A_m W_mᵀ B_m` at each point: D, A, B index-mapped diagonals, the kernels W shared by all points.
 
-    Where a product multiplies what another one has given, B holds that product: a chain. Products with vectors take
+    Where a product multiplies the result of another one, B holds that product: a chain. Products with vectors take
     one product with each kernel. The sum of the entries and the sum of their squares are closed forms, O(units) per
-    point where `B_m = 1`, O(units²) at most; of a block after a chain the sum of squares has none.
+    point where `B_m = 1`, O(units²) at most; a block after a chain has none for the sum of squares.
 
     Args:
-        points: Number of points, a scalar.
-        outputs: New states and their sizes, in the order of J's rows.
-        sources: Old states (or the inputs) and their sizes, in the order of J's columns.
-        kernels: By product, in the order in which they are computed.
-        outer: Diagonals that lead to a new state, by that state and the node that they lead from.
-        inner: Diagonals that lead to what a product multiplies, by that product and the node that they lead from.
+        points: Integer or scalar tensor, number of points.
+        outputs: Dictionary from new states to their sizes, in the order of J's rows.
+        sources: Dictionary from old states (or the inputs) to their sizes, in the order of J's columns.
+        kernels: Dictionary from products to their kernels, in the order of computation.
+        outer: Dictionary from (new state, node) to the diagonal that leads from the node to the state.
+        inner: Dictionary from (product, node) to the diagonal that leads from the node to the operand of the product.
         dtype: Type of the entries.
 
     References:
@@ -153,7 +153,7 @@ class StructuredJacobian(JacobianOperator):
 
     @property
     def _is_chain(self) -> bool:
-        """True if a product multiplies what another one has given."""
+        """True if a product multiplies the result of another one."""
         return any(node in self._kernels for _, node in self._inner)
 
     def entry_sum(self) -> tf.Tensor:
@@ -180,7 +180,7 @@ class StructuredJacobian(JacobianOperator):
         return self._at_each_point(square_sums(*self._ways(), self.dtype))
 
     def _ways(self) -> tuple[Diagonal | None, list[tuple[Diagonal, Kernel, Diagonal]]]:
-        """Of a single block: the direct way, and what leads to each product, its kernel, and what leads from it."""
+        """The direct diagonal of a single block, and for each product its inner diagonal, kernel and outer diagonal."""
         ((new, _),) = self._outputs.items()
         ((source, _),) = self._sources.items()
         ways = [
