@@ -45,7 +45,7 @@ class PointBatch:
         count = known_sizes(indices)[0]
         return self._each(lambda x: tf.gather(x, indices), lambda operator: operator.take(indices), count)
 
-    def behind(self, results: Iterable[tf.Tensor]) -> "PointBatch":
+    def after(self, results: Iterable[tf.Tensor]) -> "PointBatch":
         """The same points, computed after some results: the memory of the two is not needed at once."""
         with tf.control_dependencies([result.op for result in results]):
             return self._each(tf.identity, lambda operator: operator, self.size)

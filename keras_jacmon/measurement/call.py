@@ -172,7 +172,7 @@ class _Call:
             measurement.independent,
             max(1, min(steps, most)),
         )
-        return measure_sequence(whole, over_time, measurement.context, points and points.behind(done))
+        return measure_sequence(whole, over_time, measurement.context, points and points.after(done))
 
     def _array_in_order(self, array: MeasuredArray) -> MeasuredArray:
         return MeasuredArray(self._in_order(array.value), self._in_order(array.uncertainty), array.is_exact)

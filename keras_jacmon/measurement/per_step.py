@@ -85,13 +85,13 @@ class StepMeasurement:
         context = dataclasses.replace(self.context, stream=segment * _STREAMS)
         found: dict[Quantity, MeasuredArray] = {}
         for quantities, chosen, place in self._groups(valid, subsample.expensive):
-            points = points.behind(_tensors(found))
+            points = points.after(_tensors(found))
             source = self._source(points, views_of(quantities), chosen)
             chunk = self._chunk(points, quantities) if self.independent else self.samples
             arrays = measure_points(source, quantities, context, chunk)
             arrays = arrays if place is None else [_where(place, array) for array in arrays]
             found |= zip(quantities, arrays, strict=True)
-        points = points.behind(_tensors(found))
+        points = points.after(_tensors(found))
         if subsample.spectra is not None:
             spectra = of_kind(self.quantities, Spectrum)
             values = self._spectra(spectra, points, indices_of(subsample.spectra), context)
