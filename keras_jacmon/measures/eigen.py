@@ -96,7 +96,8 @@ def spectral_radius(operator: tf.linalg.LinearOperator, context: MeasureContext)
     Returns:
         The value `(points,)`, NaN at points where J holds NaN or inf. The uncertainty is None if the value is exact up
         to rounding, otherwise the residual `‖J x - θ x‖` of the unit vector x: θ is an eigenvalue of a matrix that
-        differs from J by that norm at most. Of an eigenvalue of J it may be further away, by the condition number of that eigenvalue.
+        differs from J by that norm at most. An eigenvalue of J may be further away from θ, by the factor of its
+        condition number.
 
     References:
         W. E. Arnoldi, "The principle of minimized iterations in the solution of the matrix eigenvalue problem", 1951.

@@ -219,7 +219,7 @@ MEASURES = {
             definition="the least k at which the flow is below log 0.01 or above log 100",
             unit="steps",
             reference="inf",
-            reading="after this number of steps a gradient has fallen to 1 %, or grown 100-fold; inf beyond the sequence",
+            reading="number of steps until a gradient has fallen to 1 %, or grown 100-fold; inf beyond the sequence",
             cost="standard",
             method=_backwards,
         ),
