@@ -179,6 +179,7 @@ def test_an_interrupt_during_a_measurement_stops_the_training_and_loses_nothing(
     def interrupt() -> None:
         raise KeyboardInterrupt
 
+    # No signal can be timed from outside to arrive while TensorFlow runs the fourth measurement.
     monkeypatch.setattr(JacobianMeter, "_run", run)
     monitor = monitor_of(log_dir=tmp_path)
     model, expected = trained(monitor), trained(AtBatch(3, interrupt))
