@@ -29,9 +29,9 @@ class BlockJacobian(JacobianOperator):
     """The sum of parts that have no block in common; blocks in no part are zero.
 
     Args:
-        parts: At least one.
-        output_sizes: Size of each new state.
-        source_sizes: Size of each source.
+        parts: Sequence of `BlockPart`, at least one.
+        output_sizes: Integers, size of each new state.
+        source_sizes: Integers, size of each source.
     """
 
     def __init__(self, parts: Sequence[BlockPart], output_sizes: Sequence[int], source_sizes: Sequence[int]) -> None:

@@ -1,4 +1,4 @@
-"""The contract of a Jacobian as a linear operator: what every measure may ask of it."""
+"""The contract of a Jacobian as a linear operator: the methods that every measure may call."""
 
 import abc
 

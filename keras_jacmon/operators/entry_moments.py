@@ -15,7 +15,7 @@ from keras_jacmon.traced_graph import graph_of
 
 @dataclass(frozen=True)
 class _Factor:
-    """What one slot of a product gives to a block: `Diag(a) Vᵀ Diag(b)`.
+    """The contribution of one slot of a product to a block: `Diag(a) Vᵀ Diag(b)`.
 
     a is `(points, m)` and b `(points, n)`, or None for ones; V is `(n, m)`, shared by all points.
     """
@@ -47,7 +47,7 @@ class _Factor:
 
 
 def _factors(into: Diagonal, kernel: Kernel, out: Diagonal) -> list[_Factor]:
-    """What a kernel gives, with what leads to it and from it."""
+    """The factors of a kernel between the diagonals that lead to it and from it."""
     rows = kernel.rows(into.link.targets)
     return [_Factor(out.at(slot), rows.columns(slot), into.values) for slot in out.link.slots]
 
@@ -59,9 +59,9 @@ def entry_sums(direct: Diagonal | None, ways: Ways, dtype: tf.DType) -> list[tf.
     """Returns the terms of the sum of a block's entries: tensors `(points,)`, `(1,)` or `()`.
 
     Args:
-        direct: From the source to the new state.
-        ways: For each product between them what leads to it, its kernel, and what leads from it.
-        dtype: Of the entries.
+        direct: `Diagonal` from the source to the new state; None if there is none.
+        ways: For each product between them, the diagonal to it, its kernel, and the diagonal from it.
+        dtype: Type of the entries.
     """
     sums = [factor.entry_sum for way in ways for factor in _factors(*way)]
     if direct is not None:
