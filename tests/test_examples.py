@@ -52,7 +52,7 @@ ONE_SEED = ["--seeds", "1"]
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("arguments", [[*ONE_SEED, "--epochs", "20"], []], ids=["one seed", "five seeds"])
+@pytest.mark.parametrize("arguments", [[*ONE_SEED, "--epochs", "20"], []], ids=["one_seed", "five_seeds"])
 def test_digits(arguments: list[str], tmp_path: Path) -> None:
     printed = run("digits.py", tmp_path, *arguments)
     assert [line.split()[:2] for line in printed.splitlines()[1:]] == [
@@ -60,7 +60,8 @@ def test_digits(arguments: list[str], tmp_path: Path) -> None:
     ]
 
 
-def test_recall(tmp_path: Path) -> None:
+@pytest.mark.soak
+def test_recall_one_seed(tmp_path: Path) -> None:
     """With one of the five seeds, whose training without the regularizer fails."""
     printed = run("recall.py", tmp_path, *ONE_SEED)
     assert "without      0 of 1 recall it" in printed
@@ -68,5 +69,5 @@ def test_recall(tmp_path: Path) -> None:
 
 
 @pytest.mark.soak
-def test_recall_with_five_seeds(tmp_path: Path) -> None:
+def test_recall_five_seeds(tmp_path: Path) -> None:
     assert "of 5 recall it" in run("recall.py", tmp_path)

@@ -62,7 +62,10 @@ def dropout_stack() -> list[Any]:
 
 
 def mixed_layers() -> list[Any]:
-    return [keras.layers.LSTM(3, name="lstm", dtype="mixed_float16"), keras.layers.Dense(2, dtype="mixed_float16")]
+    return [
+        keras.layers.LSTM(3, name="lstm", dtype="mixed_float16"),
+        keras.layers.Dense(2, dtype="mixed_float16", name="half"),
+    ]
 
 
 WORLDS: Mapping[str, tuple[Callable[[], list[Any]], dict[str, Any], dict[str, Any]]] = {
@@ -200,9 +203,7 @@ def test_update_freq() -> None:
     expected: dict[int | str, list[int]] = {
         "epoch": [0, 8, 16],
         "batch": list(range(17)),
-        1: list(range(17)),
         3: [0, 3, 6, 9, 12, 15, 16],
-        8: [0, 8, 16],
         100: [0, 16],
     }
     monitors = {frequency: quick_monitor(update_freq=frequency) for frequency in expected}
@@ -215,9 +216,7 @@ def test_update_freq_with_steps_per_execution() -> None:
     expected: dict[int | str, list[int]] = {
         "epoch": [0, 8, 16],
         "batch": [0, 4, 8, 12, 16],
-        4: [0, 4, 8, 12, 16],
         8: [0, 8, 16],
-        100: [0, 16],
     }
     monitors = {frequency: quick_monitor(update_freq=frequency) for frequency in expected}
     fit(compiled(steps_per_execution=4), *monitors.values())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
+import keras
 import pytest
 from pages import ROOT, blocks, page, run
 
@@ -29,6 +30,8 @@ def test_the_code_runs_as_it_stands(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    # So that Keras names its layers as in a new process.
+    keras.backend.clear_session()
     script = blocks(README, "python")[0]
     assert len([line for line in script.splitlines() if line]) == 10
     run("README.md", {})
