@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from keras_jacmon.jacobians.cell_jacobian import CellJacobian, Choice
+from keras_jacmon.jacobians.cell_jacobian import CellJacobian, Choice, Method
 from keras_jacmon.jacobians.dependencies import Dependencies
 from keras_jacmon.jacobians.views import View, floating_states, size
 from keras_jacmon.measurement.results import CallResults
-from keras_jacmon.measures.kinds import Exponents, Loss, OverTime, PerStep, Spectrum, SuggestionInput
+from keras_jacmon.measures.flow import FlowPlan
+from keras_jacmon.measures.kinds import Exponents, Flow, Loss, OverTime, PerStep, Spectrum, SuggestionInput
 from keras_jacmon.measures.registry import KEYS, Quantity, Selection
 from keras_jacmon.measures.suggestions import suggestion_inputs
 from keras_jacmon.model.recording import RecurrentCall
@@ -50,6 +51,7 @@ class CallMetadata:
         jacobian: The Jacobians of the cell. They must live as long as the graphs that use their operators.
         columns: Dict by view, the number of columns of its Jacobians.
         options: The settings of the measurement.
+        flow_plans: Dict by view, the vectors that its flow begins with.
         has_structure: Boolean, True if a measured Jacobian rests on a structure, or on a registered form. Defaults to
             False.
         quantities: The measured quantities, in the order of `CallResults.arrays`. Defaults to none.
@@ -65,6 +67,7 @@ class CallMetadata:
     jacobian: CellJacobian
     columns: dict[str, int]
     options: Options
+    flow_plans: dict[str, FlowPlan]
     has_structure: bool = False
     quantities: Selection = ()
 
@@ -107,7 +110,12 @@ class CallMetadata:
             jacobian,
             columns,
             options,
+            {view: _flow_plan(view, states, choices[view], options) for view in views if view != "inputs"},
         )
+
+    def flow_plan(self, quantity: Quantity) -> FlowPlan:
+        """The vectors that the flow of a quantity begins with."""
+        return self.flow_plans[quantity.view]
 
     def report(self, results: CallResults, loss_gradient: tf.Tensor | None = None) -> LayerReport:
         """Assembles the report.
@@ -166,8 +174,10 @@ class CallMetadata:
         """Describes the method behind the values, and counts the values that did not reach the tolerance."""
         view, measure = found.quantity
         # The loss is differentiated by a hidden state that need not have a view.
-        columns = self.columns.get(view, self.units)
-        how = measure.how(self.options, columns, uncertain=found.uncertainty is not None)
+        options, columns = self.options, self.columns.get(view, self.units)
+        if isinstance(measure.kind, Flow) and self.flow_plan(found.quantity).is_exact:
+            options = dataclasses.replace(options, exact_flow=True)
+        how = measure.how(options, columns, uncertain=found.uncertainty is not None)
         if measure.uncertainty == "residual" and found.uncertainty is not None:
             unreached = found.uncertainty > self.options.tolerance * found.value
             total = np.sum(~np.isnan(found.value))
@@ -196,6 +206,13 @@ class CallMetadata:
                     "would"
                 )
         return notes
+
+
+def _flow_plan(view: str, states: Sequence[tf.Tensor], choices: Sequence[Choice], options: Options) -> FlowPlan:
+    """Returns the vectors with which the flow of a square view begins."""
+    sizes = tuple(size(states[output]) for output in View.of(view, states).outputs)
+    cheap = all(choice.how is not Method.AUTODIFF for choice in choices)
+    return FlowPlan.of(sizes, (True,) * len(sizes), options.flow_vectors, cheap=cheap)
 
 
 def _views_and_notes(

@@ -1,7 +1,7 @@
 """One call of a recurrent layer, measured: the graph from its inputs to the measures of each step and sample."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import keras
@@ -21,8 +21,9 @@ from keras_jacmon.measurement.per_step import StepMeasurement, in_segments
 from keras_jacmon.measurement.results import CallResults, MeasuredArray
 from keras_jacmon.measurement.subsampling import UNKNOWN_SAMPLES, Subsample, choose_places
 from keras_jacmon.measures.context import MeasureContext
-from keras_jacmon.measures.kinds import Spectrum
-from keras_jacmon.measures.registry import KEYS, Selection, filtered, views_of
+from keras_jacmon.measures.flow import FlowPlan
+from keras_jacmon.measures.kinds import Flow, Spectrum
+from keras_jacmon.measures.registry import KEYS, Quantity, Selection, filtered, of_kind, views_of
 from keras_jacmon.measures.suggestions import with_suggestion_measures
 from keras_jacmon.model.recording import RecurrentCall
 from keras_jacmon.options import Options
@@ -77,9 +78,10 @@ def measure_call(
         independent=assumptions.independent,
         samples=known_sizes(sequence.inputs)[1],
     )
-    return metadata, _Call(step, sequence, jacobian.unroll_plan(), measurement, call.layer.go_backwards).results(
-        over_time
-    )
+    flow_plans = {quantity: metadata.flow_plan(quantity) for quantity in of_kind(over_time, Flow)}
+    return metadata, _Call(
+        step, sequence, jacobian.unroll_plan(), measurement, call.layer.go_backwards, flow_plans
+    ).results(over_time)
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,7 @@ class _Call:
         unroll_plan: The plan that `unroll` follows; None for a plain loop.
         measurement: The measurement of single points.
         go_backwards: Boolean, True if the layer reads its input from the end.
+        flow_plans: Mapping from each quantity of the kind `Flow` to the vectors that its flow begins with.
     """
 
     step: CellStep
@@ -99,6 +102,7 @@ class _Call:
     unroll_plan: UnrollPlan | None
     measurement: StepMeasurement
     go_backwards: bool
+    flow_plans: Mapping[Quantity, FlowPlan]
 
     def results(self, over_time: Selection) -> CallResults:
         """Measures single points, and then the products over time."""
@@ -171,6 +175,7 @@ class _Call:
             measurement.jacobian,
             measurement.independent,
             max(1, min(steps, most)),
+            self.flow_plans,
         )
         return measure_sequence(whole, over_time, measurement.context, points and points.after(done))
 

@@ -4,7 +4,7 @@ A long sequence is unrolled in segments, forwards for the exponents. The flow ne
 order: the states at the beginning of each segment are saved, and each segment is unrolled once more.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -20,7 +20,7 @@ from keras_jacmon.measurement.results import MeasuredArray
 from keras_jacmon.measures import flow, lyapunov
 from keras_jacmon.measures.context import MeasureContext, Measured
 from keras_jacmon.measures.kinds import Exponents, Flow
-from keras_jacmon.measures.registry import Selection, of_kind, views_of
+from keras_jacmon.measures.registry import Quantity, Selection, of_kind, views_of
 from keras_jacmon.measures.steps import Steps
 from keras_jacmon.operators.contract import JacobianOperator
 from keras_jacmon.options import Options
@@ -31,10 +31,17 @@ _FLOW, _EXPONENTS = 5, 6
 
 
 class _Carry(NamedTuple):
-    """State of the iterations between two segments, by view."""
+    """State of the iterations between two segments: in the order of the flows, and by view."""
 
-    flow: dict[str, flow.FlowCarry]
+    flows: tuple[flow.FlowCarry, ...]
     exponents: dict[str, lyapunov.LyapunovCarry]
+
+
+class _PlannedFlow(NamedTuple):
+    """A flow to be measured: the view whose Jacobians are multiplied, and the vectors that it begins with."""
+
+    view: str
+    plan: flow.FlowPlan
 
 
 @dataclass(frozen=True)
@@ -48,6 +55,7 @@ class SequenceMeasurement:
         jacobian: The Jacobians of the cell.
         independent: Boolean, False if the points of a step must stay together.
         most_steps: Integer, maximum number of steps of a segment.
+        flow_plans: Mapping from each quantity of the kind `Flow` to the vectors that its flow begins with.
     """
 
     step: CellStep
@@ -56,6 +64,12 @@ class SequenceMeasurement:
     jacobian: CellJacobian
     independent: bool
     most_steps: int
+    flow_plans: Mapping[Quantity, flow.FlowPlan]
+
+    @property
+    def flows(self) -> "tuple[_PlannedFlow, ...]":
+        """The flows to be measured, each once."""
+        return tuple(dict.fromkeys(_PlannedFlow(q.view, plan) for q, plan in self.flow_plans.items()))
 
 
 def measure_sequence(
@@ -76,42 +90,46 @@ def measure_sequence(
     sequence, time = measurement.sequence, measurement.sequence.inputs.shape[0]
     steps, samples = known_sizes(sequence.inputs)[:2]
     warmup = steps // 10 if context.options.warmup is None else context.options.warmup
-    sizes = {
-        view: View.of(view, sequence.states).columns(sequence.inputs[0], sequence.states)
-        for view in views_of(quantities)
-    }
-    flows, chaotic = views_of(of_kind(quantities, Flow)), views_of(of_kind(quantities, Exponents))
+    chaotic = views_of(of_kind(quantities, Exponents))
+    sizes = {view: View.of(view, sequence.states).columns(sequence.inputs[0], sequence.states) for view in chaotic}
+    flows = measurement.flows
     carry = _Carry(
-        {view: _start_flow(samples, sizes[view], context) for view in flows},
+        tuple(_start_flow(samples, planned.plan, context) for planned in flows),
         {view: _start_exponents(samples, sizes[view], context) for view in chaotic},
     )
     if points is not None and time is not None and time <= measurement.most_steps:
-        logs, exponents = _at_once(measurement, points, carry, warmup, context)
+        numbers, exponents = _at_once(measurement, points, carry, warmup, context)
     else:
-        logs, exponents = _in_segments(measurement, carry, warmup, context)
-    gains = {view: _gains(logs[view], sequence.mask, context.options) for view in flows}
+        numbers, exponents = _in_segments(measurement, carry, warmup, context)
+    gains = {
+        planned: _gains(found, sequence.mask, planned.plan, context.options)
+        for planned, found in zip(flows, numbers, strict=True)
+    }
     found = {view: lyapunov.lyapunov_exponents(exponents[view], warmup=warmup) for view in chaotic}
     arrays = []
-    for view, measure in quantities:
+    for quantity in quantities:
+        view, measure = quantity
         if isinstance(measure.kind, Flow):
-            error = gains[view].uncertainty if measure.uncertainty else None
-            arrays.append(MeasuredArray.of(measure.function(gains[view].value), error))
+            gain = gains[_PlannedFlow(view, measurement.flow_plans[quantity])]
+            error = gain.uncertainty if measure.uncertainty else None
+            arrays.append(MeasuredArray.of(measure.function(gain.value), error))
         else:
             arrays.append(MeasuredArray.of(measure.function(found[view], sizes[view])))
     return arrays
 
 
-def _gains(logs: tf.Tensor, mask: tf.Tensor | None, options: Options) -> Measured:
+def _gains(numbers: tf.Tensor, mask: tf.Tensor | None, plan: flow.FlowPlan, options: Options) -> Measured:
     """Returns the log gains by span, `(spans, samples)`, with standard errors if they are estimates."""
     if options.exact_flow:
-        return Measured(flow.by_span(logs[:, 0], mask), None)
-    return Measured(*flow.flow_by_span(logs, mask))
+        return Measured(flow.by_span(numbers[:, 0], mask), None)
+    log_gain, error = flow.flow_by_span(numbers, mask, plan)
+    return Measured(log_gain, None if plan.is_exact else error)
 
 
-def _start_flow(samples: int | tf.Tensor, size: int, context: MeasureContext) -> flow.FlowCarry:
+def _start_flow(samples: int | tf.Tensor, plan: flow.FlowPlan, context: MeasureContext) -> flow.FlowCarry:
     if context.options.exact_flow:
-        return flow.start_exact_flow(samples, size, context.dtype)
-    return flow.start_flow(samples, size, context.options.flow_vectors, context.seeds(_FLOW), context.dtype)
+        return flow.start_exact_flow(samples, plan, context.dtype)
+    return flow.start_flow(samples, plan, context.seeds(_FLOW), context.dtype)
 
 
 def _start_exponents(samples: int | tf.Tensor, size: int, context: MeasureContext) -> lyapunov.LyapunovCarry:
@@ -125,18 +143,23 @@ def _at_once(
     carry: _Carry,
     warmup: int | tf.Tensor,
     context: MeasureContext,
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    steps = _steps(measurement, measurement.sequence, points, {*carry.flow, *carry.exponents}, context)
-    logs = {view: _flow_segment(steps[view], start, context)[0] for view, start in carry.flow.items()}
-    return logs, {view: _exponents(steps[view], start, warmup, context) for view, start in carry.exponents.items()}
+) -> tuple[list[tf.Tensor], dict[str, Any]]:
+    flows = measurement.flows
+    views = {*carry.exponents, *(planned.view for planned in flows)}
+    steps = _steps(measurement, measurement.sequence, points, views, context)
+    numbers = [
+        _flow_segment(steps[planned.view], start, planned.plan, context)[0]
+        for planned, start in zip(flows, carry.flows, strict=True)
+    ]
+    return numbers, {view: _exponents(steps[view], start, warmup, context) for view, start in carry.exponents.items()}
 
 
 def _in_segments(
     measurement: SequenceMeasurement, carry: _Carry, warmup: int | tf.Tensor, context: MeasureContext
-) -> tuple[dict[str, Any], dict[str, Any]]:
+) -> tuple[list[tf.Tensor], dict[str, Any]]:
     """Walks through the segments forwards for the exponents, and backwards for the flow."""
     starts, exponents = _forwards(measurement, carry, warmup, context)
-    return (_backwards(measurement, carry, starts, context) if carry.flow else {}), exponents
+    return (_backwards(measurement, carry, starts, context) if carry.flows else []), exponents
 
 
 def _forwards(
@@ -164,27 +187,30 @@ def _forwards(
 
 def _backwards(
     measurement: SequenceMeasurement, carry: _Carry, starts: list[tf.TensorArray], context: MeasureContext
-) -> dict[str, tf.Tensor]:
-    """Returns the log gains of the flow by view, `(time, vectors, samples)`; unrolls each segment once more."""
-    count = _segment_count(measurement)
+) -> list[tf.Tensor]:
+    """Returns what `flow_segment` does for the whole sequence, for each flow; unrolls each segment once more."""
+    count, flows = _segment_count(measurement), measurement.flows
 
-    def body(index: tf.Tensor, flows: Any, arrays: Any) -> tuple[Any, ...]:
+    def body(index: tf.Tensor, carries: Any, arrays: Any) -> tuple[Any, ...]:
         part, trajectory = _segment(measurement, index, [array.read(index) for array in starts])
-        steps = _steps(measurement, part, PointBatch.of(trajectory), set(flows), context)
-        found = {view: _flow_segment(steps[view], known, context) for view, known in flows.items()}
-        arrays = {view: array.write(index, tf.reshape(found[view][0], [-1])) for view, array in arrays.items()}
-        return index - 1, {view: known for view, (_, known) in found.items()}, arrays
+        views = {planned.view for planned in flows}
+        steps = _steps(measurement, part, PointBatch.of(trajectory), views, context)
+        found = [
+            _flow_segment(steps[planned.view], known, planned.plan, context)
+            for planned, known in zip(flows, carries, strict=True)
+        ]
+        arrays = [
+            array.write(index, tf.reshape(numbers, [-1])) for array, (numbers, _) in zip(arrays, found, strict=True)
+        ]
+        return index - 1, tuple(known for _, known in found), arrays
 
-    empty = {view: tf.TensorArray(tf.float64, count, infer_shape=False, element_shape=[None]) for view in carry.flow}
+    empty = [tf.TensorArray(tf.float64, count, infer_shape=False, element_shape=[None]) for _ in flows]
     _, _, arrays = tf.while_loop(
-        lambda index, *_: index >= 0, body, [count - 1, carry.flow, empty], parallel_iterations=1
+        lambda index, *_: index >= 0, body, [count - 1, carry.flows, empty], parallel_iterations=1
     )
-    inputs = measurement.sequence.inputs
-    time, samples = tf.shape(inputs)[0], known_sizes(inputs)[1]
-    return {
-        view: tf.reshape(array.concat(), [time, carry.flow[view].logs.shape[1], samples])
-        for view, array in arrays.items()
-    }
+    time, samples = tf.shape(measurement.sequence.inputs)[0], known_sizes(measurement.sequence.inputs)[1]
+    numbers = 1 if context.options.exact_flow else 2
+    return [tf.reshape(array.concat(), [time, numbers, samples]) for array in arrays]
 
 
 def _segment_count(measurement: SequenceMeasurement) -> tf.Tensor:
@@ -200,8 +226,12 @@ def _segment(
     return part, unroll(measurement.step, part, measurement.unroll_plan)
 
 
-def _flow_segment(steps: Steps, carry: flow.FlowCarry, context: MeasureContext) -> tuple[tf.Tensor, flow.FlowCarry]:
-    return (flow.exact_flow_segment if context.options.exact_flow else flow.flow_segment)(steps, carry)
+def _flow_segment(
+    steps: Steps, carry: flow.FlowCarry, plan: flow.FlowPlan, context: MeasureContext
+) -> tuple[tf.Tensor, flow.FlowCarry]:
+    if context.options.exact_flow:
+        return flow.exact_flow_segment(steps, carry)
+    return flow.flow_segment(steps, carry, plan)
 
 
 def _exponents(

@@ -193,7 +193,7 @@ MEASURES = {
             Flow(reduction=None),
             lambda log_gain: log_gain,
             definition="`log(‖J_T ... J_{T-k+1}‖ / sqrt(n))` for k = 1, 2, ..., Frobenius norm, from 3 "
-            "random vectors (`flow_vectors`)",
+            "random orthonormal vectors (`flow_vectors`), without the bias of the logarithm",
             unit="nats",
             reference="0",
             reading="the logarithm of what is left of a gradient after 1, 2, ... steps from the end of the sequence",

@@ -76,14 +76,14 @@ def test_random_vectors_tell_the_flow_with_its_standard_error() -> None:
     layer = L.LSTM(12, name="lstm")
     model = masked_model(layer)
     J = reference_jacobians(layer, PROBE)["joint"]
-    report = measure(model, PROBE, measures=["joint/flow"], flow_vectors=200)["lstm"]
+    report = measure(model, PROBE, measures=["joint/flow"], flow_vectors=12)["lstm"]
     error = report.uncertainties["joint/flow"]
     for sample in range(BATCH):
         P = products(J[:, sample], backwards=False)
         expected = np.log(np.linalg.norm(P, axis=(1, 2)) / np.sqrt(24))
         z = (report["joint/flow"][:, sample] - expected) / error[:, sample]
         assert np.abs(z).max() < 5
-    assert 0 < error.max() < 0.2
+    assert 0 < error.max() < 0.4
     assert report.estimated == {"joint/flow"}
 
 

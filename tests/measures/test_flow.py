@@ -17,6 +17,8 @@ from structure_laws import double_precision
 from keras_jacmon.measures.flow import (
     Flow,
     FlowCarry,
+    FlowPlan,
+    by_span,
     exact_flow_segment,
     flow_by_span,
     flow_segment,
@@ -37,16 +39,20 @@ NAN, INF = math.nan, math.inf
 both = pytest.mark.parametrize("structured", [True, False], ids=["structure", "autodiff"])
 
 
-def estimated(steps: Steps, vectors: int = 4, seed: int = 0) -> Flow:
-    carry = start_flow(steps.samples, steps.size, vectors, (seed, 1), steps.dtype)
-    logs, _ = flow_segment(steps, carry)
-    return flow_by_span(logs, steps.mask)
+def plan_of(steps: Steps, vectors: int) -> FlowPlan:
+    return FlowPlan.of((steps.size,), (True,), vectors, cheap=False)
+
+
+def estimated(steps: Steps, vectors: int = 3, seed: int = 0) -> Flow:
+    plan = plan_of(steps, vectors)
+    numbers, _ = flow_segment(steps, start_flow(steps.samples, plan, (seed, 1), steps.dtype), plan)
+    return flow_by_span(numbers, steps.mask, plan)
 
 
 def exact(steps: Steps) -> tf.Tensor:
     """The logarithms of the spectral norms, (spans, samples)."""
-    logs, _ = exact_flow_segment(steps, start_exact_flow(steps.samples, steps.size, steps.dtype))
-    return flow_by_span(logs, steps.mask).log_gain
+    logs, _ = exact_flow_segment(steps, start_exact_flow(steps.samples, plan_of(steps, 1), steps.dtype))
+    return by_span(logs[:, 0], steps.mask)
 
 
 def run(J: Any, mask: NDArray[np.bool_] | None = None, **kwargs: Any) -> Any:
@@ -79,30 +85,63 @@ def log_norm(J: NDArray[Any]) -> NDArray[np.float64]:
 # Equal to dense products -----------------------------------------------------------------------------------------
 
 
-def test_many_vectors_give_the_frobenius_norm() -> None:
+def test_all_directions_give_the_frobenius_norm() -> None:
     J = normal(6, 5, 7, 7, scale=0.5)
-    flow = run(J, vectors=4000)
-    assert flow.log_gain.shape == flow.standard_error.shape == (6, 5)
-    assert np.all(np.abs(flow.log_gain - log_rms(J)) < 4.5 * flow.standard_error)
-    assert np.all(flow.standard_error < 0.03)
+    flow = run(J, vectors=7)
+    np.testing.assert_allclose(flow.log_gain, log_rms(J), atol=1e-5, strict=True)
+    np.testing.assert_array_equal(flow.standard_error, np.zeros((6, 5)), strict=True)
 
 
-def test_the_square_of_the_gain_is_unbiased_and_the_error_is_what_it_says() -> None:
-    # All samples are alike, so each is a run of its own.
-    J = np.repeat(normal(5, 1, 8, 8, scale=0.4), 3000, axis=1)
-    flow = run(J, vectors=4)
-    expected = log_rms(J[:, :1])
-    ratio = np.exp(2 * (flow.log_gain - expected))
-    assert np.all(np.abs(ratio.mean(axis=1) - 1) < 4 * ratio.std(axis=1) / np.sqrt(3000))
-    reported = np.sqrt(np.mean(np.exp(4 * (flow.log_gain - expected)) * flow.standard_error**2, axis=1))
-    np.testing.assert_allclose(reported, ratio.std(axis=1) / 2, rtol=0.1)
+@pytest.mark.parametrize("kind", ["full rank", "rank one", "two large directions"])
+@pytest.mark.parametrize("vectors", [2, 3, 6])
+def test_few_vectors_have_no_bias_and_an_honest_error(kind: str, vectors: int) -> None:
+    n, draws = 32, 800
+    J = normal(16, n, n, scale=n**-0.5, seed=1)
+    if kind == "rank one":
+        J = np.full((3, n, n), 1 / n, np.float32)
+    if kind == "two large directions":
+        J = np.diag([3.0, 2.0, *[0.3] * (n - 2)]).astype(np.float32)[None].repeat(3, axis=0)
+    expected = log_rms(J[:, None])
+    flow = in_graph(
+        lambda: estimated(dataclasses.replace(of_matrices(J[:, None]), samples=draws), vectors=vectors)
+    )  # fmt: skip
+    found = flow.log_gain - expected
+    # A direction that stands out a little shows itself in few vectors only now and then.
+    noise = found.std(axis=1) / np.sqrt(draws)
+    assert np.all(np.abs(found.mean(axis=1)) < 4 * noise + 0.02)
+    held = [(np.abs(found) <= errors * flow.standard_error).mean(axis=1) for errors in (1, 2, 3)]
+    assert np.all(np.array(held) > np.array([[0.66], [0.9], [0.94]]))
+    # An error that is too wide is not honest either.
+    assert np.all(np.median(flow.standard_error, axis=1) < 2.5 * found.std(axis=1))
+
+
+def test_a_jacobian_of_rank_one_is_not_lost() -> None:
+    # 2 units with constant weights: vectors of ±1 are at right angles to (1, 1) in half of the cases.
+    J = np.full((10, 300, 2, 2), 0.5, np.float32)
+    flow = run(J)
+    np.testing.assert_allclose(flow.log_gain, np.full((10, 300), math.log(0.5) / 2), atol=1e-5, strict=True)
+    np.testing.assert_array_equal(flow.standard_error, np.zeros((10, 300)), strict=True)
+    J = np.full((10, 300, 8, 8), 1 / 8, np.float32)
+    flow = run(J)
+    assert np.isfinite(flow.log_gain).all()
+    assert flow.standard_error.min() > 0.3
+    np.testing.assert_allclose(flow.log_gain.mean(axis=1), np.full(10, math.log(1 / 8) / 2), atol=0.1, strict=True)
+
+
+def test_all_directions_are_taken_where_they_are_cheap() -> None:
+    def plan(size: int, *, cheap: bool) -> FlowPlan:
+        return FlowPlan.of((size,), (True,), 3, cheap=cheap)
+
+    assert (plan(8, cheap=True).vectors, plan(8, cheap=True).is_exact) == (8, True)
+    assert (plan(9, cheap=True).vectors, plan(9, cheap=True).is_exact) == (3, False)
+    assert (plan(8, cheap=False).vectors, plan(2, cheap=False).vectors) == (3, 2)
 
 
 def test_one_unit_leaves_no_doubt() -> None:
     J = normal(6, 5, 1, 1)
     flow = run(J)
     np.testing.assert_allclose(flow.log_gain, log_rms(J), rtol=1e-5, atol=1e-6, strict=True)
-    np.testing.assert_allclose(flow.standard_error, np.zeros((6, 5)), atol=1e-6, strict=True)
+    np.testing.assert_array_equal(flow.standard_error, np.zeros((6, 5)), strict=True)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
@@ -126,11 +165,11 @@ def test_of_a_cell_it_is_that_of_its_jacobians(make: Any, structured: bool) -> N
 
     def graph() -> Any:
         steps = of_cell(layer.cell, inputs, structured=structured)
-        return exact(steps), estimated(steps, vectors=400)
+        return exact(steps), estimated(steps, vectors=6)
 
     norm, flow = in_graph(graph)
     np.testing.assert_allclose(norm, log_norm(dense), rtol=1e-4, atol=1e-4, strict=True)
-    assert np.all(np.abs(flow.log_gain - log_rms(dense)) < 4.5 * flow.standard_error + 1e-4)
+    np.testing.assert_allclose(flow.log_gain, log_rms(dense), rtol=1e-4, atol=1e-4, strict=True)
 
 
 # Known values ----------------------------------------------------------------------------------------------------
@@ -187,15 +226,15 @@ def test_an_lstm_without_kernels_forgets_by_its_forget_gate(bias: float, structu
     cell = built(keras.layers.LSTMCell(3, kernel_initializer="zeros", recurrent_initializer="zeros"), 2)
     cell.bias.assign(np.repeat([0.0, bias, 0.0, 0.0], 3))
     inputs = normal(60, 2, 2)
-    found, error, norm = in_graph(
-        lambda: (*estimated(of_cell(cell, inputs, structured=structured), vectors=64),
+    found, _, norm = in_graph(
+        lambda: (*estimated(of_cell(cell, inputs, structured=structured), vectors=6),
                  exact(of_cell(cell, inputs, structured=structured)))
     )  # fmt: skip
     # P_k = f^k [[0, I/2], [0, I]]: its RMS gain is f^k sqrt(1.25 / 2), its norm f^k sqrt(1.25).
     rate = {1.0: -0.313262, 5.0: -0.006715}[bias]
     falls = np.arange(1, 61)[:, None] * np.full((1, 2), rate)
     np.testing.assert_allclose(norm, falls + 0.5 * math.log(1.25), atol=1e-4, strict=True)
-    assert (np.abs(found - falls - 0.5 * math.log(1.25 / 2)) < 4 * error).all()
+    np.testing.assert_allclose(found, falls + 0.5 * math.log(1.25 / 2), atol=1e-4, strict=True)
     np.testing.assert_allclose(np.diff(found, axis=0), np.full((59, 2), rate), atol=1e-5, strict=True)
     np.testing.assert_allclose(growth(found), np.full(2, rate), atol=1e-3, strict=True)
 
@@ -234,14 +273,15 @@ def test_a_stack_of_cells_with_one_unit_has_binomial_gradients(structured: bool)
     def graph() -> FlowCarry:
         steps = of_cell(rnn.cell, np.zeros((time - 1, time, 1)), structured=structured)
         at_the_end = tf.one_hot([[layers - 1]] * time, layers, dtype=tf.float64)
-        start = FlowCarry(at_the_end, tf.zeros([time, 1], tf.float64))
-        return flow_segment(dataclasses.replace(steps, mask=tf.constant(mask)), start)[1]
+        start = FlowCarry(at_the_end, tf.zeros([time], tf.float64))
+        plan = FlowPlan((layers,), (True,), 1)
+        return flow_segment(dataclasses.replace(steps, mask=tf.constant(mask)), start, plan)[1]
 
     for rho, total in ((1.0, 42_634_215_112_710), (0.5, 1.0)):
         for weight in rnn.trainable_weights:
             weight.assign([[rho]])
         vectors, logs = (part.numpy() for part in graph())
-        gradients = (np.exp(logs)[..., None] * vectors)[:, 0] @ rho ** np.arange(1.0, layers + 1)
+        gradients = (np.exp(logs)[:, None, None] * vectors)[:, 0] @ rho ** np.arange(1.0, layers + 1)
         expected = [rho ** (d + layers) * math.comb(d + layers - 1, layers - 1) for d in range(time)]
         np.testing.assert_allclose(gradients, expected, rtol=1e-10)
         np.testing.assert_allclose(gradients.sum(), total, rtol=1e-10)
@@ -250,7 +290,7 @@ def test_a_stack_of_cells_with_one_unit_has_binomial_gradients(structured: bool)
 def test_products_of_gaussian_matrices_grow_as_the_square_of_their_norm() -> None:
     # E ‖P‖_F² / n = s^(2k) for entries of variance s²/n: the mean of the squares, not of the logarithms.
     J = normal(3, 400, 16, 16, scale=1.3 / 4)
-    squares = np.exp(2 * run(J).log_gain)
+    squares = np.exp(2 * run(J, vectors=16).log_gain)
     expected = 1.3 ** (2 * np.arange(1, 4))
     assert np.all(np.abs(squares.mean(axis=1) - expected) < 4 * squares.std(axis=1) / np.sqrt(400))
 
@@ -282,21 +322,22 @@ def test_skipped_steps_do_not_count(how: Any) -> None:
 @pytest.mark.parametrize("length", [1, 4, 6])
 def test_segments_give_what_the_whole_gives(length: int, mask: Any) -> None:
     steps = of_matrices(normal(6, 5, 4, 4), mask)
-    carry = start_flow(5, 4, 3, (0, 1), tf.float32)
-    carry_exact = start_exact_flow(5, 4, tf.float32)
+    plan = plan_of(steps, 3)
+    carry = start_flow(5, plan, (0, 1), tf.float32)
+    carry_exact = start_exact_flow(5, plan, tf.float32)
     logs: list[tf.Tensor] = []
     logs_exact: list[tf.Tensor] = []
     for piece in reversed(list(pieces(steps, length))):
-        some, carry = flow_segment(piece, carry)
+        some, carry = flow_segment(piece, carry, plan)
         logs.insert(0, some)
         some, carry_exact = exact_flow_segment(piece, carry_exact)
         logs_exact.insert(0, some)
     whole = estimated(steps, vectors=3)
-    parts = flow_by_span(tf.concat(logs, axis=0), steps.mask)
-    np.testing.assert_array_equal(parts.log_gain, whole.log_gain, strict=True)
-    np.testing.assert_array_equal(parts.standard_error, whole.standard_error, strict=True)
-    parts = flow_by_span(tf.concat(logs_exact, axis=0), steps.mask)
-    np.testing.assert_array_equal(parts.log_gain, exact(steps), strict=True)
+    parts = flow_by_span(tf.concat(logs, axis=0), steps.mask, plan)
+    np.testing.assert_allclose(parts.log_gain, whole.log_gain, rtol=1e-14, strict=True)
+    np.testing.assert_allclose(parts.standard_error, whole.standard_error, rtol=1e-12, strict=True)
+    parts_exact = by_span(tf.concat(logs_exact, axis=0)[:, 0], steps.mask)
+    np.testing.assert_allclose(parts_exact, exact(steps), rtol=1e-14, strict=True)
 
 
 def test_zero_is_minus_infinity_and_nothing_else_is() -> None:

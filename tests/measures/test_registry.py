@@ -44,14 +44,14 @@ def test_what_can_be_held_is_what_has_a_derivative() -> None:
 
 
 def test_the_report_says_how_each_measure_is_found(tmp_path: Any) -> None:
-    model = model_of(keras.layers.LSTM(4, name="lstm"))
+    model = model_of(keras.layers.LSTM(9, name="lstm"))
     report = measure(model, PROBE, measures="full", warmup=2, exponents=3)
     layer, methods = report["lstm"], report["lstm"].methods
     assert set(methods) == {*layer.values, *layer.sequences, *layer.spectra}
     assert methods["variance"] == methods["joint/eigenvalues"] == methods["spectral_radius"] == "exact"
     assert methods["spectral_norm"] == "Golub-Kahan-Lanczos, to 0.01"
     assert methods["joint/flow"] == methods["joint/growth"] == "3 random vectors"
-    assert methods["joint/lyapunov"] == "3 of 8 directions, QR every step, warm-up 2 steps"
+    assert methods["joint/lyapunov"] == "3 of 18 directions, QR every step, warm-up 2 steps"
     report.save(tmp_path / "report.npz")
     assert Report.load(tmp_path / "report.npz")["lstm"].methods == methods
     assert "Golub-Kahan-Lanczos, to 0.01" in str(report)
