@@ -1,5 +1,8 @@
 """Error sentences in one form: the argument, the expected value, the received one."""
 
+import difflib
+from collections.abc import Iterable
+from numbers import Integral
 from typing import Any
 
 
@@ -15,3 +18,67 @@ def invalid_argument(name: str, expected: str, received: Any) -> ValueError:
         `ValueError`.
     """
     return ValueError(f"Invalid value for argument `{name}`. Expected {expected}. Received: {received}")
+
+
+def is_whole(value: Any, least: int, most: int | None = None) -> bool:
+    """Returns True if a value is a whole number in a range; True and False are none.
+
+    Args:
+        value: The value.
+        least: Integer, the smallest valid value.
+        most: Integer, the largest valid value. Defaults to None, without such a bound.
+    """
+    whole = isinstance(value, Integral) and not isinstance(value, bool)
+    return whole and value >= least and (most is None or value <= most)
+
+
+def check_whole(name: str, value: Any, least: int, most: int | None = None) -> None:
+    """Checks that an argument is a whole number in a range.
+
+    Args:
+        name: String, the argument's name.
+        value: The value that was given.
+        least: Integer, the smallest valid value.
+        most: Integer, the largest valid value. Defaults to None, without such a bound.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    if not is_whole(value, least, most):
+        expected = f"an integer of at least {least}" if most is None else f"an integer from {least} to {most}"
+        raise invalid_argument(name, expected, f"{name}={value!r}")
+
+
+def did_you_mean(word: Any, known: Iterable[str]) -> str:
+    """Returns a question that names the known word most like a given one.
+
+    Args:
+        word: The word that is not known.
+        known: Iterable of strings, the known words.
+
+    Returns:
+        String, to be put behind a sentence; empty if no known word is like the given one.
+    """
+    like = difflib.get_close_matches(str(word), list(known), n=1)
+    return f". Did you mean {like[0]!r}?" if like else ""
+
+
+def message_of(error: BaseException) -> str:
+    """Returns what an error says, for a sentence; the name of its class stands in for an empty message.
+
+    Args:
+        error: The error.
+    """
+    if isinstance(error, KeyError):
+        # Its message is the key alone.
+        return f"there is no key {error}"
+    return str(error).strip() or f"an error of the class {type(error).__name__}, without a message"
+
+
+def sentence(text: str) -> str:
+    """Returns a text with a capital letter and a full stop.
+
+    Args:
+        text: String without them.
+    """
+    return f"{text[:1].upper()}{text[1:]}."

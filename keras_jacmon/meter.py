@@ -11,7 +11,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_jacmon.errors import invalid_argument
+from keras_jacmon.errors import invalid_argument, message_of, sentence
 from keras_jacmon.jacobians.cell_jacobian import Assumptions, Choice
 from keras_jacmon.jacobians.checks import diagnose
 from keras_jacmon.measurement.assembly import CallMetadata
@@ -22,8 +22,8 @@ from keras_jacmon.measures.registry import MEASURES, Selection, filtered
 from keras_jacmon.model.building import build
 from keras_jacmon.model.distribution import check_distribution
 from keras_jacmon.model.guard import foreign_variables, put_back, shielded
-from keras_jacmon.model.inputs import fit_probe
-from keras_jacmon.model.layers import find_recurrent_layers, select_layers
+from keras_jacmon.model.inputs import fit_probe, hint_at_slip
+from keras_jacmon.model.layers import check_model, find_recurrent_layers, select_layers
 from keras_jacmon.model.loss_gradient import LossGradients, loss_gradients
 from keras_jacmon.model.recording import Recording, RecurrentCall, record_calls
 from keras_jacmon.options import takes_options
@@ -158,7 +158,7 @@ class JacobianMeter:
         targets: Any = None,
         **options: Any,
     ) -> None:
-        plan = MeasurementPlan.read("JacobianMeter", probe, layers=layers, targets=targets, options=options)
+        plan = MeasurementPlan.read(JacobianMeter, probe, layers=layers, targets=targets, options=options)
         self._set_up(model, plan)
 
     @classmethod
@@ -169,6 +169,7 @@ class JacobianMeter:
         return meter
 
     def _set_up(self, model: keras.Layer, plan: MeasurementPlan) -> None:
+        check_model(model)
         check_distribution(model)
         self._model, self._options = model, plan.options
         quick = filtered(plan.selection, lambda measure: measure.cost != "full")
@@ -330,13 +331,14 @@ class JacobianMeter:
         static = self._traced[True].function.static
         unmeasured, calls = static.recording.unmeasured, static.calls
         reasons = "; ".join(f"layer `{name}`: {reason}" for name, reason in unmeasured.items())
-        if unmeasured and (required or not calls):
+        if unmeasured and required:
+            raise invalid_argument("layers", "recurrent layers that the model calls on the probe", reasons)
+        if not calls:
             raise ValueError(
-                "Invalid value for argument `layers`. Expected recurrent layers that the model calls on the probe. "
-                f"Received: {reasons}"
+                f"No recurrent layer of the model `{self._model.name}` can be measured. {sentence(reasons)}"
             )
         if reasons:
-            warnings.warn(f"Some recurrent layers are not measured. {reasons}", stacklevel=4)
+            warnings.warn(f"Some recurrent layers are not measured. {sentence(reasons)}", stacklevel=4)
         for name, metadata in calls.items():
             for note in metadata.notes:
                 warnings.warn(f"Layer `{name}`: {note}", stacklevel=4)
@@ -352,10 +354,8 @@ class JacobianMeter:
         for name, samples in fixed.items():
             if samples != inputs[0].shape[0]:
                 expected = f"a batch of {samples} samples, as the stateful layer `{name}` was built for"
-        return ValueError(
-            f"Invalid value for argument `probe`. Expected {expected}. Received: shapes {shapes}, for which the model "
-            f"raised {type(error).__name__}: {error}"
-        )
+        hint = hint_at_slip(keras.tree.pack_sequence_as(self._structure, list(inputs)))
+        return invalid_argument("probe", expected, f"shapes {shapes}{hint}. The model says: {message_of(error)}")
 
     def _culprit(self, error: tf.errors.OpError) -> str:
         where = re.search(r"(jacobian_of_call|forward_of_layer)_(\d+)", error.message)
@@ -380,5 +380,5 @@ def _naming(call: RecurrentCall) -> Iterator[None]:
     except Exception as error:
         raise ValueError(
             f"The Jacobians of layer `{call.name}` ({type(call.layer.cell).__name__}) cannot be taken; name the other "
-            f"layers in `layers` to leave it out. {type(error).__name__}: {error}"
+            f"layers in `layers` to leave it out. The reason: {message_of(error)}"
         ) from error

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import keras
 
-from keras_jacmon.errors import invalid_argument
+from keras_jacmon.errors import check_whole, invalid_argument, is_whole, message_of
 from keras_jacmon.events.thinning import thin
 from keras_jacmon.events.writer import EventWriter
 from keras_jacmon.measurement.plan import MeasurementPlan
@@ -94,7 +94,7 @@ class JacobianMonitor(keras.callbacks.Callback):
     ) -> None:
         super().__init__()
         _check_arguments(update_freq, slow_freq, max_reports, on_error, regularizer)
-        self._plan = MeasurementPlan.read("JacobianMonitor", probe, layers=layers, targets=targets, options=options)
+        self._plan = MeasurementPlan.read(JacobianMonitor, probe, layers=layers, targets=targets, options=options)
         self._schedule = _Schedule(1 if update_freq == "batch" else update_freq, slow_freq)
         self._log_dir = log_dir
         self._max_reports = max_reports
@@ -353,7 +353,7 @@ class _Failures:
         except Exception as error:
             if self.on_error == "raise":
                 raise
-            sentence = f"{what} at step {step()} failed. {type(error).__name__}: {error}"
+            sentence = f"{what} at step {step()} failed: {message_of(error)}"
             self.sentences.append(sentence)
             thin(self.sentences, self.most)
             if what not in self._told:
@@ -368,17 +368,12 @@ class _Failures:
 
 def _check_arguments(update_freq: Any, slow_freq: Any, max_reports: Any, on_error: Any, regularizer: Any) -> None:
     """Refuses arguments that are invalid with any model."""
-
-    def is_whole(value: Any, least: int) -> bool:
-        return isinstance(value, int) and not isinstance(value, bool) and value >= least
-
     if update_freq not in ("epoch", "batch") and not is_whole(update_freq, 1):
         raise invalid_argument("update_freq", "'epoch', 'batch' or a positive integer", f"update_freq={update_freq!r}")
     if on_error not in ("warn", "raise"):
         raise invalid_argument("on_error", "'warn' or 'raise'", f"on_error={on_error!r}")
     for name, value, least in (("slow_freq", slow_freq, 1), ("max_reports", max_reports, 2)):
-        if not is_whole(value, least):
-            raise invalid_argument(name, f"an integer of at least {least}", f"{name}={value!r}")
+        check_whole(name, value, least)
     if not isinstance(regularizer, (JacobianRegularizer, type(None))):
         raise invalid_argument("regularizer", "a `JacobianRegularizer` or None", f"regularizer={regularizer!r}")
 

@@ -4,13 +4,19 @@ import dataclasses
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from numbers import Integral
+from numbers import Real
 from typing import Any, TypeVar
 
-from keras_jacmon.errors import invalid_argument
+from keras_jacmon.errors import check_whole, did_you_mean, invalid_argument, is_whole
 
 # The parts of a step's Jacobian that are measured, see `state_jacobian`.
 VIEWS = ("hidden", "joint", "inputs")
+
+# TensorFlow's seeds have 32 bits, one of them for the sign.
+LARGEST_SEED = 2**31 - 1
+
+# Arguments that callbacks of Keras and others have for what is an argument of another name here.
+_NAMES_ELSEWHERE = {"histogram_freq": "update_freq", "log_freq": "update_freq"}
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -44,34 +50,32 @@ class Options:
     max_entries: int = _option(2**26, "number of Jacobian entries up to which variance and RMS are exact")
 
     def __post_init__(self) -> None:
-        if isinstance(self.seed, bool) or not isinstance(self.seed, Integral):
-            raise invalid_argument("seed", "an integer", f"seed={self.seed!r}")
-        if not 0 <= self.tolerance < 1:
+        check_whole("seed", self.seed, 0, LARGEST_SEED)
+        if isinstance(self.tolerance, bool) or not isinstance(self.tolerance, Real) or not 0 <= self.tolerance < 1:
             expected = "a relative tolerance from 0 up to, not including, 1"
-            raise invalid_argument("tolerance", expected, f"tolerance={self.tolerance}")
-        if self.max_rows is not None and self.max_rows < 1:
-            raise invalid_argument("max_rows", "a positive integer, or None for all", f"max_rows={self.max_rows}")
+            raise invalid_argument("tolerance", expected, f"tolerance={self.tolerance!r}")
+        if self.max_rows is not None and not is_whole(self.max_rows, 1):
+            raise invalid_argument("max_rows", "a positive integer, or None for all", f"max_rows={self.max_rows!r}")
         if not isinstance(self.exact_flow, bool):
             raise invalid_argument("exact_flow", "True or False", f"exact_flow={self.exact_flow!r}")
         for name, value, least in (
             ("spectra", self.spectra, 1),
             ("flow_vectors", self.flow_vectors, 2),
             ("exponents", self.exponents, 1),
-            ("warmup", self.warmup or 0, 0),
+            ("warmup", 0 if self.warmup is None else self.warmup, 0),
             ("qr_every", self.qr_every, 1),
             ("max_bytes", self.max_bytes, 1),
             ("max_entries", self.max_entries, 0),
         ):
-            if value < least:
-                raise invalid_argument(name, f"an integer of at least {least}", f"{name}={value}")
+            check_whole(name, value, least)
 
     @classmethod
-    def of(cls, owner: str, given: Mapping[str, Any]) -> "Options":
+    def of(cls, owner: type, given: Mapping[str, Any]) -> "Options":
         """Makes the options from keyword arguments.
 
         Args:
-            owner: The class that was called with them, for the error.
-            given: The keyword arguments.
+            owner: Class, the one that was called with them, for the error.
+            given: Mapping of the keyword arguments.
 
         Raises:
             TypeError: If one of them is no option.
@@ -79,7 +83,11 @@ class Options:
         """
         unknown = given.keys() - {field.name for field in dataclasses.fields(cls)}
         if unknown:
-            raise TypeError(f"{owner}() got an unexpected keyword argument {min(unknown)!r}")
+            word = min(unknown)
+            known = inspect.signature(owner).parameters
+            elsewhere = _NAMES_ELSEWHERE.get(word)
+            hint = f". Did you mean {elsewhere!r}?" if elsewhere in known else did_you_mean(word, known)
+            raise TypeError(f"{owner.__name__}() got an unexpected keyword argument {word!r}{hint}")
         return cls(**given)
 
 

@@ -61,7 +61,7 @@ def assert_warned_once(caught: Any, monitor: JacobianMonitor, what: str, times: 
     """One warning names the step and the error; what failed later is kept."""
     (warning,) = user_warnings(caught)
     rest = "\nTraining goes on. Further failures are not warned of, but kept in `JacobianMonitor.failures`."
-    assert re.fullmatch(f"{what} at step 3 failed\\. {error}{re.escape(rest)}", warning), warning
+    assert re.fullmatch(f"{what} at step 3 failed: {error}{re.escape(rest)}", warning), warning
     assert len(monitor.failures) == times
     assert monitor.failures[0] == warning.removesuffix(rest)
     assert all(failure.startswith(f"{what} at step ") for failure in monitor.failures)
@@ -76,7 +76,7 @@ def test_a_failing_measurement_warns_once_and_training_goes_on() -> None:
     monitor = monitor_of()
     with pytest.warns(UserWarning, match="failed") as caught:
         history = fit_until_broken(monitor).history
-    assert_warned_once(caught, monitor, "Measuring the Jacobians", 14, f"RuntimeError: {FAILED}")
+    assert_warned_once(caught, monitor, "Measuring the Jacobians", 14, FAILED)
     assert steps_of(monitor) == [0, 1, 2]
     assert len(history["loss"]) == 2
     # Not the values of step 2: nothing is known of the weights at the end of the epoch.
@@ -219,7 +219,7 @@ def test_a_cell_that_raises_when_it_is_traced_anew() -> None:
         history = fit(model, monitor).history
     (warning,) = user_warnings(caught)
     assert "the cell divides by zero" in warning
-    assert warning.startswith("Preparing for a model that has changed at step 8 failed. ValueError: ")
+    assert warning.startswith("Preparing for a model that has changed at step 8 failed: ")
     assert list(history) == ["loss"]
     assert monitor.reports == before
     assert len(monitor.failures) == 1
@@ -417,7 +417,7 @@ def test_a_full_disk_warns_once_and_training_goes_on(tmp_path: Path) -> None:
     monitor = monitor_of(log_dir=tmp_path)
     with pytest.warns(UserWarning, match="failed") as caught:
         history = fit(compiled(), AtBatch(3, full_disk), monitor).history
-    assert_warned_once(caught, monitor, "Writing the event file", 6, r"OSError: .*File too large.*(\n.*)*")
+    assert_warned_once(caught, monitor, "Writing the event file", 6, r".*File too large.*(\n.*)*")
     assert not tf.summary.should_record_summaries()
     assert steps_of(monitor) == list(range(9))
     assert np.isfinite(history["gru_jac_variance"]).all()
@@ -438,7 +438,7 @@ def test_a_log_directory_that_is_removed_warns_once(tmp_path: Path, what: str) -
 
     with pytest.warns(UserWarning, match="Writing the event file") as caught:
         fit(compiled(), AtBatch(3, remove), monitor, epochs=2)
-    lost = f"FileNotFoundError: the event file in {directory} was removed, and the events in it are lost"
+    lost = f"the event file in {directory} was removed, and the events in it are lost"
     assert_warned_once(caught, monitor, "Writing the event file", 1, re.escape(lost))
     # From the next report on there is a new file.
     assert steps_of(monitor) == list(range(17))
@@ -478,7 +478,7 @@ def test_a_directory_that_becomes_read_only(tmp_path: Path) -> None:
             assert not [str(w.message) for w in caught if w.category is UserWarning]
             model.fit(x, y, batch_size=4, verbose=0, callbacks=[monitor])
         (sentence,) = [str(w.message) for w in caught if w.category is UserWarning]
-        assert sentence.startswith("Writing the event file at step 8 failed. "), sentence
+        assert sentence.startswith("Writing the event file at step 8 failed: "), sentence
         assert "Permission denied" in sentence or "PermissionDenied" in sentence, sentence
         assert [step for step, _ in monitor.reports] == [*range(9), *range(8, 17)]
         (directory / "jacobian").chmod(0o755)

@@ -399,7 +399,9 @@ def test_a_report_that_cannot_be_printed_ends_no_training(monkeypatch: pytest.Mo
 
     monitor = quick_monitor(verbose=1)
     monkeypatch.setattr(sys, "stdout", Broken())
-    with pytest.warns(UserWarning, match="^Printing the report at step 0 failed. BrokenPipeError"):
+    with pytest.warns(
+        UserWarning, match="^Printing the report at step 0 failed: an error of the class BrokenPipeError"
+    ):
         fit(compiled(), monitor)
     assert steps_of(monitor) == [0, 8, 16]
 

@@ -12,7 +12,7 @@ import tensorflow as tf
 from helpers import normal
 from trainings import BATCH, FEATURES, PROBE, SAMPLES, STEPS, X, Y, assert_refused, compiled
 
-from keras_jacmon import JacobianMonitor
+from keras_jacmon import JacobianMonitor, JacobianRegularizer, measure
 from keras_jacmon.measures.registry import KEYS, PRESETS
 
 if TYPE_CHECKING:
@@ -49,6 +49,8 @@ def invalid(argument: str, sentence: str) -> str:
 UPDATE_FREQ = "Expected 'epoch', 'batch' or a positive integer. Received: update_freq="
 NAMES = [key for key in KEYS if key != "loss_gradient"]
 MEASURES = f"Expected names out of {list(PRESETS)}, or of {NAMES}. Received: "
+MAX_ROWS = "Expected a positive integer, or None for all. Received: max_rows="
+SEED = "Expected an integer from 0 to 2147483647. Received: seed="
 TOLERANCE = "Expected a relative tolerance from 0 up to, not including, 1. Received: tolerance="
 
 
@@ -69,14 +71,26 @@ TOLERANCE = "Expected a relative tolerance from 0 up to, not including, 1. Recei
         ("measures", ["variance", "norm"], f"{MEASURES}['variance', 'norm']"),
         ("measures", "norm", f"{MEASURES}['norm']"),
         ("measures", [], f"{MEASURES}[]"),
+        ("measures", {"variance": 1}, f"{MEASURES}{{'variance': 1}}"),
+        ("measures", 3, f"{MEASURES}3"),
+        ("measures", "varience", f"{MEASURES}['varience']. Did you mean 'variance'?"),
         ("tolerance", -0.1, f"{TOLERANCE}-0.1"),
         ("tolerance", 1, f"{TOLERANCE}1"),
         ("tolerance", float("nan"), f"{TOLERANCE}nan"),
-        ("seed", 0.5, "Expected an integer. Received: seed=0.5"),
+        ("tolerance", False, f"{TOLERANCE}False"),
+        ("tolerance", "1e-3", f"{TOLERANCE}'1e-3'"),
+        ("seed", 0.5, f"{SEED}0.5"),
+        ("seed", -1, f"{SEED}-1"),
+        ("seed", 2**31, f"{SEED}2147483648"),
         ("max_bytes", 0, "Expected an integer of at least 1. Received: max_bytes=0"),
-        ("max_rows", 0, "Expected a positive integer, or None for all. Received: max_rows=0"),
+        ("max_bytes", float("nan"), "Expected an integer of at least 1. Received: max_bytes=nan"),
+        ("max_rows", 0, f"{MAX_ROWS}0"),
+        ("max_rows", True, f"{MAX_ROWS}True"),
+        ("spectra", 2.0, "Expected an integer of at least 1. Received: spectra=2.0"),
+        ("warmup", False, "Expected an integer of at least 0. Received: warmup=False"),
         ("exact_flow", 1, "Expected True or False. Received: exact_flow=1"),
         ("max_entries", -1, "Expected an integer of at least 0. Received: max_entries=-1"),
+        ("max_entries", float("inf"), "Expected an integer of at least 0. Received: max_entries=inf"),
     ],
 )
 def test_a_bad_argument_is_refused_without_a_model(argument: str, value: Any, sentence: str) -> None:
@@ -84,9 +98,38 @@ def test_a_bad_argument_is_refused_without_a_model(argument: str, value: Any, se
         JacobianMonitor(PROBE, **{argument: value})
 
 
-def test_an_unknown_argument_is_refused() -> None:
-    with pytest.raises(TypeError, match=r"JacobianMonitor\(\) got an unexpected keyword argument 'tolerence'"):
-        JacobianMonitor(PROBE, tolerence=0.1)
+@pytest.mark.fast
+@pytest.mark.parametrize(
+    ("argument", "hint"),
+    [
+        ("tolerence", ". Did you mean 'tolerance'?"),
+        ("slow_frequency", ". Did you mean 'slow_freq'?"),
+        ("histogram_freq", ". Did you mean 'update_freq'?"),
+        ("log_freq", ". Did you mean 'update_freq'?"),
+        ("xyz", ""),
+    ],
+)
+def test_an_unknown_argument_is_refused(argument: str, hint: str) -> None:
+    sentence = f"JacobianMonitor() got an unexpected keyword argument '{argument}'{hint}"
+    arguments: dict[str, Any] = {argument: 0.1}
+    with pytest.raises(TypeError, match=f"^{re.escape(sentence)}$"):
+        JacobianMonitor(PROBE, **arguments)
+
+
+@pytest.mark.fast
+def test_arguments_in_the_wrong_order() -> None:
+    model = compiled()
+    sentence = (
+        "Expected a batch of model inputs, after the model if there is one. Received: a Keras layer of the class "
+    )
+    with pytest.raises(ValueError, match=invalid("probe", f"{sentence}Sequential")):
+        measure(PROBE, model)
+    for given, name in ((None, "NoneType"), (PROBE, "ndarray")):
+        expected = f"Expected a Keras model or layer, before the probe. Received: a {name}"
+        with pytest.raises(ValueError, match=invalid("model", expected)):
+            measure(given, PROBE)
+        with pytest.raises(ValueError, match=invalid("model", expected)):
+            JacobianRegularizer().prepare(given, PROBE)
 
 
 def with_nan() -> Any:
@@ -151,11 +194,31 @@ def test_no_recurrent_layer() -> None:
     assert_refused(model, invalid("model", sentence))
 
 
+@pytest.mark.fast
+def test_no_layer_that_is_called() -> None:
+    class Uncalled(keras.Model):
+        def __init__(self) -> None:
+            super().__init__(name="uncalled")
+            self.gru = keras.layers.GRU(2, name="gru")
+            self.gru.build((None, STEPS, FEATURES))
+
+        def call(self, inputs: Any) -> Any:
+            return inputs
+
+    reason = "ayer `gru`: it is not called when the model runs on the probe"
+    sentence = f"No recurrent layer of the model `uncalled` can be measured. L{reason}."
+    with pytest.raises(ValueError, match=f"^{re.escape(sentence)}$"):
+        measure(Uncalled(), PROBE)
+    sentence = f"Expected recurrent layers that the model calls on the probe. Received: l{reason}"
+    with pytest.raises(ValueError, match=invalid("layers", sentence)):
+        measure(Uncalled(), PROBE, layers="gru")
+
+
 @pytest.mark.parametrize(
     ("layers", "received"),
     [
         (["lstm"], "'lstm'"),
-        ("lstm", "'lstm'"),
+        ("grus", "'grus'. Did you mean 'gru'?"),
         (["gru", "dense"], "'dense'"),
         (keras.layers.LSTM(2, name="foreign"), "foreign (a layer)"),
     ],
@@ -163,6 +226,12 @@ def test_no_recurrent_layer() -> None:
 )
 def test_unknown_layer(layers: Any, received: str) -> None:
     sentence = f"Expected recurrent layers of the model: ['gru']. Received: {received}"
+    assert_refused(compiled(), invalid("layers", sentence), layers=layers)
+
+
+@pytest.mark.parametrize("layers", [{"gru": 1}, 3], ids=str)
+def test_layers_that_are_no_names(layers: Any) -> None:
+    sentence = f"Expected names of recurrent layers, or layers. Received: layers={layers}"
     assert_refused(compiled(), invalid("layers", sentence), layers=layers)
 
 
@@ -176,7 +245,20 @@ def test_no_layer_wanted() -> None:
     [
         (PROBE[..., :2], "Expected shape (None, 5, 3) for input `x`. Received: an array of shape (4, 5, 2)"),
         (PROBE[:, :4], "Expected shape (None, 5, 3) for input `x`. Received: an array of shape (4, 4, 3)"),
-        (PROBE[0], "Expected shape (None, 5, 3) for input `x`. Received: an array of shape (5, 3)"),
+        (
+            PROBE[0],
+            (
+                "Expected shape (None, 5, 3) for input `x`. Received: an array of shape (5, 3); if the batch axis is "
+                "missing, pass `x[:1]` and not `x[0]`"
+            ),
+        ),
+        (
+            (PROBE, Y[:4]),
+            (
+                "Expected 1 input(s), as the model takes them. Received: 2 array(s); of a pair of inputs and targets, "
+                "as `next(iter(dataset))` gives it, pass the inputs alone: `pair[0]`"
+            ),
+        ),
         ([PROBE, PROBE], "Expected 1 input(s), as the model takes them. Received: 2 array(s)"),
         ({"y": PROBE}, "Expected a dict with the model's inputs ['x']. Received: a dict with ['y']"),
         (
@@ -184,12 +266,36 @@ def test_no_layer_wanted() -> None:
             "Expected dtype float32 for input `x`. Received: an array of dtype <U4",
         ),
     ],
-    ids=["features", "steps", "rank", "number", "names", "dtype"],
+    ids=["features", "steps", "rank", "pair", "number", "names", "dtype"],
 )
 def test_a_probe_that_does_not_fit(probe: Any, sentence: str) -> None:
     model = keras.Sequential([keras.Input((STEPS, FEATURES), name="x"), keras.layers.GRU(3), keras.layers.Dense(1)])
     model.compile("sgd", "mse")
     assert_refused(model, invalid("probe", sentence), probe)
+
+
+@pytest.mark.parametrize(
+    ("probe", "shapes", "hint"),
+    [
+        (PROBE[0], "(5, 3)", "; if the batch axis is missing, pass `x[:1]` and not `x[0]`. The model says: "),
+        ((PROBE, Y[:4]), "((4, 5, 3), (4, 1))", "; of a pair of inputs and targets, as `next(iter(dataset))` gives "),
+    ],
+    ids=["rank", "pair"],
+)
+def test_a_probe_that_a_model_without_declared_inputs_refuses(probe: Any, shapes: str, hint: str) -> None:
+    class Subclassed(keras.Model):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gru = keras.layers.GRU(3)
+
+        def call(self, inputs: Any) -> Any:
+            return self.gru(inputs)
+
+    expected = "Expected a batch that the model can be built with. Received: shapes "
+    with pytest.raises(
+        ValueError, match=f"^{re.escape(f'Invalid value for argument `probe`. {expected}{shapes}{hint}')}"
+    ):
+        measure(Subclassed(), probe)
 
 
 def test_fractions_for_whole_numbers() -> None:
@@ -221,7 +327,7 @@ def test_a_batch_that_a_stateful_layer_in_a_subclassed_model_does_not_accept() -
     model.compile("sgd", "mse")
     sentence = (
         "Invalid value for argument `probe`. Expected a batch of 4 samples, as the stateful layer `lstm` was built for"
-        ". Received: shapes [(3, 5, 3)], for which the model raised "
+        ". Received: shapes [(3, 5, 3)]. The model says: "
     )
     assert_refused(model, f"^{re.escape(sentence)}", PROBE[:3])
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import tensorflow as tf
 
 from keras_jacmon.cell.step import CellStep
+from keras_jacmon.errors import message_of
 from keras_jacmon.traced_graph import TracedGraph
 
 # Operations that TensorFlow counts as stateful although they only read.
@@ -41,7 +42,8 @@ class CellGraph(TracedGraph):
         try:
             super().__init__(lambda inputs, *states: step(inputs, states), specs, inline=True)
         except Exception as error:
-            raise NotImplementedError(f"it cannot be traced for any number of rows ({type(error).__name__})") from error
+            reason = message_of(error).splitlines()[0]
+            raise NotImplementedError(f"it cannot be traced for any number of rows: {reason}") from error
         self.step_inputs, *self.states = self.inputs
         self.new_states = self.outputs
         for operation in self.operations:

@@ -10,6 +10,7 @@ import tensorflow as tf
 from keras_jacmon.cell.cell_graph import CellGraph
 from keras_jacmon.cell.step import CellStep
 from keras_jacmon.cell.unroll_plan import UnrollPlan
+from keras_jacmon.errors import message_of
 from keras_jacmon.jacobians.linearise import kernels_of, structured_jacobian, weights_only_values
 from keras_jacmon.jacobians.points import PointBatch
 from keras_jacmon.jacobians.registered_forms import registered_form
@@ -150,7 +151,7 @@ class CellJacobian:
             except NotImplementedError as error:
                 self._reason = str(error)
             except Exception as error:  # noqa: BLE001 - autodiff takes over, and `explain` shows what went wrong
-                self._reason = f"its graph is not understood ({type(error).__name__}: {error})"
+                self._reason = f"its graph is not understood: {message_of(error)}"
         self.point_by_point = self._structure is not None and self._structure.point_by_point
         if self._structure:
             self._weights_only = weights_only_values(self._structure)

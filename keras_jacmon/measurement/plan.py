@@ -32,7 +32,7 @@ class MeasurementPlan:
     @classmethod
     def read(
         cls,
-        owner: str,
+        owner: type,
         probe: Any,
         *,
         layers: Iterable[str | keras.Layer] | str | keras.Layer | None,
@@ -42,7 +42,7 @@ class MeasurementPlan:
         """Reads and checks what the user gave, before there is a model.
 
         Args:
-            owner: The class that was called, for the error about an unknown option.
+            owner: Class, the one that was called, for the error about an unknown option.
             probe: A batch of model inputs, as for `JacobianMeter`.
             layers: Names of recurrent layers, or layers; None for all.
             targets: Targets of the probe's samples; None for none.

@@ -1,10 +1,11 @@
 """Registry of all measures: names, presets, definitions and methods."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
+from keras_jacmon.errors import did_you_mean, invalid_argument
 from keras_jacmon.measures import eigen, flow, lyapunov, moments, spectrum
 from keras_jacmon.measures.kinds import Exponents, Flow, Kind, Loss, PerStep, Spectrum
 from keras_jacmon.options import VIEWS, Options
@@ -337,12 +338,14 @@ def select_measures(names: Iterable[str] | str | None) -> Selection:
     Raises:
         ValueError: If a name is unknown, or there is none.
     """
+    expected = f"names out of {list(PRESETS)}, or of {_NAMES}"
+    if isinstance(names, Mapping) or not (names is None or isinstance(names, Iterable)):
+        raise invalid_argument("measures", expected, repr(names))
     names = ["standard"] if names is None else [names] if isinstance(names, str) else list(names)
-    if not names or not all(name in _NAMES or name in PRESETS for name in names):
-        raise ValueError(
-            f"Invalid value for argument `measures`. Expected names out of {list(PRESETS)}, or of {_NAMES}. "
-            f"Received: {names}"
-        )
+    unknown = [name for name in names if name not in (*_NAMES, *PRESETS)]
+    if unknown or not names:
+        hints = [did_you_mean(name, [*PRESETS, *_NAMES]) for name in unknown]
+        raise invalid_argument("measures", expected, f"{names}{''.join(hints)}")
     wanted = {key for name in names for key in PRESETS.get(name, (name,))}
     return tuple(quantity for key, quantity in KEYS.items() if key in wanted)
 

@@ -5,9 +5,9 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_jacmon.errors import invalid_argument
+from keras_jacmon.errors import invalid_argument, message_of
 from keras_jacmon.model.guard import shielded
-from keras_jacmon.model.inputs import fit_probe
+from keras_jacmon.model.inputs import fit_probe, hint_at_slip
 from keras_jacmon.model.internals import sublayers, training_argument
 
 
@@ -44,7 +44,7 @@ def build(model: keras.Layer, arrays: Any) -> None:
             raise invalid_argument(
                 "probe",
                 "a batch that the model can be built with",
-                f"shapes {shapes}, for which the model raised {type(error).__name__}: {error}",
+                f"shapes {shapes}{hint_at_slip(arrays)}. The model says: {message_of(error)}",
             ) from error
 
 

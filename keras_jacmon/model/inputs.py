@@ -12,6 +12,25 @@ import tensorflow as tf
 from keras_jacmon.errors import invalid_argument
 from keras_jacmon.model.internals import dataset_sources, sublayers
 
+# A single sample of sequences with features has two axes.
+_AXES_OF_A_SAMPLE = 2
+_MISSING_BATCH = "; if the batch axis is missing, pass `x[:1]` and not `x[0]`"
+
+
+def hint_at_slip(arrays: Any) -> str:
+    """Returns a hint at a slip that a probe looks like, to be put behind the sentence that refuses it.
+
+    Args:
+        arrays: Structure of arrays or tensors `(batch, ...)`, the probe.
+
+    Returns:
+        String; empty if it looks like none.
+    """
+    if isinstance(arrays, tuple):
+        return "; of a pair of inputs and targets, as `next(iter(dataset))` gives it, pass the inputs alone: `pair[0]`"
+    axes = [len(array.shape) for array in keras.tree.flatten(arrays)]
+    return _MISSING_BATCH if min(axes) <= _AXES_OF_A_SAMPLE else ""
+
 
 def read_probe(probe: Any) -> Any:
     """Reads the probe as arrays.
@@ -24,9 +43,12 @@ def read_probe(probe: Any) -> Any:
         NumPy arrays `(batch, ...)` in the structure of the inputs.
 
     Raises:
-        ValueError: If the batch is empty, ragged, not numeric (text is allowed), holds NaN or Inf, or comes from a
-            dataset that shuffles.
+        ValueError: If the batch is empty, ragged, not numeric (text is allowed), holds NaN or Inf, comes from a dataset
+            that shuffles, or is a model.
     """
+    if isinstance(probe, keras.Layer):
+        expected = "a batch of model inputs, after the model if there is one"
+        raise invalid_argument("probe", expected, f"a Keras layer of the class {type(probe).__name__}")
     if isinstance(probe, (tf.data.Dataset, keras.utils.PyDataset)):
         with _random_numbers_put_back():
             probe = _first_batch(probe)
@@ -106,7 +128,8 @@ def fit_probe(model: keras.Layer, arrays: Any) -> Any:
         return {name: _fit(arrays[name], spec, name, frozen=frozen) for name, spec in zip(names, declared, strict=True)}
     flat = keras.tree.flatten(arrays)
     if len(flat) != len(declared):
-        raise invalid_argument("probe", f"{len(declared)} input(s), as the model takes them", f"{len(flat)} array(s)")
+        received = f"{len(flat)} array(s){hint_at_slip(arrays)}"
+        raise invalid_argument("probe", f"{len(declared)} input(s), as the model takes them", received)
     tensors = [_fit(array, spec, spec.name, frozen=frozen) for array, spec in zip(flat, declared, strict=True)]
     return keras.tree.pack_sequence_as(arrays, tensors)
 
@@ -187,7 +210,9 @@ def _fit(array: np.ndarray[Any, Any], spec: Any, name: str, *, frozen: bool) -> 
     if len(shape) != array.ndim or any(
         want is not None and want != got for want, got in zip(shape, array.shape, strict=True)
     ):
-        raise invalid_argument("probe", f"shape {shape} for input `{name}`", f"an array of shape {array.shape}")
+        hint = _MISSING_BATCH if array.ndim == len(shape) - 1 else ""
+        received = f"an array of shape {array.shape}{hint}"
+        raise invalid_argument("probe", f"shape {shape} for input `{name}`", received)
     dtype = tf.as_dtype(spec.dtype)
     text = array.dtype.kind in "SUO"
     if text != (dtype == tf.string):

@@ -1,11 +1,12 @@
 """Recurrent layers of a model, and their names in reports."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import keras
 
-from keras_jacmon.errors import invalid_argument
+from keras_jacmon.errors import did_you_mean, invalid_argument
 from keras_jacmon.model.internals import sublayers
 
 
@@ -20,6 +21,19 @@ class RecurrentLayer:
 
     name: str
     layer: keras.layers.RNN
+
+
+def check_model(model: Any) -> None:
+    """Checks that a model is one of Keras.
+
+    Args:
+        model: The object that was given as the model.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    if not isinstance(model, keras.Layer):
+        raise invalid_argument("model", "a Keras model or layer, before the probe", f"a {type(model).__name__}")
 
 
 def find_recurrent_layers(model: keras.Layer) -> tuple[RecurrentLayer, ...]:
@@ -62,20 +76,22 @@ def select_layers(
         Tuple of the wanted layers, in the order of `found`.
 
     Raises:
-        ValueError: If a wanted layer is not in `found`, or `wanted` is empty.
+        ValueError: If a wanted layer is not in `found`, or `wanted` is empty or no names.
     """
     if wanted is None:
         return tuple(found)
+    if isinstance(wanted, Mapping) or not isinstance(wanted, (keras.Layer, Iterable)):
+        raise invalid_argument("layers", "names of recurrent layers, or layers", f"layers={wanted!r}")
     wanted = [wanted] if isinstance(wanted, (str, keras.Layer)) else list(wanted)
     chosen: set[str] = set()
     for want in wanted:
         matches = [item.name for item in found if want is item.layer or want in (item.name, item.layer.name)]
         if not matches:
-            raise invalid_argument(
-                "layers",
-                f"recurrent layers of the model: {[item.name for item in found]}",
-                f"'{want}'" if isinstance(want, str) else f"{getattr(want, 'name', want)} (a layer)",
+            names = [item.name for item in found]
+            received = (
+                f"{want.name} (a layer)" if isinstance(want, keras.Layer) else f"{want!r}{did_you_mean(want, names)}"
             )
+            raise invalid_argument("layers", f"recurrent layers of the model: {names}", received)
         chosen.update(matches)
     if not chosen:
         raise invalid_argument("layers", "at least one layer, or None for every recurrent layer", f"layers={wanted}")

@@ -8,7 +8,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_jacmon.errors import invalid_argument
+from keras_jacmon.errors import invalid_argument, message_of
 from keras_jacmon.model.internals import training_argument
 from keras_jacmon.model.layers import RecurrentLayer
 from keras_jacmon.model.recording import call_names, shadowing
@@ -78,7 +78,7 @@ def _loss(model: keras.Model, inputs: Any, targets: Any, outputs: Any) -> tf.Ten
         raise invalid_argument(
             "targets",
             "targets that the loss of the model takes",
-            f"shapes {shapes}, for which it raised {type(error).__name__}: {error}",
+            f"shapes {shapes}. The loss says: {message_of(error)}",
         ) from error
 
 

@@ -7,11 +7,11 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_jacmon.errors import invalid_argument
+from keras_jacmon.errors import invalid_argument, sentence
 from keras_jacmon.model.building import build
 from keras_jacmon.model.distribution import check_distribution, check_outside_of_scopes
 from keras_jacmon.model.inputs import fit_probe
-from keras_jacmon.model.layers import RecurrentLayer, find_recurrent_layers, select_layers
+from keras_jacmon.model.layers import RecurrentLayer, check_model, find_recurrent_layers, select_layers
 from keras_jacmon.regularization.loss_terms import LossTerms, Term
 from keras_jacmon.regularization.model_penalty import ModelPenalty
 from keras_jacmon.regularization.penalty_config import PenaltyConfig
@@ -43,6 +43,7 @@ class RegularizedModel:
         targets: Mapping[str | None, ScheduledNumber],
         strength: ScheduledNumber,
     ) -> None:
+        check_model(model)
         check_distribution(model)
         check_outside_of_scopes()
         build(model, probe)
@@ -112,9 +113,12 @@ class RegularizedModel:
         if not unmeasured:
             return
         reasons = "; ".join(f"layer `{name}`: {reason}" for name, reason in unmeasured.items())
-        if required or not unmeasured.keys().isdisjoint(targets) or not self._penalty.calls:
-            raise invalid_argument("layers", "recurrent layers that the model calls on the probe", f"layers={reasons}")
-        _warn([f"Some recurrent layers have no penalty. {reasons}"])
+        if required or not unmeasured.keys().isdisjoint(targets):
+            argument = "layers" if required else "target"
+            raise invalid_argument(argument, "recurrent layers that the model calls on the probe", reasons)
+        if not self._penalty.calls:
+            raise ValueError(f"No recurrent layer of the model can have a penalty. {sentence(reasons)}")
+        _warn([f"Some recurrent layers have no penalty. {sentence(reasons)}"])
 
 
 def _trained_weights(model: keras.Layer, found: Iterable[RecurrentLayer]) -> dict[int, keras.Variable]:

@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from keras_jacmon.errors import invalid_argument
+from keras_jacmon.errors import check_whole, invalid_argument
 from keras_jacmon.measures.differentiable import DIFFERENTIABLE
 from keras_jacmon.measures.registry import MEASURES
-from keras_jacmon.options import VIEWS
+from keras_jacmon.options import LARGEST_SEED, VIEWS
 
 
 @dataclass(frozen=True)
@@ -53,13 +53,12 @@ class PenaltyConfig:
             ("through_states", self.through_states, (True, False)),
         )
         for name, choice, known_choices in choices:
-            if choice not in known_choices:
+            # Equal and of the same type: 1 is not True.
+            if not any(type(choice) is type(known) and choice == known for known in known_choices):
                 raise invalid_argument(name, f"one of {list(known_choices)}", f"{name}={choice}")
         for name, number, least in (("refresh", self.refresh, 1), ("rows", self.rows, 1), ("vectors", self.vectors, 2)):
-            if isinstance(number, bool) or not isinstance(number, int) or number < least:
-                raise invalid_argument(name, f"an integer of at least {least}", f"{name}={number}")
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
-            raise invalid_argument("seed", "an integer", f"seed={self.seed}")
+            check_whole(name, number, least)
+        check_whole("seed", self.seed, 0, LARGEST_SEED)
         if self.through_states and self.states != "fresh":
             expected = "False with `states='cached'`, whose states are constants"
             raise invalid_argument("through_states", expected, f"through_states={self.through_states}")

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from keras_jacmon.errors import invalid_argument
+from keras_jacmon.errors import invalid_argument, message_of
 
 # Raised with each change of the records' fields: a file of another format is refused.
 _FORMAT = 2
@@ -89,7 +89,7 @@ def read(path: str | os.PathLike[str]) -> dict[str, dict[str, Any]]:
                 reason = f"format {found['format']}"
         # ZIP, zlib, NumPy's headers and json fail in many ways each; ValueError is NumPy's for a pickle.
         except Exception as error:  # noqa: BLE001
-            reason = f"{type(error).__name__}: {error}"
+            reason = message_of(error)
     raise invalid_argument(
         "path",
         "a file that `Report.save` of this version has written",

@@ -208,7 +208,9 @@ def test_what_cannot_be_held_is_said_before_the_training() -> None:
     ):
         pass
     with (
-        pytest.raises(ValueError, match=r"Expected recurrent layers that the model calls on the probe.*of its own"),
+        pytest.raises(
+            ValueError, match=r"^No recurrent layer of the model can have a penalty. Layer `rnn`: .*of its own"
+        ),
         JacobianRegularizer(1.0).attached(Mapped(), PROBE),
     ):
         pass
