@@ -35,7 +35,8 @@ class Assumptions:
     Attributes:
         structure: True if a structure that was found, or a registered form, is right.
         independent: True if each point of a step is a function of the same point of inputs and states.
-        products: True if the tape applied twice gives the products with J.
+        products: True if the tape applied twice gives the products with J, and `tf.vectorized_map` those with several
+            vectors at once; otherwise J is formed by one gradient for each unit.
     """
 
     structure: bool = True
@@ -247,12 +248,12 @@ class CellJacobian:
         twice = self.assumptions.products and self._form is None
         return function.jacobian(independent=self.assumptions.independent, for_many=False, twice=twice)
 
-    def by_tape_twice(self, views: Sequence[str], points: PointBatch) -> Iterator[tuple[View, JacobianOperator]]:
+    def by_tape_twice(self, views: Sequence[str], points: PointBatch) -> Iterator[tuple[View, AutodiffJacobian]]:
         """The operators of some views that rest on the tape applied twice."""
         plans = [self.plan(name) for name in views] if self.assumptions.products else []
         parts = [part for plan in plans if not plan.is_registered for part, _ in plan.parts(structured=False)]
         for part in dict.fromkeys(parts):
-            yield part, self._by_autodiff(part, points)
+            yield part, self._autodiff(part, points)
 
     def _assembled(self, view: View, parts: dict[View, JacobianOperator]) -> JacobianOperator:
         """A view put together from operators for its parts."""
@@ -300,8 +301,11 @@ class CellJacobian:
         return structured_jacobian(self._structure, values, self._kernels, view.outputs, view.sources)
 
     def _by_autodiff(self, view: View, points: PointBatch) -> JacobianOperator:
-        function = view_function(self.step, points.inputs, points.states, view)
+        jacobian = self._autodiff(view, points)
         # Without trust in the tape applied twice, J is formed from products with its transpose.
-        twice = self.assumptions.products
-        jacobian = function.jacobian(independent=self.assumptions.independent, for_many=twice, twice=twice)
-        return jacobian if twice else jacobian.formed()
+        return jacobian if self.assumptions.products else jacobian.formed()
+
+    def _autodiff(self, view: View, points: PointBatch) -> AutodiffJacobian:
+        function = view_function(self.step, points.inputs, points.states, view)
+        twice, independent = self.assumptions.products, self.assumptions.independent
+        return function.jacobian(independent=independent, for_many=twice, twice=twice, vectorized=True)

@@ -10,6 +10,7 @@ import tensorflow as tf
 from keras_jacmon.jacobians.cell_jacobian import Assumptions, CellJacobian
 from keras_jacmon.jacobians.points import PointBatch
 from keras_jacmon.jacobians.views import View, floating_states, side_by_side, size
+from keras_jacmon.operators.formed import WrappedJacobian
 from keras_jacmon.tensors import joined, known_sizes
 
 
@@ -19,12 +20,14 @@ class CheckResults(NamedTuple):
     Attributes:
         structure_residual: Distance of a structured Jacobian, or of a registered form, from autodiff.
         products: Distance of the products with J from those with Jᵀ.
+        columns: Distance of products with several vectors at once from those with one vector.
         dependence: Distance of the new states of some points from those that the cell gave them among others.
         influence: Size of the derivatives of a point by other points of its step.
     """
 
     structure_residual: tf.Tensor | float
     products: tf.Tensor | float
+    columns: tf.Tensor | float
     dependence: tf.Tensor | float
     influence: tf.Tensor | float
 
@@ -32,7 +35,7 @@ class CheckResults(NamedTuple):
     def zero(cls, dtype: tf.DType) -> "CheckResults":
         """The results of no check at all."""
         nothing = tf.zeros([], dtype)
-        return cls(nothing, nothing, nothing, nothing)
+        return cls(*[nothing] * len(cls._fields))
 
     def worst(self, other: "CheckResults") -> "CheckResults":
         """The larger of both results of each check, or NaN if one of them is NaN."""
@@ -46,7 +49,7 @@ class CheckResults(NamedTuple):
 
 
 # Relative. Rounding in float32 leaves about 1e-6, and of the influence nothing.
-TOLERANCES = CheckResults(structure_residual=1e-3, products=1e-3, dependence=1e-3, influence=1e-6)
+TOLERANCES = CheckResults(structure_residual=1e-3, products=1e-3, columns=1e-3, dependence=1e-3, influence=1e-6)
 
 # The gain of a step is known up to this many roundings of 1: `1 - tanh²` of a unit that saturates is little else.
 _ROUNDINGS = 16
@@ -56,6 +59,9 @@ _NEGLIGIBLE = 1e-30
 
 # A single point may differ by itself, so a block must be checked at several of them.
 _LEAST_TURNS = 4
+
+# The multiples of a vector that are multiplied at once; different ones, so that columns that are mixed up are noticed.
+_MULTIPLES = (1.0, -2.0, 3.0)
 
 # One point in this number of points may differ.
 _POINTS_PER_OUTLIER = 200
@@ -116,6 +122,13 @@ def diagnose(results: CheckResults, assumptions: Assumptions) -> Diagnosis | Non
             f"{failed['products']}",
             "The Jacobian is formed for them",
         )
+    if "columns" in failed:
+        return Diagnosis(
+            replace(assumptions, products=False),
+            "products of its Jacobian with several vectors at once, by `tf.vectorized_map`, differ from those with one "
+            f"vector {failed['columns']}",
+            "The Jacobian is formed by one gradient for each unit",
+        )
     return None
 
 
@@ -131,6 +144,8 @@ def check_points(
       is hidden by larger ones.
     - `products`, if products with J are made by the tape applied twice: `|w · J g - ‖g‖| / ‖g‖` with
       `g = Jᵀ w / ‖Jᵀ w‖`, block by block too.
+    - `columns`, for those of them that use `tf.vectorized_map`: `‖J W - (J w for each w)‖ / ‖J w for each w‖`, with J
+      and with Jᵀ.
     - `dependence`, if points are independent by proof. Otherwise see `check_independence`.
 
     Args:
@@ -141,7 +156,7 @@ def check_points(
         seed: Tensor `(2,)`, seed of the random vectors w.
     """
     of_structure, stepped = _structure_differences(jacobian, views, points, seed)
-    of_products = _product_differences(jacobian, views, points, seed)
+    of_products, of_columns = _product_differences(jacobian, views, points, seed)
     of_new_states = []
     floating = floating_states(points.states)
     if jacobian.point_by_point:
@@ -152,10 +167,10 @@ def check_points(
     none = tf.zeros([points.count], points.states[floating[0]].dtype)
     by_check = [
         tf.reduce_max(tf.concat(differences, axis=0), axis=0) if differences else none
-        for differences in (of_structure, of_products, of_new_states)
+        for differences in (of_structure, of_products, of_columns, of_new_states)
     ]
-    structure_residual, products, dependence = tf.unstack(largest(tf.stack(by_check)))
-    return CheckResults(structure_residual, products, dependence, influence=tf.zeros([], none.dtype))
+    structure_residual, products, columns, dependence = tf.unstack(largest(tf.stack(by_check)))
+    return CheckResults(structure_residual, products, columns, dependence, influence=tf.zeros([], none.dtype))
 
 
 def _structure_differences(
@@ -171,38 +186,62 @@ def _structure_differences(
     for view, operator in jacobian.certified(views, points):
         # By all new states where that is safe, so that the cell is stepped once for this check and for dependence.
         wide = jacobian.stepped_with(view)
-        reference = jacobian.reference(wide, points)
+        outputs, sources = _sizes(view, points)
+        w = in_turns(_normal(points, sum(sources), seed, operator.dtype), sources)
+        pushed = jacobian.reference(wide, points).pushed(w)
         # Jᵀ takes a product with the transposed kernel, which TensorFlow transposes each time.
-        adjoint = reference.forward is None
-        if reference.forward is None:
-            reference = jacobian.reference(view, points)
-        elif list(wide.outputs) == floating:
-            stepped = reference.forward[0]
-        begin, end = _sizes(view, points)[:: 1 if adjoint else -1]
-        w = in_turns(_normal(points, sum(begin), seed, operator.dtype), begin)
-        ours, expected = (J.matvec(w, adjoint=adjoint) for J in (operator, reference))
-        if not adjoint:
-            parts = dict(zip(wide.outputs, tf.split(expected, _sizes(wide, points)[0], axis=-1), strict=True))
+        adjoint = pushed is None
+        if pushed is None:
+            w = in_turns(_normal(points, sum(outputs), seed, operator.dtype), outputs)
+            expected = jacobian.reference(view, points).matvec(w, adjoint=True)
+        else:
+            stepped = pushed[0] if list(wide.outputs) == floating else stepped
+            parts = dict(zip(wide.outputs, tf.split(pushed[1], _sizes(wide, points)[0], axis=-1), strict=True))
             expected = joined([parts[p] for p in view.outputs])
+        ours, end = operator.matvec(w, adjoint=adjoint), sources if adjoint else outputs
         differences.append(relative_differences(ours, expected, end, _rounding(w)))
+        if isinstance(operator, WrappedJacobian):
+            # Somebody else's products with several vectors, and the matrices that are made by them.
+            differences.append(column_differences(operator, w, ours, adjoint=adjoint))
     return differences, stepped
 
 
 def _product_differences(
     jacobian: CellJacobian, views: Sequence[str], points: PointBatch, seed: tf.Tensor
-) -> list[tf.Tensor]:
-    """Differences of the products with J from those with Jᵀ, each `(1, points)`."""
-    differences = []
+) -> tuple[list[tf.Tensor], list[tf.Tensor]]:
+    """Differences of the operators by autodiff, each `(1, points)`.
+
+    Returns:
+        The differences of the products with J from those with Jᵀ, and of products with several vectors at once from
+        those with one.
+    """
+    of_products, of_columns = [], []
     for view, J in jacobian.by_tape_twice(views, points):
         outputs, sources = _sizes(view, points)
         w = in_turns(_normal(points, sum(outputs), seed, J.dtype), outputs)
-        g = in_turns(J.matvec(w, adjoint=True), sources, every=len(outputs))
+        pulled = J.matvec(w, adjoint=True)
+        g = in_turns(pulled, sources, every=len(outputs))
         norm = tf.norm(g, axis=-1, keepdims=True)
-        image = tf.reduce_sum(w * J.matvec(tf.math.divide_no_nan(g, norm)), axis=-1, keepdims=True)
+        unit = tf.math.divide_no_nan(g, norm)
+        pushed = J.matvec(unit)
+        image = tf.reduce_sum(w * pushed, axis=-1, keepdims=True)
         # Nothing is known along a gradient that overflows.
         image = tf.where(tf.math.is_finite(norm), image, norm)
-        differences.append(relative_differences(image, norm, [1], _rounding(w)))
-    return differences
+        of_products.append(relative_differences(image, norm, [1], _rounding(w)))
+        if J.is_vectorized:
+            of_columns += [column_differences(J, w, pulled, adjoint=True), column_differences(J, unit, pushed)]
+    return of_products, of_columns
+
+
+def column_differences(
+    J: tf.linalg.LinearOperator, vectors: tf.Tensor, products: tf.Tensor, *, adjoint: bool = False
+) -> tf.Tensor:
+    """Differences of the products with several multiples of vectors at once from the products known, `(1, points)`."""
+    multiples = tf.constant(_MULTIPLES, vectors.dtype)
+    found, expected = J.matmul(vectors[..., None] * multiples, adjoint=adjoint), products[..., None] * multiples
+    width = len(_MULTIPLES) * int(products.shape[-1])
+    found, expected = (tf.reshape(x, [-1, width]) for x in (found, expected))
+    return relative_differences(found, expected, [width], _rounding(vectors))
 
 
 def check_independence(
@@ -250,6 +289,7 @@ def check_independence(
     return CheckResults(
         structure_residual=zero,
         products=zero,
+        columns=zero,
         dependence=tf.reduce_max(differences),
         influence=tf.where(silent > 0, silent / loud, zero),
     )

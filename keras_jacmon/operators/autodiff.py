@@ -1,7 +1,6 @@
 """Jacobians by automatic differentiation of any function of a batch of points."""
 
 import contextlib
-import functools
 from collections.abc import Callable
 from typing import final
 
@@ -12,6 +11,9 @@ from keras_jacmon.operators.formed import FormedJacobian
 from keras_jacmon.tensors import take_points
 
 Product = Callable[[tf.Tensor], tf.Tensor]
+
+# The errors by which TensorFlow says that a gradient has no gradient.
+_NOT_TWICE = (NotImplementedError, LookupError, TypeError, ValueError)
 
 
 @final
@@ -38,6 +40,9 @@ class AutodiffJacobian(JacobianOperator):
             never repeated, and products hold for all points changing together. Defaults to True.
         for_many: Boolean, True to evaluate the function now, once for products with many vectors. Defaults to True.
         twice: Boolean, True if the tape may be applied twice. Defaults to True.
+        vectorized: Boolean, True to take products with several vectors by `tf.vectorized_map`, which is fast, and wrong
+            for some operations (a roll along a negative axis): only a test can tell. False to take them one by one.
+            Defaults to False.
 
     References:
         The forward product from two backward ones: J. Townsend, "A new trick for calculating Jacobian vector
@@ -54,6 +59,7 @@ class AutodiffJacobian(JacobianOperator):
         independent: bool = True,
         for_many: bool = True,
         twice: bool = True,
+        vectorized: bool = False,
     ) -> None:
         parameters = {
             "function": function,
@@ -63,6 +69,7 @@ class AutodiffJacobian(JacobianOperator):
             "independent": independent,
             "for_many": for_many,
             "twice": twice,
+            "vectorized": vectorized,
         }
         super().__init__(dtype=point.dtype, parameters=parameters, name="autodiff_jacobian")
         self._function = function
@@ -70,7 +77,7 @@ class AutodiffJacobian(JacobianOperator):
         self._context = context
         self._range_dimension = range_dimension
         self._independent = independent
-        self._for_many, self._twice = for_many, twice
+        self._twice, self._vectorized = twice, vectorized
         self._products: tuple[Product, Product] | None = None
         self._products = self._linearised() if for_many and not tf.executing_eagerly() else None
 
@@ -90,12 +97,23 @@ class AutodiffJacobian(JacobianOperator):
     def _matvec(self, x: tf.Tensor, adjoint: bool = False) -> tf.Tensor:  # noqa: FBT001, FBT002 - as in the base class
         return self._product(adjoint=adjoint)(x)
 
+    @property
+    def is_vectorized(self) -> bool:
+        """True if products with several vectors are taken by `tf.vectorized_map`, wherever it knows the operations."""
+        return self._vectorized and self._products is not None
+
     def take(self, points: tf.Tensor | slice) -> "AutodiffJacobian | None":
         """The operator of some of the points; None if points depend on each other."""
         if not self._independent:
             return None
         point, *context = [take_points(t, points) for t in (self._point, *self._context)]
-        return AutodiffJacobian(self._function, point, context, self._range_dimension, twice=self._twice)
+        return self._at(point, context)
+
+    def _at(self, point: tf.Tensor, context: list[tf.Tensor]) -> "AutodiffJacobian":
+        """The Jacobian of the same function at other points."""
+        return AutodiffJacobian(
+            self._function, point, context, self._range_dimension, twice=self._twice, vectorized=self._vectorized
+        )
 
     def _in_graph(self, vectors: tf.Tensor, *, adjoint: bool) -> tf.Tensor:
         here = AutodiffJacobian(**self.parameters)
@@ -103,19 +121,18 @@ class AutodiffJacobian(JacobianOperator):
 
     def _columns(self, vectors: tf.Tensor, *, adjoint: bool) -> tf.Tensor:
         """The products with several vectors: (columns, points, k) -> (columns, points, l)."""
-        if self._products:
-            # The derivative is taken once, with an axis for the columns in front.
+        if self.is_vectorized:
+            # The derivative is taken once, with an axis for the columns in front. Some operations are not known to it.
             with contextlib.suppress(ValueError):
                 return tf.vectorized_map(self._product(adjoint=adjoint), vectors)
-            # An operation is not known to it.
-            return tf.map_fn(self._product(adjoint=adjoint), vectors)
-        if not self._independent:
+        if self._products or not self._independent:
             return tf.map_fn(self._product(adjoint=adjoint), vectors)
         # `vectorized_map` fails on some derivatives of control flow, so the points are repeated instead.
         columns, points = tf.shape(vectors)[0], tf.shape(vectors)[1]
         point, *context = [tf.tile(t, [columns] + [1] * (t.shape.rank - 1)) for t in (self._point, *self._context)]
-        repeated = AutodiffJacobian(self._function, point, context, self._range_dimension, twice=self._twice)
-        product = repeated.matvec(tf.reshape(vectors, [columns * points, vectors.shape[2]]), adjoint=adjoint)
+        product = self._at(point, context).matvec(
+            tf.reshape(vectors, [columns * points, vectors.shape[2]]), adjoint=adjoint
+        )
         return tf.reshape(product, [columns, points, product.shape[1]])
 
     def _to_dense(self) -> tf.Tensor:
@@ -162,32 +179,35 @@ class AutodiffJacobian(JacobianOperator):
 
     def _push(self) -> Product:
         """The product with J: (points, n) -> (points, m)."""
-        if self.forward is None:
-            dense = self._formed_by_rows()
-            return lambda vectors: tf.linalg.matvec(dense, vectors)
-        return self.forward[1]
+        if self._twice:
+            with contextlib.suppress(*_NOT_TWICE):
+                _, product = self._forward()
+                # Some gradients have none of their own, which TensorFlow does not say before it is asked.
+                product(self._point)
+                return product
+        dense = self._formed_by_rows()
+        return lambda vectors: tf.linalg.matvec(dense, vectors)
 
-    @functools.cached_property
-    def forward(self) -> tuple[tf.Tensor, Product] | None:
-        """The function's value and the product with J, by the tape applied twice.
+    def pushed(self, vectors: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor] | None:
+        """The function's value and the product of J with vectors `(points, n)`, by the tape applied twice.
 
-        None where that cannot be, and J is formed for the product.
+        None where that cannot be.
         """
-        if not self._twice:
-            return None
-        try:
-            with tf.GradientTape(persistent=True, watch_accessed_variables=False) as outer:
-                with tf.GradientTape(watch_accessed_variables=False) as inner:
-                    inner.watch(self._point)
-                    value = self._function(self._point, self._context)
-                covector = tf.zeros_like(value)
-                outer.watch(covector)
-                pulled = _gradient(inner, value, self._point, covector)
-            if self._for_many:
-                # Some gradients have none of their own, which TensorFlow says in many ways, and not before it is asked.
-                _gradient(outer, pulled, covector, self._point)
-        except (NotImplementedError, LookupError, TypeError, ValueError):
-            return None
+        if self._twice:
+            with contextlib.suppress(*_NOT_TWICE):
+                value, product = self._forward()
+                return value, product(vectors)
+        return None
+
+    def _forward(self) -> tuple[tf.Tensor, Product]:
+        """The function's value and the product with J, by the tape applied twice; raises where that cannot be."""
+        with tf.GradientTape(persistent=True, watch_accessed_variables=False) as outer:
+            with tf.GradientTape(watch_accessed_variables=False) as inner:
+                inner.watch(self._point)
+                value = self._function(self._point, self._context)
+            covector = tf.zeros_like(value)
+            outer.watch(covector)
+            pulled = _gradient(inner, value, self._point, covector)
         return value, lambda vectors: _gradient(outer, pulled, covector, vectors)
 
 

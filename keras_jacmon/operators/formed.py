@@ -61,9 +61,6 @@ class WrappedJacobian(JacobianOperator):
     def _matvec(self, x: tf.Tensor, adjoint: bool = False) -> tf.Tensor:  # noqa: FBT001, FBT002 - as in the base class
         return self._operator.matvec(x, adjoint=adjoint)
 
-    def _to_dense(self) -> tf.Tensor:
-        return self._operator.to_dense()
-
     def take(self, points: tf.Tensor | slice) -> None:
         """None: an operator works as a whole."""
 
