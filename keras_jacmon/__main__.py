@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import importlib
 import json
 import os
 import sys
@@ -9,7 +10,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
+from keras_jacmon import __version__
+from keras_jacmon.errors import message_of
 from keras_jacmon.options import Options
+
+# The endings of files with a model or a probe.
+_ENDINGS = (".keras", ".npy", ".npz")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -19,34 +25,58 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: Arguments of the command line. Defaults to None, those of `sys.argv`.
 
     Returns:
-        0; 2 if something given is wrong, with a sentence on standard error.
+        0; 1 if standard output was closed before all was written; 2 if something given is wrong, or nothing can be
+        written, with a sentence on standard error.
     """
     parser = _parser()
-    options = parser.parse_args(arguments)
+    options = _parsed(parser, arguments)
     # What TensorFlow says of itself is no part of a report.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     try:
         report = _measured(options)
         if options.save:
-            report.save(options.save)
+            saved = report.save(options.save)
+            if saved != options.save:
+                sys.stderr.write(f"{parser.prog}: the report is in {saved}\n")
     except (ValueError, OSError, TypeError, ImportError, RuntimeError) as error:
-        parser.exit(2, f"{parser.prog}: error: {error}\n")
-    sys.stdout.write(json.dumps(report.to_dict()) if options.json else str(report))
-    sys.stdout.write("\n")
+        parser.exit(2, f"{parser.prog}: error: {message_of(error)}\n")
+    try:
+        _write(json.dumps(report.to_dict()) if options.json else str(report))
+    except BrokenPipeError:
+        # The reader has seen enough, as `head` has.
+        return 1
+    except OSError as error:
+        parser.exit(2, f"{parser.prog}: error: standard output cannot be written to: {message_of(error)}\n")
     return 0
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m keras_jacmon", description="Prints how a saved Keras model carries its states and gradients."
+        prog="python -m keras_jacmon",
+        usage="%(prog)s model probe [options]",
+        description="Prints how a saved Keras model carries its states and gradients.",
     )
-    parser.add_argument("model", help="a file that `model.save()` has written (.keras)")
-    parser.add_argument("probe", help="a batch of its inputs: .npy, or .npz with an array for each input, by name")
+    parser.add_argument("model", nargs="?", help="a file that `model.save()` has written (.keras)")
+    parser.add_argument(
+        "probe",
+        nargs="?",
+        help="a batch of its inputs: .npy, or .npz with an array for each input, by name; the name of a single array "
+        "does not matter",
+    )
     for option in dataclasses.fields(Options):
         _add_option(parser, option)
     parser.add_argument("--layers", nargs="+", metavar="NAME", help="names of recurrent layers; all if not given")
-    parser.add_argument("--save", metavar="PATH", help="write the report there, for `Report.load`")
+    parser.add_argument(
+        "--import",
+        dest="modules",
+        action="append",
+        default=[],
+        metavar="MODULE",
+        help="import this module first, which registers the classes of the model's own cells; may be given again",
+    )
+    parser.add_argument("--save", metavar="PATH", help="write the report there (.npz), for `Report.load`")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    parser.add_argument("--version", action="version", version=f"keras_jacmon {__version__}")
     return parser
 
 
@@ -69,30 +99,88 @@ def _number_or_none(text: str) -> int | None:
     return None if text == "none" else int(text)
 
 
+def _parsed(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Parses the command line; a path behind a list of names is a path."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    options = parser.parse_intermixed_args(words)
+    paths = [path for path in (options.model, options.probe) if path is not None]
+    for names in (vars(options).get("measures"), options.layers):
+        while names and len(paths) < len(("model", "probe")) and _is_path(names[-1]):
+            paths.append(names.pop())
+    if len(paths) < len(("model", "probe")):
+        parser.error(f"expected a model and a probe, received: {' and '.join(paths) or 'neither'}")
+    options.model, options.probe = sorted(paths, key=words.index)
+    return options
+
+
+def _is_path(word: str) -> bool:
+    return word.endswith(_ENDINGS) or Path(word).is_file()
+
+
 def _measured(options: argparse.Namespace) -> Any:
     for path in (options.model, options.probe):
         if not Path(path).is_file():
             raise FileNotFoundError(f"there is no file {path}")
-    import keras  # noqa: PLC0415 - `--help` shall not wait for it
-    import numpy as np  # noqa: PLC0415
+    from keras_jacmon import measure  # noqa: PLC0415 - `--help` shall not wait for it
 
-    from keras_jacmon.meter import measure  # noqa: PLC0415
+    for name in options.modules:
+        _import(name)
+    model = _loaded(options.model)
+    chosen = {field.name for field in dataclasses.fields(Options)} & vars(options).keys()
+    given = {name: vars(options)[name] for name in chosen}
+    return measure(model, _probe(options.probe, model), layers=options.layers, **given)
 
-    # Never code out of a file: no pickle in the probe, no lambdas in the model.
+
+def _import(name: str) -> None:
     try:
-        with Path(options.probe).open("rb") as file:
-            probe = np.load(file, allow_pickle=False)
-            if isinstance(probe, np.lib.npyio.NpzFile):
-                probe = {name: probe[name] for name in probe.files}
+        importlib.import_module(name)
+    except Exception as error:
+        # It may be anybody's code.
+        raise ImportError(f"the module {name} cannot be imported: {message_of(error)}") from error
+
+
+def _loaded(path: str) -> Any:
+    import keras  # noqa: PLC0415 - `--help` shall not wait for it
+
+    try:
+        # Never code out of a file: no lambdas in the model.
+        return keras.saving.load_model(path, compile=False, safe_mode=True)
+    except Exception as error:
+        raise ValueError(f"{path} is no model that can be read: {message_of(error)}") from error
+
+
+def _probe(path: str, model: Any) -> Any:
+    import numpy as np  # noqa: PLC0415 - `--help` shall not wait for it
+
+    try:
+        # Never code out of a file: no pickle in the probe.
+        with Path(path).open("rb") as file:
+            found = np.load(file, allow_pickle=False)
+            if not isinstance(found, np.lib.npyio.NpzFile):
+                return found
+            arrays = {name: found[name] for name in found.files}
     except Exception as error:
         # A damaged file fails in many ways.
-        raise ValueError(f"{options.probe} is no array that can be read: {error}") from error
+        raise ValueError(f"{path} is no array that can be read: {message_of(error)}") from error
+    inputs = {spec.name for spec in getattr(model, "inputs", None) or ()}
+    return next(iter(arrays.values())) if len(arrays) == 1 and arrays.keys().isdisjoint(inputs) else arrays
+
+
+def _write(text: str) -> None:
+    """Writes a line to standard output, at once, so that a failure is met here and not when Python ends."""
+    out = sys.stdout
+    if out is None:
+        raise OSError("it is closed")
+    # Not every terminal knows all characters.
+    encoding = out.encoding or "utf-8"
     try:
-        model = keras.saving.load_model(options.model, compile=False, safe_mode=True)
-    except Exception as error:
-        raise ValueError(f"{options.model} is no model that can be read: {type(error).__name__}: {error}") from error
-    chosen = {field.name for field in dataclasses.fields(Options)} & vars(options).keys()
-    return measure(model, probe, layers=options.layers, **{name: vars(options)[name] for name in chosen})
+        out.write(f"{text}\n".encode(encoding, "replace").decode(encoding))
+        out.flush()
+    except OSError:
+        # What is still in the buffer would fail again when Python ends.
+        with Path(os.devnull).open("w") as nowhere:
+            os.dup2(nowhere.fileno(), out.fileno())
+        raise
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from keras_jacmon.measurement.plan import MeasurementPlan
 from keras_jacmon.meter import JacobianMeter
 from keras_jacmon.options import takes_options
 from keras_jacmon.regularization.regularizer import JacobianRegularizer
+from keras_jacmon.report.frame import to_dataframe
 from keras_jacmon.report.report import Report
 
 if TYPE_CHECKING:
@@ -113,6 +114,18 @@ class JacobianMonitor(keras.callbacks.Callback):
     def failures(self) -> list[str]:
         """A sentence for each measurement or file that failed, up to `max_reports` of them."""
         return self._failures.sentences
+
+    def to_dataframe(self) -> Any:
+        """Returns every number of all `reports` as a `pandas.DataFrame` in the long form.
+
+        Returns:
+            `pandas.DataFrame` with the columns of `Report.to_dataframe` and before them `iteration`, the iteration
+            count of the optimizer.
+
+        Raises:
+            ImportError: If pandas is not installed.
+        """
+        return to_dataframe((step, report.layers) for step, report in self.reports)
 
     def set_model(self, model: keras.Model) -> None:
         """Checks the probe against the model and traces the measurement, before any callback's `on_train_begin`."""

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
+import os
 import subprocess
 import sys
 import zipfile
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import keras
 import numpy as np
 import pytest
 from helpers import WeightedCell, normal
 
+import keras_jacmon
 from keras_jacmon import Report, measure
-from keras_jacmon.__main__ import _parser, main
+from keras_jacmon.__main__ import _parsed, _parser, _write, main
 from keras_jacmon.options import Options
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 PROBE = normal(2, 5, 3)
 
@@ -58,6 +59,83 @@ def test_every_option_is_an_argument(model: Any, tmp_path: Path, capsys: pytest.
     assert json.loads(capsys.readouterr().out) == expected.to_dict()
     helped = _parser().format_help()
     assert all(f"--{option.name.replace('_', '-')}" in helped for option in dataclasses.fields(Options))
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize(
+    "words",
+    [
+        "m.keras p.npy --measures fast variance --layers gru",
+        "--layers gru --measures fast variance m.keras p.npy",
+        "--measures fast variance m.keras --layers gru p.npy",
+        "--measures fast variance m.keras --layers gru --json p.npy",
+        "m.keras --measures fast variance --layers gru p.npy --save r.npz",
+        "m.keras --save r.npz --measures fast variance p.npy --layers gru",
+    ],
+)
+def test_lists_of_names_do_not_swallow_the_paths(words: str) -> None:
+    options = _parsed(_parser(), words.split())
+    assert (options.model, options.probe) == ("m.keras", "p.npy")
+    assert (options.measures, options.layers) == (["fast", "variance"], ["gru"])
+
+
+def test_the_name_of_a_single_array_and_the_cells_of_a_module(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "own_cells.py").write_text(
+        "import keras\n\n\n@keras.saving.register_keras_serializable('own')\nclass Own(keras.layers.GRU):\n    pass\n"
+    )
+    (tmp_path / "no_cells.py").write_text("1 / 0")
+    monkeypatch.syspath_prepend(tmp_path)
+    own = importlib.import_module("own_cells").Own
+    keras.Sequential([keras.Input((5, 3)), own(2, name="own")]).save(tmp_path / "model.keras")
+    np.savez(tmp_path / "probe.npz", anything=PROBE)
+    del sys.modules["own_cells"], keras.saving.get_custom_objects()["own>Own"]
+    given = ["--measures", "variance", str(tmp_path / "model.keras"), str(tmp_path / "probe.npz")]
+    assert main(["--import", "own_cells", *given]) == 0
+    assert "own: GRUCell, 2 units, 5 steps x 2 samples" in capsys.readouterr().out
+    for module, reason in (("no_cells", "division by zero"), ("none_such", "No module named 'none_such'")):
+        with pytest.raises(SystemExit):
+            main(["--import", module, *given])
+        assert f"the module {module} cannot be imported: {reason}" in capsys.readouterr().err
+
+
+@pytest.mark.fast
+def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["--version"])
+    assert caught.value.code == 0
+    assert capsys.readouterr().out == f"keras_jacmon {keras_jacmon.__version__}\n"
+
+
+@pytest.mark.usefixtures("model")
+def test_an_output_that_cannot_be_written_to(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ("--measures", "variance", "--layers", "lstm")
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as closed, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", closed)
+        assert run(tmp_path, *arguments) == 1
+    assert capsys.readouterr().err == ""
+    wrong = "python -m keras_jacmon: error: standard output cannot be written to: "
+    with Path("/dev/full").open("w") as full, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", full)
+        with pytest.raises(SystemExit):
+            run(tmp_path, *arguments)
+    assert capsys.readouterr().err == f"{wrong}[Errno 28] No space left on device\n"
+
+
+@pytest.mark.fast
+def test_outputs_that_are_closed_or_know_few_characters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with (tmp_path / "ascii").open("w", encoding="ascii") as ascii_only:
+        monkeypatch.setattr(sys, "stdout", ascii_only)
+        _write("0.5 ± 0.1")
+    assert (tmp_path / "ascii").read_text() == "0.5 ? 0.1\n"
+    monkeypatch.setattr(sys, "stdout", None)
+    with pytest.raises(OSError, match="it is closed"):
+        _write("0.5")
 
 
 def test_several_inputs_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -115,7 +193,10 @@ def test_what_is_wrong_is_said_in_a_sentence(tmp_path: Path, capsys: pytest.Capt
     assert "Invalid value for argument `probe`" in error_of(model, f"{here}/narrow.npy")
     assert "Invalid value for argument `layers`" in error_of(model, probe, "--layers", "nonsense")
     assert "Invalid value for argument `measures`" in error_of(model, probe, "--measures", "nonsense")
-    assert "error" in error_of(model, probe, "--save", f"{here}/no/such/directory")
+    saved = f"{here}/no/such/report.npz"
+    assert error_of(model, probe, "--save", saved).endswith(f"No such file or directory: '{saved}'\n")
+    assert "expected a model and a probe, received: neither" in error_of("--measures", "fast")
+    assert f"expected a model and a probe, received: {model}" in error_of("--measures", "fast", model)
 
 
 def test_code_out_of_a_model_is_not_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,17 +1,18 @@
 """Archive of records of arrays and plain values: an `.npz` file without pickle, and JSON."""
 
+import itertools
 import json
 import math
 import os
-import uuid
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+import re
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from keras_jacmon.errors import invalid_argument, message_of
+from keras_jacmon.report import files
 
 # Raised with each change of the records' fields: a file of another format is refused.
 _FORMAT = 2
@@ -41,30 +42,27 @@ def plain(value: Any) -> Any:
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def write(path: str | os.PathLike[str], records: Mapping[str, Mapping[str, Any]]) -> None:
-    """Writes records to an `.npz` file.
+def write(path: str | os.PathLike[str], records: Mapping[str, Mapping[str, Any]]) -> str:
+    """Writes records to an `.npz` file, whose members have names such as `lstm/values/joint/variance`.
 
     Args:
-        path: String or path of the file; one that is there is replaced.
+        path: String or path of the file, see `files.write`.
         records: Mapping from names to mappings from fields to arrays, dicts of them, strings, numbers, tuples and
             frozensets.
 
+    Returns:
+        String, the path of the file.
+
     Raises:
-        OSError: If the file cannot be written; one that was there stays as it was.
+        OSError: If the file cannot be written; a regular one that was there stays as it was.
     """
-    fields = [value for record in records.values() for value in record.values()]
-    arrays = {f"array_{number}": array for number, array in enumerate(_arrays(fields))}
-    names = iter(arrays)
-    rest = {name: {field: _packed(value, names) for field, value in record.items()} for name, record in records.items()}
+    arrays: dict[str, npt.NDArray[Any]] = {}
+    rest = {
+        name: {field: _packed(value, f"{name}/{field}", arrays) for field, value in record.items()}
+        for name, record in records.items()
+    }
     arrays[_REST] = np.array(json.dumps({"format": _FORMAT, "records": rest}))
-    # Written beside the file and moved to its place in one step: a full disk leaves no half of a report.
-    beside = Path(path).parent / f".{Path(path).name}.{uuid.uuid4().hex}"
-    try:
-        with beside.open("xb") as file:
-            np.savez_compressed(file, allow_pickle=False, **arrays)
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
+    return files.write(path, ".npz", lambda file: np.savez_compressed(file, allow_pickle=False, **arrays))
 
 
 def read(path: str | os.PathLike[str]) -> dict[str, dict[str, Any]]:
@@ -77,7 +75,7 @@ def read(path: str | os.PathLike[str]) -> dict[str, dict[str, Any]]:
         OSError: If there is no such file.
         ValueError: If it was not written by `write`, or by another version of it.
     """
-    with Path(path).open("rb") as file:
+    with files.existing(path, ".npz").open("rb") as file:
         try:
             with np.load(file, allow_pickle=False) as arrays:
                 found = json.loads(str(arrays[_REST][()]))
@@ -97,24 +95,24 @@ def read(path: str | os.PathLike[str]) -> dict[str, dict[str, Any]]:
     )
 
 
-def _arrays(values: list[Any]) -> Iterator[npt.NDArray[Any]]:
-    """Yields the arrays among values and in their mappings, in order."""
-    for value in values:
-        if isinstance(value, np.ndarray):
-            yield value
-        elif isinstance(value, Mapping):
-            yield from _arrays(list(value.values()))
-
-
-def _packed(value: Any, names: Iterator[str]) -> dict[str, Any]:
-    """Returns a value as JSON of its type and content; an array takes the next one of the names."""
+def _packed(value: Any, name: str, arrays: dict[str, npt.NDArray[Any]]) -> dict[str, Any]:
+    """Returns a value as JSON of its type and content; an array is put to the others, under its name or one like it."""
     if isinstance(value, np.ndarray):
-        return {"array": next(names)}
+        member = _member(name, arrays)
+        arrays[member] = value
+        return {"array": member}
     if isinstance(value, Mapping):
-        return {"dict": {key: _packed(part, names) for key, part in value.items()}}
+        return {"dict": {key: _packed(part, f"{name}/{key}", arrays) for key, part in value.items()}}
     if isinstance(value, (tuple, frozenset)):
         return {type(value).__name__: sorted(value) if isinstance(value, frozenset) else list(value)}
     return {"value": value}
+
+
+def _member(name: str, taken: Collection[str]) -> str:
+    """Returns the name of a member of a ZIP file, where not every character is safe."""
+    safe = re.sub(r"[^\w/:.-]", "_", name)
+    numbered = (f"{safe}_{number}" for number in itertools.count(1))
+    return next(candidate for candidate in itertools.chain([safe], numbered) if candidate not in taken)
 
 
 def _unpacked(packed: Any, arrays: Any) -> Any:

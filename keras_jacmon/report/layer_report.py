@@ -1,18 +1,20 @@
 """Report of one recurrent call: the measured arrays and the numbers that sum them up."""
 
+from collections.abc import ItemsView, Iterator, KeysView
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from keras_jacmon.errors import did_you_mean
 from keras_jacmon.report.reductions import REDUCTIONS, FloatArray, mean
 from keras_jacmon.report.verdict import FALL, RISE, Verdict, judge
 
 
 @dataclass(frozen=True)
 class LayerReport:
-    """The measures of one call of a recurrent layer.
+    """The measures of one call of a recurrent layer, to be read like a dict.
 
     Arrays by key: `"variance"` is a measure of the hidden view, `"joint/variance"` one of the joint view. Time is the
     position in the input, also for `go_backwards`. `batch` counts the samples of the probe.
@@ -84,10 +86,33 @@ class LayerReport:
     may_be_infinite: frozenset[str] = frozenset()
 
     def __getitem__(self, key: str) -> npt.NDArray[Any]:
-        everything = {**self.values, **self.sequences, **self.spectra}
+        everything = dict(self.items())
         if key not in everything:
-            raise KeyError(f"No measure '{key}' in this report. Measured: {list(everything)}")
+            hint = did_you_mean(key, everything)
+            raise KeyError(f"No measure '{key}' in this report. Measured: {list(everything)}{hint}")
         return everything[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.keys())
+
+    def __len__(self) -> int:
+        return len(self.keys())
+
+    def __contains__(self, key: object) -> bool:
+        return key in self.keys()
+
+    def __repr__(self) -> str:
+        time, batch = self.mask.shape
+        size = f"{self.units} units, {time} steps x {batch} samples"
+        return f"<LayerReport: {self.cell}, {size}, {len(self.keys())} measures>"
+
+    def keys(self) -> KeysView[str]:
+        """Returns the keys of all arrays: of single steps, of whole sequences and of spectra."""
+        return {**self.values, **self.sequences, **self.spectra}.keys()
+
+    def items(self) -> ItemsView[str, npt.NDArray[Any]]:
+        """Returns the pairs of keys and arrays; the attribute `values` has those of single steps alone."""
+        return {**self.values, **self.sequences, **self.spectra}.items()
 
     def measured(self, key: str) -> npt.NDArray[np.bool_]:
         """Returns where the key was measured: at the unmasked steps, or at some of them.

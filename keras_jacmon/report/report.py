@@ -1,27 +1,26 @@
 """Report of all monitored layers at one moment of a training, in plain NumPy."""
 
 import dataclasses
-import importlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
-from keras_jacmon.errors import invalid_argument
+from keras_jacmon.errors import did_you_mean, invalid_argument
 from keras_jacmon.report import archive
+from keras_jacmon.report.frame import to_dataframe
 from keras_jacmon.report.layer_report import LayerReport
 from keras_jacmon.report.records import from_record, to_record
 from keras_jacmon.report.table import table
 from keras_jacmon.report.verdict import FALL, RISE, Verdict
 
-_COLUMNS = ("layer", "measure", "step", "sample", "value", "uncertainty")
+# The number of layers that a short description names.
+_SHOWN = 5
 
 
 @dataclass(frozen=True)
-class Report:
-    """The measures of all monitored layers at one moment of the training.
+class Report(Mapping[str, LayerReport]):
+    """The measures of all monitored layers at one moment of the training, a mapping from layers to their reports.
 
     `report["lstm"]["variance"]` is an array `(time, batch)`; `print(report)` shows the verdicts and the means.
 
@@ -46,7 +45,9 @@ class Report:
 
     def __getitem__(self, name: str) -> LayerReport:
         if name not in self.layers:
-            raise KeyError(f"No layer '{name}' in this report. Measured: {list(self.layers)}")
+            raise KeyError(
+                f"No layer '{name}' in this report. Measured: {list(self.layers)}{did_you_mean(name, self.layers)}"
+            )
         return self.layers[name]
 
     def __iter__(self) -> Iterator[str]:
@@ -54,6 +55,11 @@ class Report:
 
     def __len__(self) -> int:
         return len(self.layers)
+
+    def __repr__(self) -> str:
+        layers = [f"{name} ({layer.cell})" for name, layer in self.layers.items()]
+        more = [f"{len(layers) - _SHOWN} more"] if len(layers) > _SHOWN else []
+        return f"<Report: {', '.join([*layers[:_SHOWN], *more]) or 'no layers'}>"
 
     def scalars(self) -> dict[str, float]:
         """Returns one number for each key, named as in Keras' `logs`.
@@ -102,23 +108,27 @@ class Report:
         found: dict[str, Any] = archive.plain({"verdict": verdict, "scalars": self.scalars(), "layers": layers})
         return found
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the report to an `.npz` file, without pickle.
+    def save(self, path: str | os.PathLike[str]) -> str:
+        """Writes the report to an `.npz` file, without pickle; its arrays have names such as `lstm/values/variance`.
 
         Args:
-            path: String or path of the file; one that is there is replaced.
+            path: String or path of the file. The ending `.npz` is added if it is missing and there is no file of this
+                name. A file that is there is replaced and keeps its mode; links, devices and pipes are written through.
+
+        Returns:
+            String, the path of the file.
 
         Raises:
             OSError: If the file cannot be written; one that was there stays as it was.
         """
-        archive.write(path, {name: to_record(layer) for name, layer in self.layers.items()})
+        return archive.write(path, {name: to_record(layer) for name, layer in self.layers.items()})
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> "Report":
         """Reads a report that `save` has written.
 
         Args:
-            path: String or path of the file.
+            path: String or path of the file, as `save` was given it.
 
         Returns:
             `Report`.
@@ -133,32 +143,22 @@ class Report:
             raise invalid_argument("path", "a report of this version", f"path={os.fspath(path)!r} ({error})") from error
 
     def to_dataframe(self) -> Any:
-        """Returns the values of single steps as a `pandas.DataFrame`.
-
-        It has one line for each layer, measure, step and sample that was measured, without the measures of whole
-        sequences and without spectra.
+        """Returns every number of the report as a `pandas.DataFrame` in the long form, one number in each line.
 
         Returns:
-            `pandas.DataFrame` with the columns `layer`, `measure`, `step`, `sample`, `value` and `uncertainty`.
+            `pandas.DataFrame` with the columns
+
+            - `layer`, `measure`: the keys in the report,
+            - `step`, `sample`: the position in the input and the sample; a measure of whole sequences has no step,
+            - `index`: of a flow the span, of exponents and spectra the number of the value, all from 1 on; none for
+              measures with one value,
+            - `value`, `imaginary`: the value, and the imaginary part of an eigenvalue, 0 for all else,
+            - `uncertainty`: as in `LayerReport.uncertainties`; NaN without one.
 
         Raises:
             ImportError: If pandas is not installed.
         """
-        try:
-            pandas = importlib.import_module("pandas")
-        except ImportError as error:
-            raise ImportError("`to_dataframe` needs pandas: pip install 'keras-jacmon[dataframe]'") from error
-        columns: dict[str, list[Any]] = {name: [] for name in _COLUMNS}
-        for name, layer in self.layers.items():
-            for key, array in layer.values.items():
-                at = layer.measured(key)
-                steps, samples = np.nonzero(at)
-                uncertainty = layer.uncertainties.get(key, np.full_like(array, np.nan))
-                columns["layer"] += [name] * steps.size
-                columns["measure"] += [key] * steps.size
-                for column, part in zip(_COLUMNS[2:], (steps, samples, array[at], uncertainty[at]), strict=True):
-                    columns[column] += part.tolist()
-        return pandas.DataFrame(columns)
+        return to_dataframe([(None, self.layers)])
 
     def __str__(self) -> str:
         verdicts = [f"{name}: {verdict}" for name, verdict in self.verdict.items()]

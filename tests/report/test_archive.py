@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import pickle
 import sys
-from typing import TYPE_CHECKING, Any
+import threading
+from pathlib import Path
+from typing import Any
 
 import keras
 import numpy as np
 import pytest
 from helpers import normal
 
-from keras_jacmon import LayerReport, Report, measure
+from keras_jacmon import JacobianMonitor, LayerReport, Report, measure
 from keras_jacmon.report import archive
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 
 def odd_report() -> Report:
@@ -70,12 +70,81 @@ def assert_same_report(one: Report, other: Report) -> None:
 def test_everything_comes_back_as_it_was(tmp_path: Path) -> None:
     report = odd_report()
     path = tmp_path / "a report.with dots"
-    report.save(path)
+    full = tmp_path / "a report.with dots.npz"
+    assert report.save(path) == str(full)
     assert_same_report(Report.load(path), report)
+    assert report.save(full) == str(full)
     # Written in one step: nothing else is left in the directory, and the file is like others.
-    assert list(tmp_path.iterdir()) == [path]
+    assert list(tmp_path.iterdir()) == [full]
     (tmp_path / "other").write_text("")
-    assert path.stat().st_mode == (tmp_path / "other").stat().st_mode
+    assert full.stat().st_mode == (tmp_path / "other").stat().st_mode
+    # A file that is there is the one that is meant, whatever its name.
+    assert report.save(tmp_path / "other") == str(tmp_path / "other")
+    assert_same_report(Report.load(tmp_path / "other"), report)
+
+
+@pytest.mark.fast
+def test_arrays_have_names_that_say_what_they_are(tmp_path: Path) -> None:
+    odd_report().save(tmp_path / "r.npz")
+    with np.load(tmp_path / "r.npz") as file:
+        assert "both/forward_lstm:1/values/joint/spectral_norm" in file.files
+        assert "both/forward_lstm:1/sequences/joint/flow" in file.files
+        assert "名前/mask" in file.files
+        np.testing.assert_array_equal(file["both/forward_lstm:1/spectra_at"], [[2, 1]])
+    values = {"x": np.zeros((1, 1)), "values/x": np.ones((1, 1)), "a\\b\0c": np.full((1, 1), 2.0)}
+    layers = {
+        name: LayerReport("C", 1, dict(values), np.ones((1, 1), bool)) for name in ("a", "a/values", "a\nb", "a_b")
+    }
+    Report(layers).save(tmp_path / "r.npz")
+    assert_same_report(Report.load(tmp_path / "r.npz"), Report(layers))
+
+
+def test_a_file_of_before_is_read(tmp_path: Path) -> None:
+    """The names of the arrays stand in the file, so those of earlier ones are as good."""
+    odd_report().save(tmp_path / "new.npz")
+    with np.load(tmp_path / "new.npz") as file:
+        arrays, rest = dict(file), str(file["report"])
+    del arrays["report"]
+    before = {}
+    for number, (name, array) in enumerate(arrays.items()):
+        before[f"array_{number}"] = array
+        rest = rest.replace(json.dumps(name), f'"array_{number}"', 1)
+    np.savez(tmp_path / "old.npz", report=np.array(rest), allow_pickle=False, **before)
+    assert_same_report(Report.load(tmp_path / "old.npz"), odd_report())
+
+
+@pytest.mark.fast
+def test_what_is_there_is_written_through(tmp_path: Path) -> None:
+    """A link stays one, a private file stays private, and a device or a pipe stays what it is."""
+    report = Report({"lstm": next(iter(odd_report().layers.values()))})
+    private, link = tmp_path / "private.npz", tmp_path / "link.npz"
+    private.touch(mode=0o600)
+    link.symlink_to("private.npz")
+    report.save(link)
+    assert link.is_symlink()
+    assert private.stat().st_mode & 0o777 == 0o600
+    assert_same_report(Report.load(private), report)
+    (tmp_path / "dangling.npz").symlink_to("later.npz")
+    report.save(tmp_path / "dangling.npz")
+    assert_same_report(Report.load(tmp_path / "later.npz"), report)
+    (tmp_path / "other name.npz").hardlink_to(private)
+    Report({}).save(private)
+    assert_same_report(Report.load(tmp_path / "other name.npz"), Report({}))
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    received: list[bytes] = []
+    reader = threading.Thread(target=lambda: received.append(pipe.read_bytes()))
+    reader.start()
+    report.save(pipe)
+    reader.join()
+    assert pipe.is_fifo()
+    (tmp_path / "received.npz").write_bytes(received[0])
+    assert_same_report(Report.load(tmp_path / "received.npz"), report)
+    with pytest.raises(OSError, match=r"No space left on device: '/dev/full'"):
+        report.save("/dev/full")
+    assert Path("/dev/full").is_char_device()
+    with pytest.raises(OSError, match=rf"No such file or directory: '{tmp_path}/no/r.npz'"):
+        report.save(tmp_path / "no" / "r")
 
 
 def test_a_measured_report_comes_back(tmp_path: Path) -> None:
@@ -97,7 +166,7 @@ class Trap:
 
 
 def test_what_is_no_report_is_refused(tmp_path: Path) -> None:
-    good = tmp_path / "good"
+    good = tmp_path / "good.npz"
     odd_report().save(good)
     wrong: dict[str, Any] = {"half": good.read_bytes()[:-200], "empty": b"", "text": b"no report at all"}
     wrong["pickle"] = pickle.dumps(Trap())
@@ -151,8 +220,8 @@ def test_what_does_not_fit_together_is_refused(wrong: dict[str, Any], tmp_path: 
 
 def test_damaged_files_are_refused(tmp_path: Path) -> None:
     """Bytes that changed make ZIP, zlib, NumPy's headers and json fail, each in ways of its own."""
-    odd_report().save(tmp_path / "good")
-    good = (tmp_path / "good").read_bytes()
+    odd_report().save(tmp_path / "good.npz")
+    good = (tmp_path / "good.npz").read_bytes()
     rng = np.random.default_rng(0)
     refused: list[str] = []
     for _ in range(400):
@@ -195,7 +264,8 @@ def test_json_knows_what_is_not_finite() -> None:
 
 def test_a_data_frame_has_what_was_measured() -> None:
     frame = odd_report().to_dataframe()
-    assert list(frame.columns) == ["layer", "measure", "step", "sample", "value", "uncertainty"]
+    columns = ["layer", "measure", "step", "sample", "index", "value", "imaginary", "uncertainty"]
+    assert list(frame.columns) == columns
     of_variance = frame[frame["measure"] == "variance"]
     assert [*zip(of_variance["step"], of_variance["sample"], of_variance["value"], strict=True)] == [
         (0, 0, 1.0), (1, 0, np.inf), (1, 1, -np.inf), (2, 0, 5e-324), (2, 1, -0.0),
@@ -205,6 +275,43 @@ def test_a_data_frame_has_what_was_measured() -> None:
     assert list(norm["step"]) == [0, 1, 2]
     assert list(norm["uncertainty"]) == [1.0, np.inf, 5e-324]
     assert set(frame["layer"]) == {"both/forward_lstm:1"}
+    monitor = JacobianMonitor(np.ones((1, 1, 1)))
+    assert list(monitor.to_dataframe().columns) == ["iteration", *columns]
+    monitor.reports = [(0, odd_report()), (8, odd_report())]
+    of_all = monitor.to_dataframe()
+    assert list(of_all["iteration"]) == [0] * len(frame) + [8] * len(frame)
+    assert of_all[of_all["iteration"] == 8][columns].reset_index(drop=True).equals(frame)
+
+
+def test_a_data_frame_has_measures_of_sequences_and_spectra() -> None:
+    flow = np.log([[0.5, 0.25], [0.4, 0.2], [0.3, np.nan]])
+    layer = LayerReport(
+        "C",
+        1,
+        {},
+        ~np.isnan(flow),
+        {"flow": flow / 10},
+        sequences={"flow": flow, "growth": np.array([-0.4, np.nan])},
+        spectra={"eigenvalues": np.array([[1 + 2j, 3], [4j, np.nan]]), "singular_values": np.array([[5.0, 4.0]] * 2)},
+        spectra_at=np.array([[0, 1], [2, 0]]),
+    )
+    frame = Report({"c": layer}).to_dataframe()
+    lines = frame.astype(object).where(frame.notna(), None)
+    of_flow = lines[lines["measure"] == "flow"]
+    assert of_flow[["step", "sample", "index"]].to_numpy().tolist() == [
+        [None, 0, 1], [None, 1, 1], [None, 0, 2], [None, 1, 2], [None, 0, 3],
+    ]  # fmt: skip
+    np.testing.assert_array_equal(of_flow["value"].to_numpy(float), flow.ravel()[:5])
+    np.testing.assert_array_equal(of_flow["uncertainty"].to_numpy(float), flow.ravel()[:5] / 10)
+    growth = lines[lines["measure"] == "growth"]
+    assert growth[["step", "sample", "index", "value"]].to_numpy().tolist() == [
+        [None, 0, None, -0.4], [None, 1, None, None],
+    ]  # fmt: skip
+    eigenvalues = lines[lines["measure"] == "eigenvalues"]
+    assert eigenvalues[["step", "sample", "index", "value", "imaginary"]].to_numpy().tolist() == [
+        [0, 1, 1, 1.0, 2.0], [0, 1, 2, 3.0, 0.0], [2, 0, 1, 0.0, 4.0],
+    ]  # fmt: skip
+    assert (lines["measure"] == "singular_values").sum() == 4
 
 
 def test_without_pandas_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

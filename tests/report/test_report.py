@@ -87,6 +87,36 @@ def test_what_is_not_there(read: Any, sentence: str) -> None:
     assert caught.value.args == (sentence,)
 
 
+def test_reports_are_mappings() -> None:
+    one = layer(sequences={"joint/flow": np.zeros((3, 2))}, spectra={"eigenvalues": np.zeros((0, 4))})
+    keys = ["variance", "joint/spectral_norm", "joint/flow", "eigenvalues"]
+    assert list(one) == list(one.keys()) == keys
+    assert len(one) == 4
+    assert "variance" in one
+    assert "norm" not in one
+    assert [id(array) for _, array in one.items()] == [id(one[key]) for key in keys]
+    assert list(dict(one)) == keys
+    with pytest.raises(KeyError, match=r"Measured: \[.*\]. Did you mean 'variance'\?"):
+        _ = one["varianz"]
+    report = Report({"lstm": one})
+    assert list(report) == list(report.keys()) == ["lstm"]
+    assert len(report) == 1
+    assert "lstm" in report
+    assert "gru" not in report
+    assert list(report.items()) == [("lstm", one)]
+    assert report.get("gru") is None
+    with pytest.raises(KeyError, match=r"Measured: \['lstm'\]. Did you mean 'lstm'\?"):
+        _ = report["lstm_1"]
+
+
+def test_a_short_description() -> None:
+    assert repr(layer()) == "<LayerReport: LSTMCell, 4 units, 3 steps x 2 samples, 2 measures>"
+    assert repr(Report({})) == "<Report: no layers>"
+    assert repr(Report({"a": layer(), "b": layer(cell="Own")})) == "<Report: a (LSTMCell), b (Own)>"
+    many = Report({str(number): layer() for number in range(8)})
+    assert repr(many).endswith("3 (LSTMCell), 4 (LSTMCell), 3 more>")
+
+
 SEQUENCES = {
     "flow": np.log([[0.5, 0.5], [0.4, 0.4], [0.3, np.nan]]),
     "growth": np.array([-0.7, np.nan]),
