@@ -4,6 +4,7 @@ The public names are imported when they are first asked for, so that `import ker
 """
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -46,7 +47,30 @@ _HOME = {
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if not _HOME[name].startswith("keras_jacmon.report."):
+        _check_backend()
     return getattr(importlib.import_module(_HOME[name]), name)
+
+
+def _check_backend() -> None:
+    """Refuses to load what needs TensorFlow beside a Keras with another backend; reports are plain NumPy.
+
+    Raises:
+        ImportError: If Keras has another backend.
+    """
+    try:
+        backend = importlib.import_module("keras").config.backend()
+    except ModuleNotFoundError as error:
+        # Keras imports its backend, which may not be installed.
+        if error.name not in ("jax", "torch", "openvino"):
+            raise
+        # That of NumPy needs JAX.
+        backend = os.environ.get("KERAS_BACKEND", error.name)
+    if backend != "tensorflow":
+        raise ImportError(
+            f"keras_jacmon supports the backend `tensorflow` of Keras alone, and Keras is set to `{backend}`. Set the "
+            "environment variable KERAS_BACKEND to tensorflow before Keras is imported."
+        )
 
 
 def __dir__() -> list[str]:

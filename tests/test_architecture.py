@@ -1,6 +1,7 @@
 """Data flows one way, and asking for the package costs nothing."""
 
 import ast
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -75,6 +76,24 @@ def test_importing_the_package_loads_neither_tensorflow_nor_keras() -> None:
     command = [sys.executable, "-c", script]
     out = subprocess.run(command, capture_output=True, text=True, check=True)  # noqa: S603 - our own words
     assert out.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("backend", ["jax", "torch"])
+def test_another_backend_is_refused_in_a_sentence(backend: str, tmp_path: Path) -> None:
+    script = "from keras_jacmon import Report\ntry: from keras_jacmon import JacobianMonitor\n"
+    script += "except ImportError as error: print(error)"
+    out = subprocess.run(  # noqa: S603 - our own words
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | {"KERAS_BACKEND": backend, "KERAS_HOME": str(tmp_path)},
+    )
+    (sentence,) = out.stdout.splitlines()
+    assert sentence == (
+        f"keras_jacmon supports the backend `tensorflow` of Keras alone, and Keras is set to `{backend}`. Set the "
+        "environment variable KERAS_BACKEND to tensorflow before Keras is imported."
+    )
 
 
 def test_public_names_are_all_there() -> None:
