@@ -56,6 +56,8 @@ class JacobianMonitor(keras.callbacks.Callback):
         slow_freq: Integer. The measures that only `"full"` has take long: they are taken at the first of every
             `slow_freq` measurements, and at the end. `logs` keep the newest values. Defaults to 10.
         log_dir: String or path. Event files go to `<log_dir>/jacobian`; None writes no files. Defaults to `"logs"`.
+        positions: Integer, the maximum number of positions of a curve in the Jacobian tab; a longer sequence is binned,
+            with the least and the greatest value of each bin. Defaults to 256.
         max_reports: Integer of at least 2, the maximum length of `reports` and of `failures`. A list that is longer
             loses every second member, but neither the first nor the newest, so that older members are sparser. Defaults
             to 1000.
@@ -87,6 +89,7 @@ class JacobianMonitor(keras.callbacks.Callback):
         update_freq: Literal["epoch", "batch"] | int = "epoch",
         slow_freq: int = 10,
         log_dir: str | os.PathLike[str] | None = "logs",
+        positions: int = 256,
         max_reports: int = 1000,
         on_error: Literal["warn", "raise"] = "warn",
         regularizer: JacobianRegularizer | None = None,
@@ -94,10 +97,17 @@ class JacobianMonitor(keras.callbacks.Callback):
         **options: Any,
     ) -> None:
         super().__init__()
-        _check_arguments(update_freq, slow_freq, max_reports, on_error, regularizer)
+        _check_arguments(
+            update_freq=update_freq,
+            on_error=on_error,
+            regularizer=regularizer,
+            slow_freq=slow_freq,
+            positions=positions,
+            max_reports=max_reports,
+        )
         self._plan = MeasurementPlan.read(JacobianMonitor, probe, layers=layers, targets=targets, options=options)
         self._schedule = _Schedule(1 if update_freq == "batch" else update_freq, slow_freq)
-        self._log_dir = log_dir
+        self._log_dir, self._positions = log_dir, positions
         self._max_reports = max_reports
         self._failures = _Failures(on_error, max_reports)
         self._regularizer = regularizer
@@ -140,7 +150,7 @@ class JacobianMonitor(keras.callbacks.Callback):
             else:
                 self._prepare(model)
         if self._writer is None and self._log_dir is not None:
-            self._writer = EventWriter(self._log_dir)
+            self._writer = EventWriter(self._log_dir, positions=self._positions)
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         """Starts a new count; measures nothing yet, since other callbacks may still restore weights here."""
@@ -379,14 +389,14 @@ class _Failures:
             return None
 
 
-def _check_arguments(update_freq: Any, slow_freq: Any, max_reports: Any, on_error: Any, regularizer: Any) -> None:
+def _check_arguments(*, update_freq: Any, on_error: Any, regularizer: Any, **whole: Any) -> None:
     """Refuses arguments that are invalid with any model."""
     if update_freq not in ("epoch", "batch") and not is_whole(update_freq, 1):
         raise invalid_argument("update_freq", "'epoch', 'batch' or a positive integer", f"update_freq={update_freq!r}")
     if on_error not in ("warn", "raise"):
         raise invalid_argument("on_error", "'warn' or 'raise'", f"on_error={on_error!r}")
-    for name, value, least in (("slow_freq", slow_freq, 1), ("max_reports", max_reports, 2)):
-        check_whole(name, value, least)
+    for name, value in whole.items():
+        check_whole(name, value, 2 if name == "max_reports" else 1)
     if not isinstance(regularizer, (JacobianRegularizer, type(None))):
         raise invalid_argument("regularizer", "a `JacobianRegularizer` or None", f"regularizer={regularizer!r}")
 

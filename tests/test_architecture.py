@@ -4,6 +4,7 @@ import ast
 import os
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ ROOMS = (
     "tensors",
     "traced_graph",
     "options",
+    "dashboard",
     "report",
     "events",
     "model",
@@ -94,6 +96,17 @@ def test_another_backend_is_refused_in_a_sentence(backend: str, tmp_path: Path) 
         f"keras_jacmon supports the backend `tensorflow` of Keras alone, and Keras is set to `{backend}`. Set the "
         "environment variable KERAS_BACKEND to tensorflow before Keras is imported."
     )
+
+
+def test_the_tab_of_tensorboard_loads_neither_tensorflow_nor_keras() -> None:
+    script = """
+        import sys
+        from keras_jacmon.dashboard.plugin import Loader
+        print(sorted({'tensorflow', 'keras', 'keras_jacmon.report.report'} & set(sys.modules)))
+    """
+    command = [sys.executable, "-c", textwrap.dedent(script)]
+    out = subprocess.run(command, capture_output=True, text=True, check=True)  # noqa: S603 - our own words
+    assert out.stdout.strip() == "[]"
 
 
 def test_public_names_are_all_there() -> None:

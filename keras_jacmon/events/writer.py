@@ -10,10 +10,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import tensorflow as tf
+from tensorboard.compat.proto import summary_pb2
 
+from keras_jacmon.dashboard.metadata import PLUGIN, TAG, pack
 from keras_jacmon.errors import invalid_argument
 from keras_jacmon.options import VIEWS
 from keras_jacmon.report.layer_report import LayerReport
+from keras_jacmon.report.packing import packed
 from keras_jacmon.report.report import Report
 
 
@@ -27,12 +30,16 @@ class EventWriter:
 
     Args:
         log_dir: String or path, the directory that `tensorboard --logdir` is given; made if it is not there.
+        positions: Integer, the maximum number of positions of a curve in the Jacobian tab; a longer sequence is binned.
+            Defaults to 256.
 
     Raises:
         ValueError: If nothing can be written there.
     """
 
-    def __init__(self, log_dir: str | os.PathLike[str]) -> None:
+    def __init__(self, log_dir: str | os.PathLike[str], *, positions: int = 256) -> None:
+        self._positions = positions
+        self._number = 0
         self.directory = tf.io.gfile.join(os.fspath(log_dir), "jacobian")
         self._writer: Any = None
         self._suffix = ""
@@ -56,7 +63,9 @@ class EventWriter:
             # `record_if`: another callback's `TensorBoard(update_freq=...)` switches summaries off between its own.
             with self._writer.as_default(np.int64(step)), tf.summary.record_if(True):  # noqa: FBT003 - positional only
                 try:
+                    self._number += 1
                     _write_report(report, scalars or {})
+                    _write_packed(report, self._positions, self._number)
                     self._writer.flush()
                 except tf.errors.OpError:
                     # A writer that is open would fail again when the context ends, and stay everybody's default.
@@ -143,6 +152,21 @@ def _write_report(report: Report, scalars: Mapping[str, float]) -> None:
         _write_layer(_prefix(name, report.layers), layer)
     for tag, value in scalars.items():
         _scalar(tag, value)
+
+
+def _write_packed(report: Report, positions: int, number: int) -> None:
+    """Writes the summary of each layer that the Jacobian tab reads."""
+    for order, (name, layer) in enumerate(report.layers.items()):
+        content = pack(packed(name, layer, positions=positions, order=order, number=number))
+        tf.summary.write(f"{_prefix(name, report.layers)}/{TAG}", content, metadata=_packed_metadata())
+
+
+def _packed_metadata() -> Any:
+    # Without a data class the Rust data server drops the summary.
+    return summary_pb2.SummaryMetadata(
+        plugin_data=summary_pb2.SummaryMetadata.PluginData(plugin_name=PLUGIN),
+        data_class=summary_pb2.DATA_CLASS_TENSOR,
+    )
 
 
 def _prefix(name: str, names: Collection[str]) -> str:

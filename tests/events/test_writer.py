@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any
 
 import keras
@@ -39,7 +40,8 @@ def expected_tags(*measured: str, over_time: tuple[str, ...] = ()) -> set[tuple[
     tags |= {
         f"{tag}{name}{suffix}" for tag in over_time for name in ("growth", "horizon") for suffix in ("", "/histogram")
     }
-    return {("jacobian", tag) for tag in tags | {f"{tag}flow/histogram" for tag in over_time}}
+    packed = {re.sub(r"/(joint/)?\w+$", "/packed", tag) for tag in measured}
+    return {("jacobian", tag) for tag in tags | packed | {f"{tag}flow/histogram" for tag in over_time}}
 
 
 def all_measures(layer: str, *views: str) -> list[str]:
@@ -106,7 +108,7 @@ def test_what_is_measured_over_time_and_spectra(tmp_path: Path) -> None:
     monitor = JacobianMonitor(PROBE, measures=keys, exponents=2, log_dir=tmp_path)
     fit(make_model(keras.layers.LSTM(3, name="lstm")), monitor)
     summaries = read_summaries(tmp_path)
-    tags = {f"lstm/{key}/histogram" for key in keys} | {"lstm/joint/growth", "lstm/joint/lyapunov_1"}
+    tags = {f"lstm/{key}/histogram" for key in keys} | {"lstm/joint/growth", "lstm/joint/lyapunov_1", "lstm/packed"}
     assert {tag for _, tag in names(summaries)} == tags
     reports = [report["lstm"] for _, report in monitor.reports]
     for tag, values in (

@@ -1,0 +1,1 @@
+"""Jacobian tab of TensorBoard, and the same page as one file."""

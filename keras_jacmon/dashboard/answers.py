@@ -1,0 +1,258 @@
+"""Answers of the dashboard: plain dicts made of packed summaries, without HTTP and without files."""
+
+import base64
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from keras_jacmon.dashboard.metadata import Curve, Packed, bounds, measure_of
+
+# Cells of an answer's heat map, so that it stays below 1 MB.
+_MOST_CELLS = 48_000
+_MOST_ROWS = 256
+
+# The growth of the strip, in numbers.
+SPARKS = 60
+
+_ORDER = {"exploding": 0, "vanishing": 0, "stable": 1}
+
+
+@dataclass(frozen=True)
+class Moment:
+    """A packed summary at its step.
+
+    Attributes:
+        step: Integer, the training step.
+        packed: `Packed`.
+    """
+
+    step: int
+    packed: Packed
+
+
+def layer_line(headers: Sequence[tuple[int, Mapping[str, Any]]]) -> dict[str, Any]:
+    """Returns the line of a layer in the strip.
+
+    Args:
+        headers: Pairs of step and header, in the order of the steps, at least one.
+    """
+    step, last = headers[-1]
+    verdict = last["verdict"]
+    return {
+        "layer": last["layer"],
+        "cell": last["cell"],
+        "units": last["units"],
+        "time": last["time"],
+        "samples": last["samples"],
+        "order": last["order"],
+        "step": step,
+        "measurements": last["number"],
+        "state": verdict["state"] if verdict else "not judged",
+        "words": in_words(last),
+        "suggestions": list(verdict["suggestions"]) if verdict else [],
+        "notes": list(last["notes"]),
+        "growth": [
+            [at, plain(header["verdict"]["growth"] if header["verdict"] else math.nan)] for at, header in headers
+        ],
+        "badness": _badness(verdict),
+    }
+
+
+def in_words(header: Mapping[str, Any]) -> str:
+    """Returns the verdict in words.
+
+    Args:
+        header: Header of a packed summary.
+    """
+    verdict = header["verdict"]
+    if not verdict:
+        return "not judged: no flow of the joint view"
+    after = ""
+    if verdict["state"] != "stable":
+        after = f" after {verdict['horizon']:.0f} of {header['time']} steps"
+    return f"{verdict['state']}{after}, growth {verdict['growth']:+.2g}, worst at step {verdict['worst_step']}"
+
+
+def _badness(verdict: Mapping[str, Any] | None) -> list[Any]:
+    """Returns numbers whose order puts the worst verdict first."""
+    if not verdict:
+        return [2, 0.0]
+    growth = abs(verdict["growth"])
+    rank = _ORDER[verdict["state"]]
+    return [rank, plain(-growth if rank else verdict["horizon"])]
+
+
+def worst_first(lines: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Returns the lines of the strip with the worst verdict first, and equal ones in the order of the model."""
+
+    def key(line: Mapping[str, Any]) -> tuple[float, ...]:
+        rank, size = (float(part) for part in line["badness"])
+        return rank, math.inf if math.isnan(size) else size, float(line["order"])
+
+    return [{name: value for name, value in line.items() if name != "badness"} for line in sorted(lines, key=key)]
+
+
+def heat_map(moments: Sequence[Moment], key: str, columns: int) -> dict[str, Any]:
+    """Returns a measure by training step and position, in at most so many columns that the answer stays small.
+
+    A cell that stands for several steps or positions has their mean, their least and their greatest value.
+
+    Args:
+        moments: `Moment`s in the order of the steps; those without the key are left out.
+        key: String, a key of the curves.
+        columns: Integer, the maximum number of columns.
+    """
+    having = [(moment.step, moment.packed.curves[key]) for moment in moments if key in moment.packed.curves]
+    length = max((curve.length for _, curve in having), default=0)
+    rows = min(_MOST_ROWS, max((curve.mean.size for _, curve in having), default=0))
+    shown = max(1, min(len(having), columns, _MOST_CELLS // max(1, rows)))
+    first = bounds(len(having), shown) if having else np.zeros(1, int)
+    groups = [having[begin:end] for begin, end in itertools.pairwise(first)]
+    cells = [_column([curve for _, curve in group], rows, length) for group in groups]
+    mean, least, greatest, present = (
+        (np.array(part) for part in zip(*cells, strict=True)) if cells else [np.empty(0)] * 4
+    )
+    measure = measure_of(key)
+    return {
+        "key": key,
+        "length": length,
+        "rows": rows,
+        "columns": len(groups),
+        "steps": [[group[0][0], group[-1][0]] for group in groups],
+        "mean": _text(mean, "<f4"),
+        "least": _text(least, "<f4"),
+        "greatest": _text(greatest, "<f4"),
+        "present": _text(present, "u1"),
+        "range": _range(least, greatest),
+        "nan": sum(curve.nan for _, curve in having),
+        "inf": sum(curve.inf for _, curve in having),
+        "measurements": len(having),
+        "reference": plain(measure.reference),
+        "unit": measure.unit,
+        "linear": measure.linear,
+    }
+
+
+def _column(curves: Sequence[Curve], rows: int, length: int) -> tuple[npt.NDArray[Any], ...]:
+    """Returns the mean, the least, the greatest and the presence of each row, over some measurements."""
+    fitted = [_fitted(curve, rows, length) for curve in curves]
+    if len(fitted) == 1:
+        return fitted[0]
+    mean, least, greatest, present = (np.array(part) for part in zip(*fitted, strict=True))
+    count = present.sum(axis=0)
+    with np.errstate(all="ignore"):
+        # A NaN of the network stays NaN; where nothing was measured there is none to add.
+        whole = np.where(present, mean, 0.0).sum(axis=0, dtype=np.float64) / count
+    return (
+        whole.astype(np.float32),
+        np.fmin.reduce(least, axis=0),
+        np.fmax.reduce(greatest, axis=0),
+        count > 0,
+    )
+
+
+def _fitted(curve: Curve, rows: int, length: int) -> tuple[npt.NDArray[Any], ...]:
+    """Returns the numbers of a curve in rows that all measurements share; longer or shorter probes have other bins."""
+    if curve.mean.size == rows and curve.length == length:
+        return curve.mean, curve.least, curve.greatest, curve.present
+    middle = (bounds(length, rows)[:-1] + bounds(length, rows)[1:] - 1) // 2
+    inside = middle < curve.length
+    at = np.where(inside, middle * curve.mean.size // max(1, curve.length), 0)
+    present = curve.present[at] & inside
+    blank = np.float32(np.nan)
+    parts = (np.where(present, part[at], blank) for part in (curve.mean, curve.least, curve.greatest))
+    return (*parts, present)
+
+
+def _range(least: npt.NDArray[Any], greatest: npt.NDArray[Any]) -> dict[str, Any]:
+    """Returns the least, the least positive and the greatest finite value."""
+    finite = np.concatenate([least[np.isfinite(least)], greatest[np.isfinite(greatest)]])
+    positive = finite[finite > 0]
+    return {
+        "least": plain(finite.min()) if finite.size else None,
+        "positive": plain(positive.min()) if positive.size else None,
+        "greatest": plain(finite.max()) if finite.size else None,
+    }
+
+
+def measurement(moments: Sequence[Moment], step: int, key: str) -> dict[str, Any]:
+    """Returns the curves of a layer at the measurement that is nearest to a step.
+
+    Args:
+        moments: `Moment`s with all keys, in the order of the steps; the spectra may be of an earlier one.
+        step: Integer, the training step.
+        key: String, a key of the curves.
+    """
+    moment = min(moments, key=lambda one: abs(one.step - step))
+    packed = moment.packed
+    measure = measure_of(key)
+    spectra = {name: (one.step, array) for one in moments for name, array in one.packed.spectra.items()}
+    flow = next(iter(packed.flows.items()), None)
+    return {
+        "step": moment.step,
+        "key": key,
+        "reference": plain(measure.reference),
+        "unit": measure.unit,
+        "linear": measure.linear,
+        "words": in_words(packed.header),
+        "verdict": _plain_verdict(packed.header["verdict"]),
+        "curve": _curve(packed.curves.get(key)),
+        "flow": {"key": flow[0], **(_curve(flow[1]) or {})} if flow else None,
+        "loss_gradient": _curve(packed.curves.get("loss_gradient")),
+        "spectra": {name: _spectrum(at, array) for name, (at, array) in spectra.items()},
+    }
+
+
+def _plain_verdict(verdict: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    return None if verdict is None else {name: plain(value) for name, value in verdict.items()}
+
+
+def _curve(curve: Curve | None) -> dict[str, Any] | None:
+    """Returns a curve as lists; bins in which nothing was measured are left out."""
+    if curve is None:
+        return None
+    first = bounds(curve.length, curve.mean.size)
+    return {
+        "from": first[:-1][curve.present].tolist(),
+        "to": (first[1:][curve.present] - 1).tolist(),
+        "length": curve.length,
+        **{
+            name: plain(getattr(curve, name)[curve.present])
+            for name in ("mean", "low", "high", *(("least", "greatest") if curve.is_binned else ()))
+        },
+        "nan": curve.nan,
+        "inf": curve.inf,
+    }
+
+
+def _spectrum(step: int, array: npt.NDArray[Any]) -> dict[str, Any]:
+    parts = np.stack([array.real, array.imag], axis=-1) if np.iscomplexobj(array) else array
+    return {"step": step, "values": plain(parts)}
+
+
+def plain(value: Any) -> Any:
+    """Returns a number, an array or a tuple in types that JSON has.
+
+    NaN and inf become `"NaN"`, `"Infinity"` and `"-Infinity"`, which the page reads with `Number`. A float32 has the
+    digits that tell it from its neighbours.
+    """
+    if isinstance(value, np.ndarray):
+        return [plain(part) for part in value]
+    if isinstance(value, (list, tuple)):
+        return [plain(part) for part in value]
+    if isinstance(value, np.float32) and np.isfinite(value):
+        return float(str(value))
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    return value
+
+
+def _text(array: npt.NDArray[Any], dtype: str) -> str:
+    return base64.b64encode(np.ascontiguousarray(array, dtype).tobytes()).decode("ascii")

@@ -1,0 +1,337 @@
+"""Packed summaries: the form in which the event writer hands a layer to the dashboard.
+
+Writer and reader share this module alone. It needs NumPy and the standard library.
+"""
+
+import json
+import zlib
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+# The name of the plugin, in event files and in the paths of the server.
+PLUGIN = "keras_jacmon"
+
+# The last part of the tag of a packed summary; no measure is called so.
+TAG = "packed"
+
+# Raised with each change of the bytes: a summary of another format is refused.
+FORMAT = 1
+
+# Sum of the parts of eigenvalues and of singular values that are kept of one measurement.
+MOST_VALUES = 512
+
+# Bytes kept of a mean (relative error up to 2^-16) and of the other numbers (up to 2^-8).
+_FINE, _COARSE = 3, 2
+
+FloatArray = npt.NDArray[np.float32]
+
+_Part = TypeVar("_Part")
+
+
+@dataclass(frozen=True)
+class Measure:
+    """The facts about a measure that the page shows.
+
+    Attributes:
+        reference: Float, the value of a layer that keeps its gradient; None if there is none.
+        unit: String, the unit of the values; empty for dimensionless ones.
+        linear: Boolean, True if the values may be negative and are not shown on a logarithmic scale.
+    """
+
+    reference: float | None = 1.0
+    unit: str = ""
+    linear: bool = False
+
+
+# Of the keys without the view; a test compares them with the registry, which needs TensorFlow.
+MEASURES = {
+    "variance": Measure(),
+    "rms_singular_value": Measure(),
+    "spectral_norm": Measure(),
+    "spectral_radius": Measure(),
+    "condition_number": Measure(),
+    "singular_values": Measure(),
+    "eigenvalues": Measure(reference=None),
+    "flow": Measure(reference=0.0, unit="nats", linear=True),
+    "growth": Measure(reference=0.0, unit="nats per step", linear=True),
+    "horizon": Measure(reference=float("inf"), unit="steps"),
+    "lyapunov": Measure(reference=0.0, unit="nats per step", linear=True),
+    "kaplan_yorke": Measure(reference=None),
+    "loss_gradient": Measure(reference=None, unit="loss per unit of state"),
+}
+
+
+def measure_of(key: str) -> Measure:
+    """Returns the facts about the measure of a key, such as `"joint/variance"`."""
+    return MEASURES.get(key.rpartition("/")[2], Measure(reference=None))
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A measure over the position, or over the span, in bins of equal width.
+
+    Attributes:
+        mean: Float32 array `(bins,)`, the mean over the samples and the positions of a bin; NaN where nothing was
+            measured, and where the network gave NaN.
+        low: Float32 array `(bins,)`, the 10 % quantile over the samples.
+        high: Float32 array `(bins,)`, the 90 % quantile over the samples.
+        least: Float32 array `(bins,)`, the least mean of a position in the bin.
+        greatest: Float32 array `(bins,)`, the greatest mean of a position in the bin.
+        present: Boolean array `(bins,)`, False where nothing was measured.
+        length: Integer, the number of positions.
+        nan: Integer, the number of NaN among the measured values. Defaults to 0.
+        inf: Integer, the number of inf and -inf among them. Defaults to 0.
+    """
+
+    mean: FloatArray
+    low: FloatArray
+    high: FloatArray
+    least: FloatArray
+    greatest: FloatArray
+    present: npt.NDArray[np.bool_]
+    length: int
+    nan: int = 0
+    inf: int = 0
+
+    @property
+    def is_binned(self) -> bool:
+        """Boolean, True if a bin may hold several positions."""
+        return self.mean.size < self.length
+
+
+@dataclass(frozen=True)
+class Packed:
+    """The numbers of a layer at one measurement, as the dashboard shows them.
+
+    Attributes:
+        header: Dict of plain values: `"layer"`, `"cell"`, `"units"`, `"time"`, `"samples"`, `"order"` (place in the
+            model), `"number"` (of measurements so far), `"verdict"` (dict or None), `"notes"`.
+        curves: Dict of `Curve` by key: the measures of single steps over the position.
+        flows: Dict of `Curve` by key: the flow over the span.
+        spectra: Dict of arrays `(point, value)` by key: the singular values (float32) and eigenvalues (complex64).
+    """
+
+    header: Mapping[str, Any]
+    curves: dict[str, Curve] = field(default_factory=dict)
+    flows: dict[str, Curve] = field(default_factory=dict)
+    spectra: dict[str, npt.NDArray[Any]] = field(default_factory=dict)
+
+
+def bounds(length: int, bins: int) -> npt.NDArray[np.int64]:
+    """Returns the first position of each bin, and the length after them.
+
+    Args:
+        length: Integer, the number of positions.
+        bins: Integer, the number of bins, at most `length`.
+    """
+    # The least position p with p * bins // length equal to the number of the bin.
+    return -(-np.arange(bins + 1) * length // max(bins, 1))
+
+
+def pack(packed: Packed) -> npt.NDArray[np.uint8]:
+    """Returns the bytes of a packed summary.
+
+    Args:
+        packed: `Packed`.
+    """
+    curves = {**packed.curves, **packed.flows}
+    header = {
+        **packed.header,
+        "curves": [[key, *_shape(curve)] for key, curve in packed.curves.items()],
+        "flows": [[key, *_shape(curve)] for key, curve in packed.flows.items()],
+        "spectra": [[key, *array.shape, int(np.iscomplexobj(array))] for key, array in packed.spectra.items()],
+    }
+    planes = [plane for curve in curves.values() for plane in _planes(curve)]
+    planes += [_encoded(_parts(array), _COARSE).tobytes() for array in packed.spectra.values()]
+    # The list of layers needs the headers alone.
+    head = zlib.compress(json.dumps(header, separators=(",", ":")).encode(), 9)
+    body = zlib.compress(b"".join(planes), 9)
+    content = bytes([FORMAT]) + len(head).to_bytes(4, "little") + head + body
+    return np.frombuffer(content, np.uint8)
+
+
+def read_header(content: npt.NDArray[Any]) -> dict[str, Any]:
+    """Returns the header of packed bytes.
+
+    Args:
+        content: uint8 array, the result of `pack`.
+
+    Raises:
+        ValueError: If they are no packed summary, or one of another format.
+    """
+    head, _ = _split(content)
+    return _header(head)
+
+
+def unpack(content: npt.NDArray[Any], keys: Collection[str] | None = None) -> Packed:
+    """Returns the packed summary of bytes.
+
+    Args:
+        content: uint8 array, the result of `pack`.
+        keys: Keys of the curves, flows and spectra that are wanted. Defaults to None, for all.
+
+    Raises:
+        ValueError: If they are no packed summary, or one of another format.
+    """
+    head, body = _split(content)
+    header = _header(head)
+    try:
+        planes = _Planes(zlib.decompress(body))
+        curves = _chosen(header.pop("curves"), keys, planes.curve, planes.skip_curve)
+        flows = _chosen(header.pop("flows"), keys, planes.curve, planes.skip_curve)
+        spectra = _chosen(header.pop("spectra"), keys, planes.spectrum, planes.skip_spectrum)
+    except (zlib.error, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"a packed summary is damaged: {error}") from error
+    return Packed(header, curves, flows, spectra)
+
+
+def _chosen(
+    shapes: list[list[Any]], keys: Collection[str] | None, read: Callable[..., _Part], skip: Callable[..., None]
+) -> dict[str, _Part]:
+    """Returns the parts of a body that are wanted, by key; all of them are passed, in order."""
+    found = {}
+    for key, *shape in shapes:
+        if keys is None or key in keys:
+            found[key] = read(*shape)
+        else:
+            skip(*shape)
+    return found
+
+
+def _split(content: npt.NDArray[Any]) -> tuple[bytes, bytes]:
+    found = content.tobytes() if content.dtype == np.uint8 else b""
+    if found[:1] != bytes([FORMAT]):
+        raise ValueError(f"expected a packed summary of format {FORMAT}, found the first byte {found[:1]!r}")
+    end = 5 + int.from_bytes(found[1:5], "little")
+    return found[5:end], found[end:]
+
+
+def _header(head: bytes) -> dict[str, Any]:
+    try:
+        header: dict[str, Any] = json.loads(zlib.decompress(head))
+    except (zlib.error, ValueError) as error:
+        raise ValueError(f"the header of a packed summary is damaged: {error}") from error
+    return header
+
+
+def _shape(curve: Curve) -> list[int]:
+    return [curve.mean.size, int(curve.present.sum()), curve.length, curve.nan, curve.inf]
+
+
+def _planes(curve: Curve) -> Iterator[bytes]:
+    """Yields the bytes of a curve: which bins are present, then their numbers."""
+    present = curve.present
+    yield np.packbits(present).tobytes()
+    mean = _encoded(curve.mean[present], _FINE)
+    # Neighbours are alike: what zlib sees are small differences, byte by byte.
+    yield _differences(mean).tobytes()
+    others = [curve.low, curve.high, *([curve.least, curve.greatest] if curve.is_binned else [])]
+    # What the reader knows of the mean.
+    base = _codes(_floats(_codes(curve.mean[present], _FINE), _FINE), _COARSE)
+    for other in others:
+        yield _bytes(_codes(other[present], _COARSE) - base, _COARSE).tobytes()
+
+
+class _Planes:
+    """The bytes of a body, taken one array after another."""
+
+    def __init__(self, content: bytes) -> None:
+        self._content = np.frombuffer(content, np.uint8)
+        self._at = 0
+
+    def _take(self, size: int) -> npt.NDArray[np.uint8]:
+        taken = self._content[self._at : self._at + size]
+        self._at += size
+        if taken.size != size:
+            raise ValueError("it ends too early")
+        return taken
+
+    def skip_curve(self, *shape: int) -> None:
+        self._at += _curve_size(*shape)
+
+    def skip_spectrum(self, *shape: int) -> None:
+        self._at += _spectrum_size(*shape)
+
+    def curve(self, bins: int, count: int, length: int, nan: int, inf: int) -> Curve:
+        present = np.unpackbits(self._take(-(-bins // 8)), count=bins).astype(bool)
+        codes = np.cumsum(_numbers(self._take(_FINE * count), _FINE), dtype=np.uint32) & _mask(_FINE)
+        mean = _floats(codes, _FINE)
+        base = _codes(mean, _COARSE)
+
+        def other() -> FloatArray:
+            found = (_numbers(self._take(_COARSE * count), _COARSE) + base) & _mask(_COARSE)
+            return _spread(_floats(found, _COARSE), present)
+
+        low, high = other(), other()
+        whole = _spread(mean, present)
+        least, greatest = (other(), other()) if bins < length else (whole, whole)
+        return Curve(whole, low, high, least, greatest, present, length, nan, inf)
+
+    def spectrum(self, points: int, values: int, is_complex: int) -> npt.NDArray[Any]:
+        parts = _floats(_numbers(self._take(_spectrum_size(points, values, is_complex)), _COARSE), _COARSE)
+        return parts.view(np.complex64).reshape(points, values) if is_complex else parts.reshape(points, values)
+
+
+def _curve_size(bins: int, count: int, length: int, *_: int) -> int:
+    return -(-bins // 8) + count * (_FINE + _COARSE * (4 if bins < length else 2))
+
+
+def _spectrum_size(points: int, values: int, is_complex: int) -> int:
+    return _COARSE * points * values * (1 + is_complex)
+
+
+def _parts(array: npt.NDArray[Any]) -> FloatArray:
+    """Returns the numbers of a spectrum one after another, of complex ones the real and imaginary parts in turn."""
+    kind = np.complex64 if np.iscomplexobj(array) else np.float32
+    return np.ascontiguousarray(array.ravel(), kind).view(np.float32)
+
+
+def _mask(width: int) -> np.uint32:
+    return np.uint32(2 ** (8 * width) - 1)
+
+
+def _codes(values: FloatArray, width: int) -> npt.NDArray[np.uint32]:
+    """Returns the first bytes of float32 numbers as integers, rounded; finite numbers stay finite."""
+    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
+    shift = 32 - 8 * width
+    rounded = bits + np.uint32(1 << (shift - 1))
+    # NaN must not become inf, nor the greatest number, nor -NaN overflow.
+    safe = np.isfinite(values) & np.isfinite(rounded.view(np.float32))
+    return np.where(safe, rounded, np.where(np.isnan(values), np.uint32(0x7FC00000), bits)) >> np.uint32(shift)
+
+
+def _floats(codes: npt.NDArray[np.uint32], width: int) -> FloatArray:
+    return (codes << np.uint32(32 - 8 * width)).astype(np.uint32).view(np.float32)
+
+
+def _encoded(values: FloatArray, width: int) -> npt.NDArray[np.uint8]:
+    return _bytes(_codes(values, width), width)
+
+
+def _differences(encoded: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    codes = _numbers(encoded, _FINE)
+    return _bytes(np.diff(codes, prepend=np.uint32(0)), _FINE)
+
+
+def _bytes(codes: npt.NDArray[np.uint32], width: int) -> npt.NDArray[np.uint8]:
+    """Returns the lowest bytes of integers, all first bytes before all second ones."""
+    return np.ascontiguousarray(codes.astype("<u4").view(np.uint8).reshape(-1, 4)[:, :width].T).ravel()
+
+
+def _numbers(planes: npt.NDArray[np.uint8], width: int) -> npt.NDArray[np.uint32]:
+    numbers = np.zeros((planes.size // width, 4), np.uint8)
+    numbers[:, :width] = planes.reshape(width, -1).T
+    return numbers.view("<u4").ravel().astype(np.uint32)
+
+
+def _spread(values: FloatArray, present: npt.NDArray[np.bool_]) -> FloatArray:
+    """Returns the values at their bins, with NaN where nothing was measured."""
+    if present.all():
+        return values
+    whole = np.full(present.size, np.nan, np.float32)
+    whole[present] = values
+    return whole
