@@ -18,6 +18,7 @@ from keras_jacmon.meter import JacobianMeter
 from keras_jacmon.options import takes_options
 from keras_jacmon.regularization.regularizer import JacobianRegularizer
 from keras_jacmon.report.frame import to_dataframe
+from keras_jacmon.report.plots import plot
 from keras_jacmon.report.report import Report
 
 if TYPE_CHECKING:
@@ -136,6 +137,30 @@ class JacobianMonitor(keras.callbacks.Callback):
             ImportError: If pandas is not installed.
         """
         return to_dataframe((step, report.layers) for step, report in self.reports)
+
+    def plot(
+        self, kind: str = "heatmap", *, layer: str | None = None, measure: str | None = None, ax: Any = None
+    ) -> Any:
+        """Draws a measure of a layer over the training, in a size that fits a column of a paper.
+
+        Args:
+            kind: String. `"heatmap"`: the mean over samples by training step and position in the input. The other kinds
+                are those of `Report.plot`, for the newest report. Defaults to `"heatmap"`.
+            layer: String, the key of a layer. Defaults to None, the first layer.
+            measure: String, the key of a measure. Defaults to None, as in `Report.plot`.
+            ax: `matplotlib.axes.Axes` to draw into. Defaults to None, a new figure.
+
+        Returns:
+            `matplotlib.figure.Figure`.
+
+        Raises:
+            ImportError: If Matplotlib is not installed.
+            RuntimeError: If there is no report yet.
+            ValueError: If the kind, the layer or the measure is unknown, or was not measured.
+        """
+        if not self.reports:
+            raise RuntimeError("There is nothing to draw yet: `reports` is empty. Call `fit` before `plot`.")
+        return plot(self.reports, kind=kind, layer=layer, measure=measure, ax=ax)
 
     def set_model(self, model: keras.Model) -> None:
         """Checks the probe against the model and traces the measurement, before any callback's `on_train_begin`."""

@@ -10,6 +10,7 @@ from keras_jacmon.errors import did_you_mean, invalid_argument
 from keras_jacmon.report import archive
 from keras_jacmon.report.frame import to_dataframe
 from keras_jacmon.report.layer_report import LayerReport
+from keras_jacmon.report.plots import plot
 from keras_jacmon.report.records import from_record, to_record
 from keras_jacmon.report.table import table
 from keras_jacmon.report.verdict import FALL, RISE, Verdict
@@ -159,6 +160,34 @@ class Report(Mapping[str, LayerReport]):
             ImportError: If pandas is not installed.
         """
         return to_dataframe([(None, self.layers)])
+
+    def plot(self, kind: str = "curve", *, layer: str | None = None, measure: str | None = None, ax: Any = None) -> Any:
+        """Draws a measure of a layer, in a size that fits a column of a paper.
+
+        Example:
+
+        ```python
+        report.plot("flow", layer="lstm").savefig("flow.pdf")
+        ```
+
+        Args:
+            kind: String. `"curve"`: the mean over samples by position in the input, in a band of 80 % of the samples.
+                `"heatmap"`: the values by sample and position. `"flow"`: the gain of a gradient by the number of steps
+                that it goes back, with the horizon. `"spectrum"`: eigenvalues with the unit circle, or singular values.
+                Defaults to `"curve"`.
+            layer: String, the key of a layer. Defaults to None, the first layer.
+            measure: String, the key of a measure. Defaults to None: the variance of the joint view, or the first
+                measure of the kind.
+            ax: `matplotlib.axes.Axes` to draw into. Defaults to None, a new figure.
+
+        Returns:
+            `matplotlib.figure.Figure`.
+
+        Raises:
+            ImportError: If Matplotlib is not installed.
+            ValueError: If the kind, the layer or the measure is unknown, or was not measured.
+        """
+        return plot([(None, self.layers)], kind=kind, layer=layer, measure=measure, ax=ax)
 
     def __str__(self) -> str:
         verdicts = [f"{name}: {verdict}" for name, verdict in self.verdict.items()]
