@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-from keras_jacmon import __version__
+from keras_jacmon import __version__, commands
 from keras_jacmon.errors import message_of
 from keras_jacmon.options import Options
 
@@ -25,9 +25,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: Arguments of the command line. Defaults to None, those of `sys.argv`.
 
     Returns:
-        0; 1 if standard output was closed before all was written; 2 if something given is wrong, or nothing can be
-        written, with a sentence on standard error.
+        0; 1 if a verdict got worse, or standard output was closed before all was written; 2 if something given is
+        wrong, or nothing can be written, with a sentence on standard error.
     """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if words[:1] in (["view"], ["compare"]):
+        return commands.run(words)
     parser = _parser()
     options = _parsed(parser, arguments)
     # What TensorFlow says of itself is no part of a report.
@@ -55,6 +58,8 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m keras_jacmon",
         usage="%(prog)s model probe [options]",
         description="Prints how a saved Keras model carries its states and gradients.",
+        epilog="`%(prog)s view logs` writes a page of event files, and `%(prog)s compare A.npz B.npz` compares two "
+        "reports; each has a --help of its own.",
     )
     parser.add_argument("model", nargs="?", help="a file that `model.save()` has written (.keras)")
     parser.add_argument(

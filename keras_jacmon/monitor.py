@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import keras
 
+from keras_jacmon.dashboard.answers import Moment
+from keras_jacmon.dashboard.one_file import Frame, page, write_page
 from keras_jacmon.errors import check_whole, invalid_argument, is_whole, message_of
 from keras_jacmon.events.thinning import thin
 from keras_jacmon.events.writer import EventWriter
@@ -18,6 +20,7 @@ from keras_jacmon.meter import JacobianMeter
 from keras_jacmon.options import takes_options
 from keras_jacmon.regularization.regularizer import JacobianRegularizer
 from keras_jacmon.report.frame import to_dataframe
+from keras_jacmon.report.html import as_html, moments_of
 from keras_jacmon.report.plots import plot
 from keras_jacmon.report.report import Report
 
@@ -161,6 +164,38 @@ class JacobianMonitor(keras.callbacks.Callback):
         if not self.reports:
             raise RuntimeError("There is nothing to draw yet: `reports` is empty. Call `fit` before `plot`.")
         return plot(self.reports, kind=kind, layer=layer, measure=measure, ax=ax)
+
+    def to_html(self, path: str | os.PathLike[str]) -> None:
+        """Writes the page of the Jacobian tab with the reports so far as one file, which opens without a network.
+
+        Args:
+            path: String or path of the file; one that is there is replaced.
+
+        Raises:
+            RuntimeError: If there is no report yet.
+            OSError: If the file cannot be written.
+        """
+        write_page(path, self._shown())
+
+    def show(self) -> Frame:
+        """Returns the page of the Jacobian tab, which a notebook shows below its cell.
+
+        Raises:
+            RuntimeError: If there is no report yet.
+        """
+        return Frame(page(self._shown()))
+
+    def _repr_html_(self) -> str:
+        if not self.reports:
+            return "<p>JacobianMonitor: no report yet</p>"
+        step, report = self.reports[-1]
+        return f"<p>Jacobians at step {step}, the last of {len(self.reports)} reports</p>{as_html(report.layers)}"
+
+    def _shown(self) -> dict[str, dict[str, list[Moment]]]:
+        """Returns what the page shows."""
+        if not self.reports:
+            raise RuntimeError("There is nothing to show yet: `reports` is empty. Call `fit` before.")
+        return {"training": moments_of([(step, report.layers) for step, report in self.reports], self._positions)}
 
     def set_model(self, model: keras.Model) -> None:
         """Checks the probe against the model and traces the measurement, before any callback's `on_train_begin`."""

@@ -35,6 +35,7 @@ ROOMS = (
     "meter",
     "explanation",
     "monitor",
+    "commands",
     "__main__",
 )
 # What is computed of a Jacobian knows nothing of how it is taken.

@@ -1,10 +1,8 @@
 """Plugin of TensorBoard: the routes of the Jacobian tab, documented in `http_api.md`."""
 
 import functools
-import importlib.util
 import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from tensorboard import plugin_util
@@ -13,30 +11,14 @@ from tensorboard.plugins import base_plugin
 from werkzeug import wrappers
 
 from keras_jacmon.dashboard.answers import heat_map, layer_line, measurement, worst_first
+from keras_jacmon.dashboard.files import NO_PLOTLY, STATIC, STATIC_DIRECTORY, plotly_file
 from keras_jacmon.dashboard.metadata import PLUGIN
 from keras_jacmon.dashboard.series import Series, spectra_before
-
-# Types by hand: the registry of Windows calls JavaScript plain text.
-STATIC = {
-    "index.js": "text/javascript",
-    "page.js": "text/javascript",
-    "state.js": "text/javascript",
-    "source.js": "text/javascript",
-    "strip.js": "text/javascript",
-    "heatmap.js": "text/javascript",
-    "colours.js": "text/javascript",
-    "charts.js": "text/javascript",
-    "page.css": "text/css",
-}
-
-STATIC_DIRECTORY = Path(__file__).parent / "static"
 
 # Measurements of a layer that the server keeps, a sample of a longer training.
 _SAMPLES = 1000
 
 _COLUMNS = 1000
-
-NO_PLOTLY = "The curves need plotly: pip install 'keras-jacmon[dashboard]'"
 
 
 class Loader(base_plugin.TBLoader):
@@ -156,15 +138,6 @@ class JacobianPlugin(base_plugin.TBPlugin):
             return http_util.Respond(request, json.dumps(content), "application/json")
 
         return route
-
-
-def plotly_file() -> Path | None:
-    """Returns the file of plotly.js in the Python package `plotly`; None if it is not installed."""
-    found = importlib.util.find_spec("plotly")
-    if found is None or found.origin is None:
-        return None
-    path = Path(found.origin).parent / "package_data" / "plotly.min.js"
-    return path if path.is_file() else None
 
 
 def _refused(request: wrappers.Request, sentence: str, code: int) -> wrappers.Response:

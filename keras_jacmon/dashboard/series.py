@@ -6,6 +6,9 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
+from tensorboard.backend.event_processing.data_provider import MultiplexerDataProvider
+from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
+from tensorboard.context import RequestContext
 from tensorboard.data import provider
 
 from keras_jacmon.dashboard.answers import SPARKS, Moment
@@ -128,3 +131,25 @@ def spectra_before(data: Sequence[Any], step: int) -> list[Moment]:
         if read_header(datum.numpy)["spectra"]:
             return [Moment(int(datum.step), unpack(datum.numpy)), chosen]
     return [chosen]
+
+
+def read_directory(logs: str) -> dict[str, dict[str, list[Moment]]]:
+    """Returns the packed summaries in the event files of a directory, by run and layer.
+
+    Args:
+        logs: String, the directory.
+
+    Raises:
+        ValueError: If a summary cannot be read.
+    """
+    multiplexer = EventMultiplexer(tensor_size_guidance={PLUGIN: 0})
+    multiplexer.AddRunsFromDirectory(logs)
+    multiplexer.Reload()
+    series = Series(MultiplexerDataProvider(multiplexer, logs))
+    ctx = RequestContext()
+    found: dict[str, dict[str, list[Moment]]] = {}
+    for run in series.runs(ctx, ""):
+        for tag in series.headers(ctx, "", run):
+            moments = [Moment(datum.step, unpack(datum.numpy)) for datum in series.raw(ctx, "", run, tag)]
+            found.setdefault(run, {})[moments[-1].packed.header["layer"]] = moments
+    return found

@@ -6,9 +6,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from keras_jacmon.dashboard.one_file import write_page
 from keras_jacmon.errors import did_you_mean, invalid_argument
 from keras_jacmon.report import archive
 from keras_jacmon.report.frame import to_dataframe
+from keras_jacmon.report.html import as_html, moments_of
 from keras_jacmon.report.layer_report import LayerReport
 from keras_jacmon.report.plots import plot
 from keras_jacmon.report.records import from_record, to_record
@@ -123,6 +125,20 @@ class Report(Mapping[str, LayerReport]):
             OSError: If the file cannot be written; one that was there stays as it was.
         """
         return archive.write(path, {name: to_record(layer) for name, layer in self.layers.items()})
+
+    def to_html(self, path: str | os.PathLike[str]) -> None:
+        """Writes the page of the Jacobian tab with this report as one file, which opens without a network.
+
+        Args:
+            path: String or path of the file; one that is there is replaced.
+
+        Raises:
+            OSError: If the file cannot be written.
+        """
+        write_page(path, {"report": moments_of([(0, self.layers)])})
+
+    def _repr_html_(self) -> str:
+        return as_html(self.layers)
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> "Report":

@@ -15,6 +15,7 @@ from event_files import read_summaries
 
 from keras_jacmon import Report
 from keras_jacmon.dashboard import plugin
+from keras_jacmon.dashboard.files import STATIC, STATIC_DIRECTORY
 from keras_jacmon.dashboard.metadata import PLUGIN
 from keras_jacmon.events.writer import EventWriter
 
@@ -168,15 +169,15 @@ def test_no_path_reaches_the_file_system(served: Client, path: str) -> None:
 
 
 def test_static_files_come_from_the_list_with_their_types(served: Client) -> None:
-    assert set(plugin.STATIC) == {path.name for path in plugin.STATIC_DIRECTORY.iterdir()}
-    for name, kind in {**plugin.STATIC, "plotly.min.js": "text/javascript"}.items():
+    assert set(STATIC) == {path.name for path in STATIC_DIRECTORY.iterdir()}
+    for name, kind in {**STATIC, "plotly.min.js": "text/javascript"}.items():
         answer = served.get(f"{ROUTES}/{name}")
         assert (answer.status_code, answer.mimetype) == (200, kind)
         assert answer.headers["X-Content-Type-Options"] == "nosniff"
 
 
 def test_all_urls_of_the_page_are_relative() -> None:
-    for path in plugin.STATIC_DIRECTORY.iterdir():
+    for path in STATIC_DIRECTORY.iterdir():
         source = path.read_text(encoding="utf-8")
         assert "http" not in source.replace("http://www.w3.org/2000/svg", ""), path.name
         assert "innerHTML" not in source
