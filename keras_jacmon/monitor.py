@@ -1,7 +1,7 @@
 """The Keras callback that measures while a model trains, and hands the reports on."""
 
-import itertools
 import os
+import re
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import keras
 
+from keras_jacmon.callback_list import misplaced, neighbours
 from keras_jacmon.dashboard.answers import Moment
 from keras_jacmon.dashboard.one_file import Frame, page, write_page
 from keras_jacmon.errors import check_whole, invalid_argument, is_whole, message_of
@@ -70,6 +71,10 @@ class JacobianMonitor(keras.callbacks.Callback):
             `"warn"`.
         regularizer: `JacobianRegularizer` for the measured layers while `fit` runs. Its penalty, not scaled by the
             strength, is `jac_penalty` in `logs` and event files, with the present weights. Defaults to None.
+        name: String of letters, digits and `_.-`, for a training with several monitors, such as one on training and one
+            on validation data. It stands before the keys in `logs` (`valid_lstm_jac_variance`) and before the tags, and
+            the event files go to `<log_dir>/jacobian/<name>`. Defaults to None, no name; among monitors with the same
+            name the second one is named `<name>_1` (`monitor_1` without a name), and so on.
         seed: Integer, the seed of the random vectors. Defaults to 0.
         verbose: 0 or 1; 1 prints each report. Defaults to 0.
         **options: As for `JacobianMeter`: `tolerance`, `max_rows`, `max_bytes`, ...
@@ -97,6 +102,7 @@ class JacobianMonitor(keras.callbacks.Callback):
         max_reports: int = 1000,
         on_error: Literal["warn", "raise"] = "warn",
         regularizer: JacobianRegularizer | None = None,
+        name: str | None = None,
         verbose: int = 0,
         **options: Any,
     ) -> None:
@@ -109,6 +115,7 @@ class JacobianMonitor(keras.callbacks.Callback):
             positions=positions,
             max_reports=max_reports,
         )
+        _check_name(name)
         self._plan = MeasurementPlan.read(JacobianMonitor, probe, layers=layers, targets=targets, options=options)
         self._schedule = _Schedule(1 if update_freq == "batch" else update_freq, slow_freq)
         self._log_dir, self._positions = log_dir, positions
@@ -116,13 +123,32 @@ class JacobianMonitor(keras.callbacks.Callback):
         self._failures = _Failures(on_error, max_reports)
         self._regularizer = regularizer
         self._verbose = verbose
+        self._given_name = self._name = name
         self._held: RegularizedModel | None = None
         self._writer: Sink | None = None
         self._meter: JacobianMeter | None = None
         self._traced_for: list[Any] = []
         self._scalars: dict[str, float] = {}
-        self._nonfinite: set[str] = set()
+        self._told: set[str] = set()
         self.reports: list[tuple[int, Report]] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Returns what a copy keeps: the options, and nothing of a model."""
+        return vars(self) | {
+            "_model": None,
+            "params": None,
+            "_plan": self._plan.without_a_model(),
+            "_schedule": _Schedule(self._schedule.every, self._schedule.slow_every),
+            "_failures": _Failures(self._failures.on_error, self._max_reports),
+            "_name": self._given_name,
+            "_held": None,
+            "_writer": None,
+            "_meter": None,
+            "_traced_for": [],
+            "_scalars": {},
+            "_told": set(),
+            "reports": [],
+        }
 
     @property
     def failures(self) -> list[str]:
@@ -210,13 +236,26 @@ class JacobianMonitor(keras.callbacks.Callback):
             else:
                 self._prepare(model)
         if self._writer is None and self._log_dir is not None:
-            self._writer = EventWriter(self._log_dir, positions=self._positions)
+            self._writer = EventWriter(self._log_dir, positions=self._positions, name=self._name)
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         """Starts a new count; measures nothing yet, since other callbacks may still restore weights here."""
         self._schedule.begin()
         self._failures.begin()
-        self._scalars, self._nonfinite = {}, set()
+        self._scalars, self._told = {}, set()
+        before, after = neighbours(self)
+        for sentence in misplaced(before, after):
+            warnings.warn(sentence, stacklevel=2)
+        self._take_name([other._name for other in before if isinstance(other, JacobianMonitor)])  # noqa: SLF001
+
+    def _take_name(self, taken: Iterable[str | None]) -> None:
+        """Takes the given name, numbered if a monitor before this one has it."""
+        base = self._given_name or "monitor"
+        names = [self._given_name, *(f"{base}_{number}" for number, _ in enumerate(taken, 1))]
+        name = next(name for name in names if name not in taken)
+        if name != self._name and self._log_dir is not None:
+            self._writer = EventWriter(self._log_dir, positions=self._positions, name=name)
+        self._name = name
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Follows the numbering of Keras, which counts batches from 0 in each epoch."""
@@ -240,17 +279,15 @@ class JacobianMonitor(keras.callbacks.Callback):
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Measures if `update_freq` is `"epoch"`, and adds the newest means to the logs."""
+        self._warn_of_unused_penalty()
         if self._schedule.is_due_after_epoch():
             self._measure(last=epoch + 1 == (self.params or {}).get("epochs"))
         if logs is None:
             return
-        logs.update(self._scalars)
-        names = itertools.chain([PENALTY], (f"{PENALTY}_{number}" for number in itertools.count(1)))
-        # Another monitor may hold the same model.
-        key = next(name for name in names if name not in logs)
+        logs.update(self._named(self._scalars))
         penalty = self._penalty()
         if penalty is not None:
-            logs[key] = penalty
+            logs.update(self._named({PENALTY: penalty}))
 
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
         """Measures after the last batch, takes the penalty out of the losses and closes the event file."""
@@ -309,7 +346,7 @@ class JacobianMonitor(keras.callbacks.Callback):
         if self._verbose:
             # Not every terminal knows all characters, and a pipe may be closed.
             self._attempt("Printing the report", print, f"\nJacobians at step {step}\n{report}")
-        self._warn_of_nonfinite(report, step)
+        self._warn_of_values(report, step)
 
     def _penalty(self) -> float | None:
         """Returns the penalty with the present weights, NaN if it cannot be computed; None without a regularizer."""
@@ -318,19 +355,45 @@ class JacobianMonitor(keras.callbacks.Callback):
         value = self._attempt("Evaluating the penalty", self._held.penalty)
         return float("nan") if value is None else float(value)
 
+    def _named(self, scalars: dict[str, float]) -> dict[str, float]:
+        """Returns numbers by their keys in the logs."""
+        return scalars if self._name is None else {f"{self._name}_{key}": value for key, value in scalars.items()}
+
+    def _warn_once(self, what: str, sentence: str) -> None:
+        if what not in self._told:
+            self._told.add(what)
+            warnings.warn(sentence, stacklevel=3)
+
+    def _warn_of_unused_penalty(self) -> None:
+        """Warns after the first epoch if the training does not look at the penalty."""
+        if self._held is None or self._held.is_used or not self._schedule.done:
+            return
+        self._warn_once(
+            PENALTY,
+            f"The `JacobianRegularizer` does nothing: the training of the model `{self.model.name}` did not read "
+            "`model.losses` in its first epoch, so the penalty is no part of the loss. In a `train_step` or "
+            "`compute_loss` of your own add `sum(self.losses)` to the loss, or call `super().compute_loss(...)`.",
+        )
+
     def _attempt(self, what: str, function: Callable[..., Any], *args: Any) -> Any:
         return self._failures.attempt(what, self._step, partial(function, *args))
 
-    def _warn_of_nonfinite(self, report: Report, step: int) -> None:
+    def _warn_of_values(self, report: Report, step: int) -> None:
+        """Warns once of each layer without a value, and of each one with values that are not finite."""
         for name, layer in report.layers.items():
+            if not layer.mask.any():
+                self._warn_once(
+                    name,
+                    f"Layer `{name}` skips all steps of the probe, which are masked: there is nothing to measure, and "
+                    "its values are NaN. Give a probe with steps that are not masked.",
+                )
             counts = layer.nonfinite()
-            if counts and name not in self._nonfinite:
-                self._nonfinite.add(name)
+            if counts:
                 found = ", ".join(f"{count} of `{key}`" for key, count in counts.items())
-                warnings.warn(
+                self._warn_once(
+                    name,
                     f"Layer `{name}` has NaN or Inf in its Jacobians at step {step}: {found}. They are logged as they "
                     "are; later ones of this layer are not warned of.",
-                    stacklevel=2,
                 )
 
     def _step(self) -> int:
@@ -391,10 +454,14 @@ class _Schedule:
         return self.every != "epoch" and ((self.start or 0) + self.done) // self.every > before // self.every
 
     def is_due_after_epoch(self) -> bool:
-        return self.every == "epoch" and not self.is_measured
+        by_hand = self._batch < 0
+        if by_hand:
+            # A loop that calls no hooks of batches may have trained nevertheless.
+            self._measured_at = None
+        return (by_hand or self.every == "epoch") and not self.is_measured
 
     def is_due_at_end(self) -> bool:
-        return self.start is not None and not (self.is_measured and self._measured_slow)
+        return self._measurements > 0 and not (self.is_measured and self._measured_slow)
 
     def next_is_slow(self, *, last: bool, has_slow: bool) -> bool:
         """Counts the next measurement, and returns True if it includes the slow measures."""
@@ -459,6 +526,12 @@ def _check_arguments(*, update_freq: Any, on_error: Any, regularizer: Any, **who
         check_whole(name, value, 2 if name == "max_reports" else 1)
     if not isinstance(regularizer, (JacobianRegularizer, type(None))):
         raise invalid_argument("regularizer", "a `JacobianRegularizer` or None", f"regularizer={regularizer!r}")
+
+
+def _check_name(name: Any) -> None:
+    """Refuses a name that cannot stand in keys and paths."""
+    if name is not None and not (isinstance(name, str) and re.fullmatch(r"[A-Za-z0-9_.-]*[A-Za-z0-9_-]", name)):
+        raise invalid_argument("name", "a string of letters, digits and `_.-`, or None", f"name={name!r}")
 
 
 def _identity(model: keras.Model) -> list[Any]:

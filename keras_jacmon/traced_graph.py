@@ -2,12 +2,14 @@
 
 import contextlib
 import itertools
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Generic, TypeVar
 
 import tensorflow as tf
+from tensorflow.python.eager import context
+from tensorflow.python.framework import op_callbacks
 from tensorflow.python.framework import ops as framework_ops
 
 # TensorFlow wraps a user's gradient in two functions; their closures may hold a few more.
@@ -33,7 +35,8 @@ class Traced(Generic[StaticT]):
 
     def __call__(self, *tensors: Any) -> Any:
         """Runs the graph for arguments that match the specs, and returns its tensors in the traced structure."""
-        return self.graph(*tensors)
+        with unchecked():
+            return self.graph(*tensors)
 
 
 def trace(function: Callable[..., tuple[Any, StaticT]], specs: Sequence[Any] = ()) -> Traced[StaticT]:
@@ -65,8 +68,27 @@ def trace(function: Callable[..., tuple[Any, StaticT]], specs: Sequence[Any] = (
         returned.append(static)
         return result
 
-    graph = tf.function(tensors_of, autograph=False).get_concrete_function(*specs)
+    with unchecked():
+        graph = tf.function(tensors_of, autograph=False).get_concrete_function(*specs)
     return Traced(graph, returned[-1])
+
+
+@contextlib.contextmanager
+def unchecked() -> Iterator[None]:
+    """Suspends the functions that TensorFlow calls for each operation, in this thread.
+
+    `tf.debugging.enable_check_numerics` puts an assertion behind each operation. NaN and Inf are regular values here:
+    at masked steps, of a flow that has ended, of weights that explode. And a step with assertions in it has no
+    structure any more. TensorFlow has no public way to suspend them.
+    """
+    suspended = list(context.context().op_callbacks)
+    for callback in suspended:
+        op_callbacks.remove_op_callback(callback)
+    try:
+        yield
+    finally:
+        for callback in suspended:
+            op_callbacks.add_op_callback(callback)
 
 
 class TracedGraph:
@@ -94,7 +116,8 @@ class TracedGraph:
         if inline and any(map(_is_call, self._functions[0].graph.get_operations())):
             # Not by `tf.config.run_functions_eagerly`, which holds for all threads.
             function = partial(_without_calls, self._functions[0].graph)
-            self._functions.append(tf.function(function, autograph=False).get_concrete_function(*specs))
+            with unchecked():
+                self._functions.append(tf.function(function, autograph=False).get_concrete_function(*specs))
         graph = self._functions[-1].graph
         self.inputs: list[tf.Tensor] = list(graph.inputs[: len(specs)])
         # Without the last identities, which wait for every operation that has an effect.

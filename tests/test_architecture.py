@@ -19,6 +19,7 @@ PACKAGE = Path(__file__).parent.parent / "keras_jacmon"
 ROOMS = (
     "errors",
     "tensors",
+    "callback_list",
     "traced_graph",
     "options",
     "dashboard",

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from event_files import by_tag, read_summaries
-from helpers import WeightedCell, randomize
+from helpers import randomize
 from trainings import (
     FEATURES,
     PROBE,
@@ -24,6 +24,7 @@ from trainings import (
     AtBatch,
     CountingCell,
     FailingCell,
+    RaisingCell,
     X,
     Y,
     assert_equal,
@@ -193,18 +194,6 @@ def test_an_interrupt_during_a_measurement_stops_the_training_and_loses_nothing(
     fit(expected, shuffle=False)
     assert_equal(values_of(model.variables), values_of(expected.variables))
     assert steps_of(monitor) == [0, 1, 2, *range(3, 12)]
-
-
-class RaisingCell(WeightedCell):
-    """Raises in Python when it is called in inference, once `broken` is set."""
-
-    broken = False
-
-    def call(self, inputs: Any, states: Any, training: bool = False) -> tuple[Any, list[Any]]:  # noqa: FBT001, FBT002 - Keras' signature
-        if self.broken and not training:
-            raise ZeroDivisionError("the cell divides by zero")
-        new_h = tf.tanh(self.preactivation(inputs, states[0]))
-        return new_h, [new_h]
 
 
 def test_a_cell_that_raises_when_it_is_traced_anew() -> None:

@@ -163,7 +163,8 @@ def test_observation_changes_nothing_beside_tensorboard(tmp_path: Path) -> None:
         return quick_monitor(log_dir=tmp_path / name, update_freq="batch")
 
     without, _ = train("dropout", tensorboard("without"))
-    assert_same(train("dropout", monitor("first"), tensorboard("first"))[0], without)
+    with pytest.warns(UserWarning, match="`TensorBoard` stands after"):
+        assert_same(train("dropout", monitor("first"), tensorboard("first"))[0], without)
     assert_same(train("dropout", tensorboard("last"), monitor("last"))[0], without)
 
 
@@ -417,14 +418,6 @@ def test_so_many_reports_are_kept() -> None:
 
 
 # Models that are not built -------------------------------------------------------------------------------------------
-
-
-def test_a_model_is_built_for_any_number_of_samples() -> None:
-    """Its shape is saved with it; without the monitor it would be that of the first batch."""
-    model = keras.Sequential([keras.layers.LSTM(3), keras.layers.Dense(1)])
-    model.compile("sgd", "mse")
-    fit(model, quick_monitor(), batch_size=2 * BATCH)
-    assert model.input_shape == (None, STEPS, FEATURES)
 
 
 @pytest.mark.parametrize("loaded", [False, True])

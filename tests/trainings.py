@@ -113,6 +113,18 @@ class FailingCell(WeightedCell):
         return new_h, [new_h]
 
 
+class RaisingCell(WeightedCell):
+    """Raises in Python when it is called in inference, once `broken` is set."""
+
+    broken = False
+
+    def call(self, inputs: Any, states: Any, training: bool = False) -> tuple[Any, list[Any]]:  # noqa: FBT001, FBT002 - Keras' signature
+        if self.broken and not training:
+            raise ZeroDivisionError("the cell divides by zero")
+        new_h = tf.tanh(self.preactivation(inputs, states[0]))
+        return new_h, [new_h]
+
+
 class Begun(keras.callbacks.Callback):
     begun = False
 

@@ -32,15 +32,17 @@ class EventWriter:
         log_dir: String or path, the directory that `tensorboard --logdir` is given; made if it is not there.
         positions: Integer, the maximum number of positions of a curve in the Jacobian tab; a longer sequence is binned.
             Defaults to 256.
+        name: String, a directory below `jacobian` and the beginning of all tags; None for neither. Defaults to None.
 
     Raises:
         ValueError: If nothing can be written there.
     """
 
-    def __init__(self, log_dir: str | os.PathLike[str], *, positions: int = 256) -> None:
+    def __init__(self, log_dir: str | os.PathLike[str], *, positions: int = 256, name: str | None = None) -> None:
         self._positions = positions
         self._number = 0
-        self.directory = tf.io.gfile.join(os.fspath(log_dir), "jacobian")
+        self.directory = tf.io.gfile.join(os.fspath(log_dir), "jacobian", *([] if name is None else [name]))
+        self._prefix = "" if name is None else f"{name}/"
         self._writer: Any = None
         self._suffix = ""
         check_writable(log_dir, self.directory)
@@ -64,7 +66,7 @@ class EventWriter:
             with self._writer.as_default(np.int64(step)), tf.summary.record_if(True):  # noqa: FBT003 - positional only
                 try:
                     self._number += 1
-                    _write_report(report, scalars or {})
+                    _write_report(report, scalars or {}, self._prefix)
                     _write_packed(report, self._positions, self._number)
                     self._writer.flush()
                 except tf.errors.OpError:
@@ -147,11 +149,11 @@ def _try_writing(directory: str) -> None:
             tf.io.gfile.remove(trial)
 
 
-def _write_report(report: Report, scalars: Mapping[str, float]) -> None:
+def _write_report(report: Report, scalars: Mapping[str, float], prefix: str) -> None:
     for name, layer in report.layers.items():
-        _write_layer(_prefix(name, report.layers), layer)
+        _write_layer(prefix + _prefix(name, report.layers), layer)
     for tag, value in scalars.items():
-        _scalar(tag, value)
+        _scalar(prefix + tag, value)
 
 
 def _write_packed(report: Report, positions: int, number: int) -> None:

@@ -1,7 +1,7 @@
 """The plan of a measurement: probe, targets, layers, measures and options, read and checked once."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import keras
@@ -55,4 +55,13 @@ class MeasurementPlan:
         checked = Options.of(owner, options)
         selection = select_measures(checked.measures)
         arrays = read_probe(probe)
+        if layers is not None and not isinstance(layers, (str, keras.Layer)):
+            layers = list(layers)
         return cls(arrays, None if targets is None else read_targets(targets, arrays), layers, selection, checked)
+
+    def without_a_model(self) -> "MeasurementPlan":
+        """Returns the plan with the names of layers instead of layers, for a copy."""
+        if self.layers is None or isinstance(self.layers, str):
+            return self
+        layers = [self.layers] if isinstance(self.layers, keras.Layer) else self.layers
+        return replace(self, layers=[layer if isinstance(layer, str) else layer.name for layer in layers])

@@ -1,5 +1,6 @@
 """Building of a model that has no weights yet, from the probe."""
 
+import contextlib
 from typing import Any
 
 import keras
@@ -8,7 +9,8 @@ import tensorflow as tf
 from keras_jacmon.errors import invalid_argument, message_of
 from keras_jacmon.model.guard import shielded
 from keras_jacmon.model.inputs import fit_probe, hint_at_slip
-from keras_jacmon.model.internals import sublayers, training_argument
+from keras_jacmon.model.internals import open_again_on_failure, sublayers, training_argument
+from keras_jacmon.traced_graph import trace
 
 
 def build(model: keras.Layer, arrays: Any) -> None:
@@ -33,12 +35,16 @@ def build(model: keras.Layer, arrays: Any) -> None:
     def call(*tensors: tf.Tensor) -> Any:
         return model(keras.tree.pack_sequence_as(inputs, list(tensors)), **training_argument(model))
 
-    # Traced and not run: a cell may write to a `tf.Variable`, which the scope does not shield. The number of samples
-    # stays open, because a Sequential model keeps the shape that it was built with, and is saved with it.
-    specs = [tf.TensorSpec([None, *tensor.shape[1:]], tensor.dtype) for tensor in keras.tree.flatten(inputs)]
+    flat = keras.tree.flatten(inputs)
     with shielded(model):
+        # Traced and not run: a cell may write to a `tf.Variable`, which the scope does not shield. The numbers of
+        # samples and steps stay open: a Sequential model keeps the shape that it was built with, and is saved with it.
+        with contextlib.suppress(Exception), open_again_on_failure(model):
+            trace(lambda *tensors: (call(*tensors), None), [_spec(tensor, open_axes=2) for tensor in flat])
+            return
+        # Some layers need the number of steps, which is that of the training then.
         try:
-            tf.function(call, autograph=False).get_concrete_function(*specs)
+            trace(lambda *tensors: (call(*tensors), None), [_spec(tensor, open_axes=1) for tensor in flat])
         except Exception as error:
             shapes = keras.tree.map_structure(lambda array: array.shape, arrays)
             raise invalid_argument(
@@ -46,6 +52,12 @@ def build(model: keras.Layer, arrays: Any) -> None:
                 "a batch that the model can be built with",
                 f"shapes {shapes}{hint_at_slip(arrays)}. The model says: {message_of(error)}",
             ) from error
+
+
+def _spec(tensor: tf.Tensor, *, open_axes: int) -> tf.TensorSpec:
+    """Returns the specification of an input whose first axes have any size."""
+    sizes = [None if axis < open_axes else size for axis, size in enumerate(tensor.shape)]
+    return tf.TensorSpec(sizes, tensor.dtype)
 
 
 def _cells(model: keras.Layer) -> list[Any]:

@@ -42,6 +42,22 @@ def losses_put_back(model: keras.Layer) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def open_again_on_failure(model: keras.Layer) -> Iterator[None]:
+    """Makes Sequential models forget the shape that they were about to be built for, if the context raises.
+
+    Keras puts the shape into a first layer of its own before it builds the others; it has no public way to undo that.
+    """
+    layers = {part: list(part._layers) for part in sublayers(model) if isinstance(part, keras.Sequential)}  # noqa: SLF001
+    try:
+        yield
+    except Exception:
+        for part, before in layers.items():
+            if part._layers != before:  # noqa: SLF001
+                part._layers, part._functional, part.built = before, None, False  # noqa: SLF001
+        raise
+
+
+@contextlib.contextmanager
 def without_fused_kernels(model: keras.Layer) -> Iterator[None]:
     """Keeps layers from passing their whole sequence to one fused kernel, which never calls their cells.
 

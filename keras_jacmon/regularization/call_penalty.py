@@ -22,6 +22,7 @@ from keras_jacmon.model.distribution import own_variable
 from keras_jacmon.model.guard import foreign_variables, put_back
 from keras_jacmon.model.recording import Recording, RecurrentCall
 from keras_jacmon.options import Options
+from keras_jacmon.regularization.loss_terms import SCOPE
 from keras_jacmon.regularization.penalty_config import PenaltyConfig
 from keras_jacmon.tensors import known_sizes
 from keras_jacmon.traced_graph import Traced, trace
@@ -36,10 +37,12 @@ class RefreshResult(NamedTuple):
     Attributes:
         checks: Checks of the assumptions behind the Jacobians, at some of the points.
         left_out: Integer scalar, the number of points without a finite penalty.
+        valid: Integer scalar, the number of points that are not masked and have finite states.
     """
 
     checks: CheckResults
     left_out: tf.Tensor
+    valid: tf.Tensor
 
 
 class CallPenalty:
@@ -145,7 +148,7 @@ class CallPenalty:
         usable = self._usable(jacobian, points)
         left_out = tf.math.count_nonzero((chosen.weights > 0) & ~usable)
         self._points[-1].assign(tf.where(usable, chosen.weights, tf.zeros_like(chosen.weights)))
-        return RefreshResult(checks, left_out), jacobian
+        return RefreshResult(checks, left_out, tf.math.count_nonzero(chosen.weights)), jacobian
 
     def _find_leading(self, jacobian: CellJacobian, points: PointBatch) -> None:
         """Stores the leading singular vectors at new points."""
@@ -178,6 +181,10 @@ class CallPenalty:
 
     def _value(self) -> tuple[tf.Tensor, Any]:
         """Returns the penalty, and the objects that must live as long as the graph that is being traced."""
+        with tf.name_scope(SCOPE):
+            return self._named_value()
+
+    def _named_value(self) -> tuple[tf.Tensor, Any]:
         points, weights, jacobian, recording = self._present_points()
         # A point with a weight has a derivative, if it was examined when it was taken.
         finite = _are_finite(tf.stop_gradient(self._distances(jacobian, points, self._leading))) & (weights > 0)

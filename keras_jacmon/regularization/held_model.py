@@ -96,6 +96,11 @@ class RegularizedModel:
             if changed:
                 self._terms.trace_anew()
 
+    @property
+    def is_used(self) -> bool:
+        """Boolean, True if a training has read the losses of the model with the penalty among them."""
+        return self._terms.is_used
+
     def penalty(self) -> float:
         """Returns the penalty with the present weights, not scaled by the strength."""
         return self._penalty()

@@ -1,7 +1,9 @@
 """Terms in the losses of a Keras model, put in for a training and taken out however it ends."""
 
+import contextlib
+import warnings
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import keras
@@ -11,6 +13,9 @@ Term = Callable[[], tf.Tensor]
 
 # The attributes of a model that hold the functions that Keras has traced with its losses.
 _TRAIN, _TEST = _FUNCTIONS = ("train_function", "test_function")
+
+# The operations of a term have this in their names, so that their errors can be told from others.
+SCOPE = "jacobian_penalty"
 
 
 class SummedRegularizer(keras.regularizers.Regularizer):
@@ -29,7 +34,8 @@ class SummedRegularizer(keras.regularizers.Regularizer):
 
     def __call__(self, value: Any) -> tf.Tensor:
         """Returns the sum of the terms and of the own regularizer, a scalar."""
-        total = tf.add_n([term() for term in self.terms])
+        # Keras adds up losses of one type only; a half-precision one takes no number that is too large.
+        total = tf.saturate_cast(tf.add_n([term() for term in self.terms]), keras.config.floatx())
         return total if self.own is None else tf.cast(self.own(value), total.dtype) + total
 
 
@@ -55,10 +61,13 @@ class LossTerms:
 
     def __init__(self, model: keras.Layer, terms: Sequence[tuple[keras.Variable, Term]]) -> None:
         self._model = model
-        self._terms = list(terms)
+        self._terms = [(variable, self._guarded(term)) for variable, term in terms]
         self._history: Any = None
         self._to_fit = False
         self.attached = False
+        # True if a training has read the terms.
+        self.is_used = False
+        self._is_broken = False
         # By name, the function that Keras had traced without the terms, and the one traced with them and no others.
         self.traced: dict[str, tuple[Any, Any]] = {}
 
@@ -69,7 +78,7 @@ class LossTerms:
             to_fit: Boolean, True if they are taken out when the present `fit` of the model is left. Defaults to False,
                 for a loop that calls `detach` itself.
         """
-        if self.attached:
+        if self.attached or self._is_broken:
             return
         self.attached = True
         self._to_fit, self._history = to_fit, getattr(self._model, "history", None)
@@ -92,6 +101,29 @@ class LossTerms:
                 if not summed.terms:
                     variable.regularizer = summed.own
         _SWAPPED[self._model].remove(self)
+
+    def give_up(self, error: Exception) -> None:
+        """Leaves the terms out of all later losses, with a warning, because they cannot be computed."""
+        self._is_broken = True
+        warnings.warn(
+            "The penalty on the Jacobians failed in a step of the training, which goes on without it. "
+            f"{type(error).__name__}: {error}",
+            stacklevel=2,
+        )
+
+    def _guarded(self, term: Term) -> Term:
+        """Returns a term that ends no training when it raises, and is zero from then on."""
+
+        def guarded() -> tf.Tensor:
+            self.is_used = self.is_used or (self._model in _SWAPPED and _SWAPPED[self._model].is_training)
+            if not self._is_broken:
+                try:
+                    return term()
+                except Exception as error:  # noqa: BLE001 - whatever it is, the training goes on
+                    self.give_up(error)
+            return tf.zeros([])
+
+        return guarded
 
     def trace_anew(self) -> None:
         """Makes Keras trace the model again, since the terms are computed in another way from now on.
@@ -130,6 +162,25 @@ class _SwappedFunctions:
         self._plain: dict[str, Any] = {}
         self._made: dict[str, Any] = {}
         self._release: Any = None
+        self._running: str | None = None
+
+    @property
+    def is_training(self) -> bool:
+        """Boolean, True while Keras takes a step of a training, or if a loop of the user's own takes the steps."""
+        return self._running == _TRAIN or _TRAIN not in self._made
+
+    @contextlib.contextmanager
+    def running(self, name: str) -> Iterator[None]:
+        """Notes that one of the functions runs.
+
+        Args:
+            name: String, the attribute of the model that holds it.
+        """
+        before, self._running = self._running, name
+        try:
+            yield
+        finally:
+            self._running = before
 
     def add(self, terms: LossTerms) -> None:
         """Puts the functions with the terms in the place of those without, traced anew unless they are known."""
@@ -172,12 +223,12 @@ class _SwappedFunctions:
         for name in _FUNCTIONS:
             self._make(name)
 
-    def end(self, *, earlier_fit: bool = False) -> bool:
-        """Takes the terms out that were attached for the time of a `fit`; returns whether there were any."""
+    def end(self, *, earlier_fit: bool = False) -> list[LossTerms]:
+        """Takes the terms out that were attached for the time of a `fit`, and returns them."""
         over = [terms for terms in self._holders if (terms.in_earlier_fit if earlier_fit else terms.in_fit)]
         for terms in over:
             terms.detach()
-        return bool(over)
+        return over
 
     def watch(self, logs: "_StepLogs | None") -> None:
         """Ends when the newest logs of a step are released."""
@@ -220,12 +271,18 @@ class _GuardedFunction:
             getattr(model, f"make_{self._name}")()
             return getattr(model, self._name)(iterator)
         try:
-            logs = self._function(iterator)
+            with swapped.running(self._name):
+                logs = self._function(iterator)
         except (StopIteration, tf.errors.OutOfRangeError):
             # The end of the data.
             raise
-        except BaseException:
-            swapped.end()
+        except BaseException as error:
+            ended = swapped.end()
+            if self._name == _TRAIN and ended and isinstance(error, tf.errors.OpError) and SCOPE in error.message:
+                for terms in ended:
+                    terms.give_up(error)
+                # With the next batch.
+                return getattr(model, self._name)(iterator)
             raise
         if self._name == _TRAIN and isinstance(logs, dict) and _is_of_fit(iterator):
             logs = _StepLogs(logs)

@@ -98,6 +98,12 @@ class ModelPenalty:
             if note is not None:
                 notes.append(f"Layer `{key}`: {note}")
                 changed = True
+            if not int(result.valid) and key not in self._told:
+                self._told.add(key)
+                notes.append(
+                    f"Layer `{key}`: all steps of the probe are masked, or its states are not finite, so it has no "
+                    "penalty. Give a probe with steps that are not masked."
+                )
             left_out = int(result.left_out)
             if left_out and key not in self._told:
                 self._told.add(key)

@@ -150,6 +150,7 @@ def test_masked_steps_are_left_out(tmp_path: Path) -> None:
         np.testing.assert_allclose(first.value, expected, rtol=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore:`TensorBoard` stands after")
 @pytest.mark.parametrize("tensorboard_freq", [5, "batch", "epoch"])
 def test_another_tensorboard_callback_swallows_nothing(tmp_path: Path, tensorboard_freq: int | str) -> None:
     def tensorboard(directory: str) -> Any:

@@ -153,7 +153,7 @@ def test_several_monitors_have_a_key_each() -> None:
     first, second = (holding(JacobianRegularizer(target, 0.0, states="fresh")) for target in (1.0, 5.0))
     history = fit(model, first, second).history
     variances = second.reports[-1][1]["rnn"]["variance"]
-    for key, target in (("jac_penalty", 1.0), ("jac_penalty_1", 5.0)):
+    for key, target in (("jac_penalty", 1.0), ("monitor_1_jac_penalty", 5.0)):
         np.testing.assert_allclose(history[key][-1], np.mean((variances - target) ** 2), rtol=1e-5)
 
 

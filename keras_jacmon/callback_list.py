@@ -1,0 +1,56 @@
+"""The list of callbacks that a callback stands in, and the places in it at which values are lost."""
+
+import gc
+from collections.abc import Sequence
+
+import keras
+
+# Part of the name of each key that a monitor adds to the logs.
+MARK = "jac_"
+
+_ORDER = "[TensorBoard, JacobianMonitor, EarlyStopping, ModelCheckpoint, CSVLogger]"
+_READ_ALL = (keras.callbacks.CSVLogger, keras.callbacks.RemoteMonitor)
+_READ_ONE = (keras.callbacks.EarlyStopping, keras.callbacks.ModelCheckpoint, keras.callbacks.ReduceLROnPlateau)
+
+
+def neighbours(
+    callback: keras.callbacks.Callback,
+) -> tuple[Sequence[keras.callbacks.Callback], Sequence[keras.callbacks.Callback]]:
+    """Returns the callbacks before and after one in the present `fit`; none where Keras does not call it.
+
+    Keras gives a callback no reference to the list that it stands in. The list is found among all objects of Python, by
+    the dict `params` that it shares with its members.
+    """
+    for found in gc.get_objects():
+        # The type and not the class, which some objects make up when they are asked for it.
+        if not issubclass(type(found), keras.callbacks.CallbackList):
+            continue
+        # Another thread may be about to make it.
+        members, params = vars(found).get("callbacks") or [], vars(found).get("params")
+        place = next((place for place, member in enumerate(members) if member is callback), None)
+        if params is callback.params and place is not None:
+            return members[:place], members[place + 1 :]
+    return [], []
+
+
+def misplaced(before: Sequence[keras.callbacks.Callback], after: Sequence[keras.callbacks.Callback]) -> list[str]:
+    """Returns a sentence for each callback that does not see the values of a monitor, or writes them again.
+
+    Args:
+        before: Sequence of the callbacks before the monitor.
+        after: Sequence of the callbacks after it.
+    """
+    blind = [
+        one for one in before if isinstance(one, _READ_ALL) or (isinstance(one, _READ_ONE) and MARK in str(one.monitor))
+    ]
+    sentences = [
+        f"`{type(one).__name__}` stands before the `JacobianMonitor` in the list of callbacks, and does not see its "
+        f"values. The order that works: {_ORDER}."
+        for one in blind
+    ]
+    if any(isinstance(one, keras.callbacks.TensorBoard) for one in after):
+        sentences.append(
+            "`TensorBoard` stands after the `JacobianMonitor` in the list of callbacks, and writes its values again, "
+            f"as charts named `epoch_...`. The order that works: {_ORDER}."
+        )
+    return sentences
