@@ -69,7 +69,7 @@ def main(log_dir: Path) -> None:
     print(f"Curves and histograms: tensorboard --logdir {log_dir}")
 
     assert accuracy > 0.6, "guessing gives 10 %"
-    assert len(history.history["lstm_jac_joint_spectral_norm"]) == EPOCHS, "History has one value for each epoch"
+    assert len(history.history["lstm_jac_joint_growth"]) == EPOCHS, "History has one value for each epoch"
     # A horizon beyond the sequence is infinite.
     finite = [[x for key, x in report.scalars().items() if "horizon" not in key] for _, report in monitor.reports]
     assert np.isfinite(finite).all()

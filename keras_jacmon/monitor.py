@@ -13,17 +13,20 @@ import keras
 from keras_jacmon.callback_list import misplaced, neighbours
 from keras_jacmon.dashboard.answers import Moment
 from keras_jacmon.dashboard.one_file import Frame, page, write_page
-from keras_jacmon.errors import check_whole, invalid_argument, is_whole, message_of
+from keras_jacmon.errors import check_whole, did_you_mean, invalid_argument, is_whole, message_of
 from keras_jacmon.events.thinning import thin
 from keras_jacmon.events.writer import EventWriter
 from keras_jacmon.measurement.plan import MeasurementPlan
 from keras_jacmon.meter import JacobianMeter
 from keras_jacmon.options import takes_options
 from keras_jacmon.regularization.regularizer import JacobianRegularizer
+from keras_jacmon.report.changes import Change, VerdictHistory
+from keras_jacmon.report.chosen import names_in_logs
 from keras_jacmon.report.frame import to_dataframe
 from keras_jacmon.report.html import as_html, moments_of
 from keras_jacmon.report.plots import plot
 from keras_jacmon.report.report import Report
+from keras_jacmon.report.verdict import Verdict
 
 if TYPE_CHECKING:
     from keras_jacmon.events.sink import Sink
@@ -37,7 +40,7 @@ class JacobianMonitor(keras.callbacks.Callback):
     """Shows while `fit` runs whether the recurrent layers of a model let their gradient vanish, live or explode.
 
     Measures the state-to-state Jacobians `ds_t/ds_{t-1}` on a probe batch before the first batch of a training, then
-    every `update_freq`, and at its end; writes them to TensorBoard event files and adds their means to the `logs`
+    every `update_freq`, and at its end; writes them to TensorBoard event files and adds some means to the `logs`
     of each epoch, where `History`, the progress line and the callbacks that stand *after* this one see them. The
     training itself stays as it is, to the bit, unless a regularizer is given.
 
@@ -75,8 +78,13 @@ class JacobianMonitor(keras.callbacks.Callback):
             on validation data. It stands before the keys in `logs` (`valid_lstm_jac_variance`) and before the tags, and
             the event files go to `<log_dir>/jacobian/<name>`. Defaults to None, no name; among monitors with the same
             name the second one is named `<name>_1` (`monitor_1` without a name), and so on.
+        logs: Names of the measures that go into the `logs` of each epoch, `"all"`, or None for none; event files have
+            all of them. Defaults to `"auto"`: `variance`, `spectral_norm` and `growth` for up to three layers, beyond
+            that `growth` alone; all if none of these is measured.
+        on_verdict_change: Function that is called as `f(step, layer, old, new)` when the state of a layer's `Verdict`
+            changes from one measurement to the next. Defaults to None.
         seed: Integer, the seed of the random vectors. Defaults to 0.
-        verbose: 0 or 1; 1 prints each report. Defaults to 0.
+        verbose: 0 or 1; 1 prints each report, and a line when a verdict changes. Defaults to 0.
         **options: As for `JacobianMeter`: `tolerance`, `max_rows`, `max_bytes`, ...
 
     Attributes:
@@ -103,6 +111,8 @@ class JacobianMonitor(keras.callbacks.Callback):
         on_error: Literal["warn", "raise"] = "warn",
         regularizer: JacobianRegularizer | None = None,
         name: str | None = None,
+        logs: Iterable[str] | str | None = "auto",
+        on_verdict_change: Callable[[int, str, Verdict, Verdict], Any] | None = None,
         verbose: int = 0,
         **options: Any,
     ) -> None:
@@ -111,6 +121,7 @@ class JacobianMonitor(keras.callbacks.Callback):
             update_freq=update_freq,
             on_error=on_error,
             regularizer=regularizer,
+            on_verdict_change=on_verdict_change,
             slow_freq=slow_freq,
             positions=positions,
             max_reports=max_reports,
@@ -122,6 +133,9 @@ class JacobianMonitor(keras.callbacks.Callback):
         self._max_reports = max_reports
         self._failures = _Failures(on_error, max_reports)
         self._regularizer = regularizer
+        self._logs = _read_logs(logs, self._plan)
+        self._on_verdict_change = on_verdict_change
+        self._verdicts = VerdictHistory()
         self._verbose = verbose
         self._given_name = self._name = name
         self._held: RegularizedModel | None = None
@@ -147,6 +161,7 @@ class JacobianMonitor(keras.callbacks.Callback):
             "_traced_for": [],
             "_scalars": {},
             "_told": set(),
+            "_verdicts": VerdictHistory(),
             "reports": [],
         }
 
@@ -338,15 +353,28 @@ class JacobianMonitor(keras.callbacks.Callback):
     def _hand_on(self, report: Report, step: int) -> None:
         self.reports.append((step, report))
         thin(self.reports, self._max_reports)
-        self._scalars |= report.scalars()
+        self._scalars |= report.scalars(names_in_logs(self._logs, report))
+        changes = self._attempt("Judging the report", lambda: self._verdicts.update(report.verdict)) or []
         if self._writer is not None:
             penalty = self._penalty()
             scalars = {} if penalty is None else {PENALTY: penalty}
-            self._attempt("Writing the event file", self._writer.write, report, step, scalars)
+            sentences = [change.sentence(step) for change in changes]
+            self._attempt("Writing the event file", self._writer.write, report, step, scalars, sentences)
+        for change in changes:
+            self._tell(change, step)
         if self._verbose:
             # Not every terminal knows all characters, and a pipe may be closed.
             self._attempt("Printing the report", print, f"\nJacobians at step {step}\n{report}")
         self._warn_of_values(report, step)
+
+    def _tell(self, change: Change, step: int) -> None:
+        """Prints a change of a verdict, and hands it to the user's function."""
+        if self._verbose:
+            self._attempt("Printing a verdict", print, f"\n{change.sentence(step)}")
+        if self._on_verdict_change is not None:
+            self._attempt(
+                "Calling `on_verdict_change`", self._on_verdict_change, step, change.layer, change.old, change.new
+            )
 
     def _penalty(self) -> float | None:
         """Returns the penalty with the present weights, NaN if it cannot be computed; None without a regularizer."""
@@ -516,7 +544,9 @@ class _Failures:
             return None
 
 
-def _check_arguments(*, update_freq: Any, on_error: Any, regularizer: Any, **whole: Any) -> None:
+def _check_arguments(
+    *, update_freq: Any, on_error: Any, regularizer: Any, on_verdict_change: Any, **whole: Any
+) -> None:
     """Refuses arguments that are invalid with any model."""
     if update_freq not in ("epoch", "batch") and not is_whole(update_freq, 1):
         raise invalid_argument("update_freq", "'epoch', 'batch' or a positive integer", f"update_freq={update_freq!r}")
@@ -526,6 +556,23 @@ def _check_arguments(*, update_freq: Any, on_error: Any, regularizer: Any, **who
         check_whole(name, value, 2 if name == "max_reports" else 1)
     if not isinstance(regularizer, (JacobianRegularizer, type(None))):
         raise invalid_argument("regularizer", "a `JacobianRegularizer` or None", f"regularizer={regularizer!r}")
+    if on_verdict_change is not None and not callable(on_verdict_change):
+        expected, received = "a function or None", f"on_verdict_change={on_verdict_change!r}"
+        raise invalid_argument("on_verdict_change", expected, received)
+
+
+def _read_logs(logs: Any, plan: MeasurementPlan) -> str | tuple[str, ...] | None:
+    """Returns the choice of the numbers in the logs; refuses names of what is not measured."""
+    if logs in ("auto", "all", None):
+        return logs
+    measured = [quantity.key for quantity in plan.selection] + (["loss_gradient"] if plan.targets is not None else [])
+    known = {name for key in measured for name in (key, key.removeprefix("joint/"), f"joint/{key}")}
+    names = [logs] if isinstance(logs, str) or not isinstance(logs, Iterable) else list(logs)
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        hint = did_you_mean(unknown[0], measured)
+        raise invalid_argument("logs", f"'auto', 'all', None or names out of {measured}", f"logs={logs!r}{hint}")
+    return tuple(names)
 
 
 def _check_name(name: Any) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 import trainings
-from event_files import read_summaries
+from event_files import by_tag, read_summaries
 from helpers import BareStateCell, WeightedCell
 from trainings import (
     BATCH,
@@ -282,7 +282,7 @@ def test_nothing_is_measured_twice(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_slow_measures_have_a_rhythm_of_their_own() -> None:
-    monitor = quick_monitor(measures=["variance", "lyapunov"], update_freq="batch", slow_freq=3)
+    monitor = quick_monitor(measures=["variance", "lyapunov"], update_freq="batch", slow_freq=3, logs="all")
     history = fit(compiled(), monitor, epochs=1).history
     assert steps_of(monitor) == [*range(9)]
     assert [step for step, report in monitor.reports if report["gru"].sequences] == [0, 3, 6, 8]
@@ -343,16 +343,39 @@ def test_evaluate_and_predict_do_not_measure() -> None:
 def test_history_has_the_values_of_each_epoch() -> None:
     monitor = quick_monitor(measures=None)
     history = fit(compiled(keras.layers.LSTM(3, name="lstm")), monitor, epochs=3).history
-    keys = {
-        f"lstm_jac_{view}{name}"
-        for view in ("", "joint_")
-        for name in ("variance", "rms_singular_value", "spectral_norm")
-    }
-    keys |= {"lstm_jac_joint_growth", "lstm_jac_joint_horizon"}
-    assert {key for key in history if "_jac_" in key} == keys == set(monitor.reports[0][1].scalars())
+    keys = {"lstm_jac_variance", "lstm_jac_spectral_norm", "lstm_jac_joint_growth"}
+    assert {key for key in history if "_jac_" in key} == keys
     for key in keys:
         assert history[key] == [report.scalars()[key] for _, report in monitor.reports[1:]]
         assert all(type(value) is float for value in history[key])
+
+
+def test_a_verdict_that_changes_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = compiled(keras.layers.SimpleRNN(3, activation="linear", name="rnn"), optimizer=keras.optimizers.SGD(0.0))
+    kernel = model.get_layer("rnn").cell.recurrent_kernel
+    kernel.assign(0.1 * np.eye(3))
+    told: list[Any] = []
+
+    def tell(step: int, layer: str, old: Any, new: Any) -> None:
+        told.append((step, layer, old.state, new.state))
+        raise ValueError("the alarm is broken")
+
+    monitor = quick_monitor(
+        measures=["flow"], update_freq=2, log_dir=tmp_path, verbose=1, on_verdict_change=tell, logs=["flow"]
+    )
+    changing = [AtBatch(3, lambda: kernel.assign(np.eye(3))), AtBatch(6, lambda: kernel.assign(20 * np.eye(3)))]
+    with pytest.warns(UserWarning, match="Calling `on_verdict_change` at step 4 failed: the alarm is broken"):
+        fit(model, *changing, monitor)
+    assert told == [(4, "rnn", "vanishing", "stable"), (6, "rnn", "stable", "exploding")]
+    lines = [
+        "step 4: rnn vanishing -> stable (horizon beyond the sequence)",
+        "step 6: rnn stable -> exploding (horizon 2)",
+    ]
+    assert [line for line in capsys.readouterr().out.splitlines() if "->" in line] == lines
+    written = by_tag(read_summaries(tmp_path), "verdicts")
+    assert [(summary.step, summary.value.item()) for summary in written] == [
+        (step, f"    {line}".encode()) for step, line in zip((4, 6), lines, strict=True)
+    ]
 
 
 def test_logs_hold_the_newest_report_when_measuring_is_rarer_than_an_epoch() -> None:

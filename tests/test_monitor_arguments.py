@@ -49,6 +49,7 @@ def invalid(argument: str, sentence: str) -> str:
 UPDATE_FREQ = "Expected 'epoch', 'batch' or a positive integer. Received: update_freq="
 NAMES = [key for key in KEYS if key != "loss_gradient"]
 MEASURES = f"Expected names out of {list(PRESETS)}, or of {NAMES}. Received: "
+LOGS = f"Expected 'auto', 'all', None or names out of {list(PRESETS['standard'])}. Received: logs="
 MAX_ROWS = "Expected a positive integer, or None for all. Received: max_rows="
 SEED = "Expected an integer from 0 to 2147483647. Received: seed="
 TOLERANCE = "Expected a relative tolerance from 0 up to, not including, 1. Received: tolerance="
@@ -67,6 +68,10 @@ TOLERANCE = "Expected a relative tolerance from 0 up to, not including, 1. Recei
         ("slow_freq", 0, "Expected an integer of at least 1. Received: slow_freq=0"),
         ("max_reports", 1, "Expected an integer of at least 2. Received: max_reports=1"),
         ("max_reports", None, "Expected an integer of at least 2. Received: max_reports=None"),
+        ("on_verdict_change", 3, "Expected a function or None. Received: on_verdict_change=3"),
+        ("logs", "horizons", f"{LOGS}'horizons'. Did you mean 'joint/horizon'?"),
+        ("logs", ["lyapunov"], f"{LOGS}['lyapunov']"),
+        ("logs", 3, f"{LOGS}3"),
         ("on_error", "ignore", "Expected 'warn' or 'raise'. Received: on_error='ignore'"),
         ("measures", ["variance", "norm"], f"{MEASURES}['variance', 'norm']"),
         ("measures", "norm", f"{MEASURES}['norm']"),

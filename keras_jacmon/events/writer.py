@@ -4,7 +4,7 @@ import contextlib
 import itertools
 import os
 import uuid
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -47,13 +47,17 @@ class EventWriter:
         self._suffix = ""
         check_writable(log_dir, self.directory)
 
-    def write(self, report: Report, step: int, scalars: Mapping[str, float] | None = None) -> None:
+    def write(
+        self, report: Report, step: int, scalars: Mapping[str, float] | None = None, sentences: Sequence[str] = ()
+    ) -> None:
         """Writes a report and flushes, so that a killed training loses nothing that was measured.
 
         Args:
             report: `Report`.
             step: Integer, the iteration count of the optimizer.
             scalars: Dict of further numbers by tag; None for no others. Defaults to None.
+            sentences: Sequence of strings, one for each verdict that changed; the text summary `verdicts` has them.
+                Defaults to none.
 
         Raises:
             OSError: If TensorFlow cannot write, e.g. to a full disk, or the directory is gone. The next report then
@@ -67,6 +71,7 @@ class EventWriter:
                 try:
                     self._number += 1
                     _write_report(report, scalars or {}, self._prefix)
+                    _write_sentences(sentences, self._prefix)
                     _write_packed(report, self._positions, self._number)
                     self._writer.flush()
                 except tf.errors.OpError:
@@ -154,6 +159,13 @@ def _write_report(report: Report, scalars: Mapping[str, float], prefix: str) -> 
         _write_layer(prefix + _prefix(name, report.layers), layer)
     for tag, value in scalars.items():
         _scalar(prefix + tag, value)
+
+
+def _write_sentences(sentences: Sequence[str], prefix: str) -> None:
+    if sentences:
+        # As code: a name is text, and no Markdown.
+        lines = ["    " + " ".join(sentence.split()) for sentence in sentences]
+        tf.summary.text(f"{prefix}verdicts", "\n".join(lines))
 
 
 def _write_packed(report: Report, positions: int, number: int) -> None:

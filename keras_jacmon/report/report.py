@@ -2,13 +2,14 @@
 
 import dataclasses
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from keras_jacmon.dashboard.one_file import write_page
 from keras_jacmon.errors import did_you_mean, invalid_argument
 from keras_jacmon.report import archive
+from keras_jacmon.report.chosen import key_of
 from keras_jacmon.report.frame import to_dataframe
 from keras_jacmon.report.html import as_html, moments_of
 from keras_jacmon.report.layer_report import LayerReport
@@ -64,17 +65,23 @@ class Report(Mapping[str, LayerReport]):
         more = [f"{len(layers) - _SHOWN} more"] if len(layers) > _SHOWN else []
         return f"<Report: {', '.join([*layers[:_SHOWN], *more]) or 'no layers'}>"
 
-    def scalars(self) -> dict[str, float]:
+    def scalars(self, names: Iterable[str] | None = None) -> dict[str, float]:
         """Returns one number for each key, named as in Keras' `logs`.
+
+        Args:
+            names: Iterable of strings, the names of the measures. `"growth"` also stands for `"joint/growth"` of a cell
+                that has no growth of the hidden view. Defaults to None, for all.
 
         Returns:
             Dict of floats, such as `lstm_jac_variance` and `lstm_jac_joint_growth`; see `LayerReport.scalars`.
         """
         prefixes = _log_names(list(self.layers))
+        wanted = None if names is None else list(names)
         return {
             f"{prefixes[name]}_jac_{key.replace('/', '_')}": value
             for name, layer in self.layers.items()
             for key, value in layer.scalars().items()
+            if wanted is None or key in {key_of(one, layer) for one in wanted}
         }
 
     @property

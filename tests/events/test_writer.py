@@ -325,7 +325,7 @@ def test_paths_that_collide_keep_tags_and_keys_apart(tmp_path: Path) -> None:
     )
     model.compile("sgd", "mse")
     keys = ["variance", "joint/variance"]
-    monitor = JacobianMonitor(PROBE, measures=keys, log_dir=tmp_path, on_error="raise")
+    monitor = JacobianMonitor(PROBE, measures=keys, log_dir=tmp_path, on_error="raise", logs="all")
     history = model.fit(X[:, :, :2], Y, verbose=0, callbacks=[monitor]).history
     report = monitor.reports[-1][1]
     assert list(report) == ["a", "a/joint", "a/joint_1", "a/b", "a_b"]

@@ -181,7 +181,7 @@ def test_the_monitor_logs_it_and_the_training_stays_as_it_is() -> None:
         history = model.fit(PROBE, LAST, epochs=3, batch_size=2, verbose=0, callbacks=[*callbacks])
         return [v.numpy() for v in (*model.variables, *model.optimizer.variables)], history.history
 
-    monitor = JacobianMonitor(PROBE, targets=LAST, measures="variance", log_dir=None, update_freq=1)
+    monitor = JacobianMonitor(PROBE, targets=LAST, measures="variance", log_dir=None, update_freq=1, logs="all")
     plain, plain_history = train()
     weights, history = train(monitor)
     for one, other in zip(plain, weights, strict=True):
