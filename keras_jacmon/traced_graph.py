@@ -126,7 +126,8 @@ class TracedGraph:
         self.captures: dict[str, tf.Tensor] = {inner.name: outer for outer, inner in graph.captures}
         self._definition = graph.as_graph_def()
         by_name = {operation.name: operation for operation in self.operations}
-        self._nodes = {node.name: _bare(node, by_name[node.name]) for node in self._definition.node}
+        self._aliases = {operation.name: f"{k}_{operation.type}" for k, operation in enumerate(self.operations)}
+        self._nodes = {node.name: self._renamed(_bare(node, by_name[node.name])) for node in self._definition.node}
 
     def replay(self, fetches: Sequence[tf.Tensor], feeds: Mapping[str, tf.Tensor]) -> list[tf.Tensor]:
         """Copies to the present graph the operations that lead from the fed tensors of this graph to the fetched ones.
@@ -148,11 +149,27 @@ class TracedGraph:
         if pending:
             definition = tf.compat.v1.GraphDef(versions=self._definition.versions, library=self._definition.library)
             definition.node.extend(self._nodes[op.name] for op in self.operations if op.name in wanted)
+            given = {self._alias(name): here[name] for name in consumed}
             results = tf.graph_util.import_graph_def(
-                definition, {name: here[name] for name in consumed}, [tensor.name for tensor in pending], name="copy"
+                definition, given, [self._alias(tensor.name) for tensor in pending], name="copy"
             )
         made = iter(results)
         return [here[tensor.name] if tensor.name in feeds else next(made) for tensor in fetches]
+
+    def _renamed(self, node: Any) -> Any:
+        """Gives a node, and the nodes that it takes, names that TensorFlow can number in any way and keep apart.
+
+        It numbers what a branch returns for its derivative, `add_2_0` for example, and two such names may be equal.
+        """
+        node.name = self._aliases[node.name]
+        node.input[:] = list(map(self._alias, node.input))
+        return node
+
+    def _alias(self, name: str) -> str:
+        """Returns the name in a copy of an operation, a tensor or a control input."""
+        sign, bare = ("^", name[1:]) if name.startswith("^") else ("", name)
+        operation, *output = bare.split(":")
+        return ":".join([sign + self._aliases[operation], *output])
 
     def between(self, known: Collection[str], fetches: Sequence[tf.Tensor]) -> tuple[set[str], set[str]]:
         """Finds the operations that make tensors of this graph from known ones.

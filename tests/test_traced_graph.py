@@ -3,7 +3,7 @@
 import pytest
 import tensorflow as tf
 
-from keras_jacmon.traced_graph import trace
+from keras_jacmon.traced_graph import TracedGraph, trace
 
 pytestmark = pytest.mark.fast
 
@@ -28,3 +28,18 @@ def test_an_error_while_tracing_is_raised_as_it_is() -> None:
 
     with pytest.raises(KeyError, match="a message"):
         trace(function)
+
+
+def test_the_names_in_a_copy_stay_different_when_they_are_numbered() -> None:
+    """Without this TensorFlow refuses the derivative of some branches: `Duplicated ret name: cond/copy/add_2_0:z`."""
+
+    def function(x: tf.Tensor) -> tf.Tensor:
+        return tf.add(tf.add(x, 1.0, name="add"), tf.add(x, 2.0, name="add_2"), name="add_2_0")
+
+    graph = TracedGraph(function, [tf.TensorSpec([None])])
+    with tf.Graph().as_default() as here:
+        (total,) = graph.replay(graph.outputs, {graph.inputs[0].name: tf.zeros([3])})
+    assert total.shape.rank == 1
+    names = [operation.name.split("/")[-1] for operation in here.get_operations() if operation.type == "AddV2"]
+    assert len(names) == 3
+    assert all(name.endswith("AddV2") for name in names)

@@ -14,6 +14,7 @@ from helpers import (
     BY_ID,
     VIEWS,
     WhileLoopCell,
+    build,
     call_cell,
     floating,
     initial_states,
@@ -311,3 +312,59 @@ def test_states_that_are_not_finite_do_not_count() -> None:
         assert np.isfinite(held.penalty())
         (gradient,) = tape.gradient(loss, [model.layers[0].cell.recurrent_kernel.value])
         assert np.isfinite(gradient).all()
+
+
+class GatedCell(keras.layers.Layer):
+    """A part of `WiredCell`: two candidates, and a gate between them."""
+
+    def __init__(self, units: int) -> None:
+        super().__init__()
+        self.units = units
+        self.slope, self.shift = (keras.layers.Dense(units, name=name) for name in ("time_a", "time_b"))
+
+    def build(self, input_shape: tuple[int, ...]) -> None:
+        shape = (input_shape[-1] + self.units, self.units)
+        self.kernels = [self.add_weight(shape=shape, name=f"kernel_{k}") for k in range(2)]
+        self.biases = [self.add_weight(shape=(self.units,), name=f"bias_{k}") for k in range(2)]
+        self.mask = keras.ops.ones(shape)
+        for part in (self.slope, self.shift):
+            part.build((None, shape[0]))
+
+    def call(self, inputs: Any, states: Any, time: float = 1.0) -> tuple[Any, list[Any]]:
+        x = keras.ops.concatenate([inputs, states[0]], -1)
+        one, other = (
+            1.7 * keras.ops.tanh(0.7 * (keras.ops.matmul(x, kernel * self.mask) + bias))
+            for kernel, bias in zip(self.kernels, self.biases, strict=True)
+        )
+        gate = keras.ops.sigmoid(-self.slope(x) * time + self.shift(x))
+        new_h = one * (1.0 - gate) + gate * other
+        return new_h, [new_h]
+
+
+class WiredCell(keras.layers.Layer):
+    """The units of one group feed the next one within a step, as in a wired closed-form continuous-time network."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.state_size, self.groups = 5, [GatedCell(3), GatedCell(2)]
+
+    def build(self, input_shape: tuple[int, ...]) -> None:
+        self.groups[0].build(input_shape)
+        self.groups[1].build((1, 3))
+
+    def call(self, inputs: Any, states: Any) -> tuple[Any, Any]:
+        new = []
+        for group, part in zip(self.groups, (states[0][:, :3], states[0][:, 3:]), strict=True):
+            inputs, _ = group(inputs, [part])
+            new.append(inputs)
+        return inputs, keras.ops.concatenate(new, -1)
+
+
+@pytest.mark.soak
+def test_a_cell_of_many_pieces_that_are_laid_out_several_times() -> None:
+    """TensorFlow numbers what a branch returns for its derivative, and two names must not become equal by that."""
+    layer = keras.layers.RNN(WiredCell(), name="rnn")
+    model = build(keras.Sequential([keras.Input((STEPS, FEATURES)), layer]), PROBE)
+    expected = measure(model, PROBE, measures=["variance"])["rnn"]["variance"]
+    with JacobianRegularizer(0.5, 1.0).attached(model, PROBE) as held:
+        np.testing.assert_allclose(held.penalty(), np.mean((expected - 0.5) ** 2), rtol=1e-4)
