@@ -106,7 +106,7 @@ class CallMetadata:
             call.layer.go_backwards,
             views,
             choices,
-            notes,
+            (*notes, *_steps_by_hand(call)),
             jacobian,
             columns,
             options,
@@ -206,6 +206,13 @@ class CallMetadata:
                     "would"
                 )
         return notes
+
+
+def _steps_by_hand(call: RecurrentCall) -> tuple[str, ...]:
+    """Returns a note if the model steps the cell outside of the layer, as in a forecast that feeds itself."""
+    if not call.is_stepped_by_hand:
+        return ()
+    return ("the model also calls its cell outside of the layer; these steps are not measured",)
 
 
 def _flow_plan(view: str, states: Sequence[tf.Tensor], choices: Sequence[Choice], options: Options) -> FlowPlan:

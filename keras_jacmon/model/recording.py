@@ -24,6 +24,7 @@ class RecurrentCall:
         inputs: Tensor `(batch, time, ...)`, the sequence.
         states: Structure of tensors `(batch, ...)`, the initial states as the layer holds them.
         mask: Boolean tensor `(batch, time)`, False at the steps to skip; None without a mask.
+        is_stepped_by_hand: Boolean, True if the model also calls the cell outside of the layer. Defaults to False.
     """
 
     name: str
@@ -31,6 +32,7 @@ class RecurrentCall:
     inputs: tf.Tensor
     states: Any
     mask: tf.Tensor | None
+    is_stepped_by_hand: bool = False
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ def record_calls(model: keras.Layer, inputs: Any, layers: Sequence[RecurrentLaye
 
     def run(*flat: tf.Tensor) -> tuple[list[list[tf.Tensor]], _Recorder]:
         recorder = _Recorder(tf.compat.v1.get_default_graph())
-        with shadowing(model, observable, recorder):
+        with shadowing(model, observable, recorder), _watching(observable.values(), recorder):
             model(keras.tree.pack_sequence_as(inputs, list(flat)), **training_argument(model))
         return [_tensors(call) for call in recorder.calls], recorder
 
@@ -80,7 +82,10 @@ def record_calls(model: keras.Layer, inputs: Any, layers: Sequence[RecurrentLaye
     graph, recorder = TracedGraph(traced, specs), traced.static
     replayed = iter(graph.replay(graph.outputs, dict(zip([i.name for i in graph.inputs], flat, strict=True))))
     names = call_names(call.name for call in recorder.calls)
-    calls = tuple(_with_tensors(name, call, replayed) for name, call in zip(names, recorder.calls, strict=True))
+    calls = tuple(
+        _with_tensors(name, call, replayed, is_stepped_by_hand=id(call.layer.cell) in recorder.stepped_by_hand)
+        for name, call in zip(names, recorder.calls, strict=True)
+    )
     recorded = {call.name for call in recorder.calls}
     unmeasured = {item.name: _reason(item, recorder) for item in layers if item.name not in recorded}
     return Recording(calls, unmeasured, graph)
@@ -95,12 +100,15 @@ class _Recorder:
     Attributes:
         calls: List of calls in their order, each with the name of its layer.
         hidden: Set of the names of layers that are called inside another graph.
+        stepped_by_hand: Set of the identities of cells that are called outside of their layers.
     """
 
     def __init__(self, graph: tf.Graph) -> None:
         self._graph = graph
         self.calls: list[RecurrentCall] = []
         self.hidden: set[str] = set()
+        self.stepped_by_hand: set[int] = set()
+        self._inside = 0
 
     def __call__(
         self, item: RecurrentLayer, loop: Callable[..., Any], inputs: tf.Tensor, states: Any, mask: Any, **kwargs: Any
@@ -111,7 +119,39 @@ class _Recorder:
             self.calls.append(RecurrentCall(item.name, item.layer, inputs, initial, _as_mask(mask)))
         else:
             self.hidden.add(item.name)
-        return loop(inputs, states, mask, **kwargs)
+        self._inside += 1
+        try:
+            return loop(inputs, states, mask, **kwargs)
+        finally:
+            self._inside -= 1
+
+    def step(self, cell: keras.Layer) -> None:
+        """Takes note of a call of a cell."""
+        if not self._inside:
+            self.stepped_by_hand.add(id(cell))
+
+
+@contextlib.contextmanager
+def _watching(layers: Iterable[RecurrentLayer], recorder: _Recorder) -> Iterator[None]:
+    """Shadows `call` on the cells of layers, so that the recorder sees each step."""
+
+    def shadow(cell: keras.Layer, original: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            recorder.step(cell)
+            return original(*args, **kwargs)
+
+        return call
+
+    cells = {id(item.layer.cell): item.layer.cell for item in layers if isinstance(item.layer.cell, keras.Layer)}
+    # A cell whose `call` is an attribute of its own keeps it.
+    watched = [cell for cell in cells.values() if "call" not in vars(cell)]
+    try:
+        for cell in watched:
+            vars(cell)["call"] = shadow(cell, cell.call)
+        yield
+    finally:
+        for cell in watched:
+            vars(cell).pop("call", None)
 
 
 def _has_inner_loop_of_keras(item: RecurrentLayer) -> bool:
@@ -134,7 +174,9 @@ def _tensors(call: RecurrentCall) -> list[tf.Tensor]:
     return [call.inputs, *keras.tree.flatten(call.states), *([] if call.mask is None else [call.mask])]
 
 
-def _with_tensors(name: str, call: RecurrentCall, tensors: Iterator[tf.Tensor]) -> RecurrentCall:
+def _with_tensors(
+    name: str, call: RecurrentCall, tensors: Iterator[tf.Tensor], *, is_stepped_by_hand: bool
+) -> RecurrentCall:
     """Returns the call with a name of its own and with other tensors, in the order of `_tensors`."""
     return RecurrentCall(
         name,
@@ -142,6 +184,7 @@ def _with_tensors(name: str, call: RecurrentCall, tensors: Iterator[tf.Tensor]) 
         next(tensors),
         keras.tree.map_structure(lambda _: next(tensors), call.states),
         None if call.mask is None else next(tensors),
+        is_stepped_by_hand,
     )
 
 

@@ -31,6 +31,33 @@ def test_a_layer_called_twice_has_two_entries() -> None:
     assert {"shared_jac_variance", "shared_1_jac_variance"} <= set(report.scalars())
 
 
+class Forecast(keras.Model):
+    """Warms up on the sequence, and then feeds its own output to the cell."""
+
+    def __init__(self, *, steps: int) -> None:
+        super().__init__()
+        self.cell = L.GRUCell(FEATURES)
+        self.rnn = L.RNN(self.cell, return_state=True, name="rnn")
+        self.steps = steps
+
+    def call(self, inputs: Any) -> Any:
+        output, state = self.rnn(inputs)
+        for _ in range(self.steps):
+            output, (state,) = self.cell(output, [state])
+        return output
+
+
+@pytest.mark.fast
+def test_steps_by_hand_beside_a_layer_are_said_to_be_left_out() -> None:
+    note = "the model also calls its cell outside of the layer; these steps are not measured"
+    model = Forecast(steps=2)
+    with pytest.warns(UserWarning, match=f"Layer `rnn`: {note}"):
+        report = measure(model, PROBE, measures="variance")
+    assert report["rnn"].notes == (note,)
+    assert "call" not in vars(model.cell)
+    assert measure(Forecast(steps=0), PROBE, measures="variance")["rnn"].notes == ()
+
+
 def test_a_model_called_twice_has_its_layers_twice() -> None:
     layer = L.GRU(4, return_sequences=True, name="gru")
     inner = keras.Sequential([keras.Input((STEPS, 4)), layer], name="inner")
