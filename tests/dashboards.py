@@ -42,7 +42,7 @@ def make_layer(
         },
         spectra_at=np.zeros((1, 2), np.int64),
         joint="joint/",
-        reductions={"joint/growth": "mean", "joint/horizon": "median"},
+        reductions={"joint/growth": "growth", "joint/horizon": "horizon"},
     )
 
 

@@ -39,9 +39,25 @@ class CellStep:
         Raises:
             ValueError: If number or shapes of the new states differ from the old ones.
         """
+        return self.with_output(inputs, states)[1]
+
+    def with_output(self, inputs: tf.Tensor, states: Sequence[tf.Tensor]) -> tuple[list[tf.Tensor], list[tf.Tensor]]:
+        """Takes one step, and returns the tensors of the output too.
+
+        Args:
+            inputs: Tensor `(points, ...)`.
+            states: Sequence of tensors `(points, ...)`, the flat states.
+
+        Returns:
+            List of the output's tensors, flat, and list of the flat new states. An output that is a new state is the
+            same tensor.
+
+        Raises:
+            ValueError: If number or shapes of the new states differ from the old ones.
+        """
         # A cell may draw a dropout mask that it does not use: neither its seed nor the mask may remain.
         with full_precision(self.cell), keras.StatelessScope() as scope, without_masks(self.cell):
-            _, new = self.cell(inputs, self.packed(states), **training_argument(self.cell))
+            output, new = self.cell(inputs, self.packed(states), **training_argument(self.cell))
         self._written = set(scope.state_mapping)
         flat = keras.tree.flatten(new)
         if len(flat) != len(states):
@@ -49,7 +65,10 @@ class CellStep:
                 f"Cell {type(self.cell).__name__} was given {len(states)} state tensors and returned {len(flat)}. "
                 "Expected as many new states as old ones."
             )
-        return [_like(value, old, self.cell) for value, old in zip(flat, states, strict=True)]
+        like = [_like(value, old, self.cell) for value, old in zip(flat, states, strict=True)]
+        # A state that was cast or converted is still the output that it was before.
+        same = {id(value): state for value, state in zip(flat, like, strict=True)}
+        return [same.get(id(value), tf.convert_to_tensor(value)) for value in keras.tree.flatten(output)], like
 
     def written(self) -> "list[keras.Variable]":
         """Returns the Keras variables that the last step wrote to, except for the states of random generators."""

@@ -75,7 +75,9 @@ def in_words(header: Mapping[str, Any]) -> str:
     after = ""
     if verdict["state"] != "stable":
         after = f" after {verdict['horizon']:.0f} of {header['time']} steps"
-    return f"{verdict['state']}{after}, growth {verdict['growth']:+.2g}, worst at step {verdict['worst_step']}"
+    # Only a step that stands out is named.
+    worst = "" if verdict["worst_step"] is None else f", worst at step {verdict['worst_step']}"
+    return f"{verdict['state']}{after}, growth {verdict['growth']:+.2g}{worst}"
 
 
 def _badness(verdict: Mapping[str, Any] | None) -> list[Any]:

@@ -57,6 +57,7 @@ MEASURES = {
     "singular_values": Measure(),
     "eigenvalues": Measure(reference=None),
     "flow": Measure(reference=0.0, unit="nats", linear=True),
+    "flow_of_all": Measure(reference=0.0, unit="nats", linear=True),
     "growth": Measure(reference=0.0, unit="nats per step", linear=True),
     "horizon": Measure(reference=float("inf"), unit="steps"),
     "lyapunov": Measure(reference=0.0, unit="nats per step", linear=True),

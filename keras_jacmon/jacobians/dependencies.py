@@ -24,11 +24,24 @@ class Dependencies:
         depends: `depends[p][q]` is True if a gradient flows from new floating-point state p to old one q.
         on_inputs: True if a gradient flows from the first of the new states to the inputs.
         bytes_per_point: Memory that one evaluation of the cell with its derivative takes for each point.
+        outputs: Places, among the floating-point states, of those that the output is; if it is none of them, of those
+            that it is made from.
     """
 
     depends: tuple[tuple[bool, ...], ...]
     on_inputs: bool
     bytes_per_point: int
+    outputs: tuple[int, ...]
+
+    @property
+    def carried(self) -> tuple[int, ...]:
+        """Places of the floating-point states that have an influence on new states, but never on the output."""
+        felt = set(self.outputs)
+        while more := {q for p in felt for q, influence in enumerate(self.depends[p]) if influence} - felt:
+            felt |= more
+        return tuple(
+            q for q, influences in enumerate(zip(*self.depends, strict=True)) if any(influences) and q not in felt
+        )
 
 
 def find_dependencies(step: CellStep, inputs: tf.Tensor, states: Sequence[tf.Tensor]) -> Dependencies:
@@ -43,7 +56,7 @@ def find_dependencies(step: CellStep, inputs: tf.Tensor, states: Sequence[tf.Ten
     old = [states[q] for q in floating]
     with tf.GradientTape(persistent=True, watch_accessed_variables=False) as tape:
         tape.watch([*old, *([inputs] if inputs.dtype.is_floating else [])])
-        new = step(inputs, states)
+        output, new = step.with_output(inputs, states)
     stepped = graph.get_operations()[before:]
     if any(operation.type in _PYTHON for operation in stepped):
         raise ValueError("Its cell runs Python at each step (`tf.py_function`), which can be differentiated only once")
@@ -54,6 +67,7 @@ def find_dependencies(step: CellStep, inputs: tf.Tensor, states: Sequence[tf.Ten
         )
     depends = [tuple(g is not None for g in tape.gradient(new[p], old)) for p in floating]
     on_inputs = inputs.dtype.is_floating and tape.gradient(new[floating[0]], inputs) is not None
+    outputs = _states_of_output(tape, output, [new[p] for p in floating], old)
     sizes = [
         size(tensor) * tensor.dtype.size
         for operation in graph.get_operations()[before:]
@@ -61,7 +75,21 @@ def find_dependencies(step: CellStep, inputs: tf.Tensor, states: Sequence[tf.Ten
         if tensor.shape.rank and tensor.shape[1:].is_fully_defined() and tensor.dtype.size
     ]
     floor = 16 * sum(size(state) * state.dtype.size for state in states)
-    return Dependencies(tuple(depends), on_inputs, max(sum(sizes), floor))
+    return Dependencies(tuple(depends), on_inputs, max(sum(sizes), floor), outputs)
+
+
+def _states_of_output(
+    tape: tf.GradientTape, output: Sequence[tf.Tensor], new: Sequence[tf.Tensor], old: Sequence[tf.Tensor]
+) -> tuple[int, ...]:
+    """Returns the places of the states that the output is, or else of those that it is made from; never none."""
+    if same := tuple(place for place, state in enumerate(new) if any(state is tensor for tensor in output)):
+        return same
+    made = [tensor for tensor in output if tensor.dtype.is_floating]
+    for states in (new, old):
+        found = [any(tape.gradient(tensor, state) is not None for tensor in made) for state in states]
+        if any(found):
+            return tuple(place for place, is_source in enumerate(found) if is_source)
+    return (0,)
 
 
 def _side_effect(step: CellStep, operations: Sequence[tf.Operation], new: Sequence[tf.Tensor]) -> str | None:

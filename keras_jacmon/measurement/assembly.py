@@ -13,7 +13,7 @@ from keras_jacmon.jacobians.dependencies import Dependencies
 from keras_jacmon.jacobians.views import View, floating_states, size
 from keras_jacmon.measurement.results import CallResults
 from keras_jacmon.measures.flow import FlowPlan
-from keras_jacmon.measures.kinds import Exponents, Flow, Loss, OverTime, PerStep, Spectrum, SuggestionInput
+from keras_jacmon.measures.kinds import Exponents, Flow, Loss, OverTime, PerStep, Spectrum, SuggestionInput, WholeFlow
 from keras_jacmon.measures.registry import KEYS, Quantity, Selection
 from keras_jacmon.measures.suggestions import suggestion_inputs
 from keras_jacmon.model.recording import RecurrentCall
@@ -110,12 +110,17 @@ class CallMetadata:
             jacobian,
             columns,
             options,
-            {view: _flow_plan(view, states, choices[view], options) for view in views if view != "inputs"},
+            {
+                view: _flow_plan(view, states, choices[view], dependencies.outputs, options)
+                for view in views
+                if view != "inputs"
+            },
         )
 
     def flow_plan(self, quantity: Quantity) -> FlowPlan:
         """The vectors that the flow of a quantity begins with."""
-        return self.flow_plans[quantity.view]
+        plan = self.flow_plans[quantity.view]
+        return plan.of_all(self.options.flow_vectors) if isinstance(quantity.measure.kind, WholeFlow) else plan
 
     def report(self, results: CallResults, loss_gradient: tf.Tensor | None = None) -> LayerReport:
         """Assembles the report.
@@ -215,11 +220,14 @@ def _steps_by_hand(call: RecurrentCall) -> tuple[str, ...]:
     return ("the model also calls its cell outside of the layer; these steps are not measured",)
 
 
-def _flow_plan(view: str, states: Sequence[tf.Tensor], choices: Sequence[Choice], options: Options) -> FlowPlan:
-    """Returns the vectors with which the flow of a square view begins."""
+def _flow_plan(
+    view: str, states: Sequence[tf.Tensor], choices: Sequence[Choice], outputs: Sequence[int], options: Options
+) -> FlowPlan:
+    """Returns the vectors with which the flow of a square view begins: in the output's states, or in the only one."""
     sizes = tuple(size(states[output]) for output in View.of(view, states).outputs)
+    begins = tuple(len(sizes) == 1 or place in outputs for place in range(len(sizes)))
     cheap = all(choice.how is not Method.AUTODIFF for choice in choices)
-    return FlowPlan.of(sizes, (True,) * len(sizes), options.flow_vectors, cheap=cheap)
+    return FlowPlan.of(sizes, begins, options.flow_vectors, cheap=cheap)
 
 
 def _views_and_notes(
@@ -248,6 +256,12 @@ def _views_and_notes(
             for state, influences in zip(floating, zip(*depends, strict=True), strict=True)
             if not any(influences)
         ]
+        carried = ", ".join(str(floating[place]) for place in dependencies.carried)
+        if carried:
+            notes.append(
+                f"no gradient connects the output with state {carried}, which is carried on and never felt: flow, "
+                "growth and horizon of the joint view do not see it, `joint/flow_of_all` does"
+            )
     if with_inputs and dependencies.on_inputs:
         views.append("inputs")
     elif with_inputs:

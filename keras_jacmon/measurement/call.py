@@ -63,6 +63,8 @@ def measure_call(
     # A subclass may use its gates in another way.
     with_inputs = with_suggestion_measures(selection, forgets=type(call.layer.cell) is keras.layers.LSTMCell)
     of_points = filtered(with_inputs, lambda measure: not measure.kind.over_time)
+    if dependencies.carried and KEYS["joint/flow"] in selection:
+        selection = (*selection, KEYS["joint/flow_of_all"])
     over_time = filtered(selection, lambda measure: measure.kind.over_time)
     metadata = dataclasses.replace(
         metadata, has_structure=jacobian.has_structure(views_of(selection)), quantities=(*of_points, *over_time)

@@ -73,6 +73,10 @@ class FlowPlan:
         units = cls(sizes, begins, 0).units
         return cls(sizes, begins, units if cheap and units <= _FEW_UNITS else min(wanted, units))
 
+    def of_all(self, wanted: int) -> "FlowPlan":
+        """Returns the plan of a flow that begins in all states, from the number of vectors that the user asks for."""
+        return FlowPlan.of(self.sizes, (True,) * len(self.sizes), wanted, cheap=False)
+
     @property
     def units(self) -> int:
         """The number of units in which the flow begins."""

@@ -92,6 +92,13 @@ class Flow(OverTime):
 
 
 @dataclass(frozen=True)
+class WholeFlow(Flow):
+    """A function of the flow that begins in all states; measured where some are carried and never felt."""
+
+    selectable: ClassVar[bool] = False
+
+
+@dataclass(frozen=True)
 class Exponents(OverTime):
     """A function of the Lyapunov exponents: `function` maps them, `(exponents, samples)`, and the number of units.
 

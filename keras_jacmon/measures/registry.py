@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple
 
 from keras_jacmon.errors import did_you_mean, invalid_argument
 from keras_jacmon.measures import eigen, flow, lyapunov, moments, spectrum
-from keras_jacmon.measures.kinds import Exponents, Flow, Kind, Loss, PerStep, Spectrum
+from keras_jacmon.measures.kinds import Exponents, Flow, Kind, Loss, PerStep, Spectrum, WholeFlow
 from keras_jacmon.options import VIEWS, Options
 
 _SQUARE = ("hidden", "joint")
@@ -193,8 +193,8 @@ MEASURES = {
             "flow",
             Flow(reduction=None),
             lambda log_gain: log_gain,
-            definition="`log(‖J_T ... J_{T-k+1}‖ / sqrt(n))` for k = 1, 2, ..., Frobenius norm, from 3 "
-            "random orthonormal vectors (`flow_vectors`), without the bias of the logarithm",
+            definition="`log(‖P‖ / sqrt(n))` for k = 1, 2, ..., Frobenius norm; P has the n rows of the output's "
+            "states in `J_T ... J_{T-k+1}`; from 3 random orthonormal vectors (`flow_vectors`), without bias",
             unit="nats",
             reference="0",
             reading="the logarithm of what is left of a gradient after 1, 2, ... steps from the end of the sequence",
@@ -203,8 +203,21 @@ MEASURES = {
             uncertainty="standard error",
         ),
         Measure(
+            "flow_of_all",
+            WholeFlow(reduction=None),
+            lambda log_gain: log_gain,
+            definition="as `flow`, with all rows of `J_T ... J_{T-k+1}`; only where a state is carried and never felt",
+            unit="nats",
+            reference="0",
+            reading="what is left of a gradient that arrives at all states, also at those that the output never feels",
+            cost="standard",
+            views=("joint",),
+            method=_backwards,
+            uncertainty="standard error",
+        ),
+        Measure(
             "growth",
-            Flow(),
+            Flow(reduction="growth"),
             flow.growth,
             definition="the slope of the flow over k",
             unit="nats per step",
@@ -215,7 +228,7 @@ MEASURES = {
         ),
         Measure(
             "horizon",
-            Flow(reduction="median"),
+            Flow(reduction="horizon"),
             flow.horizon,
             definition="the least k at which the flow is below log 0.01 or above log 100",
             unit="steps",
@@ -331,6 +344,8 @@ PRESETS = {
 def select_measures(names: Iterable[str] | str | None) -> Selection:
     """Selects the measures of these names, in the order of the registry.
 
+    Growth and horizon bring the flow that they are read off.
+
     Args:
         names: Names of measures, `"variance"` of the hidden view, `"joint/variance"` of the joint one, and of presets;
             None for `"standard"`.
@@ -347,6 +362,7 @@ def select_measures(names: Iterable[str] | str | None) -> Selection:
         hints = [did_you_mean(name, [*PRESETS, *_NAMES]) for name in unknown]
         raise invalid_argument("measures", expected, f"{names}{''.join(hints)}")
     wanted = {key for name in names for key in PRESETS.get(name, (name,))}
+    wanted |= {key_of(KEYS[key].view, "flow") for key in wanted if isinstance(KEYS[key].measure.kind, Flow)}
     return tuple(quantity for key, quantity in KEYS.items() if key in wanted)
 
 

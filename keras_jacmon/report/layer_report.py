@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from keras_jacmon.errors import did_you_mean
+from keras_jacmon.errors import did_you_mean, invalid_argument
+from keras_jacmon.report.curve import FALL, RISE
 from keras_jacmon.report.reductions import REDUCTIONS, FloatArray, mean
-from keras_jacmon.report.verdict import FALL, RISE, Verdict, judge
+from keras_jacmon.report.verdict import Verdict, judge
 
 
 @dataclass(frozen=True)
@@ -50,8 +51,8 @@ class LayerReport:
         methods: Dict of strings, the method behind the values of a key: `"exact"`, `"Arnoldi, to 0.01"`,
             `"3 random vectors"`. Defaults to none, read as `"exact"`.
         reductions: Dict of strings, by key of `sequences` the reduction to one number over the samples: `"mean"`,
-            `"median"` or `"first"` (the mean of the first value of each sample). A key without one has no number.
-            Defaults to none.
+            `"first"` (the mean of the first value of each sample), `"growth"` or `"horizon"` (of the flow's mean over
+            the samples). A key without one has no number. Defaults to none.
         may_be_infinite: Frozenset of the keys of `values` in which inf is a regular value. Defaults to none.
 
     Example:
@@ -122,29 +123,54 @@ class LayerReport:
 
         Returns:
             Boolean array `(time, batch)`.
+
+        Raises:
+            KeyError: If the report has no such key.
+            ValueError: If it is a key of `sequences` or `spectra`, which have no value for each step.
         """
+        if key not in self.values:
+            shape = self[key].shape
+            axes = "(point, value)" if key in self.spectra else "(batch,)" if len(shape) == 1 else "(value, batch)"
+            raise invalid_argument(
+                "key",
+                f"a measure of single steps, of {list(self.values)}",
+                f"key={key!r}, with an array {axes} of shape {shape}: read it as `layer[{key!r}]`, "
+                "and its number, if it has one, in `layer.scalars()`",
+            )
         return self.sampled.get(key, self.mask)
 
     def valid(self, key: str) -> FloatArray:
         """Returns the measured values, flat; a NaN among them comes from the network.
 
         Args:
-            key: String, a key of `values`.
+            key: String, a key of `values`; or one of `sequences` with one value for each sample, such as
+                `"joint/growth"`: then the values of the samples that have one.
 
         Returns:
-            Float array `(points,)`, in the unit of the measure.
+            Float array `(points,)`, or `(samples,)`, in the unit of the measure.
+
+        Raises:
+            ValueError: If the key has neither.
         """
+        if self._is_of_samples(key):
+            return self.sequences[key][~np.isnan(self.sequences[key])]
         return self[key][self.measured(key)]
 
     def mean(self, key: str) -> float:
         """Returns the mean of the measured values; NaN if a value is NaN, or if there is none.
 
         Args:
-            key: String, a key of `values`.
+            key: String, a key of `values`; or one of `sequences` with one value for each sample, such as
+                `"joint/growth"`: then its number in `scalars()`.
 
         Returns:
             Float, in the unit of the measure.
+
+        Raises:
+            ValueError: If the key has neither.
         """
+        if self._is_of_samples(key) and key in self.reductions:
+            return self.scalars()[key]
         return mean(self.valid(key))
 
     def standard_error(self, key: str) -> float:
@@ -155,10 +181,14 @@ class LayerReport:
 
         Returns:
             Float, in the unit of the measure.
+
+        Raises:
+            ValueError: If it is a key of `sequences` or `spectra`.
         """
+        measured = self.measured(key)
         if key not in self.estimated:
             return 0.0
-        errors = self.uncertainties[key][self.measured(key)]
+        errors = self.uncertainties[key][measured]
         # The points are estimated with independent random vectors.
         return float(np.sqrt(np.sum(errors.astype(np.float64) ** 2)) / max(errors.size, 1))
 
@@ -170,6 +200,9 @@ class LayerReport:
 
         Returns:
             Float array `(time,)`, in the unit of the measure.
+
+        Raises:
+            ValueError: If it is a key of `sequences` or `spectra`.
         """
         steps = zip(self[key], self.measured(key), strict=True)
         return np.array([mean(values[valid]) for values, valid in steps], dtype=np.float64)
@@ -178,11 +211,18 @@ class LayerReport:
         """Returns the least and the greatest of `over_time(key)`, over the steps that have a measured sample.
 
         Args:
-            key: String, a key of `values`.
+            key: String, a key of `values`; or one of `sequences` with one value for each sample, such as
+                `"joint/growth"`: then the least and the greatest of these.
 
         Returns:
-            Two floats, in the unit of the measure; NaN if no step was measured.
+            Two floats, in the unit of the measure; NaN if nothing was measured.
+
+        Raises:
+            ValueError: If the key has neither.
         """
+        if self._is_of_samples(key):
+            samples = self.valid(key)
+            return (float(np.min(samples)), float(np.max(samples))) if samples.size else (np.nan, np.nan)
         steps = self.over_time(key)[self.measured(key).any(axis=1)]
         return (float(np.min(steps)), float(np.max(steps))) if steps.size else (np.nan, np.nan)
 
@@ -190,13 +230,14 @@ class LayerReport:
         """Returns one number for each key that has one.
 
         Returns:
-            Dict of floats: the means of the `values`, and the `sequences` after their `reductions`: means over the
-            samples, of the horizon the median, of the Lyapunov exponents the mean of the largest, as `lyapunov_1`.
+            Dict of floats: the means of the `values`, and the `sequences` after their `reductions`: growth and horizon
+            of the flow's mean over the samples, as in the verdict; of the Lyapunov exponents the mean of the largest,
+            as `lyapunov_1`; means over the samples of the others.
         """
         found = {key: self.mean(key) for key in self.values}
         for key, name in self.reductions.items():
             reduction = REDUCTIONS[name]
-            found[key + reduction.suffix] = reduction.reduce(reduction.samples(self.sequences[key]))
+            found[key + reduction.suffix] = reduction.reduce(self.sequences[reduction.source_key(key)])
         return found
 
     def judge(self, fall: float = FALL, rise: float = RISE) -> Verdict | None:
@@ -218,13 +259,29 @@ class LayerReport:
         if key not in self.sequences:
             return None
         return judge(
-            self.sequences[key].astype(np.float64),
+            self.sequences[key],
             self.mask,
             self.suggestion_inputs,
+            log_gain_of_all=self.sequences.get(f"{self.joint}flow_of_all"),
             go_backwards=self.go_backwards,
             fall=fall,
             rise=rise,
         )
+
+    def why_no_verdict(self) -> str:
+        """Returns the reason why `judge` returns None; `""` if there is a verdict."""
+        if self.judge() is not None:
+            return ""
+        key = f"{self.joint}flow"
+        if key not in self.sequences:
+            return f"`{key}`, on which it rests, was not measured"
+        if not self.mask.any():
+            return "all steps of the probe are masked"
+        return f"`{key}` is NaN, because weights, states or Jacobians are not finite"
+
+    def _is_of_samples(self, key: str) -> bool:
+        """True for a measure of whole sequences with one value for each sample."""
+        return key in self.sequences and self.sequences[key].ndim == 1
 
     def nonfinite(self) -> dict[str, int]:
         """Counts NaN and inf among the values of single steps.

@@ -78,5 +78,8 @@ def _check_words(layer: LayerReport) -> None:
     ):
         if not all(isinstance(word, str) for word in words):
             raise TypeError(f"{name} are not all text")
-    if not layer.reductions.keys() <= layer.sequences.keys() or not set(layer.reductions.values()) <= set(REDUCTIONS):
+    known = layer.reductions.keys() <= layer.sequences.keys() and set(layer.reductions.values()) <= set(REDUCTIONS)
+    if not known or any(
+        REDUCTIONS[name].source_key(key) not in layer.sequences for key, name in layer.reductions.items()
+    ):
         raise TypeError(f"reductions do not fit: {layer.reductions}")

@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from keras_jacmon.report.curve import growth, horizon, mean_curve
+
 FloatArray = npt.NDArray[np.floating]
 
 
@@ -17,36 +19,43 @@ def mean(values: FloatArray) -> float:
         return float(np.mean(values, dtype=np.float64)) if values.size else float("nan")
 
 
-def median(values: FloatArray) -> float:
-    """Returns the lower median, in which inf counts; NaN if there is no value."""
-    return float(np.quantile(values, 0.5, method="lower")) if values.size else float("nan")
-
-
 @dataclass(frozen=True)
 class Reduction:
     """A way to make one number of a measure of whole sequences.
 
     Attributes:
-        reduce: Function from the values of the samples, without NaN, to the number.
+        reduce: Function from the array of the source to the number.
+        source: String, the measure of the same view whose array is reduced; empty for the measure itself.
         select: Function from the array of the measure to the values of the samples, `(batch,)`.
         suffix: String after the measure's key in the key of the number.
-        remark: String, the name of the number in printed tables; empty for a mean.
+        remark: String, the meaning of the number in printed tables; empty for a mean.
     """
 
     reduce: Callable[[FloatArray], float]
-    select: Callable[[FloatArray], FloatArray]
+    source: str = ""
+    select: Callable[[FloatArray], FloatArray] = lambda array: array
     suffix: str = ""
     remark: str = ""
 
     def samples(self, array: npt.NDArray[Any]) -> FloatArray:
         """Returns the values of the samples that have one."""
-        values = self.select(array)
-        return values[~np.isnan(values)]
+        return _known(self.select(array))
+
+    def source_key(self, key: str) -> str:
+        """Returns the key of the array that is reduced for a measure's key."""
+        view = key[: key.rfind("/") + 1]
+        return f"{view}{self.source}" if self.source else key
 
 
-# "first" takes the leading one of several values of each sample, `(values, batch)`.
+def _known(values: FloatArray) -> FloatArray:
+    return values[~np.isnan(values)]
+
+
+# "first" takes the leading one of several values of each sample, `(values, batch)`. Growth and horizon are those of the
+# mean flow, as in the verdict: a horizon of the mean is no mean of horizons.
 REDUCTIONS = {
-    "mean": Reduction(mean, lambda array: array),
-    "median": Reduction(median, lambda array: array, remark="median"),
-    "first": Reduction(mean, lambda array: array[0], suffix="_1"),
+    "mean": Reduction(lambda array: mean(_known(array))),
+    "first": Reduction(lambda array: mean(_known(array[0])), select=lambda array: array[0], suffix="_1"),
+    "growth": Reduction(lambda flow: growth(mean_curve(flow)), source="flow", remark="of the mean flow"),
+    "horizon": Reduction(lambda flow: horizon(mean_curve(flow)), source="flow", remark="of the mean flow"),
 }

@@ -10,13 +10,14 @@ from keras_jacmon.dashboard.one_file import write_page
 from keras_jacmon.errors import did_you_mean, invalid_argument
 from keras_jacmon.report import archive
 from keras_jacmon.report.chosen import key_of
+from keras_jacmon.report.curve import FALL, RISE
 from keras_jacmon.report.frame import to_dataframe
 from keras_jacmon.report.html import as_html, moments_of
 from keras_jacmon.report.layer_report import LayerReport
 from keras_jacmon.report.plots import plot
 from keras_jacmon.report.records import from_record, to_record
 from keras_jacmon.report.table import table
-from keras_jacmon.report.verdict import FALL, RISE, Verdict
+from keras_jacmon.report.verdict import Verdicts
 
 # The number of layers that a short description names.
 _SHOWN = 5
@@ -85,11 +86,11 @@ class Report(Mapping[str, LayerReport]):
         }
 
     @property
-    def verdict(self) -> dict[str, Verdict]:
-        """Dict of `Verdict`, for the layers whose joint `flow` was measured."""
+    def verdict(self) -> Verdicts:
+        """Dict of `Verdict`, for the layers whose joint `flow` was measured; a `KeyError` says why one is missing."""
         return self.judge()
 
-    def judge(self, fall: float = FALL, rise: float = RISE) -> dict[str, Verdict]:
+    def judge(self, fall: float = FALL, rise: float = RISE) -> Verdicts:
         """Judges the layers whose joint `flow` was measured, with thresholds of one's own.
 
         Args:
@@ -97,13 +98,16 @@ class Report(Mapping[str, LayerReport]):
             rise: Float above 1, the gain at which a gradient has exploded. Defaults to 100.
 
         Returns:
-            Dict of `Verdict`, by layer.
+            Dict of `Verdict`, by layer. Asking it for a layer without one raises a `KeyError` that says why.
 
         Raises:
             ValueError: If not 0 < fall < 1 < rise.
         """
         verdicts = {name: layer.judge(fall, rise) for name, layer in self.layers.items()}
-        return {name: verdict for name, verdict in verdicts.items() if verdict is not None}
+        return Verdicts(
+            {name: verdict for name, verdict in verdicts.items() if verdict is not None},
+            {name: self.layers[name].why_no_verdict() for name, verdict in verdicts.items() if verdict is None},
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the whole report in types that JSON has: dicts, lists, strings and numbers.
@@ -213,7 +217,11 @@ class Report(Mapping[str, LayerReport]):
         return plot([(None, self.layers)], kind=kind, layer=layer, measure=measure, ax=ax)
 
     def __str__(self) -> str:
-        verdicts = [f"{name}: {verdict}" for name, verdict in self.verdict.items()]
+        found = self.verdict
+        verdicts = [
+            f"{name}: {found[name]}" if name in found else f"{name}: no verdict: {found.reasons[name]}"
+            for name in self.layers
+        ]
         tables = [table(name, layer) for name, layer in self.layers.items()]
         return "\n\n".join([*(["\n".join(verdicts)] if verdicts else []), *tables])
 

@@ -1,23 +1,24 @@
 """Verdict on a gradient's way through a layer, and suggestions with the numbers they rest on."""
 
 import math
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
+from keras_jacmon.report.curve import FALL, RISE, State, added, fate, growth, mean_curve, nan_mean
 from keras_jacmon.report.reductions import FloatArray
-
-State = Literal["vanishing", "stable", "exploding"]
-
-# The gains at which a gradient has vanished, and at which it has exploded.
-FALL, RISE = 0.01, 100.0
 
 # The suggested forget bias leaves this part of a cell state at the end of the sequence.
 _RETAINED = 0.5
+
+# A step stands out if the logarithm of its gain differs from the median by so much, and by so many times the median
+# difference: of normal numbers, three in a million do.
+_LEAST_EXCESS, _OUTLIER = math.log(1.5), 7.0
+
+# A threshold beyond the probe is worth a word within so many times its length.
+_SOON = 5
 
 # A recurrent kernel is not suggested to be multiplied, or divided, by more.
 _MOST_GAIN = 4.0
@@ -30,14 +31,22 @@ class Verdict:
     `print(verdict)` shows it in words.
 
     Attributes:
-        state: `"vanishing"`, `"stable"` or `"exploding"`: the threshold that the flow meets first, if any.
-        growth: Float, nats per step: the slope of the flow's mean logarithm; -inf if nothing arrives at the beginning.
-        horizon: Float, steps after which the geometric mean over the samples meets the threshold; inf if it does not.
+        state: `"vanishing"`, `"stable"` or `"exploding"`: the threshold that the flow meets first within the probe.
+        growth: Float, nats per step: the slope of the flow's mean over the samples; -inf if nothing arrives at the
+            beginning. `scalars()` has the same number.
+        horizon: Float, steps after which the mean of the flow meets the threshold; inf if it does not. `scalars()` has
+            the same number.
+        expected_horizon: Float, steps: the horizon; if that is inf, the number of steps after which a threshold would
+            be met at this growth, if there is one within five times the length of the probe.
         gain: Float, dimensionless: the rest of a gradient over each sample's whole length, geometric mean over the
             samples.
-        worst_step: Integer, the position in the input at which most is lost, or, of an exploding flow, most is gained.
-        worst_gain: Float, dimensionless: the gain at that step, geometric mean over the samples.
+        length: Float, steps: the mean length of a sample.
+        worst_step: Integer, the position in the input at which most is lost, or, of an exploding flow, most is gained;
+            None if no step stands out from the others.
+        worst_gain: Float, dimensionless: the gain at that step, geometric mean over the samples; None without one.
         suggestions: Tuple of sentences about possible changes, each with the measured numbers that it rests on.
+        growth_of_all: Float, nats per step: the growth of a gradient that arrives at all states, also at those that are
+            carried on and that the output never feels; None if there are none.
 
     Example:
 
@@ -54,15 +63,52 @@ class Verdict:
     state: State
     growth: float
     horizon: float
+    expected_horizon: float
     gain: float
-    worst_step: int
-    worst_gain: float
+    length: float
+    worst_step: int | None
+    worst_gain: float | None
     suggestions: tuple[str, ...]
+    growth_of_all: float | None = None
 
     def __str__(self) -> str:
-        where = "beyond the sequence" if math.isinf(self.horizon) else f"{self.horizon:.0f} steps"
-        head = f"{self.state}: {self.growth:+.3g} nats per step, horizon {where}, worst at step {self.worst_step}"
-        return "\n".join([f"{head} (gain {self.worst_gain:.3g})", *(f"  - {line}" for line in self.suggestions)])
+        head = (
+            f"{self.state}: {self.growth:+.3g} nats per step, gain {self.gain:.3g} over {self.length:.4g} steps, "
+            f"horizon {self._horizon()}"
+        )
+        if self.worst_step is not None:
+            head += f", worst at step {self.worst_step} (gain {self.worst_gain:.3g})"
+        if self.growth_of_all is not None:
+            head += f"; of all states, felt or not: {self.growth_of_all:+.3g} nats per step"
+        return "\n".join([head, *(f"  - {line}" for line in self.suggestions)])
+
+    def _horizon(self) -> str:
+        if math.isfinite(self.horizon):
+            return f"{self.horizon:.0f} steps"
+        if math.isfinite(self.expected_horizon):
+            return f"beyond the sequence: at this growth {self.expected_horizon:.0f} steps"
+        return "beyond the sequence"
+
+
+class Verdicts(dict[str, Verdict]):
+    """Verdicts by layer; whoever asks for one that is not there is told why.
+
+    Args:
+        verdicts: Mapping from layers to their verdicts.
+        reasons: Mapping from the other layers to the reason why they have none.
+
+    Attributes:
+        reasons: As given.
+    """
+
+    def __init__(self, verdicts: Mapping[str, Verdict], reasons: Mapping[str, str]) -> None:
+        super().__init__(verdicts)
+        self.reasons = dict(reasons)
+
+    def __missing__(self, name: str) -> Verdict:
+        if name in self.reasons:
+            raise KeyError(f"No verdict on layer '{name}': {self.reasons[name]}")
+        raise KeyError(f"No layer '{name}' in this report. Measured: {[*self, *self.reasons]}")
 
 
 def judge(
@@ -70,6 +116,7 @@ def judge(
     mask: npt.NDArray[np.bool_],
     suggestion_inputs: Mapping[str, float],
     *,
+    log_gain_of_all: FloatArray | None = None,
     go_backwards: bool = False,
     fall: float = FALL,
     rise: float = RISE,
@@ -83,6 +130,8 @@ def judge(
         suggestion_inputs: Mapping of floats, all dimensionless; each may be missing. `variance`: the mean hidden
             variance. `kernel_gain`: the factor of the recurrent kernel that would bring it to 1. `forget`: the
             geometric mean of the forget gates. `step_gain`: the geometric mean of the root mean square singular values.
+        log_gain_of_all: Float array like `log_gain`, of a gradient that arrives at all states, felt or not. Defaults to
+            None, if the output feels all of them.
         go_backwards: Boolean, True if the layer runs from the last position of the input to the first. Defaults to
             False.
         fall: Float in (0, 1): a gain of this or less has vanished. Defaults to 0.01.
@@ -99,64 +148,78 @@ def judge(
             "Invalid value for arguments `fall` and `rise`. Expected 0 < fall < 1 < rise. Received: "
             f"fall={fall}, rise={rise}"
         )
+    curve = mean_curve(log_gain)
+    if not _is_known(log_gain, mask) or np.isnan(curve).any():
+        return None
+    (state, horizon), slope = fate(curve, fall, rise), growth(curve)
+    gain, length = _whole_gain(log_gain)
+    worst_step, worst_gain = _worst(_by_position(log_gain, mask, go_backwards=go_backwards), state)
+    suggestions = () if state == "stable" else _suggestions(state, suggestion_inputs, length, slope)
+    expected = _expected_horizon(curve, slope, fall, rise) if state == "stable" else horizon
+    of_all = None if log_gain_of_all is None else growth(mean_curve(log_gain_of_all))
+    return Verdict(state, slope, horizon, expected, gain, length, worst_step, worst_gain, suggestions, of_all)
+
+
+def _is_known(log_gain: FloatArray, mask: npt.NDArray[np.bool_]) -> bool:
+    """True if there is a sample with a step, and the flow of each such sample begins with a number."""
+    known = ~np.isnan(log_gain).all(axis=0)
+    return bool(known.any()) and np.array_equal(known, mask.any(axis=0))
+
+
+def _whole_gain(log_gain: FloatArray) -> tuple[float, float]:
+    """Returns the geometric mean of the gains over the samples' whole lengths, and the mean length."""
     lengths = (~np.isnan(log_gain)).sum(axis=0)
     known = np.flatnonzero(lengths)
-    curve = _mean(log_gain, axis=1)
-    incomplete = not np.array_equal(known, np.flatnonzero(mask.any(axis=0)))
-    if not known.size or incomplete or np.isnan(curve[: lengths.max()]).any():
-        return None
-    state, horizon = _fate(curve, fall, rise)
-    growth = _slope(curve)
-    local = _by_position(log_gain, mask, go_backwards=go_backwards)
-    worst = int(np.nanargmax(local) if state == "exploding" else np.nanargmin(local))
     with np.errstate(over="ignore"):
-        gain, worst_gain = np.exp([_mean(log_gain[lengths[known] - 1, known], axis=0), local[worst]])
-    steps = float(lengths[known].mean())
-    suggestions = () if state == "stable" else _suggestions(state, suggestion_inputs, steps, growth)
-    return Verdict(state, growth, horizon, float(gain), worst, float(worst_gain), suggestions)
+        gain = np.exp(nan_mean(log_gain[lengths[known] - 1, known], axis=0))
+    return float(gain), float(lengths[known].mean())
 
 
-def _fate(curve: FloatArray, fall: float, rise: float) -> tuple[State, float]:
-    """Returns the threshold that a curve of log gains over the spans 1, 2, ... meets first, and the span."""
-    vanished, exploded = (_first(met) for met in (curve <= math.log(fall), curve >= math.log(rise)))
-    if math.isinf(vanished) and math.isinf(exploded):
-        return "stable", math.inf
-    return ("vanishing", vanished) if vanished < exploded else ("exploding", exploded)
+def _expected_horizon(curve: FloatArray, slope: float, fall: float, rise: float) -> float:
+    """Returns the number of steps after which a curve that met no threshold would meet one; inf if that is not soon."""
+    if slope == 0 or not math.isfinite(slope):
+        return math.inf
+    left = math.log(fall if slope < 0 else rise) - curve[-1]
+    steps = math.ceil(curve.size + left / slope)
+    return float(steps) if steps <= _SOON * curve.size else math.inf
 
 
-def _first(met: npt.NDArray[np.bool_]) -> float:
-    """Returns the first span at which a condition is met; inf if there is none."""
-    return float(np.argmax(met) + 1) if met.any() else math.inf
+def _worst(local: FloatArray, state: State) -> tuple[int | None, float | None]:
+    """Returns the step that loses, or gains, more than the others, and its gain; None if no step stands out.
 
-
-def _slope(curve: FloatArray) -> float:
-    """Returns the least-squares slope of a curve over the spans 1, 2, ..., with 0 at span 0; -inf if it ends there."""
-    if np.isneginf(curve).any():
-        return -math.inf
-    values = np.concatenate([[0.0], curve[np.isfinite(curve)]])
-    spans = np.concatenate([[0.0], np.flatnonzero(np.isfinite(curve)) + 1.0])
-    centred = spans - spans.mean()
-    return float(centred @ values / (centred @ centred)) if values.size > 1 else math.nan
-
-
-def _mean(values: FloatArray, axis: int) -> FloatArray:
-    """Returns the mean of the values that are not NaN; NaN where there is none."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # NumPy's on means of nothing, and of inf and -inf
-        return np.asarray(np.nanmean(values, axis=axis))
+    Args:
+        local: Float array `(time,)`, the logarithm of each step's gain by position; NaN where there is none.
+        state: The state of the flow.
+    """
+    known = local[~np.isnan(local)]
+    if not known.size:
+        return None, None
+    worst = int(np.nanargmax(local) if state == "exploding" else np.nanargmin(local))
+    typical = np.median(known)
+    with np.errstate(invalid="ignore"):
+        spread = np.median(np.abs(known - typical))
+        excess = abs(local[worst] - typical)
+    # A step that lets nothing pass stands out anyhow.
+    if math.isfinite(local[worst]) and excess <= max(_LEAST_EXCESS, _OUTLIER * spread):
+        return None, None
+    with np.errstate(over="ignore"):
+        return worst, float(np.exp(local[worst]))
 
 
 def _by_position(log_gain: FloatArray, mask: npt.NDArray[np.bool_], *, go_backwards: bool) -> FloatArray:
-    """Returns each step's share of the logarithm of the gain, by its position in the input, mean over the samples."""
-    with np.errstate(invalid="ignore"):
-        # From -inf on nothing is lost any more.
-        added = np.diff(log_gain, axis=0, prepend=0.0)
+    """Returns each step's share of the logarithm of the gain, by its position in the input, mean over the samples.
+
+    The step that a sample takes last is left out, unless nothing passes it: there a random direction turns into those
+    that survive, and the loss is not the step's own.
+    """
+    gains = added(log_gain)
+    gains[0, np.isfinite(gains[0])] = np.nan
     local = np.full(mask.shape, np.nan)
     for sample in range(mask.shape[1]):
         positions = np.flatnonzero(mask[:, sample])
         # Spans are counted from the step that the layer takes last.
-        local[positions if go_backwards else positions[::-1], sample] = added[: positions.size, sample]
-    return _mean(local, axis=1)
+        local[positions if go_backwards else positions[::-1], sample] = gains[: positions.size, sample]
+    return nan_mean(local, axis=1)
 
 
 def _suggestions(state: State, inputs: Mapping[str, float], steps: float, growth: float) -> tuple[str, ...]:

@@ -66,8 +66,7 @@ def test_the_layers_have_the_worst_first(served: Client) -> None:
         "step": 20,
         "measurements": 3,
         "state": "vanishing",
-        "words": f"vanishing after {verdict.horizon:.0f} of 20 steps, growth {verdict.growth:+.2g}, "
-        f"worst at step {verdict.worst_step}",
+        "words": f"vanishing after {verdict.horizon:.0f} of 20 steps, growth {verdict.growth:+.2g}",
         "suggestions": [],
         "notes": [],
         "growth": [[0, first[0]], [10, first[1]], [20, verdict.growth]],

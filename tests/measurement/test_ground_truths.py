@@ -339,7 +339,8 @@ def test_the_hidden_view_is_blind_to_the_forget_bias() -> None:
     # dc'/dc = Diag(f) makes up most of the joint view: σ(1) = 0.73 -> σ(4) = 0.98.
     assert after.mean("joint/rms_singular_value") > 1.2 * before.mean("joint/rms_singular_value")
     np.testing.assert_allclose(np.log(gains), np.log([2.3e-4, 2.85]), rtol=0, atol=np.log(2))
-    # The joint flow is the RMS gain of both states, to a factor of some units; that is what the verdict goes by.
+    # The joint flow is the RMS gain from the output to both states, to a factor of some units; that is what the verdict
+    # goes by.
     found = [before["joint/flow"][-1, 0], after["joint/flow"][-1, 0]]
     np.testing.assert_allclose(found, np.log(gains), rtol=0, atol=np.log(4))
     verdicts = [report.verdict["lstm"] for report in reports]

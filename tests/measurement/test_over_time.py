@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from helpers import BATCH, BY_ID, FEATURES, build, make_model, normal, reference_jacobians
 
-from keras_jacmon import JacobianMeter, measure
+from keras_jacmon import JacobianMeter, Report, measure
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -56,10 +56,12 @@ def test_the_flow_is_that_of_the_products(case_id: str, go_backwards: bool, max_
     dense = reference_jacobians(layer, probe, mask=mask)
     J = dense.get("joint", dense["hidden"])
     prefix = "joint/" if "joint" in dense else ""
+    rows = found.units if "joint" in dense else J.shape[-1]
     assert set(found.sequences) == {f"{prefix}{key.removeprefix('joint/')}" for key in OVER_TIME}
     for sample, length in enumerate(lengths):
         P = products(J[:, sample], backwards=go_backwards)
-        expected = np.log(np.linalg.norm(P, 2, axis=(1, 2)))
+        # The flow begins in the output, here the first state.
+        expected = np.log(np.linalg.norm(P[:, :rows], 2, axis=(1, 2)))
         flow = found[f"{prefix}flow"][:, sample]
         np.testing.assert_allclose(flow[:length], expected, atol=2e-4)
         assert np.isnan(flow[length:]).all()
@@ -76,15 +78,59 @@ def test_random_vectors_tell_the_flow_with_its_standard_error() -> None:
     layer = L.LSTM(12, name="lstm")
     model = masked_model(layer)
     J = reference_jacobians(layer, PROBE)["joint"]
-    report = measure(model, PROBE, measures=["joint/flow"], flow_vectors=12)["lstm"]
+    report = measure(model, PROBE, measures=["joint/flow"], flow_vectors=8)["lstm"]
     error = report.uncertainties["joint/flow"]
     for sample in range(BATCH):
         P = products(J[:, sample], backwards=False)
-        expected = np.log(np.linalg.norm(P, axis=(1, 2)) / np.sqrt(24))
+        expected = np.log(np.linalg.norm(P[:, :12], axis=(1, 2)) / np.sqrt(12))
         z = (report["joint/flow"][:, sample] - expected) / error[:, sample]
         assert np.abs(z).max() < 5
     assert 0 < error.max() < 0.4
     assert report.estimated == {"joint/flow"}
+
+
+class CarryingCell(keras.layers.Layer):
+    """A state that vanishes fast beside a counter that nothing reads, and the counter is the first state."""
+
+    state_size = (1, 4)
+
+    def build(self, _: Any) -> None:
+        self.kernel = self.add_weight(shape=(4, 4), initializer="orthogonal")
+
+    def call(self, inputs: Any, states: Any) -> tuple[Any, list[Any]]:
+        count, h = states
+        new_h = 0.05 * keras.ops.tanh(h @ self.kernel + inputs[:, :1])
+        return new_h, [count + 1, new_h]
+
+
+@pytest.mark.filterwarnings("ignore:.*carried on and never felt")
+def test_the_verdict_leaves_out_a_state_that_is_carried_and_never_felt(tmp_path: Any) -> None:
+    model = build(keras.Sequential([keras.Input((STEPS, FEATURES)), L.RNN(CarryingCell(), name="rnn")]), PROBE)
+    report = measure(model, PROBE, measures=["joint/growth", "joint/horizon"])
+    layer, verdict = report["rnn"], report.verdict["rnn"]
+    assert set(layer.sequences) == {"joint/flow", "joint/flow_of_all", "joint/growth", "joint/horizon"}
+    # A state of 0.05 tanh loses a factor of 20 and more in each step; the counter keeps its fifth of all directions.
+    assert (verdict.state, verdict.horizon) == ("vanishing", 2)
+    assert verdict.growth < np.log(0.05)
+    error = np.abs(layer["joint/flow_of_all"][-1] - np.log(1 / 5) / 2)
+    assert np.all(error < 3 * layer.uncertainties["joint/flow_of_all"][-1])
+    assert verdict.growth_of_all == pytest.approx(0, abs=0.1)
+    assert f"; of all states, felt or not: {verdict.growth_of_all:+.3g} nats per step" in str(verdict)
+    assert "no gradient connects the output with state 0, which is carried on and never felt" in layer.notes[-1]
+    assert report.scalars()["rnn_jac_joint_growth"] == verdict.growth
+    report.save(tmp_path / "report.npz")
+    assert Report.load(tmp_path / "report.npz").verdict == report.verdict
+
+
+def test_log_and_verdict_have_the_same_growth_and_horizon_on_a_padded_probe() -> None:
+    model = masked_model(L.SimpleRNN(6, name="rnn"))
+    mask = np.arange(STEPS)[None] < np.array([STEPS, 6, 2])[:, None]
+    report = measure(model, PROBE * mask[..., None], measures="standard")
+    verdict, scalars = report.verdict["rnn"], report.scalars()
+    assert (scalars["rnn_jac_growth"], scalars["rnn_jac_horizon"]) == (verdict.growth, verdict.horizon)
+    assert verdict.growth == report["rnn"].mean("growth")
+    (line,) = [line for line in str(report).splitlines() if line.startswith("  growth")]
+    assert line.split()[1] == f"{verdict.growth:.4g}"
 
 
 def test_neither_a_thousand_steps_of_gain_five_nor_of_a_fifth_are_too_many() -> None:

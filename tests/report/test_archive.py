@@ -39,7 +39,7 @@ def odd_report() -> Report:
         {"variance": float("inf"), "kernel_gain": 0.1},
         go_backwards=True,
         notes=("a note", 'with "quotes" and ünïcode'),
-        reductions={"joint/growth": "mean"},
+        reductions={"joint/growth": "growth"},
         may_be_infinite=frozenset({"variance"}),
     )
     return Report({"both/forward_lstm:1": layer, "名前": LayerReport("C", 1, {}, np.zeros((0, 0), bool))})
@@ -207,6 +207,7 @@ def test_what_is_no_report_is_refused(tmp_path: Path) -> None:
         {"suggestion_inputs": {"variance": "much"}},
         {"reductions": {"joint/growth": "sum"}},
         {"reductions": {"growth": "mean"}},
+        {"sequences": {"joint/growth": np.ones(2)}, "reductions": {"joint/growth": "growth"}},
     ],
     ids="-".join,
 )

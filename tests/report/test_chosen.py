@@ -62,7 +62,7 @@ def test_names_stand_for_what_a_layer_has() -> None:
 
 
 def verdict(state: Any, horizon: float = math.inf) -> Verdict:
-    return Verdict(state, 0.0, horizon, 1.0, 0, 1.0, ())
+    return Verdict(state, 0.0, horizon, horizon, 1.0, 10, None, None, ())
 
 
 def test_changes_of_verdicts() -> None:

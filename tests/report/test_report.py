@@ -33,6 +33,8 @@ def layer(**changes: Any) -> LayerReport:
 
 def test_the_table_word_for_word() -> None:
     lines = [
+        "lstm: no verdict: `flow`, on which it rests, was not measured",
+        "",
         "lstm: LSTMCell, 4 units, 3 steps x 2 samples (1 masked)",
         "                       mean  least step  greatest step",
         "  variance             0.46         0.2            0.7  estimate, ± 0.026",
@@ -44,7 +46,7 @@ def test_the_table_word_for_word() -> None:
 
 def test_two_tables_have_a_line_between_them() -> None:
     text = str(Report({"a": layer(), "b": layer(mask=np.ones((3, 2), bool))}))
-    assert text.count("\n\n") == 1
+    assert text.count("\n\n") == 2
     assert "\n\nb: LSTMCell, 4 units, 3 steps x 2 samples\n" in text
 
 
@@ -119,27 +121,73 @@ def test_a_short_description() -> None:
 
 SEQUENCES = {
     "flow": np.log([[0.5, 0.5], [0.4, 0.4], [0.3, np.nan]]),
-    "growth": np.array([-0.7, np.nan]),
+    "growth": np.array([-0.3, np.nan]),
     "horizon": np.array([2.0, np.inf]),
     "lyapunov": np.array([[0.1, 0.3], [-1.0, -1.0]]),
 }
-REDUCTIONS = {"growth": "mean", "horizon": "median", "lyapunov": "first"}
+REDUCTIONS = {"growth": "growth", "horizon": "horizon", "lyapunov": "first"}
 
 
 def test_measures_of_sequences_are_reduced_as_the_report_says() -> None:
     report = layer(
         values={}, uncertainties={}, estimated=frozenset(), sequences=SEQUENCES, reductions=REDUCTIONS, notes=()
     )
-    assert report.scalars() == pytest.approx({"growth": -0.7, "horizon": 2.0, "lyapunov_1": 0.2})
+    slope = np.polyfit([0, 1, 2, 3], np.log([1, 0.5, 0.4, 0.3]), 1)[0]
+    assert report.scalars() == pytest.approx({"growth": slope, "horizon": np.inf, "lyapunov_1": 0.2})
     lines = [
         "                    mean  least step  greatest step",
         "                    least sample  greatest sample",
-        "  growth      -0.7          -0.7             -0.7",
-        "  horizon        2             2              inf  median",
+        f"  growth  {slope:.4g}          -0.3             -0.3  of the mean flow",
+        "  horizon      inf             2              inf  of the mean flow",
         "  lyapunov_1   0.2           0.1              0.3",
     ]
     table = str(Report({"lstm": report})).split("lstm: LSTMCell")[1].splitlines()[1:]
     assert [line.split() for line in table] == [line.split() for line in lines]
+
+
+def test_reductions_of_whole_sequences_give_the_right_value_or_a_sentence() -> None:
+    # A padded probe: a mask of steps has nothing to do with spans, or with samples.
+    report = layer(sequences=SEQUENCES, reductions=REDUCTIONS)
+    assert report.mean("growth") == report.scalars()["growth"]
+    assert report.mean("horizon") == np.inf
+    np.testing.assert_array_equal(report.valid("growth"), [-0.3])
+    assert report.extremes("horizon") == (2.0, np.inf)
+    ask: Any
+    for ask in (report.mean, report.valid, report.extremes, report.over_time, report.measured, report.standard_error):
+        for key in ("flow", "lyapunov"):
+            with pytest.raises(
+                ValueError, match=rf"single steps, of \['variance', .*key='{key}', with an array \(value"
+            ):
+                ask(key)
+        with pytest.raises(KeyError, match="No measure 'norm'"):
+            ask("norm")
+    for ask in (report.over_time, report.measured, report.standard_error):
+        with pytest.raises(ValueError, match=r"key='growth', with an array \(batch,\) of shape \(2,\)"):
+            ask("growth")
+
+
+def test_a_verdict_that_is_missing_says_why() -> None:
+    nan = np.full((3, 2), np.nan)
+    report = Report(
+        {
+            "fast": layer(joint="joint/"),
+            "nan": layer(sequences={"flow": nan}),
+            "masked": layer(sequences={"flow": nan}, mask=np.zeros((3, 2), bool)),
+        }
+    )
+    reasons = {
+        "fast": "`joint/flow`, on which it rests, was not measured",
+        "nan": "`flow` is NaN, because weights, states or Jacobians are not finite",
+        "masked": "all steps of the probe are masked",
+    }
+    assert report.verdict == {}
+    assert str(report).splitlines()[:3] == [f"{name}: no verdict: {reason}" for name, reason in reasons.items()]
+    for name, reason in reasons.items():
+        with pytest.raises(KeyError) as caught:
+            report.verdict[name]
+        assert caught.value.args == (f"No verdict on layer '{name}': {reason}",)
+    with pytest.raises(KeyError, match=r"No layer 'lstm' in this report. Measured: \['fast', 'nan', 'masked'\]"):
+        report.verdict["lstm"]
 
 
 def test_inf_is_reported_unless_a_measure_may_be_infinite() -> None:

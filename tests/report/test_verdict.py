@@ -32,7 +32,8 @@ def test_the_state_is_the_threshold_that_is_met(gain: float, state: str, horizon
     assert verdict.state == state
     assert verdict.horizon == horizon
     np.testing.assert_allclose([verdict.growth, verdict.gain], [np.log(gain), gain**9], atol=1e-12)
-    np.testing.assert_allclose(verdict.worst_gain, gain)
+    # All steps are alike.
+    assert (verdict.worst_step, verdict.worst_gain) == (None, None)
     assert verdict.suggestions == ()
 
 
@@ -56,6 +57,51 @@ def test_samples_count_by_their_real_length() -> None:
     verdict = judge(log_gain, mask, {})
     assert verdict is not None
     np.testing.assert_allclose(np.log(verdict.gain), np.log(0.5) * (10 + 3) / 2)
+    assert verdict.length == 6.5
+    # A sample that ends does not bend the curve.
+    np.testing.assert_allclose(verdict.growth, np.log(0.5))
+    slow = flow(0.5, 0.9)
+    slow[3:, 1] = np.nan
+    verdict = judge(slow, mask, {})
+    assert verdict is not None
+    curve = np.cumsum(np.log([0.45] * 3 + [0.25] * 7)) / 2
+    assert verdict.growth == pytest.approx(np.polyfit(np.arange(11), [0, *curve], 1)[0])
+    assert verdict.horizon == 1 + np.flatnonzero(curve <= np.log(0.01))[0]
+
+
+@pytest.mark.fast
+def test_a_threshold_soon_beyond_the_probe_is_told() -> None:
+    def text(gain: float, spans: int) -> str:
+        return str(judge(flow(gain, spans=spans), np.ones((spans, 1), bool), {}))
+
+    # 0.62^9.6 = 0.01: on a probe of 6 steps "stable" means "not yet".
+    assert text(0.62, 6) == (
+        "stable: -0.478 nats per step, gain 0.0568 over 6 steps, horizon beyond the sequence: at this growth 10 steps"
+    )
+    assert text(1.2, 6).endswith("gain 2.99 over 6 steps, horizon beyond the sequence: at this growth 26 steps")
+    # Not within five times the probe, or never.
+    assert text(0.93, 6).endswith("gain 0.647 over 6 steps, horizon beyond the sequence")
+    assert text(1.0, 6).endswith("gain 1 over 6 steps, horizon beyond the sequence")
+    assert text(0.62, 20) == "vanishing: -0.478 nats per step, gain 7.04e-05 over 20 steps, horizon 10 steps"
+
+
+@pytest.mark.fast
+def test_a_step_is_the_worst_only_if_it_stands_out() -> None:
+    rng = np.random.default_rng(0)
+
+    def worst(local: Any) -> int | None:
+        verdict = judge(np.cumsum(local)[:, None], np.ones((len(local), 1), bool), {})
+        assert verdict is not None
+        assert ("worst at step" in str(verdict)) == (verdict.worst_step is not None)
+        return verdict.worst_step
+
+    noise = -0.1 + 0.05 * rng.standard_normal(60)
+    assert worst(noise) is None
+    # The first span is the loss of the random vectors, which turn into the directions that survive.
+    assert worst([-3.0, *noise]) is None
+    assert worst([-3.0, *noise, -0.8, -0.1]) == 1
+    # What lets nothing pass stands out anywhere.
+    assert worst([-math.inf, 0.0, 0.0]) == 2
 
 
 @pytest.mark.parametrize("go_backwards", [False, True])
@@ -68,7 +114,7 @@ def test_the_worst_step_is_a_position_in_the_input(go_backwards: bool) -> None: 
     verdict = judge(log_gain, mask, {}, go_backwards=go_backwards)
     assert verdict is not None
     assert verdict.worst_step == (2 if go_backwards else 4)
-    np.testing.assert_allclose(verdict.worst_gain, 0.1)
+    assert verdict.worst_gain == pytest.approx(0.1)
 
 
 def test_a_flow_that_ends_at_zero_has_vanished() -> None:
@@ -164,9 +210,8 @@ def test_print_leads_with_the_verdict() -> None:
     found = report()
     assert str(found).startswith(f"rnn: {found.verdict['rnn'].state}: ")
     assert "horizon" in str(found).splitlines()[0]
-    # Without a flow there is a table alone.
     bare = meter_of(L.SimpleRNN(4, name="rnn"), measures="fast")()
-    assert str(bare).startswith("rnn: SimpleRNNCell")
+    assert str(bare).startswith("rnn: no verdict: `flow`, on which it rests, was not measured\n\nrnn: SimpleRNNCell")
     assert bare.verdict == {}
 
 
