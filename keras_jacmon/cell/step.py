@@ -80,6 +80,23 @@ class CellStep:
         return tuple(keras.tree.pack_sequence_as(self._structure, list(states)))
 
 
+class _WidePolicy(keras.dtype_policies.DTypePolicy):
+    """A policy that computes in float32, with variables of any type: Keras casts them when a layer reads them.
+
+    Args:
+        of_variables: String, the type of the variables.
+    """
+
+    def __init__(self, of_variables: str) -> None:
+        super().__init__("float32")
+        self._of_variables = of_variables
+
+    @property
+    def variable_dtype(self) -> str:
+        """String, the type of the variables."""
+        return self._of_variables
+
+
 @contextlib.contextmanager
 def full_precision(cell: Any) -> Iterator[None]:
     """Lets the layers of a cell with a half-precision policy compute in float32.
@@ -91,7 +108,7 @@ def full_precision(cell: Any) -> Iterator[None]:
     policies = [layer._dtype_policy for layer in half]  # noqa: SLF001
     try:
         for layer in half:
-            layer._dtype_policy = keras.dtype_policies.DTypePolicy("float32")  # noqa: SLF001
+            layer._dtype_policy = _WidePolicy(layer.variable_dtype)  # noqa: SLF001
         yield
     finally:
         for layer, policy in zip(half, policies, strict=True):
