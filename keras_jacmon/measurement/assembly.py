@@ -106,7 +106,7 @@ class CallMetadata:
             call.layer.go_backwards,
             views,
             choices,
-            (*notes, *_steps_by_hand(call)),
+            (*notes, *_notes_of(call)),
             jacobian,
             columns,
             options,
@@ -213,11 +213,19 @@ class CallMetadata:
         return notes
 
 
-def _steps_by_hand(call: RecurrentCall) -> tuple[str, ...]:
-    """Returns a note if the model steps the cell outside of the layer, as in a forecast that feeds itself."""
-    if not call.is_stepped_by_hand:
-        return ()
-    return ("the model also calls its cell outside of the layer; these steps are not measured",)
+def _notes_of(call: RecurrentCall) -> tuple[str, ...]:
+    """Returns notes on steps that are made, or left out, in another way than a reader may think."""
+    notes = []
+    if call.is_stepped_by_hand:
+        # As in a forecast that feeds itself.
+        notes.append("the model also calls its cell outside of the layer; these steps are not measured")
+    if call.has_lost_mask:
+        # Layers of Keras 3.16 hand no mask on, nor do others that do not support masks.
+        notes.append(
+            "a mask reached the layer below and not this one: the layer takes all steps, also the padded ones, and all "
+            "are measured"
+        )
+    return tuple(notes)
 
 
 def _flow_plan(
@@ -256,12 +264,11 @@ def _views_and_notes(
             for state, influences in zip(floating, zip(*depends, strict=True), strict=True)
             if not any(influences)
         ]
-        carried = ", ".join(str(floating[place]) for place in dependencies.carried)
-        if carried:
-            notes.append(
-                f"no gradient connects the output with state {carried}, which is carried on and never felt: flow, "
-                "growth and horizon of the joint view do not see it, `joint/flow_of_all` does"
-            )
+        notes += [
+            f"old state {floating[place]} is carried on and never felt by the output (no gradient connects them): "
+            "flow, growth and horizon of the joint view do not see it, `joint/flow_of_all` does"
+            for place in dependencies.carried
+        ]
     if with_inputs and dependencies.on_inputs:
         views.append("inputs")
     elif with_inputs:

@@ -11,6 +11,7 @@ import tensorflow as tf
 
 from keras_jacmon.model.internals import training_argument, without_fused_kernels
 from keras_jacmon.model.layers import RecurrentLayer
+from keras_jacmon.model.masks import made_step_by_step
 from keras_jacmon.traced_graph import TracedGraph, trace
 
 
@@ -25,6 +26,7 @@ class RecurrentCall:
         states: Structure of tensors `(batch, ...)`, the initial states as the layer holds them.
         mask: Boolean tensor `(batch, time)`, False at the steps to skip; None without a mask.
         is_stepped_by_hand: Boolean, True if the model also calls the cell outside of the layer. Defaults to False.
+        has_lost_mask: Boolean, True if the layer below received a mask and this one did not. Defaults to False.
     """
 
     name: str
@@ -33,6 +35,7 @@ class RecurrentCall:
     states: Any
     mask: tf.Tensor | None
     is_stepped_by_hand: bool = False
+    has_lost_mask: bool = False
 
 
 @dataclass(frozen=True)
@@ -101,6 +104,7 @@ class _Recorder:
         calls: List of calls in their order, each with the name of its layer.
         hidden: Set of the names of layers that are called inside another graph.
         stepped_by_hand: Set of the identities of cells that are called outside of their layers.
+        masked: Set of the names of tensors, the sequences that calls with a mask have made.
     """
 
     def __init__(self, graph: tf.Graph) -> None:
@@ -108,6 +112,7 @@ class _Recorder:
         self.calls: list[RecurrentCall] = []
         self.hidden: set[str] = set()
         self.stepped_by_hand: set[int] = set()
+        self.masked: set[str] = set()
         self._inside = 0
 
     def __call__(
@@ -116,14 +121,19 @@ class _Recorder:
         if inputs.graph is self._graph:
             # Read now: the states of a stateful layer are variables, which the model changes when it runs.
             initial = keras.tree.map_structure(lambda state: tf.identity(tf.convert_to_tensor(state)), states)
-            self.calls.append(RecurrentCall(item.name, item.layer, inputs, initial, _as_mask(mask)))
+            steps = _as_mask(mask)
+            lost = steps is None and made_step_by_step(inputs, self.masked)
+            self.calls.append(RecurrentCall(item.name, item.layer, inputs, initial, steps, has_lost_mask=lost))
         else:
             self.hidden.add(item.name)
         self._inside += 1
         try:
-            return loop(inputs, states, mask, **kwargs)
+            last, sequence, new = loop(inputs, states, mask, **kwargs)
         finally:
             self._inside -= 1
+        if inputs.graph is self._graph and mask is not None:
+            self.masked.add(sequence.name)
+        return last, sequence, new
 
     def step(self, cell: keras.Layer) -> None:
         """Takes note of a call of a cell."""
@@ -185,6 +195,7 @@ def _with_tensors(
         keras.tree.map_structure(lambda _: next(tensors), call.states),
         None if call.mask is None else next(tensors),
         is_stepped_by_hand,
+        call.has_lost_mask,
     )
 
 

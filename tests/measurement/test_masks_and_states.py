@@ -204,3 +204,23 @@ def test_nan_weights_give_nan_in_the_valid_rows() -> None:
     for key, value in report["lstm"].values.items():
         assert np.isnan(value).all(), key
     assert all(np.isnan(scalar) for scalar in report.scalars().values())
+
+
+@pytest.mark.filterwarnings("ignore:(?s).*does not support masking", "ignore:.*a mask reached the layer below")
+def test_a_mask_that_is_not_handed_on_is_noted() -> None:
+    # As Keras 3.16 does between any two recurrent layers.
+    class Doubles(keras.layers.Layer):
+        def call(self, inputs: tf.Tensor) -> tf.Tensor:
+            return 2 * inputs
+
+    inputs = keras.Input((STEPS, FEATURES))
+    below = keras.layers.SimpleRNN(3, return_sequences=True, name="below")(keras.layers.Masking()(inputs))
+    above = keras.layers.SimpleRNN(3, return_sequences=True, name="above")(Doubles()(below))
+    top = keras.layers.SimpleRNN(3, name="top")(keras.layers.RepeatVector(2)(above[:, -1]))
+    report = measure(keras.Model(inputs, top), normal(BATCH, STEPS, FEATURES), measures=["variance"])
+    (note,) = report["above"].notes
+    assert note == (
+        "a mask reached the layer below and not this one: the layer takes all steps, also the padded ones, and all are "
+        "measured"
+    )
+    assert report["below"].notes == report["top"].notes == ()
