@@ -208,7 +208,8 @@ class Page {
   caption(map) {
     const all = map.run === this.state.run ? this.line().measurements : map.measurements;
     const part = map.measurements < all ? ` of ${all.toLocaleString("en")}` : "";
-    return `${runName(map.run)} · ${map.layer} · ${map.measurements.toLocaleString("en")}${part} measurements`;
+    const noun = map.measurements === 1 ? "measurement" : "measurements";
+    return `${runName(map.run)} · ${map.layer} · ${map.measurements.toLocaleString("en")}${part} ${noun}`;
   }
 
   changeStep(step) {

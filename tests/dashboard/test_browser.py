@@ -1,0 +1,214 @@
+"""The tab in TensorBoard and the one-file page, in a headless Chromium."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+from dashboards import HOSTILE, make_reports, write
+from playwright.sync_api import sync_playwright
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+CHROMIUM = shutil.which("chromium") or "/usr/bin/chromium"
+FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+
+# Where pictures are kept for a look at them.
+PICTURES = os.environ.get("JACMON_PICTURES")
+
+# Set where a browser has to be there: then nothing is skipped, and the servers are all that there can be.
+REQUIRED = bool(os.environ.get("JACMON_BROWSER"))
+
+# Without the Rust data server and with it; below a prefix and not.
+SERVERS = [("false", ""), ("true", "/some/where"), *([("false", "/some/where"), ("true", "")] if REQUIRED else [])]
+
+REPORTS = make_reports(**{"calm": 0.0, "worst": -1.0, HOSTILE: -0.5})
+SPAN, COLUMNS, LENGTH = 20, 3, 20
+
+
+@dataclass
+class Visit:
+    """A page, the frame with our content in it, and what the browser complained of."""
+
+    page: Any
+    content: Any
+    complaints: list[str]
+
+    def shown(self) -> None:
+        self.content.locator("main[data-measured]").wait_for(timeout=60_000)
+
+    def at(self, step: int, position: int) -> dict[str, float]:
+        """Return where a cell is in the first heat map."""
+        box = self.content.locator("canvas.heatmap").first.bounding_box()
+        width, height = box["width"] - 62, box["height"] - 44
+        until = SPAN + SPAN / (COLUMNS - 1)
+        return {"x": 52 + width * (step + 5) / until, "y": 8 + height * (1 - (position + 0.5) / LENGTH)}
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    if not Path(CHROMIUM).exists():
+        reason = "there is no Chromium: apt-get install chromium"
+        assert not REQUIRED, reason
+        pytest.skip(reason)
+    with sync_playwright() as playwright:
+        context = playwright.chromium.launch_persistent_context(
+            tmp_path_factory.mktemp("profile"),
+            executable_path=CHROMIUM,
+            headless=True,
+            args=FLAGS,
+            viewport={"width": 1440, "height": 1400},
+        )
+        yield context
+        context.close()
+
+
+@pytest.fixture(scope="module")
+def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[tuple[str, str], str]]:
+    logs = tmp_path_factory.mktemp("logs")
+    write(logs / "first", REPORTS)
+    write(logs / "second", make_reports(calm=0.2, worst=-0.3))
+    running = {}
+    for fast, prefix in SERVERS:
+        words = ["--logdir", str(logs), "--port", "0", "--load_fast", fast, "--path_prefix", prefix]
+        command = [sys.executable, "-m", "tensorboard.main", *words]
+        running[fast, prefix] = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)  # noqa: S603 - our own words
+    try:
+        yield {key: address(process) for key, process in running.items()}
+    finally:
+        for process in running.values():
+            process.terminate()
+            process.communicate()
+
+
+def address(process: subprocess.Popen[str]) -> str:
+    assert process.stderr is not None
+    for line in process.stderr:
+        found = re.search(r" at (http://\S+)", line)
+        if found:
+            return found[1]
+    raise AssertionError("TensorBoard has not started")
+
+
+def visit(browser: Any, url: str, *, in_frame: bool = True) -> Visit:
+    page = browser.new_page()
+    found = Visit(page, page.frame_locator("iframe") if in_frame else page, [])
+    page.on("pageerror", lambda error: found.complaints.append(str(error)))
+    page.on("console", lambda message: note(found.complaints, message))
+    page.goto(url)
+    found.shown()
+    return found
+
+
+def note(complaints: list[str], message: Any) -> None:
+    # TensorBoard's own pages ask for icons that are not there below a prefix.
+    own = "keras_jacmon" in message.location.get("url", "") or "Content Security Policy" in message.text
+    if message.type == "error" and (own or message.location.get("url", "").startswith("file:")):
+        complaints.append(message.text)
+
+
+def numbers(text: str) -> list[float]:
+    return [float(word) for word in re.findall(r"-?\d+\.\d+(?:e-?\d+)?", text)]
+
+
+@pytest.mark.parametrize(("fast", "prefix"), SERVERS)
+def test_the_tab_shows_the_numbers_of_the_report(browser: Any, servers: Any, fast: str, prefix: str) -> None:
+    seen = visit(browser, f"{servers[fast, prefix]}#keras_jacmon")
+    names = seen.content.locator("button.layer .name").all_text_contents()
+    assert names == ["worst", HOSTILE, "calm"]
+    verdict = REPORTS[-1][1].verdict["worst"]
+    words = seen.content.locator("button.layer .words").first.text_content()
+    assert words.startswith(f"vanishing after {verdict.horizon:.0f} of 20 steps, growth {verdict.growth:+.2g}")
+    seen.content.locator("canvas.heatmap").hover(position=seen.at(10, 7))
+    readout = seen.content.locator(".readout", has_text="90 %")
+    text = readout.text_content(timeout=10_000)
+    assert text.startswith("step 10, position 7: ")
+    values = REPORTS[1][1]["worst"]["joint/variance"][7]
+    np.testing.assert_allclose(numbers(text), [values.mean(), *np.quantile(values, [0.1, 0.9])], rtol=5e-3)
+    assert seen.complaints == []
+    assert "TensorBoard" in seen.page.title()
+    seen.page.close()
+
+
+def test_everything_that_can_be_done(browser: Any, servers: Any) -> None:
+    seen = visit(browser, f"{servers['false', '']}#keras_jacmon")
+    main, content = seen.content.locator("main"), seen.content
+
+    def measured(layer: str, step: int) -> None:
+        content.locator(f"main[data-measured*='\"{layer}\"'][data-measured$=',{step}]']").wait_for(timeout=10_000)
+
+    measured("worst", 20)
+    content.locator("button.layer", has_text="calm").click()
+    measured("calm", 20)
+    content.locator("canvas.heatmap").click(position=seen.at(10, 3))
+    measured("calm", 10)
+    content.locator("canvas.heatmap").press("ArrowLeft")
+    measured("calm", 0)
+    content.get_by_role("slider", name="training step").press("End")
+    measured("calm", 20)
+    content.get_by_role("button", name="Play").click()
+    measured("calm", 10)
+    content.get_by_role("button", name="Pause").click()
+    content.get_by_label("compare with").select_option("second/jacobian")
+    content.locator("canvas.heatmap").nth(1).wait_for(timeout=10_000)
+    content.get_by_label("measure", exact=True).select_option("spectral_norm")
+    content.locator("main[data-measured*='joint/spectral_norm']").wait_for(timeout=10_000)
+    # Of two runs: the band, the mean and its edges each.
+    assert content.locator(".chart").first.locator(".scatterlayer .trace").count() == 6
+    before = main.get_attribute("data-measured")
+    seen.page.reload()
+    seen.shown()
+    assert main.get_attribute("data-measured") == before
+    assert content.locator("canvas.heatmap").count() == 2
+    assert seen.complaints == []
+    seen.page.close()
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_it_fits_every_screen(browser: Any, servers: Any, theme: str) -> None:
+    seen = visit(browser, f"{servers['true', '/some/where']}?darkMode={str(theme == 'dark').lower()}#keras_jacmon")
+    body = seen.content.locator("body")
+    assert ("dark" in body.get_attribute("class").split()) == (theme == "dark")
+    for width in (1440, 1024, 390):
+        seen.page.set_viewport_size({"width": width, "height": 1400})
+        seen.page.wait_for_timeout(400)
+        assert body.evaluate("body => body.scrollWidth <= window.innerWidth")
+        if PICTURES:
+            seen.page.screenshot(path=f"{PICTURES}/{width}_{theme}.png")
+    assert seen.complaints == []
+    seen.page.close()
+
+
+def test_the_page_of_one_file_needs_no_network(browser: Any, tmp_path: Path) -> None:
+    REPORTS[-1][1].to_html(tmp_path / "page.html")
+    browser.set_offline(True)
+    try:
+        seen = visit(browser, (tmp_path / "page.html").as_uri(), in_frame=False)
+        assert seen.page.title() == "Jacobians"
+        assert seen.content.locator("button.layer .name").all_text_contents() == ["worst", HOSTILE, "calm"]
+        seen.content.locator("button.layer", has_text="calm").click()
+        seen.content.locator("main[data-measured*='calm']").wait_for(timeout=10_000)
+        assert seen.content.locator(".chart .scatterlayer").count() >= 3
+        assert seen.complaints == []
+        if PICTURES:
+            seen.page.screenshot(path=f"{PICTURES}/one_file.png")
+        seen.page.close()
+    finally:
+        browser.set_offline(False)
