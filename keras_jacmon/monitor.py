@@ -19,6 +19,7 @@ from keras_jacmon.events.writer import EventWriter
 from keras_jacmon.measurement.plan import MeasurementPlan
 from keras_jacmon.meter import JacobianMeter
 from keras_jacmon.options import takes_options
+from keras_jacmon.progress import MeasurementProgress
 from keras_jacmon.regularization.regularizer import JacobianRegularizer
 from keras_jacmon.report.changes import Change, VerdictHistory
 from keras_jacmon.report.chosen import names_in_logs
@@ -84,7 +85,8 @@ class JacobianMonitor(keras.callbacks.Callback):
         on_verdict_change: Function that is called as `f(step, layer, old, new)` when the state of a layer's `Verdict`
             changes from one measurement to the next. Defaults to None.
         seed: Integer, the seed of the random vectors. Defaults to 0.
-        verbose: 0 or 1; 1 prints each report, and a line when a verdict changes. Defaults to 0.
+        verbose: 0 or 1; 1 prints each report, and a line when a verdict changes. A measurement that takes more than a
+            second shows a progress bar, with 1 or in a `fit` that shows one. Defaults to 0.
         **options: As for `JacobianMeter`: `tolerance`, `max_rows`, `max_bytes`, ...
 
     Attributes:
@@ -136,6 +138,7 @@ class JacobianMonitor(keras.callbacks.Callback):
         self._logs = _read_logs(logs, self._plan)
         self._on_verdict_change = on_verdict_change
         self._verdicts = VerdictHistory()
+        self._progress = MeasurementProgress()
         self._verbose = verbose
         self._given_name = self._name = name
         self._held: RegularizedModel | None = None
@@ -340,7 +343,9 @@ class JacobianMonitor(keras.callbacks.Callback):
             raise RuntimeError("JacobianMonitor has no model yet. Call `set_model(model)` before `on_train_begin()`.")
         again = self._schedule.is_measured
         slow = self._schedule.next_is_slow(last=last, has_slow=self._meter.has_slow_measures)
-        report = self._attempt("Measuring the Jacobians", partial(self._meter, slow=slow))
+        visible = bool(self._verbose) or (self.params or {}).get("verbose") == 1
+        with self._progress.shown(slow=slow, visible=visible):
+            report = self._attempt("Measuring the Jacobians", partial(self._meter, slow=slow))
         if report is None:
             # Old values under a new epoch would be wrong, and callbacks such as CSVLogger want the same keys.
             self._scalars = dict.fromkeys(self._scalars, float("nan"))

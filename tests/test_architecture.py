@@ -35,6 +35,7 @@ ROOMS = (
     "regularization",
     "meter",
     "explanation",
+    "progress",
     "monitor",
     "commands",
     "__main__",
