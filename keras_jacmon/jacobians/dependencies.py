@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import tensorflow as tf
 
@@ -11,6 +12,10 @@ from keras_jacmon.traced_graph import CALLS
 
 # Operations that call Python.
 _PYTHON = frozenset({"EagerPyFunc", "PyFunc", "PyFuncStateless"})
+
+# Beginnings of the names of operations that draw other numbers each time, and of those that draw by a seed.
+_DRAWING = ("Random", "Multinomial", "TruncatedNormal", "ParameterizedTruncatedNormal", "Stateful", "RngReadAndSkip")
+_SEEDED = ("StatelessRandom", "StatelessMultinomial", "StatelessTruncatedNormal", "StatelessParameterizedTruncated")
 
 # Beginnings of the names of operations that write to a variable.
 _WRITING = ("Assign", "ResourceScatter", "ResourceStridedSliceAssign")
@@ -48,7 +53,7 @@ def find_dependencies(step: CellStep, inputs: tf.Tensor, states: Sequence[tf.Ten
     """Traces one step and its gradients, inside the graph that is being traced; nothing of it is ever run.
 
     Raises:
-        ValueError: If a step runs Python, or leaves something for the next one beside the states.
+        ValueError: If a step runs Python, draws random numbers, or leaves something for the next one beside the states.
     """
     graph = tf.compat.v1.get_default_graph()
     before = len(graph.get_operations())
@@ -60,6 +65,11 @@ def find_dependencies(step: CellStep, inputs: tf.Tensor, states: Sequence[tf.Ten
     stepped = graph.get_operations()[before:]
     if any(operation.type in _PYTHON for operation in stepped):
         raise ValueError("Its cell runs Python at each step (`tf.py_function`), which can be differentiated only once")
+    if drawn := _random_operation(stepped, new):
+        raise ValueError(
+            f"Its cell draws random numbers at inference too (`{drawn}`): two evaluations of a step differ, so the "
+            "numbers of a report would be of different draws. Give the cell a fixed seed, or no noise at inference"
+        )
     if left := _side_effect(step, stepped, new):
         raise ValueError(
             f"Its cell writes to {left}, and its next step depends on it. What is left there is no state "
@@ -90,6 +100,43 @@ def _states_of_output(
         if any(found):
             return tuple(place for place, is_source in enumerate(found) if is_source)
     return (0,)
+
+
+def _random_operation(operations: Sequence[tf.Operation], results: Sequence[tf.Tensor]) -> str | None:
+    """The type of an operation that draws other numbers at another time, and that the results depend on.
+
+    A draw with a fixed seed is a constant.
+    """
+    for operation in _ancestors(operations, results):
+        if operation.type in CALLS or not operation.type.startswith(_DRAWING):
+            seeds = list(operation.inputs)[1:] if operation.type.startswith(_SEEDED) else []
+            varies = any(made.type == "ReadVariableOp" for made in _ancestors(operations, seeds))
+            inside = (_random_operation(body.get_operations(), body.outputs) for body in _bodies(operation))
+            found = operation.type if varies else next((found for found in inside if found), None)
+        else:
+            found = operation.type
+        if found:
+            return found
+    return None
+
+
+def _ancestors(operations: Sequence[tf.Operation], results: Sequence[tf.Tensor]) -> list[tf.Operation]:
+    """The operations, of some, that tensors are made by."""
+    here = {operation.name for operation in operations}
+    found: dict[str, tf.Operation] = {}
+    pending = [tensor.op for tensor in results]
+    while pending:
+        operation = pending.pop()
+        if operation.name in here and operation.name not in found:
+            found[operation.name] = operation
+            pending += [tensor.op for tensor in operation.inputs]
+    return list(found.values())
+
+
+def _bodies(operation: tf.Operation) -> list[Any]:
+    """The graphs of the functions that an operation calls: a branch, a loop or a `tf.function`."""
+    names = [attribute.name for attribute in operation.op_def.attr if attribute.type == "func"]
+    return [operation.graph._get_function(operation.get_attr(name).name).graph for name in names]  # noqa: SLF001 - there is no other way
 
 
 def _side_effect(step: CellStep, operations: Sequence[tf.Operation], new: Sequence[tf.Tensor]) -> str | None:
@@ -123,7 +170,7 @@ def _read_before_written(
             continue
         met.add(operation.name)
         if operation.type in CALLS:
-            body = operation.graph._get_function(operation.get_attr("f").name).graph  # noqa: SLF001 - there is no other way
+            (body,) = _bodies(operation)
             found = _read_before_written(body.get_operations(), body.outputs, {})
             if found is not None:
                 return found
