@@ -36,7 +36,7 @@ def double_precision() -> Iterator[None]:
 
 
 def structured_blocks(cell: Any, inputs: Any, states: Any) -> tuple[dict[Any, tuple[Any, ...]], dict[Any, str | None]]:
-    """For each (new state, source) J, J from products with Jᵀ, ΣJ and ΣJ² (None for a chain); and the reasons why not.
+    """For each (new state, source) J, J from products with Jᵀ, ΣJ and ΣJ²; and the reasons why not.
 
     Under "joint" the same for all states together, if all their blocks have a structure.
     """
@@ -48,7 +48,8 @@ def structured_blocks(cell: Any, inputs: Any, states: Any) -> tuple[dict[Any, tu
     def numbers(operator: Any) -> tuple[Any, ...]:
         identity = tf.eye(operator.shape[-2], batch_shape=[operator.shape[0]], dtype=operator.dtype)
         transposed = tf.linalg.adjoint(operator.matmul(identity, adjoint=True))
-        return operator.to_dense(), transposed, operator.entry_sum(), operator.square_sum()
+        zero = tf.zeros([operator.shape[0]], operator.dtype)
+        return operator.to_dense(), transposed, operator.entry_sum(), operator.centred_square_sum(zero)
 
     @tf.function(autograph=False)
     def run(inputs: Any, *flat: Any) -> dict[str, Any]:
@@ -98,7 +99,6 @@ def assert_structured_as_autodiff(cell: Any, inputs: Any, states: Any, tolerance
         np.testing.assert_allclose(transposed / scale, expected / scale, atol=tolerance, err_msg=str(key))
         entries = int(np.prod(expected.shape[1:]))
         np.testing.assert_allclose(entry_sum / scale, expected.sum((1, 2)) / scale, atol=entries * tolerance)
-        if square_sum is not None:
-            squares = (expected / scale) ** 2
-            np.testing.assert_allclose(square_sum / scale**2, squares.sum((1, 2)), atol=entries * tolerance)
+        squares = (expected / scale) ** 2
+        np.testing.assert_allclose(square_sum / scale**2, squares.sum((1, 2)), atol=entries * tolerance)
     return reasons

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import tensorflow as tf
 
 from keras_jacmon.measures.moments import closed_blocks
+from keras_jacmon.operators.contract import JacobianOperator
+from keras_jacmon.tensors import total
 
 # Below this a measure has no logarithm, and no square root with a finite derivative.
 TINY = 1e-12
@@ -29,15 +31,15 @@ class Directions:
 
 def variance(operator: tf.linalg.LinearOperator, directions: Directions) -> tf.Tensor:
     """`n * Var(J)`, `(draws, points)`: one draw if it is exact, otherwise independent unbiased estimates."""
-    m, n = int(operator.shape[-2]), int(operator.shape[-1])
-    mean, squares = _moments(operator, directions)
-    return n / (m * n) * (squares - m * n * mean**2)
+    _, centred = _moments(operator, directions)
+    return centred / int(operator.shape[-2])
 
 
 def rms_singular_value(operator: tf.linalg.LinearOperator, directions: Directions) -> tf.Tensor:
     """`sqrt(‖J‖_F² / n)`, `(1, points)`; from an unbiased estimate of the square where no exact value is known."""
-    _, squares = _moments(operator, directions)
-    mean_square = tf.reduce_mean(squares, axis=0, keepdims=True) / int(operator.shape[-1])
+    m, n = int(operator.shape[-2]), int(operator.shape[-1])
+    mean, centred = _moments(operator, directions)
+    mean_square = (tf.reduce_mean(centred, axis=0, keepdims=True) + m * n * mean**2) / n
     # The derivative of the root has a pole at zero.
     return tf.sqrt(tf.maximum(mean_square, TINY**2))
 
@@ -73,32 +75,30 @@ def _unit(vectors: tf.Tensor) -> tf.Tensor:
 
 
 def _moments(operator: tf.linalg.LinearOperator, directions: Directions) -> tuple[tf.Tensor, tf.Tensor]:
-    """The mean of the entries, `(points,)`, and the sum of their squares, `(draws, points)`."""
-    m, n = int(operator.shape[-2]), int(operator.shape[-1])
+    """The mean of the entries, `(points,)`, and the sum of their squared distances from it, `(draws, points)`."""
     blocks = closed_blocks(operator)
-    mean = tf.add_n([block.entry_sum() for block in blocks]) / (m * n)
-    squares = []
-    for stream, block in enumerate(blocks):
-        closed = block.square_sum()
-        squares.append(_squares(block, directions, stream) if closed is None else closed[None])
-    total = squares[0]
-    for part in squares[1:]:
-        total = total + part
-    return mean, total
+    entries = int(operator.shape[-2]) * int(operator.shape[-1])
+    mean = tf.add_n([block.entry_sum() for block in blocks]) / entries
+    parts = [
+        block.centred_square_sum(mean)[None] if block.has_closed_form else _centred(block, mean, directions, stream)
+        for stream, block in enumerate(blocks)
+    ]
+    return mean, total(parts)
 
 
-def _squares(operator: tf.linalg.LinearOperator, directions: Directions, stream: int) -> tf.Tensor:
-    """`‖J‖_F²` from products with Jᵀ, `(draws, points)`: with all unit vectors if they are few, or with random ones.
+def _centred(operator: JacobianOperator, mean: tf.Tensor, directions: Directions, stream: int) -> tf.Tensor:
+    """`‖J - mean‖_F²` from products with Jᵀ, `(draws, points)`: with all unit vectors if they are few, or random ones.
 
-    `E ‖Jᵀ z‖² = ‖J‖_F²` for independent signs z (Hutchinson 1989).
+    `E ‖Aᵀ z‖² = ‖A‖_F²` for independent signs z (Hutchinson 1989).
     """
-    m = int(operator.shape[-2])
-    points = operator.batch_shape_tensor()[0]
-    if m <= directions.vectors:
-        images = operator.matmul(tf.eye(m, batch_shape=[points], dtype=operator.dtype), adjoint=True)
-        return tf.reduce_sum(images**2, axis=[1, 2])[None]
-    seed = tf.random.experimental.stateless_fold_in(directions.seed, stream)
-    shape = [operator.shape[0] or points, m, directions.vectors]
-    bits = tf.random.stateless_uniform(shape, seed, 0, 2, tf.int32)
-    images = operator.matmul(tf.cast(2 * bits - 1, operator.dtype), adjoint=True)
-    return tf.transpose(tf.reduce_sum(images**2, axis=1))
+    m, points = int(operator.shape[-2]), operator.batch_shape_tensor()[0]
+    every = m <= directions.vectors
+    if every:
+        vectors = tf.eye(m, batch_shape=[points], dtype=operator.dtype)
+    else:
+        seed = tf.random.experimental.stateless_fold_in(directions.seed, stream)
+        shape = [operator.shape[0] or points, m, directions.vectors]
+        vectors = tf.cast(2 * tf.random.stateless_uniform(shape, seed, 0, 2, tf.int32) - 1, operator.dtype)
+    of_mean = mean[:, None, None] * tf.reduce_sum(vectors, axis=1, keepdims=True)
+    squares = tf.reduce_sum((operator.matmul(vectors, adjoint=True) - of_mean) ** 2, axis=1)
+    return tf.reduce_sum(squares, axis=-1)[None] if every else tf.transpose(squares)

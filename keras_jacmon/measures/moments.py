@@ -78,32 +78,28 @@ def _moments_by_blocks(operator: tf.linalg.LinearOperator, context: MeasureConte
     m, n = _dimensions(operator)
     blocks = closed_blocks(operator)
     mean = tf.add_n([block.entry_sum() for block in blocks]) / tf.cast(m * n, operator.dtype)
-    if len(blocks) == 1 and blocks[0].square_sum() is None:
-        # Centred before squaring: the difference of two sums would cancel.
-        return _Moments(mean, *_squares(blocks[0], mean, context))
-    zero = tf.zeros_like(mean)
-    squares, errors = [-m * n * mean**2], []
-    for block in blocks:
-        closed = block.square_sum()
-        value, error = _squares(block, zero, context) if closed is None else (closed, None)
-        squares.append(value)
-        errors += [] if error is None else [error**2]
-    return _Moments(mean, tf.maximum(tf.add_n(squares), zero), tf.sqrt(tf.add_n(errors)) if errors else None)
+    # Each centred before squaring: the difference of two sums would cancel.
+    found = [_centred(block, mean, context) for block in blocks]
+    errors = [error**2 for _, error in found if error is not None]
+    centred = tf.maximum(tf.add_n([value for value, _ in found]), tf.zeros_like(mean))
+    return _Moments(mean, centred, tf.sqrt(tf.add_n(errors)) if errors else None)
 
 
 def closed_blocks(operator: tf.linalg.LinearOperator) -> list[JacobianOperator]:
     """The operator itself if it has closed forms, otherwise its blocks, divided until they have closed forms."""
     operator = as_jacobian_operator(operator)
-    if operator.square_sum() is not None:
+    if operator.has_closed_form:
         return [operator]
     blocks = operator.blocks()
     return [blocks[0]] if len(blocks) == 1 else [part for block in blocks for part in closed_blocks(block)]
 
 
-def _squares(
-    operator: tf.linalg.LinearOperator, mean: tf.Tensor, context: MeasureContext
+def _centred(
+    operator: JacobianOperator, mean: tf.Tensor, context: MeasureContext
 ) -> tuple[tf.Tensor, tf.Tensor | None]:
-    """Σ (J_ik - mean)² from products with vectors, and its standard error if it is an estimate."""
+    """Σ (J_ik - mean)² by a closed form or from products with vectors, and its standard error if it is an estimate."""
+    if operator.has_closed_form:
+        return operator.centred_square_sum(mean), None
     return _exact(operator, mean, context) if context.exact(operator) else _estimated(operator, mean, context)
 
 

@@ -25,9 +25,18 @@ class JacobianOperator(tf.linalg.LinearOperator):
         ones = tf.ones([self.batch_shape_tensor()[0], int(self.shape[-2])], self.dtype)
         return tf.reduce_sum(self.matvec(ones, adjoint=True), axis=-1)
 
-    def square_sum(self) -> tf.Tensor | None:
-        """The sum of the squares of all entries, `(points,)`, by a closed form; None if there is none."""
-        return None
+    @property
+    def has_closed_form(self) -> bool:
+        """True if `centred_square_sum` forms no matrix."""
+        return False
+
+    def centred_square_sum(self, mean: tf.Tensor) -> tf.Tensor:
+        """The sum of the squares `(J_ik - mean)²` of all entries, `(points,)`.
+
+        Args:
+            mean: Tensor `(points,)`, the number to subtract before squaring; the difference of sums would cancel.
+        """
+        return tf.reduce_sum((self.to_dense() - mean[:, None, None]) ** 2, axis=[1, 2])
 
     def blocks(self) -> list["JacobianOperator"]:
         """Operators without an entry in common that make up the whole."""

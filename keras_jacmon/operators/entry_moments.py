@@ -1,4 +1,4 @@
-"""The sums of the entries, and of their squares, of a block of diagonals and kernels, without forming the block."""
+"""The spread of the entries of a block of diagonals and kernels, without forming the block."""
 
 import itertools
 from collections.abc import Iterable, Sequence
@@ -25,6 +25,12 @@ class _Factor:
     b: tf.Tensor | None
 
     @property
+    def row_sums(self) -> tf.Tensor:
+        """The sums of the entries of each row, `(points, m)`; of a factor with b."""
+        sums = self.b @ self.V
+        return sums if self.a is None else self.a * sums
+
+    @property
     def entry_sum(self) -> tf.Tensor:
         """The sum of all entries, `(points,)`, or `()` without any derivative."""
         if self.a is None:
@@ -33,7 +39,7 @@ class _Factor:
                 everything = tf.reduce_sum(per_source)
             return everything if self.b is None else tf.linalg.matvec(self.b, per_source)
         if self.b is not None:
-            return tf.reduce_sum(self.a * (self.b @ self.V), axis=-1)
+            return tf.reduce_sum(self.row_sums, axis=-1)
         with graph_of(self.V):
             # A product with ones takes half of the time of a sum along the first axis.
             per_unit = tf.squeeze(tf.ones([1, self.V.shape[0]], self.V.dtype) @ self.V, axis=0)
@@ -45,6 +51,17 @@ class _Factor:
             V = self.V * other.V
         return _Factor(_product_or_one(self.a, other.a), V, _product_or_one(self.b, other.b))
 
+    def nearly_centred(self) -> list["_Factor"]:
+        """Factors with the same entries, but for one number in each row: the entries less about their mean."""
+        with graph_of(self.V):
+            means = tf.reduce_mean(self.V, axis=0, keepdims=True)
+            centred = _Factor(self.a, self.V - means, self.b)
+        if self.b is None:
+            return [centred]
+        # V b = (V - mean V) b + mean V (b - mean b) + mean V mean b, and the last one is the same for the whole row.
+        spread = self.b - tf.reduce_mean(self.b, axis=-1, keepdims=True)
+        return [centred, _Factor(means if self.a is None else means * self.a, tf.ones_like(self.V), spread)]
+
 
 def _factors(into: Diagonal, kernel: Kernel, out: Diagonal) -> list[_Factor]:
     """The factors of a kernel between the diagonals that lead to it and from it."""
@@ -55,36 +72,31 @@ def _factors(into: Diagonal, kernel: Kernel, out: Diagonal) -> list[_Factor]:
 Ways = Iterable[tuple[Diagonal, Kernel, Diagonal]]
 
 
-def entry_sums(direct: Diagonal | None, ways: Ways, dtype: tf.DType) -> list[tf.Tensor]:
-    """Returns the terms of the sum of a block's entries: tensors `(points,)`, `(1,)` or `()`.
+def spread_within_rows(direct: Diagonal | None, ways: Ways, columns: int, dtype: tf.DType) -> list[tf.Tensor]:
+    """Returns the terms of the sum of `(J_ik - mean of row i)²` over a block: tensors `(points,)`, `(1,)` or `()`.
+
+    Centred before squaring: the difference of the sum of squares and the square of the sum would cancel for entries
+    that are nearly equal. Without forming the factors F of the block:
+    `Σ_ik F_ik F'_ik = Σ_i a_i a'_i ((b∘b') @ (V∘V'))_i`.
 
     Args:
         direct: `Diagonal` from the source to the new state; None if there is none.
         ways: For each product between them, the diagonal to it, its kernel, and the diagonal from it.
+        columns: Integer, number of columns of the block.
         dtype: Type of the entries.
     """
-    sums = [factor.entry_sum for way in ways for factor in _factors(*way)]
-    if direct is not None:
-        used = np.sort(np.concatenate([slot[slot >= 0] for slot in direct.link.slots]))
-        derivatives = direct.at(used)
-        sums.append(tf.constant(float(used.size), dtype) if derivatives is None else tf.reduce_sum(derivatives, -1))
-    return sums
-
-
-def square_sums(direct: Diagonal | None, ways: Ways, dtype: tf.DType) -> list[tf.Tensor]:
-    """Returns the terms of the sum of the squares of a block's entries; shapes as in `entry_sums`.
-
-    Without forming the factors F of the block: `Σ_ik F_ik F'_ik = Σ_i a_i a'_i ((b∘b') @ (V∘V'))_i`.
-    """
-    factors = [factor for way in ways for factor in _factors(*way)]
+    factors = [part for way in ways for factor in _factors(*way) for part in factor.nearly_centred()]
     sums = [factor.times(factor).entry_sum for factor in factors]
     pairs = [left.times(right).entry_sum for left, right in itertools.combinations(factors, 2)]
     # Each pair of different factors stands twice in the square of their sum.
     sums += [2 * total(pairs)] if pairs else []
+    # The sums of rows that are left, which are small.
+    rest = [factor.row_sums for factor in factors if factor.b is not None]
     if direct is not None:
         for slot in direct.link.slots:
             sums += _direct_sums(direct, slot, factors, dtype)
-    return sums
+        rest.append(direct.forward(tf.ones([1, columns], dtype)))
+    return [*sums, -tf.reduce_sum(total(rest) ** 2, axis=-1) / columns] if rest else sums
 
 
 def _direct_sums(

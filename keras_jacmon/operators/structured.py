@@ -7,7 +7,7 @@ from typing import Any, final
 import tensorflow as tf
 
 from keras_jacmon.operators.contract import JacobianOperator
-from keras_jacmon.operators.entry_moments import entry_sums, square_sums
+from keras_jacmon.operators.entry_moments import spread_within_rows
 from keras_jacmon.operators.factors import Diagonal, Kernel
 from keras_jacmon.structure.index_map import Node
 from keras_jacmon.tensors import joined, total
@@ -19,7 +19,7 @@ class StructuredJacobian(JacobianOperator):
 
     Where a product multiplies the result of another one, B holds that product: a chain. Products with vectors take
     one product with each kernel. The sum of the entries and the sum of their squares are closed forms, O(units) per
-    point where `B_m = 1`, O(units²) at most; a block after a chain has none for the sum of squares.
+    point where `B_m = 1`, O(units²) at most; a chain has none for the sum of squares.
 
     Args:
         points: Integer or scalar tensor, number of points.
@@ -162,22 +162,34 @@ class StructuredJacobian(JacobianOperator):
 
     @functools.cached_property
     def _entry_sum(self) -> tf.Tensor:
-        if self._is_chain:
-            parts = self._forward_parts(tf.ones([1, sum(self._sources.values())], self.dtype)).values()
-            return self._at_each_point([tf.reduce_sum(part, axis=-1) for part in parts if part is not None])
         if len(self.blocks()) > 1:
             return tf.add_n([block.entry_sum() for block in self.blocks()])
-        return self._at_each_point(entry_sums(*self._ways(), self.dtype))
-
-    def square_sum(self) -> tf.Tensor | None:
-        """The sum of the squares of all entries, `(points,)`, the same tensor each time; None for a chain."""
-        return None if self._is_chain else self._square_sum
+        return self._at_each_point([tf.reduce_sum(self._row_sums, axis=-1)])
 
     @functools.cached_property
-    def _square_sum(self) -> tf.Tensor:
+    def _row_sums(self) -> tf.Tensor:
+        """The sums of the rows of a single block, `(points, m)` or `(1, m)`: its product with ones."""
+        return self._forward(tf.ones([1, sum(self._sources.values())], self.dtype))
+
+    @property
+    def has_closed_form(self) -> bool:
+        """True unless a product multiplies the result of another one."""
+        return not self._is_chain
+
+    def centred_square_sum(self, mean: tf.Tensor) -> tf.Tensor:
+        """The sum of `(J_ik - mean)²`: the spread within rows, by a closed form, and that of the means of rows."""
+        if self._is_chain:
+            return super().centred_square_sum(mean)
         if len(self.blocks()) > 1:
-            return tf.add_n([block.square_sum() for block in self.blocks()])
-        return self._at_each_point(square_sums(*self._ways(), self.dtype))
+            return tf.add_n([block.centred_square_sum(mean) for block in self.blocks()])
+        columns = sum(self._sources.values())
+        of_means = tf.reduce_sum((self._row_sums - columns * mean[:, None]) ** 2, axis=-1) / columns
+        return self._spread_within_rows + of_means
+
+    @functools.cached_property
+    def _spread_within_rows(self) -> tf.Tensor:
+        direct, ways = self._ways()
+        return self._at_each_point(spread_within_rows(direct, ways, sum(self._sources.values()), self.dtype))
 
     def _ways(self) -> tuple[Diagonal | None, list[tuple[Diagonal, Kernel, Diagonal]]]:
         """The direct diagonal of a single block, and for each product its inner diagonal, kernel and outer diagonal."""

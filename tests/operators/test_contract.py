@@ -129,14 +129,43 @@ def test_products_are_those_with_the_dense_matrix(name: str, points: int) -> Non
 def test_sums_are_those_of_the_entries(name: str, points: int) -> None:
     def numbers() -> Any:
         J = MAKERS[name](points)
-        squares = J.square_sum()
-        return J.to_dense(), J.entry_sum(), [] if squares is None else [squares]
+        assert J.has_closed_form == (name == "structured")
+        mean = tf.constant(normal(points, seed=17))
+        return J.to_dense(), J.entry_sum(), mean, J.centred_square_sum(mean)
 
-    dense, entry_sum, squares = in_graph(numbers)
+    dense, entry_sum, mean, squares = in_graph(numbers)
     np.testing.assert_allclose(entry_sum, dense.sum(axis=(1, 2)), atol=1e-12, strict=True)
-    assert bool(squares) == (name == "structured")
-    for square_sum in squares:
-        np.testing.assert_allclose(square_sum, (dense**2).sum(axis=(1, 2)), atol=1e-12, strict=True)
+    expected = ((dense - mean[:, None, None]) ** 2).sum(axis=(1, 2))
+    np.testing.assert_allclose(squares, expected, atol=1e-12, strict=True)
+
+
+@pytest.mark.parametrize("scaled", [(False, False), (True, False), (False, True), (True, True)])
+def test_entries_that_are_nearly_equal_keep_their_spread(scaled: tuple[bool, bool]) -> None:
+    """In single precision the difference of two sums would be zero, or less."""
+    n, (before, after) = 64, scaled
+
+    def near_one(*shape: int, seed: int) -> Any:
+        return (1.0 + 1e-4 * normal(*shape, seed=seed)).astype(np.float32)
+
+    def factor(seed: int, *, varies: bool) -> Diagonal:
+        units = np.arange(n)
+        pieces = ((units, tf.constant(near_one(5, n, seed=seed))),) if varies else None
+        return Diagonal(IndexMap(units[None], n, unchanged=not varies), pieces)
+
+    def numbers() -> Any:
+        J = StructuredJacobian(
+            points=5,
+            outputs={0: n},
+            sources={H: n},
+            kernels={PRODUCT: Kernel(tf.constant(near_one(n, n, seed=18)))},
+            outer={(0, PRODUCT): factor(19, varies=after)},
+            inner={(PRODUCT, H): factor(20, varies=before)},
+            dtype=tf.float32,
+        )
+        return J.to_dense(), J.centred_square_sum(J.entry_sum() / n**2)
+
+    dense, spread = in_graph(numbers)
+    np.testing.assert_allclose(spread, n**2 * dense.astype(np.float64).var(axis=(1, 2)), rtol=2e-3)
 
 
 @each_operator

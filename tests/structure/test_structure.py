@@ -26,7 +26,7 @@ from helpers import (
     make_step,
     normal,
 )
-from structure_laws import assert_structured_as_autodiff, double_precision, structured_blocks
+from structure_laws import assert_structured_as_autodiff, double_precision
 
 from keras_jacmon import JacobianMeter, explain, measure, register_jacobian
 from keras_jacmon.cell.cell_graph import CellGraph
@@ -76,16 +76,6 @@ def test_structured_is_autodiff_in_float64(case: Case) -> None:
     # It adds its inputs up.
     without["plain_object"] = 1
     assert sum(reason is not None for reason in reasons.values()) == without.get(case.id, 0)
-
-
-@pytest.mark.fast
-def test_chains_and_closed_forms() -> None:
-    cell, inputs, states = make_step(BY_ID["gru_reset_before"])
-    blocks, _ = structured_blocks(cell, inputs, states)
-    assert blocks[0, Node.state(0)][3] is None
-    cell, inputs, states = make_step(BY_ID["gru_reset_after"])
-    blocks, _ = structured_blocks(cell, inputs, states)
-    assert blocks[0, Node.state(0)][3] is not None
 
 
 # Cells of all kinds ----------------------------------------------------------------------------------------------
