@@ -76,8 +76,10 @@ def main(log_dir: Path) -> None:
     tags = written_tags(log_dir / "jacobian")
     measured = {f"lstm/{view}{measure}" for view in ("", "joint/") for measure in MEASURES}
     over_time = {"lstm/joint/growth", "lstm/joint/horizon"}
-    assert tags["scalars"] == {f"{tag}{suffix}" for tag in measured for suffix in ("", "/min", "/max")} | over_time
-    assert {f"{tag}/histogram" for tag in {*measured, "lstm/joint/flow"}} <= tags["histograms"]
+    assert tags["scalars"] == measured | over_time
+    assert tags["histograms"] == {"lstm/joint/variance/histogram", "lstm/joint/rms_singular_value/histogram"}
+    assert tags["keras_jacmon"] == {"lstm/packed"}
+    assert written_tags(log_dir / "jacobian" / "min")["scalars"] == measured
 
 
 if __name__ == "__main__":

@@ -44,5 +44,11 @@ def names(summaries: list[Summary]) -> set[tuple[str, str]]:
     return {(summary.directory, summary.tag) for summary in summaries}
 
 
-def by_tag(summaries: list[Summary], tag: str) -> list[Summary]:
-    return [summary for summary in summaries if summary.tag == tag]
+def by_tag(summaries: list[Summary], tag: str, run: str = "") -> list[Summary]:
+    """The values of a tag: the means, or those of the run `min` or `max`."""
+    return [summary for summary in summaries if summary.tag == tag and _extreme(summary.directory) == run]
+
+
+def _extreme(directory: str) -> str:
+    last = directory.rpartition("/")[2]
+    return last if last in ("min", "max") else ""

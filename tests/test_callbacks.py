@@ -65,6 +65,7 @@ def test_several_monitors_keep_keys_runs_and_tags_apart(tmp_path: Path) -> None:
     prefixes = ["", "monitor_1_", "valid_", "valid_1_"]
     assert [key for key in history if "_jac_" in key] == [f"{prefix}rnn_jac_variance" for prefix in prefixes]
     written = {name for name in names(read_summaries(tmp_path)) if name[1].endswith("variance")}
+    written -= {name for name in written if name[0].endswith(("min", "max"))}
     runs = [("jacobian", ""), *((f"jacobian/{run}", f"{run}/") for run in ("monitor_1", "valid", "valid_1"))]
     assert written == {(run, f"{tag}rnn/variance") for run, tag in runs}
     with pytest.raises(ValueError, match=r"letters, digits and `_.-`, or None. Received: name='a/b'"):

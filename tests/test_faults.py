@@ -418,7 +418,7 @@ def test_a_log_directory_that_is_removed_warns_once(tmp_path: Path, what: str) -
 
     def remove() -> None:
         if what == "file":
-            (file,) = directory.iterdir()
+            (file,) = directory.glob("*.tfevents.*")
             file.unlink()
             return
         shutil.rmtree(directory)

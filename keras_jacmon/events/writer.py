@@ -4,7 +4,8 @@ import contextlib
 import itertools
 import os
 import uuid
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,21 +13,28 @@ import numpy.typing as npt
 import tensorflow as tf
 from tensorboard.compat.proto import summary_pb2
 
-from keras_jacmon.dashboard.metadata import PLUGIN, TAG, pack
+from keras_jacmon.dashboard.metadata import PLUGIN, TAG, measure_of, pack
 from keras_jacmon.errors import invalid_argument
 from keras_jacmon.options import VIEWS
 from keras_jacmon.report.layer_report import LayerReport
 from keras_jacmon.report.packing import packed
 from keras_jacmon.report.report import Report
 
+# Charts of a layer in TensorBoard's own tabs, beyond which there are no histograms.
+_CHARTS = 10
+
+# A histogram takes as many bytes as ten scalars, and the Jacobian tab has the quantiles.
+_HISTOGRAMS = 2
+
 
 class EventWriter:
     """Writes reports to event files under `<log_dir>/jacobian`; a `Sink`.
 
-    For each key of a layer there are the scalars `<layer>/<key>` (mean over samples and unmasked steps),
-    `<layer>/<key>/min` and `<layer>/<key>/max` (over time, of the mean over samples), and the histogram
-    `<layer>/<key>/histogram` (over steps and samples). A measure of whole sequences has a scalar `<layer>/<key>` and a
-    histogram over the samples. A spectrum has a histogram, for eigenvalues one of the moduli.
+    For each key of a layer there is the scalar `<layer>/<key>`: in the run `jacobian` the mean over samples and
+    unmasked steps, in `jacobian/min` and `jacobian/max` the least and the greatest step of the mean over samples, so
+    that one chart has all three. A measure of whole sequences has the scalar of `LayerReport.scalars`; a horizon beyond
+    the sequence is drawn at the sequence's length. Up to two keys of single steps and spectra, and ten charts a layer,
+    have a histogram `<layer>/<key>/histogram`, for eigenvalues one of the moduli.
 
     Args:
         log_dir: String or path, the directory that `tensorboard --logdir` is given; made if it is not there.
@@ -43,8 +51,10 @@ class EventWriter:
         self._number = 0
         self.directory = tf.io.gfile.join(os.fspath(log_dir), "jacobian", *([] if name is None else [name]))
         self._prefix = "" if name is None else f"{name}/"
-        self._writer: Any = None
-        self._suffix = ""
+        self._main = _EventFile(self.directory)
+        # Runs of their own: the same tag in several runs is one chart.
+        self._extremes = [_EventFile(tf.io.gfile.join(self.directory, run)) for run in ("min", "max")]
+        self._described: set[str] = set()
         check_writable(log_dir, self.directory)
 
     def write(
@@ -63,29 +73,85 @@ class EventWriter:
             OSError: If TensorFlow cannot write, e.g. to a full disk, or the directory is gone. The next report then
                 begins a new file.
         """
-        with _as_os_errors():
-            if self._writer is None:
-                self._open()
-            # `record_if`: another callback's `TensorBoard(update_freq=...)` switches summaries off between its own.
-            with self._writer.as_default(np.int64(step)), tf.summary.record_if(True):  # noqa: FBT003 - positional only
-                try:
-                    self._number += 1
-                    _write_report(report, scalars or {}, self._prefix)
-                    _write_sentences(sentences, self._prefix)
-                    _write_packed(report, self._positions, self._number)
-                    self._writer.flush()
-                except tf.errors.OpError:
-                    # A writer that is open would fail again when the context ends, and stay everybody's default.
-                    with contextlib.suppress(OSError):
-                        self.close()
-                    raise
+        self._number += 1
+        contents = [(self._main, partial(self._write_main, report, scalars or {}, sentences))]
+        if any(layer.values for layer in report.layers.values()):
+            contents += [
+                (file, partial(_write_extremes, report, self._prefix, which))
+                for which, file in enumerate(self._extremes)
+            ]
+        try:
+            for file, content in contents:
+                with _as_os_errors():
+                    file.write(step, content)
+        except OSError:
+            with contextlib.suppress(OSError):
+                self.close()
+            raise
+
+    def close(self) -> None:
+        """Closes the event files; a later `write` begins others in the same directories.
+
+        Raises:
+            OSError: If TensorFlow cannot write the last of them.
+        """
+        # A new file has the descriptions again.
+        self._described.clear()
+        with contextlib.ExitStack() as files:
+            for file in (self._main, *self._extremes):
+                files.callback(file.close)
+
+    def _write_main(self, report: Report, scalars: Mapping[str, float], sentences: Sequence[str]) -> None:
+        for name, layer in report.layers.items():
+            _write_layer(self._prefix + _prefix(name, report.layers), layer, self._described)
+        for tag, value in scalars.items():
+            _scalar(self._prefix + tag, value)
+        _write_sentences(sentences, self._prefix)
+        _write_packed(report, self._positions, self._number)
+
+
+class _EventFile:
+    """An event file in a directory, begun when something is written.
+
+    Args:
+        directory: String, made if it is not there.
+    """
+
+    def __init__(self, directory: str) -> None:
+        self._directory = directory
+        self._writer: Any = None
+        self._suffix = ""
+
+    def write(self, step: int, content: Callable[[], None]) -> None:
+        """Calls a function that writes summaries, and flushes.
+
+        Args:
+            step: Integer, the step of the summaries.
+            content: Callable without arguments.
+
+        Raises:
+            OSError: If the file is gone.
+            tf.errors.OpError: If TensorFlow cannot write.
+        """
+        if self._writer is None:
+            self._open()
+        # `record_if`: another callback's `TensorBoard(update_freq=...)` switches summaries off between its own.
+        with self._writer.as_default(np.int64(step)), tf.summary.record_if(True):  # noqa: FBT003 - positional only
+            try:
+                content()
+                self._writer.flush()
+            except tf.errors.OpError:
+                # A writer that is open would fail again when the context ends, and stay everybody's default.
+                with contextlib.suppress(OSError):
+                    self.close()
+                raise
         # A removed file is still open: TensorFlow would go on writing to nowhere, without an error.
         if not self._is_there():
             self.close()
-            raise FileNotFoundError(f"the event file in {self.directory} was removed, and the events in it are lost")
+            raise FileNotFoundError(f"the event file in {self._directory} was removed, and the events in it are lost")
 
     def close(self) -> None:
-        """Closes the event file; a later `write` begins another one in the same directory.
+        """Closes the file, if it is open.
 
         Raises:
             OSError: If TensorFlow cannot write the last of it.
@@ -96,14 +162,14 @@ class EventWriter:
                 writer.close()
 
     def _open(self) -> None:
-        _try_writing(self.directory)
+        _try_writing(self._directory)
         # The suffix tells the file from those that others write there.
         self._suffix = f".{uuid.uuid4().hex[:8]}.v2"
-        self._writer = tf.summary.create_file_writer(self.directory, filename_suffix=self._suffix)
+        self._writer = tf.summary.create_file_writer(self._directory, filename_suffix=self._suffix)
 
     def _is_there(self) -> bool:
         try:
-            return any(name.endswith(self._suffix) for name in tf.io.gfile.listdir(self.directory))
+            return any(name.endswith(self._suffix) for name in tf.io.gfile.listdir(self._directory))
         except tf.errors.NotFoundError:
             return False
 
@@ -154,11 +220,11 @@ def _try_writing(directory: str) -> None:
             tf.io.gfile.remove(trial)
 
 
-def _write_report(report: Report, scalars: Mapping[str, float], prefix: str) -> None:
+def _write_extremes(report: Report, prefix: str, which: int) -> None:
+    """Writes the least (0) or the greatest (1) step of each key."""
     for name, layer in report.layers.items():
-        _write_layer(prefix + _prefix(name, report.layers), layer)
-    for tag, value in scalars.items():
-        _scalar(prefix + tag, value)
+        for key in layer.values:
+            _scalar(f"{prefix}{_prefix(name, report.layers)}/{key}", layer.extremes(key)[which])
 
 
 def _write_sentences(sentences: Sequence[str], prefix: str) -> None:
@@ -192,25 +258,36 @@ def _prefix(name: str, names: Collection[str]) -> str:
     return next(candidate for candidate in numbered if candidate not in names)
 
 
-def _write_layer(name: str, layer: LayerReport) -> None:
-    for key in layer.values:
+def _write_layer(name: str, layer: LayerReport, described: set[str]) -> None:
+    """Writes the charts of a layer; a tag has its description the first time, since an event repeats it."""
+    scalars = layer.scalars()
+    for key, value in scalars.items():
         tag = f"{name}/{key}"
-        low, high = layer.extremes(key)
-        _scalar(tag, layer.mean(key))
-        _scalar(f"{tag}/min", low)
-        _scalar(f"{tag}/max", high)
-        _histogram(tag, layer.valid(key))
-    for key, value in layer.scalars().items():
-        if key not in layer.values:
-            _scalar(f"{name}/{key}", value)
-    for key, array in {**layer.sequences, **layer.spectra}.items():
-        # Over the samples, and over all spans of the flow, all exponents and all values of a spectrum.
+        text = None if tag in described else _description(key, layer)
+        described.add(tag)
+        beyond = key.endswith("horizon") and np.isposinf(value)
+        _scalar(tag, len(layer.mask) if beyond else value, text)
+    # The joint view is the true step.
+    keys = sorted([*layer.values, *layer.spectra], key=lambda key: not key.startswith(layer.joint))
+    for key in keys[: max(0, min(_HISTOGRAMS, _CHARTS - len(scalars)))]:
+        array = layer.valid(key) if key in layer.values else layer.spectra[key]
         _histogram(f"{name}/{key}", np.abs(array) if np.iscomplexobj(array) else array)
 
 
-def _scalar(tag: str, value: float) -> None:
+def _description(key: str, layer: LayerReport) -> str:
+    """Returns the words beside a chart."""
+    measure = measure_of(key)
+    if key.endswith("horizon"):
+        return f"Steps until a gradient has vanished or exploded; at {len(layer.mask)} or beyond the sequence: never."
+    unit = f" In {measure.unit}." if measure.unit else ""
+    keeps = "" if measure.reference is None else f" A layer that keeps its gradient has {measure.reference:g}."
+    spread = " The runs `min` and `max` are the least and greatest step." if key in layer.values else ""
+    return f"{key} of {layer.cell} with {layer.units} units, mean over the probe.{unit}{keeps}{spread}"
+
+
+def _scalar(tag: str, value: float, description: str | None = None) -> None:
     # Of numbers of Python TensorFlow keeps a copy on the device, for ever.
-    tf.summary.scalar(tag, np.asarray(value))
+    tf.summary.scalar(tag, np.asarray(value, np.float64), description=description)
 
 
 def _histogram(tag: str, values: npt.NDArray[Any]) -> None:

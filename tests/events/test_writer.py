@@ -36,21 +36,18 @@ def fit(model: Any, *callbacks: Any, epochs: int = 2) -> Any:
 
 def expected_tags(*measured: str, over_time: tuple[str, ...] = ()) -> set[tuple[str, str]]:
     """The tags promised for each `<layer>/<measure>`, and for the `<layer>/` with the prefix of the joint view."""
-    tags = {f"{tag}{suffix}" for tag in measured for suffix in ("", "/min", "/max", "/histogram")}
-    tags |= {
-        f"{tag}{name}{suffix}" for tag in over_time for name in ("growth", "horizon") for suffix in ("", "/histogram")
-    }
-    packed = {re.sub(r"/(joint/)?\w+$", "/packed", tag) for tag in measured}
-    return {("jacobian", tag) for tag in tags | packed | {f"{tag}flow/histogram" for tag in over_time}}
+    scalars = [*measured, *(f"{tag}{name}" for tag in over_time for name in ("growth", "horizon"))]
+    found = {("jacobian", tag) for tag in scalars}
+    found |= {(f"jacobian/{run}", tag) for tag in measured for run in ("min", "max")}
+    for layer in {re.sub(r"/(joint/)?\w+$", "", tag) for tag in measured}:
+        own = sorted((tag for tag in measured if tag.startswith(f"{layer}/")), key=lambda tag: "/joint/" not in tag)
+        room = min(2, 10 - sum(tag.startswith(f"{layer}/") for tag in scalars))
+        found |= {("jacobian", f"{tag}/histogram") for tag in own[:room]} | {("jacobian", f"{layer}/packed")}
+    return found
 
 
 def all_measures(layer: str, *views: str) -> list[str]:
     return [f"{layer}/{view}{measure}" for view in views for measure in MEASURES]
-
-
-def without_empty_histograms(tags: set[tuple[str, str]]) -> set[tuple[str, str]]:
-    """A horizon beyond the sequence is infinite, and has no place in a histogram."""
-    return {(run, tag) for run, tag in tags if not tag.endswith("horizon/histogram")}
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +61,7 @@ def of_a_gru(tmp_path_factory: pytest.TempPathFactory) -> tuple[JacobianMonitor,
 
 def test_tags_of_a_one_state_cell(of_a_gru: tuple[JacobianMonitor, Path]) -> None:
     expected = expected_tags(*all_measures("gru", ""), over_time=("gru/",))
-    assert without_empty_histograms(names(read_summaries(of_a_gru[1]))) == without_empty_histograms(expected)
+    assert names(read_summaries(of_a_gru[1])) == expected
 
 
 def test_tags_of_nested_layers(tmp_path: Path) -> None:
@@ -92,11 +89,11 @@ def test_tags_and_values_of_a_two_state_cell(tmp_path: Path) -> None:
     fit(make_model(keras.layers.LSTM(3, name="lstm")), monitor)
     summaries = read_summaries(tmp_path)
     expected = expected_tags(*all_measures("lstm", "", "joint/"), over_time=("lstm/joint/",))
-    assert without_empty_histograms(names(summaries)) == without_empty_histograms(expected)
+    assert names(summaries) == expected
     for key in (f"{view}{measure}" for view in ("", "joint/") for measure in MEASURES):
-        reduce: dict[str, Any] = {"": np.mean, "/min": np.min, "/max": np.max}
-        for suffix, over_time in reduce.items():
-            written = by_tag(summaries, f"lstm/{key}{suffix}")
+        reduce: dict[str, Any] = {"": np.mean, "min": np.min, "max": np.max}
+        for run, over_time in reduce.items():
+            written = by_tag(summaries, f"lstm/{key}", run)
             assert {summary.plugin for summary in written} == {"scalars"}
             assert [summary.step for summary in written] == [step for step, _ in monitor.reports] == [0, 3, 6, 8]
             values = [over_time(report["lstm"][key].mean(axis=1)) for _, report in monitor.reports]
@@ -108,7 +105,8 @@ def test_what_is_measured_over_time_and_spectra(tmp_path: Path) -> None:
     monitor = JacobianMonitor(PROBE, measures=keys, exponents=2, log_dir=tmp_path)
     fit(make_model(keras.layers.LSTM(3, name="lstm")), monitor)
     summaries = read_summaries(tmp_path)
-    tags = {f"lstm/{key}/histogram" for key in keys} | {"lstm/joint/growth", "lstm/joint/lyapunov_1", "lstm/packed"}
+    # No histogram of what is no set of like numbers: exponents, and spans of a flow.
+    tags = {"lstm/eigenvalues/histogram", "lstm/joint/growth", "lstm/joint/lyapunov_1", "lstm/packed"}
     assert {tag for _, tag in names(summaries)} == tags
     reports = [report["lstm"] for _, report in monitor.reports]
     for tag, values in (
@@ -145,8 +143,8 @@ def test_masked_steps_are_left_out(tmp_path: Path) -> None:
     values = monitor.reports[0][1]["gru"]["variance"]
     assert np.isfinite(values).sum() == 10
     over_time = np.nanmean(values[:3], axis=1)
-    for suffix, expected in (("", np.nanmean(values)), ("/min", over_time.min()), ("/max", over_time.max())):
-        first = by_tag(summaries, f"gru/variance{suffix}")[0]
+    for run, expected in (("", np.nanmean(values)), ("min", over_time.min()), ("max", over_time.max())):
+        first = by_tag(summaries, "gru/variance", run)[0]
         np.testing.assert_allclose(first.value, expected, rtol=1e-6)
 
 
@@ -164,19 +162,28 @@ def test_another_tensorboard_callback_swallows_nothing(tmp_path: Path, tensorboa
         callbacks = [monitor, tensorboard(directory)]
         fit(model, *(callbacks if directory == "last" else callbacks[::-1]))
         summaries = read_summaries(tmp_path / directory)
-        ours = [summary for summary in summaries if summary.directory == "jacobian"]
+        ours = [summary for summary in summaries if summary.directory.startswith("jacobian")]
         assert names(ours) == expected_tags("gru/variance")
         for _, tag in names(ours):
             assert [summary.step for summary in by_tag(ours, tag)] == list(range(9))
         # TensorBoard writes what `logs` hold when its turn comes, unless it swallows the logs of an epoch itself.
         ours_too = directory == "last" and ("train", "epoch_loss") in alone
         from_logs = {("train", "epoch_gru_jac_variance")} if ours_too else set()
-        assert {name for name in names(summaries) if name[0] != "jacobian"} == alone | from_logs
+        assert {name for name in names(summaries) if not name[0].startswith("jacobian")} == alone | from_logs
 
 
 def test_nothing_else_is_written(of_a_gru: tuple[JacobianMonitor, Path]) -> None:
     assert [path.name for path in of_a_gru[1].iterdir()] == ["jacobian"]
-    assert len(list((of_a_gru[1] / "jacobian").iterdir())) == 1
+    inside = {path.name for path in (of_a_gru[1] / "jacobian").iterdir()}
+    assert {"min", "max"} < inside
+    assert len(inside) == 3
+
+
+def test_a_horizon_beyond_the_sequence_is_drawn_at_its_length(of_a_gru: tuple[JacobianMonitor, Path]) -> None:
+    monitor, directory = of_a_gru
+    expected = [min(report["gru"].scalars()["horizon"], STEPS) for _, report in monitor.reports]
+    assert np.isinf(monitor.reports[0][1]["gru"].scalars()["horizon"])
+    assert [float(summary.value) for summary in by_tag(read_summaries(directory), "gru/horizon")] == expected
 
 
 @pytest.mark.fast
@@ -240,13 +247,13 @@ def test_partly_infinite_values(tmp_path: Path) -> None:
     model.compile("sgd", "mse")
     with pytest.warns(UserWarning, match="rnn"):
         fit(model, monitor)
-    finite = np.isfinite(monitor.reports[0][1]["rnn"]["spectral_norm"])
+    finite = np.isfinite(monitor.reports[0][1]["rnn"]["rms_singular_value"])
     assert finite[0].all()
     assert not finite[-1].any()
     summaries = read_summaries(tmp_path)
     assert names(summaries) == expected_tags(*all_measures("rnn", ""))
-    assert not np.isfinite(by_tag(summaries, "rnn/spectral_norm")[0].value)
-    assert by_tag(summaries, "rnn/spectral_norm/histogram")[0].value[:, 2].sum() == finite.sum()
+    assert not np.isfinite(by_tag(summaries, "rnn/rms_singular_value")[0].value)
+    assert by_tag(summaries, "rnn/rms_singular_value/histogram")[0].value[:, 2].sum() == finite.sum()
 
 
 def test_nan_everywhere(tmp_path: Path) -> None:
@@ -256,9 +263,9 @@ def test_nan_everywhere(tmp_path: Path) -> None:
         fit(model, JacobianMonitor(PROBE, measures=KEYS, log_dir=tmp_path))
     summaries = read_summaries(tmp_path)
     for tag in all_measures("gru", ""):
-        for suffix in ("", "/min", "/max"):
-            assert [summary.step for summary in by_tag(summaries, f"{tag}{suffix}")] == [0, 4, 8]
-            assert all(np.isnan(summary.value) for summary in by_tag(summaries, f"{tag}{suffix}"))
+        for run in ("", "min", "max"):
+            assert [summary.step for summary in by_tag(summaries, tag, run)] == [0, 4, 8]
+            assert all(np.isnan(summary.value) for summary in by_tag(summaries, tag, run))
 
 
 # Names that were not made for it -------------------------------------------------------------------------------------
