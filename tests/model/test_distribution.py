@@ -113,7 +113,7 @@ def test_fit_with_two_replicas(tmp_path: Path) -> None:
 
         _, history, without = train()
         monitor = JacobianMonitor(
-            probe, measures="fast", targets=targets, log_dir=directory, update_freq=3, on_error="raise",
+            probe, measures="fast", targets=targets, log_dir=directory, update_freq=3, logs="all", on_error="raise",
         )
         model, seen, with_monitor = train(monitor)
         for left, right in zip(without, with_monitor, strict=True):
