@@ -20,6 +20,19 @@ def invalid_argument(name: str, expected: str, received: Any) -> ValueError:
     return ValueError(f"Invalid value for argument `{name}`. Expected {expected}. Received: {received}")
 
 
+class UnmeasurableError(ValueError):
+    """The error for a layer whose Jacobians cannot be taken.
+
+    Args:
+        message: String, the sentence.
+        layer: The layer; None if there are several.
+    """
+
+    def __init__(self, message: str, layer: Any = None) -> None:
+        super().__init__(message)
+        self.layer = layer
+
+
 def is_whole(value: Any, least: int, most: int | None = None) -> bool:
     """Returns True if a value is a whole number in a range; True and False are none.
 

@@ -11,7 +11,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_jacmon.errors import invalid_argument, message_of, sentence
+from keras_jacmon.errors import UnmeasurableError, invalid_argument, message_of, sentence
 from keras_jacmon.jacobians.cell_jacobian import Assumptions, Choice
 from keras_jacmon.jacobians.checks import diagnose
 from keras_jacmon.measurement.assembly import CallMetadata
@@ -23,6 +23,7 @@ from keras_jacmon.model.building import build
 from keras_jacmon.model.distribution import check_distribution
 from keras_jacmon.model.guard import foreign_variables, put_back, shielded
 from keras_jacmon.model.inputs import fit_probe, hint_at_slip
+from keras_jacmon.model.internals import tensors_in
 from keras_jacmon.model.layers import check_model, find_recurrent_layers, select_layers
 from keras_jacmon.model.loss_gradient import LossGradients, loss_gradients
 from keras_jacmon.model.recording import Recording, RecurrentCall, record_calls
@@ -189,7 +190,7 @@ class JacobianMeter:
         self._structure = keras.tree.map_structure(lambda _: 0, inputs)
         self._traces = self._measurements = 0
         # Traced here and not at the first call, so that errors and warnings come at once.
-        self._trace({})
+        self._trace_measurable(required=plan.layers is not None)
         self._check_calls(required=plan.layers is not None)
 
     @property
@@ -265,6 +266,22 @@ class JacobianMeter:
             assumptions[name] = verdict.assumptions
         return assumptions
 
+    def _trace_measurable(self, *, required: bool) -> None:
+        """Traces the measurement without the layers that cannot be measured.
+
+        Raises:
+            UnmeasurableError: If the user named the layers, or none is left.
+        """
+        try:
+            self._trace({})
+        except UnmeasurableError as error:
+            others = tuple(item for item in self._layers if item.layer is not error.layer)
+            if required or not others:
+                raise
+            warnings.warn(f"{str(error).rstrip('.')}. It is not measured.", stacklevel=5)
+            self._layers = others
+            self._trace_measurable(required=required)
+
     def _trace(self, assumptions: dict[str, Assumptions]) -> None:
         traced: dict[bool, _Traced] = {}
         specs = [tf.TensorSpec([], tf.int32), *(tf.TensorSpec(t.shape, t.dtype) for t in self._tensors())]
@@ -334,7 +351,7 @@ class JacobianMeter:
         if unmeasured and required:
             raise invalid_argument("layers", "recurrent layers that the model calls on the probe", reasons)
         if not calls:
-            raise ValueError(
+            raise UnmeasurableError(
                 f"No recurrent layer of the model `{self._model.name}` can be measured. {sentence(reasons)}"
             )
         if reasons:
@@ -368,6 +385,9 @@ class JacobianMeter:
 def _essence(error: tf.errors.OpError) -> str:
     """Returns the message without its dozens of lines on the origin of the operation."""
     lines = [line for line in error.message.splitlines() if line.strip() and not line.startswith('  File "')]
+    if "only supports the NHWC" in error.message:
+        # The first words alone would send the reader to look for them in vain.
+        lines.append("TensorFlow has no convolution with `data_format='channels_first'` for this CPU.")
     return "\n".join(
         line for line in lines if not re.match(r"Graph execution error:|Detected at node |<stack traces", line)
     )
@@ -378,7 +398,12 @@ def _naming(call: RecurrentCall) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        raise ValueError(
+        foreign = ", ".join(f"`{name}`" for name in tensors_in(call.layer.cell))
+        hint = f" The cell uses tensors of the model that are neither its inputs nor its states: {foreign}." * bool(
+            foreign
+        )
+        raise UnmeasurableError(
             f"The Jacobians of layer `{call.name}` ({type(call.layer.cell).__name__}) cannot be taken; name the other "
-            f"layers in `layers` to leave it out. The reason: {message_of(error)}"
+            f"layers in `layers` to leave it out.{hint} The reason: {message_of(error)}",
+            call.layer,
         ) from error

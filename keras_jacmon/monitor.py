@@ -13,7 +13,7 @@ import keras
 from keras_jacmon.callback_list import misplaced, neighbours
 from keras_jacmon.dashboard.answers import Moment
 from keras_jacmon.dashboard.one_file import Frame, page, write_page
-from keras_jacmon.errors import check_whole, did_you_mean, invalid_argument, is_whole, message_of
+from keras_jacmon.errors import UnmeasurableError, check_whole, did_you_mean, invalid_argument, is_whole, message_of
 from keras_jacmon.events.thinning import thin
 from keras_jacmon.events.writer import EventWriter
 from keras_jacmon.measurement.plan import MeasurementPlan
@@ -321,12 +321,22 @@ class JacobianMonitor(keras.callbacks.Callback):
         self._meter = self._held = None
         # Until it is known that it can be measured.
         self._traced_for = [model]
-        meter = JacobianMeter.of_plan(model, self._plan)
+        meter = self._meter_of(model)
         if self._regularizer is not None:
             self._held = self._regularizer.prepare(model, self._plan.probe, self._plan.layers)
         self._meter = meter
         # Building a model may have made variables.
         self._traced_for = _identity(model)
+
+    def _meter_of(self, model: keras.Model) -> JacobianMeter | None:
+        """Returns the meter; None, with a warning, if no layer can be measured and the user named none."""
+        try:
+            return JacobianMeter.of_plan(model, self._plan)
+        except UnmeasurableError as error:
+            if self._plan.layers is not None or self._failures.on_error == "raise":
+                raise
+            warnings.warn(f"The monitor measures nothing, and the training goes on. {error}", stacklevel=4)
+            return None
 
     def _prepare_penalty(self) -> None:
         """Prepares the penalty of the next batch, counted over the trainings before this one, too."""

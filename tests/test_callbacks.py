@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from event_files import names, read_summaries
+from helpers import WeightedCell
 from trainings import (
     PROBE,
     STEPS,
@@ -166,6 +167,44 @@ def test_a_probe_whose_steps_are_all_masked_is_warned_of() -> None:
     assert penalty.startswith("Layer `rnn`: all steps of the probe are masked, or its states are not finite, so it has")
     assert values.startswith("Layer `rnn` skips all steps of the probe, which are masked: there is nothing to measure")
     assert np.isnan(history["rnn_jac_variance"]).all()
+
+
+class Attending(WeightedCell):
+    """Looks at what a model has set on it."""
+
+    def call(self, inputs: Any, states: Any) -> tuple[Any, list[Any]]:
+        new_h = tf.tanh(self.preactivation(inputs, states[0]))
+        weights = tf.nn.softmax(tf.einsum("bsu,bu->bs", self.memory, new_h))
+        new_h += tf.einsum("bs,bsu->bu", weights, self.memory)
+        return new_h, [new_h]
+
+
+class Translator(keras.Model):
+    def __init__(self, *, measurable: bool) -> None:
+        super().__init__()
+        self.encoder = keras.layers.GRU(3, return_sequences=True, name="encoder") if measurable else None
+        self.decoder = keras.layers.RNN(Attending(3), name="decoder")
+        self.dense = keras.layers.Dense(1)
+
+    def call(self, x: Any) -> Any:
+        self.decoder.cell.memory = self.encoder(x) if self.encoder else tf.tanh(x)
+        return self.dense(self.decoder(x))
+
+
+@pytest.mark.parametrize("measurable", [True, False])
+def test_a_layer_that_cannot_be_measured_ends_no_training(measurable: bool) -> None:  # noqa: FBT001 - pytest passes it by name
+    model = Translator(measurable=measurable)
+    model.compile("sgd", "mse")
+    monitor = quick_monitor()
+    with pytest.warns(UserWarning, match=r"The Jacobians of layer `decoder` \(Attending\) cannot be taken") as caught:
+        history = fit(model, monitor).history
+    (told,) = user_warnings(caught)
+    assert "tensors of the model that are neither its inputs nor its states: `memory`." in told
+    assert told.endswith("It is not measured.") if measurable else told.startswith("The monitor measures nothing")
+    assert [set(report) for _, report in monitor.reports] == [{"encoder"}] * 2 * measurable
+    assert "loss" in history
+    with pytest.raises(ValueError, match="The Jacobians of layer `decoder`"):
+        fit(model, quick_monitor(layers=["decoder"]))
 
 
 def test_building_leaves_the_time_axis_open(tmp_path: Path) -> None:

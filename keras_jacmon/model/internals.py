@@ -89,6 +89,16 @@ def without_masks(layer: Any) -> Iterator[None]:
                 getattr(part, name, _do_nothing)()
 
 
+def tensors_in(cell: Any) -> list[str]:
+    """Returns the names of the attributes of a cell, and of the layers in it, that hold tensors of a graph."""
+    return [
+        name
+        for part in sublayers(cell)
+        for name, value in vars(part).items()
+        if not name.startswith("_") and any(map(tf.is_symbolic_tensor, keras.tree.flatten(value)))
+    ]
+
+
 def _do_nothing() -> None:
     pass
 
