@@ -47,7 +47,7 @@ def invalid(argument: str, sentence: str) -> str:
 
 
 UPDATE_FREQ = "Expected 'epoch', 'batch' or a positive integer. Received: update_freq="
-NAMES = [key for key in KEYS if key != "loss_gradient"]
+NAMES = [key for key, quantity in KEYS.items() if quantity.measure.kind.selectable]
 MEASURES = f"Expected names out of {list(PRESETS)}, or of {NAMES}. Received: "
 LOGS = f"Expected 'auto', 'all', None or names out of {list(PRESETS['standard'])}. Received: logs="
 MAX_ROWS = "Expected a positive integer, or None for all. Received: max_rows="
@@ -237,7 +237,8 @@ def test_unknown_layer(layers: Any, received: str) -> None:
 @pytest.mark.parametrize("layers", [{"gru": 1}, 3], ids=str)
 def test_layers_that_are_no_names(layers: Any) -> None:
     sentence = f"Expected names of recurrent layers, or layers. Received: layers={layers}"
-    assert_refused(compiled(), invalid("layers", sentence), layers=layers)
+    with pytest.raises(ValueError, match=invalid("layers", sentence)):
+        JacobianMonitor(PROBE, layers=layers)
 
 
 def test_no_layer_wanted() -> None:

@@ -8,6 +8,7 @@ import keras
 
 from keras_jacmon.measures.registry import Selection, select_measures
 from keras_jacmon.model.inputs import read_probe, read_targets
+from keras_jacmon.model.layers import as_list
 from keras_jacmon.options import Options
 
 
@@ -18,14 +19,14 @@ class MeasurementPlan:
     Attributes:
         probe: NumPy arrays in the structure of the model's inputs.
         targets: Tensors in their own structure; None if the loss is not differentiated.
-        layers: Names of recurrent layers, or layers; None for all.
+        layers: List of names of recurrent layers, or layers; None for all.
         selection: Measures by view.
         options: The settings.
     """
 
     probe: Any
     targets: Any
-    layers: Iterable[str | keras.Layer] | str | keras.Layer | None
+    layers: list[str | keras.Layer] | None
     selection: Selection
     options: Options
 
@@ -55,13 +56,11 @@ class MeasurementPlan:
         checked = Options.of(owner, options)
         selection = select_measures(checked.measures)
         arrays = read_probe(probe)
-        if layers is not None and not isinstance(layers, (str, keras.Layer)):
-            layers = list(layers)
-        return cls(arrays, None if targets is None else read_targets(targets, arrays), layers, selection, checked)
+        wanted = as_list(layers)
+        return cls(arrays, None if targets is None else read_targets(targets, arrays), wanted, selection, checked)
 
     def without_a_model(self) -> "MeasurementPlan":
         """Returns the plan with the names of layers instead of layers, for a copy."""
-        if self.layers is None or isinstance(self.layers, str):
+        if self.layers is None:
             return self
-        layers = [self.layers] if isinstance(self.layers, keras.Layer) else self.layers
-        return replace(self, layers=[layer if isinstance(layer, str) else layer.name for layer in layers])
+        return replace(self, layers=[layer if isinstance(layer, str) else layer.name for layer in self.layers])

@@ -63,6 +63,24 @@ def find_recurrent_layers(model: keras.Layer) -> tuple[RecurrentLayer, ...]:
     return tuple(RecurrentLayer(name, layer) for name, layer in found.items())
 
 
+def as_list(wanted: Iterable[str | keras.Layer] | str | keras.Layer | None) -> list[str | keras.Layer] | None:
+    """Returns the layers that the user named as a list.
+
+    Args:
+        wanted: Name, layer, or iterable of them; None for all layers.
+
+    Raises:
+        ValueError: If it is nothing of that.
+    """
+    if wanted is None:
+        return None
+    if isinstance(wanted, (str, keras.Layer)):
+        return [wanted]
+    if isinstance(wanted, Mapping) or not isinstance(wanted, Iterable):
+        raise invalid_argument("layers", "names of recurrent layers, or layers", f"layers={wanted!r}")
+    return list(wanted)
+
+
 def select_layers(
     found: Sequence[RecurrentLayer], wanted: Iterable[str | keras.Layer] | str | keras.Layer | None
 ) -> tuple[RecurrentLayer, ...]:
@@ -78,11 +96,9 @@ def select_layers(
     Raises:
         ValueError: If a wanted layer is not in `found`, or `wanted` is empty or no names.
     """
+    wanted = as_list(wanted)
     if wanted is None:
         return tuple(found)
-    if isinstance(wanted, Mapping) or not isinstance(wanted, (keras.Layer, Iterable)):
-        raise invalid_argument("layers", "names of recurrent layers, or layers", f"layers={wanted!r}")
-    wanted = [wanted] if isinstance(wanted, (str, keras.Layer)) else list(wanted)
     chosen: set[str] = set()
     for want in wanted:
         matches = [item.name for item in found if want is item.layer or want in (item.name, item.layer.name)]

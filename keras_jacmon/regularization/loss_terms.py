@@ -9,6 +9,8 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from keras_jacmon.errors import message_of
+
 Term = Callable[[], tf.Tensor]
 
 # The attributes of a model that hold the functions that Keras has traced with its losses.
@@ -107,7 +109,7 @@ class LossTerms:
         self._is_broken = True
         warnings.warn(
             "The penalty on the Jacobians failed in a step of the training, which goes on without it. "
-            f"{type(error).__name__}: {error}",
+            f"The reason: {message_of(error)}",
             stacklevel=2,
         )
 
