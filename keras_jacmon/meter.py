@@ -3,22 +3,26 @@
 import contextlib
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import keras
 import numpy as np
 import tensorflow as tf
 
+from keras_jacmon.cell.trajectory import UnrollInputs
 from keras_jacmon.errors import UnmeasurableError, invalid_argument, message_of, sentence
 from keras_jacmon.jacobians.cell_jacobian import Assumptions, Choice
 from keras_jacmon.jacobians.checks import diagnose
-from keras_jacmon.measurement.assembly import CallMetadata
-from keras_jacmon.measurement.call import measure_call
+from keras_jacmon.measurement.compiled import (
+    CompiledMeasurement,
+    CompiledMeasurements,
+    MeasurableCall,
+    SequenceTensors,
+)
 from keras_jacmon.measurement.plan import MeasurementPlan
 from keras_jacmon.measurement.results import CallResults
-from keras_jacmon.measures.registry import MEASURES, Selection, filtered
+from keras_jacmon.measures.registry import MEASURES, filtered
 from keras_jacmon.model.building import build
 from keras_jacmon.model.distribution import check_distribution
 from keras_jacmon.model.guard import foreign_variables, put_back, shielded
@@ -26,8 +30,9 @@ from keras_jacmon.model.inputs import fit_probe, hint_at_slip
 from keras_jacmon.model.internals import tensors_in
 from keras_jacmon.model.layers import check_model, find_recurrent_layers, select_layers
 from keras_jacmon.model.loss_gradient import LossGradients, loss_gradients
-from keras_jacmon.model.recording import Recording, RecurrentCall, record_calls
+from keras_jacmon.model.recording import Recording, record_calls
 from keras_jacmon.options import takes_options
+from keras_jacmon.report.layer_report import LayerReport
 from keras_jacmon.report.report import Report
 from keras_jacmon.traced_graph import Traced, trace
 
@@ -67,37 +72,16 @@ def measure(
     return JacobianMeter(model, probe, layers=layers, targets=targets, **options)()
 
 
-class _Static(NamedTuple):
-    """The Python objects of a trace.
+class _Recorded(NamedTuple):
+    """The recording of a model's calls, known when it is traced.
 
     Attributes:
-        calls: Metadata of the calls, by name.
-        recording: The recorded calls of the model; must live as long as the graph.
-        loss: The gradients of the loss, which must live as long; None without targets.
+        calls: List of the calls.
+        recording: The recorded tensors of the model; must live as long as the graph.
     """
 
-    calls: dict[str, CallMetadata]
+    calls: list[MeasurableCall]
     recording: Recording
-    loss: LossGradients | None
-
-
-class _Results(NamedTuple):
-    """The tensors of a measurement, by name of the call: results, and norms of the gradient of the loss."""
-
-    calls: dict[str, CallResults]
-    loss_gradients: dict[str, tf.Tensor]
-
-
-class _Traced(NamedTuple):
-    """The pipeline for some measures.
-
-    Attributes:
-        function: The traced pipeline.
-        foreign: Variables that it writes to and that Keras does not know; they are put back.
-    """
-
-    function: Traced[_Static]
-    foreign: list[Any]
 
 
 class JacobianMeter:
@@ -188,15 +172,18 @@ class JacobianMeter:
         inputs = fit_probe(model, plan.probe)
         self._inputs = keras.tree.flatten(inputs)
         self._structure = keras.tree.map_structure(lambda _: 0, inputs)
-        self._traces = self._measurements = 0
+        self._measurements = 0
+        self._assumptions: dict[str, Assumptions] = {}
+        self._compiled = CompiledMeasurements(model, plan.options)
         # Traced here and not at the first call, so that errors and warnings come at once.
-        self._trace_measurable(required=plan.layers is not None)
-        self._check_calls(required=plan.layers is not None)
+        self._recording = trace(self._record, self._specs(self._inputs))
+        self._loss = None if self._targets is None else trace(self._differentiate_loss, self._specs(self._tensors()))
+        self._calls = self._compile(required=plan.layers is not None)
 
     @property
     def layers(self) -> tuple[str, ...]:
         """The keys of the reports: a recurrent layer's path, with `:1` and so on for further calls of it."""
-        return tuple(self._traced[True].function.static.calls)
+        return tuple(call.name for call in self._calls)
 
     @property
     def has_slow_measures(self) -> bool:
@@ -205,13 +192,22 @@ class JacobianMeter:
 
     @property
     def trace_count(self) -> int:
-        """Integer, number of traces: one, or two with slow measures, and as many again after each check that failed."""
-        return self._traces
+        """Integer, number of traced measurements.
+
+        There is one for each kind of call, another one when `meter(slow=False)` first leaves measures out, and one more
+        for each check that failed.
+        """
+        return len(self.graphs)
+
+    @property
+    def graphs(self) -> list[tf.Graph]:
+        """List of `tf.Graph`, the graphs of the measurements, one for each trace; see `trace_count`."""
+        return self._compiled.graphs
 
     @property
     def choices(self) -> dict[str, dict[str, list[Choice]]]:
         """Dict by key of dicts by view: the list of `Choice`, one for each block of the Jacobian."""
-        return {name: metadata.choices for name, metadata in self._traced[True].function.static.calls.items()}
+        return {call.name: self._measurement_of(call).metadata.choices for call in self._calls}
 
     def __call__(self, *, slow: bool = True) -> Report:
         """Measures with the weights of this moment.
@@ -232,133 +228,145 @@ class JacobianMeter:
             RuntimeError: If the computation fails; the layer is named where TensorFlow tells.
             ValueError: If the states of a sample depend on those of others, so that it has no Jacobian of its own.
         """
-        which = slow or not self.has_slow_measures
-        results = self._run(self._traced[which])
-        while (assumptions := self._assumptions_after(results)) != self._assumptions:
-            self._trace(assumptions)
-            results = self._run(self._traced[which])
+        with self._explaining_failures():
+            sequences = self._run(self._recording, self._inputs)
+            norms = {} if self._loss is None else self._run(self._loss, self._tensors())
+        by_name = dict(zip((call.name for call in self._recording.static.calls), sequences, strict=True))
+        report = Report({c.name: self._measure(c, by_name[c.name], norms.get(c.name), slow=slow) for c in self._calls})
         self._measurements += 1
-        calls = self._traced[which].function.static.calls
-        return Report(
-            {
-                name: metadata.report(results.calls[name], results.loss_gradients.get(name))
-                for name, metadata in calls.items()
-            }
-        )
+        return report
 
-    def _assumptions_after(self, results: _Results) -> dict[str, Assumptions]:
-        """Returns the assumptions that remain after the checks, by key; warns if they are fewer than before."""
-        assumptions = dict(self._assumptions)
-        for name, found in results.calls.items():
-            cell = self._traced[True].function.static.calls[name].cell
-            verdict = diagnose(found.checks.floats(), assumptions.get(name, Assumptions()))
-            if verdict is None:
-                continue
-            if verdict.assumptions is None:
-                raise ValueError(
-                    f"The Jacobians of layer `{name}` ({cell}) cannot be taken; name the other layers in `layers` to "
-                    f"leave it out. {verdict.reason}"
+    def _measure(
+        self, call: MeasurableCall, sequence: SequenceTensors, loss_gradient: tf.Tensor | None, *, slow: bool
+    ) -> LayerReport:
+        """Measures one call, once more for each check that fails."""
+        # Of numbers of Python TensorFlow keeps a copy on the device, for ever.
+        draw = tf.constant(np.int32(self._measurements))
+        while True:
+            measurement = self._measurement_of(call, slow=slow)
+            with self._explaining_failures(call):
+                results = measurement(call, draw, sequence)
+            remaining = self._assumptions_after(call, measurement.metadata.cell, results)
+            if remaining is None:
+                return measurement.metadata.report(
+                    results, go_backwards=call.layer.go_backwards, notes=call.notes, loss_gradient=loss_gradient
                 )
-            warnings.warn(
-                f"Layer `{name}`: {verdict.reason}. {verdict.consequence} from now on, this time included.",
-                stacklevel=3,
+            # Assigned last: if tracing fails or is interrupted, the next measurement uses the old traces.
+            self._measurement_of(call, remaining, slow=slow)
+            self._assumptions[call.name] = remaining
+
+    def _assumptions_after(self, call: MeasurableCall, cell: str, results: CallResults) -> Assumptions | None:
+        """Returns the assumptions that remain after a check that failed, and warns of it; None if none failed."""
+        verdict = diagnose(results.checks.floats(), self._assumptions.get(call.name, Assumptions()))
+        if verdict is None:
+            return None
+        if verdict.assumptions is None:
+            raise ValueError(
+                f"The Jacobians of layer `{call.name}` ({cell}) cannot be taken; name the other layers in `layers` to "
+                f"leave it out. {verdict.reason}"
             )
-            assumptions[name] = verdict.assumptions
-        return assumptions
+        warnings.warn(
+            f"Layer `{call.name}`: {verdict.reason}. {verdict.consequence} from now on, this time included.",
+            stacklevel=5,
+        )
+        return verdict.assumptions
 
-    def _trace_measurable(self, *, required: bool) -> None:
-        """Traces the measurement without the layers that cannot be measured.
-
-        Raises:
-            UnmeasurableError: If the user named the layers, or none is left.
-        """
-        try:
-            self._trace({})
-        except UnmeasurableError as error:
-            others = tuple(item for item in self._layers if item.layer is not error.layer)
-            if required or not others:
-                raise
-            warnings.warn(f"{str(error).rstrip('.')}. It is not measured.", stacklevel=5)
-            self._layers = others
-            self._trace_measurable(required=required)
-
-    def _trace(self, assumptions: dict[str, Assumptions]) -> None:
-        traced: dict[bool, _Traced] = {}
-        specs = [tf.TensorSpec([], tf.int32), *(tf.TensorSpec(t.shape, t.dtype) for t in self._tensors())]
-        for which, selection in self._selections.items():
-            function = trace(partial(self._measure, selection, assumptions), specs)
-            self._traces += 1
-            traced[which] = _Traced(function, foreign_variables(function.graph.graph, self._model, []))
-        # Assigned last: if tracing fails or is interrupted, the next measurement uses the old traces.
-        self._assumptions, self._traced = assumptions, traced
+    def _measurement_of(
+        self, call: MeasurableCall, assumptions: Assumptions | None = None, *, slow: bool = True
+    ) -> CompiledMeasurement:
+        known = assumptions or self._assumptions.get(call.name, Assumptions())
+        return self._compiled.of(call, self._selections[slow or not self.has_slow_measures], known)
 
     def _tensors(self) -> list[tf.Tensor]:
         return [*self._inputs, *([] if self._targets is None else keras.tree.flatten(self._targets))]
 
-    def _run(self, traced: _Traced) -> _Results:
-        # Keras' variables are shielded while tracing; a `tf.Variable` that a custom cell writes to is put back here.
-        with put_back(traced.foreign):
-            try:
-                # Of numbers of Python TensorFlow keeps a copy on the device, for ever.
-                return traced.function(tf.constant(np.int32(self._measurements)), *self._tensors())
-            except tf.errors.OpError as error:
-                raise RuntimeError(f"Measuring {self._culprit(error)} failed: {_essence(error)}") from error
+    @staticmethod
+    def _specs(tensors: Sequence[tf.Tensor]) -> list[tf.TensorSpec]:
+        return [tf.TensorSpec(tensor.shape, tensor.dtype) for tensor in tensors]
 
-    def _measure(
-        self, selection: Selection, assumptions: Mapping[str, Assumptions], draw: tf.Tensor, *tensors: tf.Tensor
-    ) -> tuple[_Results, _Static]:
-        """Records the calls of the model on the probe and measures them, in the graph that is being traced."""
-        inputs, targets = tensors[: len(self._inputs)], tensors[len(self._inputs) :]
-        packed = keras.tree.pack_sequence_as(self._structure, list(inputs))
+    def _run(self, traced: Traced[Any], tensors: Sequence[tf.Tensor]) -> Any:
+        """Runs a traced function of the model, and puts back the variables that Keras does not know."""
+        with put_back(foreign_variables(traced.graph.graph, self._model, [])):
+            return traced(*tensors)
+
+    def _record(self, *inputs: tf.Tensor) -> tuple[list[SequenceTensors], _Recorded]:
+        """Records the calls of the model on the probe, in the graph that is being traced."""
         with shielded(self._model):
             try:
+                packed = keras.tree.pack_sequence_as(self._structure, list(inputs))
                 recording = record_calls(self._model, packed, self._layers)
             except Exception as error:
                 raise self._refusal(inputs, error) from error
-            calls: dict[str, CallMetadata] = {}
-            results: dict[str, CallResults] = {}
-            for position, call in enumerate(recording.calls):
-                # The scope's name leads from a failing operation back to its layer.
-                with _naming(call), tf.name_scope(f"jacobian_of_call_{position}"):
-                    known = assumptions.get(call.name, Assumptions())
-                    measured = measure_call(call, selection, self._options, assumptions=known, draw=draw)
-                    calls[call.name], results[call.name] = measured
-        if self._targets is None:
-            return _Results(results, {}), _Static(calls, recording, None)
-        with shielded(self._model):
-            wanted = keras.tree.pack_sequence_as(self._targets, list(targets))
-            loss = self._gradients_of_loss(recording, packed, wanted)
-        norms = {name: MEASURES["loss_gradient"].function(gradient) for name, gradient in loss.by_call.items()}
-        nothing = float("nan")
-        gradients = {
-            name: tf.where(results[name].mask, norm, tf.constant(nothing, norm.dtype)) for name, norm in norms.items()
-        }
-        return _Results(results, gradients), _Static(calls, recording, loss)
+            sequences = [UnrollInputs.of(call) for call in recording.calls]
+            calls = list(map(MeasurableCall.of, recording.calls, sequences))
+        return [(part.inputs, part.states, part.mask) for part in sequences], _Recorded(calls, recording)
 
-    def _gradients_of_loss(self, recording: Recording, inputs: Any, targets: Any) -> LossGradients:
-        measured = {call.layer for call in recording.calls}
+    def _differentiate_loss(self, *tensors: tf.Tensor) -> tuple[dict[str, tf.Tensor], LossGradients]:
+        """Returns the norms of the gradient of the loss, by name of the call, in the graph that is being traced."""
+        inputs, targets = tensors[: len(self._inputs)], tensors[len(self._inputs) :]
+        with shielded(self._model):
+            loss = self._gradients_of_loss(
+                keras.tree.pack_sequence_as(self._structure, list(inputs)),
+                keras.tree.pack_sequence_as(self._targets, list(targets)),
+            )
+        return {name: MEASURES["loss_gradient"].function(gradient) for name, gradient in loss.by_call.items()}, loss
+
+    def _gradients_of_loss(self, inputs: Any, targets: Any) -> LossGradients:
+        measured = {call.layer for call in self._recording.static.calls}
         layers = {position: item for position, item in enumerate(self._layers) if item.layer in measured}
         # With the losses that layers add, such as activity regularizers; those of weights look for these in the scope.
         weights = [(weight, tf.convert_to_tensor(weight.value)) for weight in self._model.trainable_variables]
         with keras.StatelessScope(state_mapping=weights, collect_losses=True):
             return loss_gradients(self._model, inputs, targets, layers)
 
-    def _check_calls(self, *, required: bool) -> None:
-        """Warns of layers that cannot be measured; an error if the user asked for one of them, or none is left."""
-        static = self._traced[True].function.static
-        unmeasured, calls = static.recording.unmeasured, static.calls
-        reasons = "; ".join(f"layer `{name}`: {reason}" for name, reason in unmeasured.items())
-        if unmeasured and required:
+    def _compile(self, *, required: bool) -> list[MeasurableCall]:
+        """Traces the measurement of each recorded call and returns the calls that can be measured.
+
+        Warns of the others, unless the user named the layers.
+
+        Args:
+            required: Boolean, True if the user named the layers.
+
+        Raises:
+            UnmeasurableError: If no layer can be measured, or one that the user named cannot.
+        """
+        recorded = self._recording.static
+        reasons = "; ".join(f"layer `{name}`: {reason}" for name, reason in recorded.recording.unmeasured.items())
+        if reasons and required:
             raise invalid_argument("layers", "recurrent layers that the model calls on the probe", reasons)
-        if not calls:
+        if not recorded.calls:
             raise UnmeasurableError(
                 f"No recurrent layer of the model `{self._model.name}` can be measured. {sentence(reasons)}"
             )
         if reasons:
             warnings.warn(f"Some recurrent layers are not measured. {sentence(reasons)}", stacklevel=4)
-        for name, metadata in calls.items():
-            for note in metadata.notes:
-                warnings.warn(f"Layer `{name}`: {note}", stacklevel=4)
+        errors = {call.name: error for call in recorded.calls if (error := self._error_of(call)) is not None}
+        calls = [call for call in recorded.calls if call.name not in errors]
+        if errors and (required or not calls):
+            raise next(iter(errors.values()))
+        for error in errors.values():
+            warnings.warn(f"{str(error).rstrip('.')}. It is not measured.", stacklevel=4)
+        for call in calls:
+            for note in (*self._measurement_of(call).metadata.notes, *call.notes):
+                warnings.warn(f"Layer `{call.name}`: {note}", stacklevel=4)
+        return calls
+
+    def _error_of(self, call: MeasurableCall) -> UnmeasurableError | None:
+        """Traces the measurement of a call and returns the reason why that fails; None if it does not."""
+        try:
+            self._measurement_of(call)
+        except Exception as error:  # noqa: BLE001 - of any kind that a user's cell may raise
+            cell = call.layer.cell
+            foreign = ", ".join(f"`{name}`" for name in tensors_in(cell))
+            hint = " The cell uses tensors of the model that are neither its inputs nor its states: " if foreign else ""
+            refusal = UnmeasurableError(
+                f"The Jacobians of layer `{call.name}` ({type(cell).__name__}) cannot be taken; name the other layers "
+                f"in `layers` to leave it out.{hint}{foreign}{'.' * bool(foreign)} The reason: {message_of(error)}",
+                call.layer,
+            )
+            refusal.__cause__ = error
+            return refusal
+        return None
 
     def _refusal(self, inputs: Sequence[tf.Tensor], error: Exception) -> ValueError:
         shapes = [tuple(tensor.shape) for tensor in inputs]
@@ -374,12 +382,18 @@ class JacobianMeter:
         hint = hint_at_slip(keras.tree.pack_sequence_as(self._structure, list(inputs)))
         return invalid_argument("probe", expected, f"shapes {shapes}{hint}. The model says: {message_of(error)}")
 
-    def _culprit(self, error: tf.errors.OpError) -> str:
-        where = re.search(r"(jacobian_of_call|forward_of_layer)_(\d+)", error.message)
-        if where is None:
-            return "the model, outside of its recurrent layers,"
-        names = self.layers if where[1] == "jacobian_of_call" else [item.name for item in self._layers]
-        return f"layer `{names[int(where[2])]}`"
+    @contextlib.contextmanager
+    def _explaining_failures(self, call: MeasurableCall | None = None) -> Iterator[None]:
+        """Turns an error of TensorFlow into one that names the layer: of a call, or the one where TensorFlow was."""
+        try:
+            yield
+        except tf.errors.OpError as error:
+            name = None if call is None else call.name
+            where = re.search(r"forward_of_layer_(\d+)", error.message)
+            if name is None and where is not None:
+                name = self._layers[int(where[1])].name
+            culprit = "the model, outside of its recurrent layers," if name is None else f"layer `{name}`"
+            raise RuntimeError(f"Measuring {culprit} failed: {_essence(error)}") from error
 
 
 def _essence(error: tf.errors.OpError) -> str:
@@ -391,19 +405,3 @@ def _essence(error: tf.errors.OpError) -> str:
     return "\n".join(
         line for line in lines if not re.match(r"Graph execution error:|Detected at node |<stack traces", line)
     )
-
-
-@contextlib.contextmanager
-def _naming(call: RecurrentCall) -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:
-        foreign = ", ".join(f"`{name}`" for name in tensors_in(call.layer.cell))
-        hint = f" The cell uses tensors of the model that are neither its inputs nor its states: {foreign}." * bool(
-            foreign
-        )
-        raise UnmeasurableError(
-            f"The Jacobians of layer `{call.name}` ({type(call.layer.cell).__name__}) cannot be taken; name the other "
-            f"layers in `layers` to leave it out.{hint} The reason: {message_of(error)}",
-            call.layer,
-        ) from error

@@ -2,7 +2,7 @@
 
 import contextlib
 import itertools
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Generic, TypeVar
@@ -171,6 +171,26 @@ class TracedGraph:
         operation, *output = bare.split(":")
         return ":".join([sign + self._aliases[operation], *output])
 
+    def fingerprint(self) -> Hashable:
+        """Returns what the graph computes, as a value: graphs with equal fingerprints compute the same.
+
+        The names of the operations are left out. A loop, a branch or a custom gradient has a name of its own in each
+        trace, so that a graph with one of them equals no other graph; nor do graphs that read different objects.
+        """
+        places = {tensor.name: place for place, tensor in enumerate(t for op in self.operations for t in op.outputs)}
+        order = {operation.name: place for place, operation in enumerate(self.operations)}
+        nodes = [
+            (
+                operation.type,
+                tuple(places[tensor.name] for tensor in operation.inputs),
+                tuple(order[control.name] for control in operation.control_inputs),
+                _attributes(self._nodes[operation.name]),
+            )
+            for operation in self.operations
+        ]
+        captures = [(places[inner], id(outer)) for inner, outer in self.captures.items()]
+        return tuple(nodes), tuple(captures), tuple(places[tensor.name] for tensor in self.outputs)
+
     def between(self, known: Collection[str], fetches: Sequence[tf.Tensor]) -> tuple[set[str], set[str]]:
         """Finds the operations that make tensors of this graph from known ones.
 
@@ -308,6 +328,13 @@ def _bare(node: Any, operation: tf.Operation) -> Any:
     if "_gradient_op_type" in node.attr and not has_custom_gradient(operation):
         node.attr.pop("_gradient_op_type")
     return node
+
+
+def _attributes(node: Any) -> tuple[tuple[str, bytes], ...]:
+    """Returns the attributes of a node, without the name that an argument has in Python."""
+    attributes = {name: value.SerializeToString(deterministic=True) for name, value in node.attr.items()}
+    attributes.pop("_user_specified_name", None)
+    return tuple(sorted(attributes.items()))
 
 
 def _captured(tensor: tf.Tensor) -> tf.Tensor:

@@ -37,7 +37,9 @@ from trainings import (
 )
 
 from keras_jacmon import JacobianMeter, JacobianMonitor, JacobianRegularizer, measure
+from keras_jacmon.measurement.assembly import CallMetadata
 from keras_jacmon.regularization import loss_terms
+from keras_jacmon.traced_graph import Traced
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -153,23 +155,18 @@ def test_an_interrupt_during_a_measurement_stops_the_training_and_loses_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first one at the fourth measurement, where the cell's own variable has already moved."""
-    measured = JacobianMeter._run
+    run = Traced.__call__
     count = 0
 
-    class Interrupted:
-        """In the place of a traced function: Python notices a signal when TensorFlow returns."""
-
-        def __init__(self, function: Any) -> None:
-            self.function = function
-
-        def __call__(self, *arguments: Any) -> Any:
-            self.function(*arguments)
-            raise KeyboardInterrupt
-
-    def run(meter: JacobianMeter, traced: Any) -> Any:
+    def run_until_interrupted(traced: Traced[Any], *tensors: Any) -> Any:
+        """Python notices a signal when TensorFlow returns."""
         nonlocal count
-        count += 1
-        return measured(meter, traced._replace(function=Interrupted(traced.function)) if count == 4 else traced)
+        results = run(traced, *tensors)
+        count += isinstance(traced.static, CallMetadata)
+        if count == 4:
+            count += 1
+            raise KeyboardInterrupt
+        return results
 
     def trained(*callbacks: Any) -> Any:
         model = compiled(keras.layers.RNN(CountingCell(3), name="rnn"))
@@ -181,7 +178,7 @@ def test_an_interrupt_during_a_measurement_stops_the_training_and_loses_nothing(
         raise KeyboardInterrupt
 
     # No signal can be timed from outside to arrive while TensorFlow runs the fourth measurement.
-    monkeypatch.setattr(JacobianMeter, "_run", run)
+    monkeypatch.setattr(Traced, "__call__", run_until_interrupted)
     monitor = monitor_of(log_dir=tmp_path)
     model, expected = trained(monitor), trained(AtBatch(3, interrupt))
     assert steps_of(monitor) == [0, 1, 2]

@@ -443,7 +443,7 @@ def test_the_graph_does_not_grow_with_the_steps_or_the_chunks(case_id: str) -> N
 
     def size_of(steps: int, max_bytes: int) -> int:
         meter = JacobianMeter(model, normal(BATCH, steps, FEATURES), measures=["variance"], max_bytes=max_bytes)
-        return operations(meter._traced[True].function.graph.graph)
+        return operations(meter.graphs[0])
 
     assert size_of(5, 2**30) == size_of(50, 2**30)
     assert size_of(50, 5000) == size_of(200, 5000)
@@ -473,7 +473,7 @@ def test_one_segment_at_a_time() -> None:
     """TensorFlow may begin ten iterations of a loop at once, which would need the memory of all of them."""
     model, probe = sequential([keras.layers.LSTM(4, name="lstm")]), normal(BATCH, STEPS, FEATURES)
     meter = JacobianMeter(model, probe, measures=["variance", "joint/flow", "joint/lyapunov"], max_bytes=2**13)
-    operations = meter._traced[True].function.graph.graph.get_operations()
+    operations = meter.graphs[0].get_operations()
     # Of the steps, forwards for the exponents, and backwards for the flow; the loops in each segment are not in sight.
     assert [op.get_attr("parallel_iterations") for op in operations if "While" in op.type] == [1, 1, 1]
 

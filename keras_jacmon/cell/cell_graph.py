@@ -50,6 +50,7 @@ class CellGraph(TracedGraph):
             if operation.op_def.is_stateful and operation.type not in _READERS:
                 raise NotImplementedError(f"its operation `{operation.type}` may do something else each time it runs")
         self._names = {id(weight.value.handle): weight.name for weight in getattr(step.cell, "weights", ())}
+        self._names |= {id(tensor): weight.name for weight, tensor in step.weights}
         self.shapes = self._static_shapes()
 
     def source_of(self, tensor: tf.Tensor) -> str:

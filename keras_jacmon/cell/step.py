@@ -18,10 +18,12 @@ class CellStep:
     Args:
         cell: Keras layer or other object that `keras.layers.RNN` takes as a cell.
         states: Structure of the cell's states; only the structure is kept.
+        weights: Sequence of pairs of a Keras variable and a tensor that the cell uses in its place. Defaults to `()`;
+            the cell reads its variables.
     """
 
-    def __init__(self, cell: Any, states: Any) -> None:
-        self.cell = cell
+    def __init__(self, cell: Any, states: Any, weights: "Sequence[tuple[keras.Variable, tf.Tensor]]" = ()) -> None:
+        self.cell, self.weights = cell, list(weights)
         self._structure = keras.tree.map_structure(lambda _: 0, states)
         # By identity, the variables of Keras that the last step wrote to, in a scope that forgot it.
         self._written: set[int] = set()
@@ -56,9 +58,11 @@ class CellStep:
             ValueError: If number or shapes of the new states differ from the old ones.
         """
         # A cell may draw a dropout mask that it does not use: neither its seed nor the mask may remain.
-        with full_precision(self.cell), keras.StatelessScope() as scope, without_masks(self.cell):
+        scope = keras.StatelessScope(state_mapping=self.weights)
+        given = dict(scope.state_mapping)
+        with full_precision(self.cell), scope, without_masks(self.cell):
             output, new = self.cell(inputs, self.packed(states), **training_argument(self.cell))
-        self._written = set(scope.state_mapping)
+        self._written = {key for key, value in scope.state_mapping.items() if value is not given.get(key)}
         flat = keras.tree.flatten(new)
         if len(flat) != len(states):
             raise ValueError(

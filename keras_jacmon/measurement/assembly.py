@@ -8,15 +8,15 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from keras_jacmon.cell.trajectory import UnrollInputs
 from keras_jacmon.jacobians.cell_jacobian import CellJacobian, Choice, Method
 from keras_jacmon.jacobians.dependencies import Dependencies
 from keras_jacmon.jacobians.views import View, floating_states, size
-from keras_jacmon.measurement.results import CallResults
+from keras_jacmon.measurement.results import CallResults, MeasuredArray
 from keras_jacmon.measures.flow import FlowPlan
 from keras_jacmon.measures.kinds import Exponents, Flow, Loss, OverTime, PerStep, Spectrum, SuggestionInput, WholeFlow
 from keras_jacmon.measures.registry import KEYS, Quantity, Selection
 from keras_jacmon.measures.suggestions import suggestion_inputs
-from keras_jacmon.model.recording import RecurrentCall
 from keras_jacmon.options import Options
 from keras_jacmon.report.layer_report import LayerReport
 
@@ -44,7 +44,6 @@ class CallMetadata:
         cell: String, class name of the cell.
         units: Integer, size of the hidden state.
         joint: String, prefix of the keys of the joint view; empty for a cell with one state.
-        go_backwards: Boolean, True if the layer reads its input from the end.
         views: Tuple of the views that the cell has.
         choices: Dict by view of lists: the method that was chosen for each block.
         notes: Tuple of sentences that a reader of the numbers must know.
@@ -60,7 +59,6 @@ class CallMetadata:
     cell: str
     units: int
     joint: str
-    go_backwards: bool
     views: tuple[str, ...]
     choices: dict[str, list[Choice]]
     notes: tuple[str, ...]
@@ -74,8 +72,8 @@ class CallMetadata:
     @classmethod
     def of(
         cls,
-        call: RecurrentCall,
-        states: Sequence[tf.Tensor],
+        cell: Any,
+        sequence: UnrollInputs,
         jacobian: CellJacobian,
         dependencies: Dependencies,
         *,
@@ -85,9 +83,9 @@ class CallMetadata:
         """Collects the metadata of a call.
 
         Args:
-            call: The recorded call.
-            states: The flat initial states.
-            jacobian: The Jacobians of its cell.
+            cell: The cell.
+            sequence: The sequence that the cell is unrolled along.
+            jacobian: The Jacobians of the cell.
             dependencies: The dependencies of new states on old ones.
             asked: The views that the user asked for.
             options: The settings of the measurement.
@@ -95,18 +93,18 @@ class CallMetadata:
         Raises:
             ValueError: If no state has a derivative.
         """
+        first, states = sequence.inputs[0], sequence.states
         floating = floating_states(states)
         views, notes = _views_and_notes(floating, dependencies, with_inputs="inputs" in asked)
         choices = {view: jacobian.choices(view) for view in views}
-        columns = {view: View.of(view, states).columns(call.inputs[:, 0], states) for view in views}
+        columns = {view: View.of(view, states).columns(first, states) for view in views}
         return cls(
-            type(call.layer.cell).__name__,
+            type(cell).__name__,
             size(states[floating[0]]),
             "joint/" if len(floating) > 1 else "",
-            call.layer.go_backwards,
             views,
             choices,
-            (*notes, *_notes_of(call)),
+            notes,
             jacobian,
             columns,
             options,
@@ -122,20 +120,31 @@ class CallMetadata:
         plan = self.flow_plans[quantity.view]
         return plan.of_all(self.options.flow_vectors) if isinstance(quantity.measure.kind, WholeFlow) else plan
 
-    def report(self, results: CallResults, loss_gradient: tf.Tensor | None = None) -> LayerReport:
-        """Assembles the report.
+    def report(
+        self,
+        results: CallResults,
+        *,
+        go_backwards: bool,
+        notes: Sequence[str] = (),
+        loss_gradient: tf.Tensor | None = None,
+    ) -> LayerReport:
+        """Assembles the report, with each value at its position in the input.
 
         Args:
-            results: The results of the graph.
-            loss_gradient: `(time, batch)`, norms of the gradient of the loss; None if it was not measured.
+            results: The results of the graph, in the order in which the cell runs.
+            go_backwards: Boolean, True if the layer reads its input from the end.
+            notes: Sequence of notes on this call alone. Defaults to `()`.
+            loss_gradient: `(time, batch)`, norms of the gradient of the loss by position in the input; None if it was
+                not measured.
         """
-        mask = results.mask.numpy()
+        order = slice(None, None, -1 if go_backwards else 1)
+        mask = results.mask.numpy()[order]
         everything = [
-            _Found(quantity, array.value.numpy(), None if bool(array.is_exact) else array.uncertainty.numpy())
-            for quantity, array in zip(self.quantities, results.arrays, strict=True)
+            _found(quantity, array, order) for quantity, array in zip(self.quantities, results.arrays, strict=True)
         ]
         if loss_gradient is not None:
-            everything.append(_Found(KEYS["loss_gradient"], loss_gradient.numpy(), None))
+            norms = loss_gradient.numpy()
+            everything.append(_Found(KEYS["loss_gradient"], np.where(mask, norms, norms.dtype.type(np.nan)), None))
         known = {found.quantity: found for found in everything}
         shown = {key: known[quantity] for key, quantity in KEYS.items() if quantity in known}
         uncertainties = {key: found.uncertainty for key, found in shown.items() if found.uncertainty is not None}
@@ -149,15 +158,15 @@ class CallMetadata:
             mask=mask,
             uncertainties=uncertainties,
             estimated=frozenset(key for key in uncertainties if measures[key].uncertainty == "standard error"),
-            sampled={} if results.sampled is None else dict.fromkeys(expensive, results.sampled.numpy()),
+            sampled={} if results.sampled is None else dict.fromkeys(expensive, results.sampled.numpy()[order]),
             certificate=results.checks.floats().structure_residual if self.has_structure else None,
             sequences={key: shown[key].value for key in over_time},
             spectra={key: f.value for key, f in shown.items() if isinstance(measures[key].kind, Spectrum)},
-            spectra_at=np.empty((0, 2), np.int64) if results.spectra_at is None else results.spectra_at.numpy(),
+            spectra_at=_places(results.spectra_at, len(mask), go_backwards=go_backwards),
             joint=self.joint,
             suggestion_inputs=self._suggestion_inputs(everything, mask),
-            go_backwards=self.go_backwards,
-            notes=self.notes,
+            go_backwards=go_backwards,
+            notes=(*self.notes, *notes),
             methods={key: self._method(found) for key, found in shown.items()},
             reductions={key: reduction for key, reduction in over_time.items() if reduction is not None},
             may_be_infinite=frozenset(
@@ -165,8 +174,8 @@ class CallMetadata:
             ),
         )
         counts = ", ".join(f"{count} of `{key}`" for key, count in layer.nonfinite().items())
-        notes = [f"NaN or Inf among the values: {counts}"] if counts else self._undecided(layer)
-        return dataclasses.replace(layer, notes=(*self.notes, *notes))
+        doubts = [f"NaN or Inf among the values: {counts}"] if counts else self._undecided(layer)
+        return dataclasses.replace(layer, notes=(*layer.notes, *doubts))
 
     def _suggestion_inputs(self, everything: Iterable[_Found], mask: Any) -> dict[str, float]:
         """Returns the numbers from which the suggestions of a verdict are computed."""
@@ -213,21 +222,6 @@ class CallMetadata:
         return notes
 
 
-def _notes_of(call: RecurrentCall) -> tuple[str, ...]:
-    """Returns notes on steps that are made, or left out, in another way than a reader may think."""
-    notes = []
-    if call.is_stepped_by_hand:
-        # As in a forecast that feeds itself.
-        notes.append("the model also calls its cell outside of the layer; these steps are not measured")
-    if call.has_lost_mask:
-        # Layers of Keras 3.16 hand no mask on, nor do others that do not support masks.
-        notes.append(
-            "a mask reached the layer below and not this one: the layer takes all steps, also the padded ones, and all "
-            "are measured"
-        )
-    return tuple(notes)
-
-
 def _flow_plan(
     view: str, states: Sequence[tf.Tensor], choices: Sequence[Choice], outputs: Sequence[int], options: Options
 ) -> FlowPlan:
@@ -236,6 +230,21 @@ def _flow_plan(
     begins = tuple(len(sizes) == 1 or place in outputs for place in range(len(sizes)))
     cheap = all(choice.how is not Method.AUTODIFF for choice in choices)
     return FlowPlan.of(sizes, begins, options.flow_vectors, cheap=cheap)
+
+
+def _found(quantity: Quantity, array: MeasuredArray, order: slice) -> _Found:
+    """Returns the NumPy values of a quantity; values of single steps by position in the input."""
+    here = order if isinstance(quantity.measure.kind, PerStep) else slice(None)
+    uncertainty = None if bool(array.is_exact) else array.uncertainty.numpy()[here]
+    return _Found(quantity, array.value.numpy()[here], uncertainty)
+
+
+def _places(spectra_at: tf.Tensor | None, time: int, *, go_backwards: bool) -> Any:
+    """Returns position in the input and sample of each spectrum, `(points, 2)`."""
+    if spectra_at is None:
+        return np.empty((0, 2), np.int64)
+    step, sample = spectra_at.numpy().T
+    return np.stack([time - 1 - step if go_backwards else step, sample], axis=1)
 
 
 def _views_and_notes(

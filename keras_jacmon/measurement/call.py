@@ -25,7 +25,6 @@ from keras_jacmon.measures.flow import FlowPlan
 from keras_jacmon.measures.kinds import Flow, Spectrum
 from keras_jacmon.measures.registry import KEYS, Quantity, Selection, filtered, of_kind, views_of
 from keras_jacmon.measures.suggestions import with_suggestion_measures
-from keras_jacmon.model.recording import RecurrentCall
 from keras_jacmon.options import Options
 from keras_jacmon.tensors import known_sizes
 
@@ -35,12 +34,19 @@ _SHARE_OF_TRAJECTORY, _SHARE_OF_DERIVATIVES, _SHARE_OF_SEQUENCES = 8, 3, 6
 
 
 def measure_call(
-    call: RecurrentCall, measures: Selection, options: Options, *, assumptions: Assumptions, draw: tf.Tensor
+    step: CellStep,
+    sequence: UnrollInputs,
+    measures: Selection,
+    options: Options,
+    *,
+    assumptions: Assumptions,
+    draw: tf.Tensor,
 ) -> tuple[CallMetadata, CallResults]:
     """Measures one call, in the graph that is being traced.
 
     Args:
-        call: The recorded call.
+        step: The step of the cell.
+        sequence: The sequence, in the order in which the cell runs.
         measures: The quantities that the user selected.
         options: The settings. `max_bytes` bounds the memory, through segments of the sequence and chunks of points.
         assumptions: The assumptions behind the Jacobians. If the points are not independent, steps are measured one
@@ -48,20 +54,19 @@ def measure_call(
         draw: Integer scalar, number of measurements before this one; it decides which points are checked.
 
     Returns:
-        The metadata of the call, and its results.
+        The metadata of the call, and its results in the order in which the cell runs.
 
     Raises:
         ValueError: If no state has a derivative.
     """
-    sequence, step = UnrollInputs.of(call), CellStep(call.layer.cell, call.states)
     if not floating_states(sequence.states):
         raise ValueError(f"None of its {len(sequence.states)} states is floating-point, so there is no derivative")
     jacobian = CellJacobian(step, sequence.inputs[0], sequence.states, assumptions)
     dependencies = find_dependencies(step, sequence.inputs[0], sequence.states)
-    metadata = CallMetadata.of(call, sequence.states, jacobian, dependencies, asked=views_of(measures), options=options)
+    metadata = CallMetadata.of(step.cell, sequence, jacobian, dependencies, asked=views_of(measures), options=options)
     selection = _of_views(measures, metadata.views, several=bool(metadata.joint))
     # A subclass may use its gates in another way.
-    with_inputs = with_suggestion_measures(selection, forgets=type(call.layer.cell) is keras.layers.LSTMCell)
+    with_inputs = with_suggestion_measures(selection, forgets=type(step.cell) is keras.layers.LSTMCell)
     of_points = filtered(with_inputs, lambda measure: not measure.kind.over_time)
     if dependencies.carried and KEYS["joint/flow"] in selection:
         selection = (*selection, KEYS["joint/flow_of_all"])
@@ -81,9 +86,7 @@ def measure_call(
         samples=known_sizes(sequence.inputs)[1],
     )
     flow_plans = {quantity: metadata.flow_plan(quantity) for quantity in of_kind(over_time, Flow)}
-    return metadata, _Call(
-        step, sequence, jacobian.unroll_plan(), measurement, call.layer.go_backwards, flow_plans
-    ).results(over_time)
+    return metadata, _Call(step, sequence, jacobian.unroll_plan(), measurement, flow_plans).results(over_time)
 
 
 @dataclass(frozen=True)
@@ -95,7 +98,6 @@ class _Call:
         sequence: The sequence, in the order in which the cell runs.
         unroll_plan: The plan that `unroll` follows; None for a plain loop.
         measurement: The measurement of single points.
-        go_backwards: Boolean, True if the layer reads its input from the end.
         flow_plans: Mapping from each quantity of the kind `Flow` to the vectors that its flow begins with.
     """
 
@@ -103,7 +105,6 @@ class _Call:
     sequence: UnrollInputs
     unroll_plan: UnrollPlan | None
     measurement: StepMeasurement
-    go_backwards: bool
     flow_plans: Mapping[Quantity, FlowPlan]
 
     def results(self, over_time: Selection) -> CallResults:
@@ -115,16 +116,13 @@ class _Call:
         )
         steps = _most_steps(sequence, self.unroll_plan, options.max_bytes // _SHARE_OF_TRAJECTORY)
         arrays, checks, points = self._at_points(subsample, steps)
-        spectra_at = None if subsample.spectra is None else tf.where(subsample.spectra)
-        if spectra_at is not None and self.go_backwards:
-            spectra_at = tf.stack([shape[0] - 1 - spectra_at[:, 0], spectra_at[:, 1]], axis=1)
         results = CallResults(
-            self._in_order(tf.ones(shape, tf.bool) if sequence.mask is None else sequence.mask),
-            None if subsample.expensive is None else self._in_order(subsample.expensive),
-            spectra_at,
+            tf.ones(shape, tf.bool) if sequence.mask is None else sequence.mask,
+            subsample.sampled,
+            None if subsample.spectra is None else tf.where(subsample.spectra),
             checks,
             tuple(
-                array if isinstance(measure.kind, Spectrum) else self._array_in_order(array)
+                array if isinstance(measure.kind, Spectrum) else self._by_step(array)
                 for (_, measure), array in zip(measurement.quantities, arrays, strict=True)
             ),
         )
@@ -181,16 +179,15 @@ class _Call:
         )
         return measure_sequence(whole, over_time, measurement.context, points and points.after(done))
 
-    def _array_in_order(self, array: MeasuredArray) -> MeasuredArray:
-        return MeasuredArray(self._in_order(array.value), self._in_order(array.uncertainty), array.is_exact)
+    def _by_step(self, array: MeasuredArray) -> MeasuredArray:
+        """Returns values of points as `(time, batch)`, NaN at skipped steps."""
+        shape, mask = known_sizes(self.sequence.inputs)[:2], self.sequence.mask
 
-    def _in_order(self, value: tf.Tensor) -> tf.Tensor:
-        """Returns values as `(time, batch)`, by position in the input; NaN or False at skipped steps."""
-        value = tf.reshape(value, known_sizes(self.sequence.inputs)[:2])
-        if self.sequence.mask is not None:
-            nothing = tf.constant(False if value.dtype.is_bool else float("nan"), value.dtype)
-            value = tf.where(self.sequence.mask, value, nothing)
-        return value[::-1] if self.go_backwards else value
+        def shaped(values: tf.Tensor) -> tf.Tensor:
+            values = tf.reshape(values, shape)
+            return values if mask is None else tf.where(mask, values, tf.constant(float("nan"), values.dtype))
+
+        return MeasuredArray(shaped(array.value), shaped(array.uncertainty), array.is_exact)
 
 
 def _most_steps(sequence: UnrollInputs, unroll_plan: UnrollPlan | None, max_bytes: int) -> int:

@@ -29,6 +29,11 @@ class Subsample(NamedTuple):
     expensive: tf.Tensor | None
     spectra: tf.Tensor | None
 
+    @property
+    def sampled(self) -> tf.Tensor | None:
+        """The points at which expensive measures are taken, `(time, batch)`; None for everywhere."""
+        return self.expensive if self.expensive is None or self.mask is None else self.expensive & self.mask
+
     def between(self, start: tf.Tensor | int, stop: tf.Tensor | int) -> "Subsample":
         """Returns the masks of the steps from `start` up to `stop`."""
         return Subsample(*(None if mask is None else mask[start:stop] for mask in self))

@@ -167,7 +167,7 @@ def test_a_tracing_that_is_interrupted_leaves_the_meter_as_it_was(monkeypatch: p
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("keras_jacmon.meter.measure_call", interrupted)
+        patch.setattr("keras_jacmon.measurement.compiled.measure_call", interrupted)
         with pytest.raises(KeyboardInterrupt):
             meter()
     assert meter.layers == ("rnn",)

@@ -517,7 +517,7 @@ def test_no_matrix_for_each_row_on_the_way_to_a_measure(make: Callable[[], Any],
         unknown = [samples * time, *[1 if "spectral" in key else samples * time] * len(shape)]
         return int(np.prod([unknown.pop(0) if size is None else size for size in shape]))
 
-    sizes = [entries(t.shape) for t in tensors_of(meter._traced[True].function.graph.graph) if t.shape.rank]
+    sizes = [entries(t.shape) for t in tensors_of(meter.graphs[0]) if t.shape.rank]
     assert len(sizes) > 100
     # All steps of the hidden view, or one step of the joint one.
     assert max(sizes) < min(samples * time * units**2, samples * (2 * units) ** 2)
@@ -544,7 +544,7 @@ def test_inputs_are_projected_beforehand_and_what_the_steps_computed_is_kept(mak
     probe = normal(samples, time, features)
     model = build(keras.Sequential([keras.Input((time, features)), make(units, name="rnn")]), probe)
     meter = JacobianMeter(model, probe, measures=["variance", "joint/flow"], flow_vectors=3)
-    products = list(products_of(meter._traced[True].function.graph.graph))
+    products = list(products_of(meter.graphs[0]))
     wide = gates * units
     # Wide gates are products of their own, which need no split.
     parts, width = (gates, units) if units > 100 else (1, wide)

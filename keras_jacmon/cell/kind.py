@@ -1,0 +1,70 @@
+"""The kind of a cell: its step as a graph, apart from the values of its weights."""
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from keras_jacmon.cell.step import CellStep
+from keras_jacmon.traced_graph import TracedGraph
+
+
+@dataclass(frozen=True)
+class CellKind:
+    """The kind of a cell. Cells of equal kinds take the same step, if they are given the same weights.
+
+    Attributes:
+        key: Hashable, equal for cells of the same kind.
+        weights: Tuple of the variables of Keras that the step is given as tensors.
+    """
+
+    key: Hashable
+    weights: "tuple[keras.Variable, ...]"
+
+    @classmethod
+    def own(cls, cell: Any) -> "CellKind":
+        """Returns a kind that no other cell has, of a cell that reads its variables itself."""
+        return cls(id(cell), ())
+
+    def values(self) -> list[tf.Tensor]:
+        """Returns the present values of the weights."""
+        return [tf.convert_to_tensor(weight.value) for weight in self.weights]
+
+
+def cell_kind(cell: Any, states: Any, specs: Sequence[tf.TensorSpec]) -> CellKind:
+    """Traces one step of a cell and finds its kind.
+
+    The kind rests on the graph of the step and not on the configuration of the cell, which need not hold all that the
+    step depends on. A cell that reads a `tf.Variable` or a tensor of its own is of the kind of cells that read the same
+    object. A cell that writes to its variables, or whose step cannot be traced, is of a kind of its own, and reads its
+    variables itself.
+
+    Args:
+        cell: Keras layer or other object that `keras.layers.RNN` takes as a cell.
+        states: Structure of the cell's states.
+        specs: Sequence of `tf.TensorSpec`, of the inputs `(batch, ...)` of one step and of its flat states.
+
+    Returns:
+        `CellKind`.
+    """
+    weights = tuple(cell.weights) if isinstance(cell, keras.Layer) else ()
+    weight_specs = [tf.TensorSpec(weight.shape, weight.dtype) for weight in weights]
+    written: list[keras.Variable] = []
+
+    def take_step(*tensors: tf.Tensor) -> list[tf.Tensor]:
+        inputs, *others = tensors[: len(specs)]
+        step = CellStep(cell, states, list(zip(weights, tensors[len(specs) :], strict=True)))
+        output, new = step.with_output(inputs, others)
+        written.extend(step.written())
+        return [*new, *output]
+
+    try:
+        graph = TracedGraph(take_step, [*specs, *weight_specs], inline=True)
+    except Exception:  # noqa: BLE001 - the measurement meets the same error and reports it
+        return CellKind.own(cell)
+    if written:
+        return CellKind.own(cell)
+    names = tuple((weight.name, tuple(weight.shape), weight.dtype) for weight in weights)
+    return CellKind((type(cell), names, graph.fingerprint()), weights)

@@ -1,0 +1,151 @@
+"""Compiled measurements: one for each kind of call, which calls of this kind share."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import keras
+import tensorflow as tf
+
+from keras_jacmon.cell.kind import CellKind, cell_kind
+from keras_jacmon.cell.step import CellStep
+from keras_jacmon.cell.trajectory import UnrollInputs
+from keras_jacmon.jacobians.cell_jacobian import Assumptions
+from keras_jacmon.jacobians.registered_forms import registered_form
+from keras_jacmon.measurement.assembly import CallMetadata
+from keras_jacmon.measurement.call import measure_call
+from keras_jacmon.measurement.results import CallResults
+from keras_jacmon.measures.registry import Selection
+from keras_jacmon.model.guard import foreign_variables, put_back, shielded
+from keras_jacmon.model.recording import RecurrentCall
+from keras_jacmon.options import Options
+from keras_jacmon.traced_graph import Traced, trace
+
+if TYPE_CHECKING:
+    from collections.abc import Hashable
+
+# Inputs, flat initial states, and the mask, which may be None.
+SequenceTensors = tuple[tf.Tensor, tuple[tf.Tensor, ...], tf.Tensor | None]
+
+
+@dataclass(frozen=True, eq=False)
+class MeasurableCall:
+    """A recurrent call as far as its measurement depends on it.
+
+    Attributes:
+        name: String, the key of the call in reports.
+        layer: `keras.layers.RNN`.
+        states: Structure of the layer's states; only the structure counts.
+        specs: Structure of `SequenceTensors`, with the `tf.TensorSpec` of each tensor.
+        kind: `CellKind` of its cell.
+        notes: Tuple of sentences on this call alone that a reader of the numbers must know.
+    """
+
+    name: str
+    layer: keras.layers.RNN
+    states: Any
+    specs: Any
+    kind: CellKind
+    notes: tuple[str, ...]
+
+    @classmethod
+    def of(cls, call: RecurrentCall, sequence: UnrollInputs) -> "MeasurableCall":
+        """Makes it from a recorded call and the tensors that the cell is unrolled along."""
+        spec = tf.TensorSpec.from_tensor
+        mask = None if sequence.mask is None else spec(sequence.mask)
+        specs = (spec(sequence.inputs), tuple(map(spec, sequence.states)), mask)
+        cell = call.layer.cell
+        if registered_form(cell) is None:
+            first = tf.TensorSpec(sequence.inputs.shape[1:], sequence.inputs.dtype)
+            kind = cell_kind(cell, call.states, [first, *specs[1]])
+        else:
+            # A form may read from the cell what its step does not.
+            kind = CellKind.own(cell)
+        return cls(
+            call.name, call.layer, keras.tree.map_structure(lambda _: 0, call.states), specs, kind, _notes_of(call)
+        )
+
+
+class CompiledMeasurement(NamedTuple):
+    """The measurement of one kind of call.
+
+    Attributes:
+        function: The traced measurement: of the number of measurements before, `SequenceTensors` and weights.
+        foreign: List of the variables that it writes to and that Keras does not know; they are put back.
+    """
+
+    function: Traced[CallMetadata]
+    foreign: list[Any]
+
+    @property
+    def metadata(self) -> CallMetadata:
+        """The metadata of all calls of this kind."""
+        return self.function.static
+
+    def __call__(self, call: MeasurableCall, draw: tf.Tensor, sequence: SequenceTensors) -> CallResults:
+        """Measures a call with the present weights of its cell."""
+        # Keras' variables are shielded while tracing; a `tf.Variable` that a custom cell writes to is put back here.
+        with put_back(self.foreign):
+            results: CallResults = self.function(draw, sequence, call.kind.values())
+        return results
+
+
+class CompiledMeasurements:
+    """The compiled measurements of a model, each made when it is first asked for.
+
+    Args:
+        model: Keras model.
+        options: The settings of the measurements.
+    """
+
+    def __init__(self, model: keras.Layer, options: Options) -> None:
+        self._model, self._options = model, options
+        self._known: dict[Hashable, CompiledMeasurement] = {}
+
+    @property
+    def graphs(self) -> list[tf.Graph]:
+        """The graphs of the measurements, in the order in which they were traced."""
+        return [compiled.function.graph.graph for compiled in self._known.values()]
+
+    def of(self, call: MeasurableCall, measures: Selection, assumptions: Assumptions) -> CompiledMeasurement:
+        """Returns the measurement of a call.
+
+        Args:
+            call: The call.
+            measures: The quantities that the user selected.
+            assumptions: The assumptions behind the Jacobians.
+        """
+        key = (call.kind.key, str(call.states), str(call.specs), measures, assumptions)
+        if key not in self._known:
+            # Kept at the end: an interrupted trace leaves nothing.
+            self._known[key] = self._compiled(call, measures, assumptions)
+        return self._known[key]
+
+    def _compiled(self, call: MeasurableCall, measures: Selection, assumptions: Assumptions) -> CompiledMeasurement:
+        def run(
+            draw: tf.Tensor, sequence: SequenceTensors, weights: list[tf.Tensor]
+        ) -> tuple[CallResults, CallMetadata]:
+            step = CellStep(call.layer.cell, call.states, list(zip(call.kind.weights, weights, strict=True)))
+            with shielded(self._model):
+                metadata, results = measure_call(
+                    step, UnrollInputs(*sequence), measures, self._options, assumptions=assumptions, draw=draw
+                )
+            return results, metadata
+
+        weights = [tf.TensorSpec(weight.shape, weight.dtype) for weight in call.kind.weights]
+        function = trace(run, [tf.TensorSpec([], tf.int32), call.specs, weights])
+        return CompiledMeasurement(function, foreign_variables(function.graph.graph, self._model, []))
+
+
+def _notes_of(call: RecurrentCall) -> tuple[str, ...]:
+    """Returns notes on steps that are made, or left out, in another way than a reader may think."""
+    notes = []
+    if call.is_stepped_by_hand:
+        # As in a forecast that feeds itself.
+        notes.append("the model also calls its cell outside of the layer; these steps are not measured")
+    if call.has_lost_mask:
+        # Layers of Keras 3.16 hand no mask on, nor do others that do not support masks.
+        notes.append(
+            "a mask reached the layer below and not this one: the layer takes all steps, also the padded ones, and all "
+            "are measured"
+        )
+    return tuple(notes)
