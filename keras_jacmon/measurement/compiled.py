@@ -50,7 +50,10 @@ class MeasurableCall:
     @classmethod
     def of(cls, call: RecurrentCall, sequence: UnrollInputs) -> "MeasurableCall":
         """Makes it from a recorded call and the tensors that the cell is unrolled along."""
-        spec = tf.TensorSpec.from_tensor
+
+        def spec(tensor: tf.Tensor) -> tf.TensorSpec:
+            return tf.TensorSpec(tensor.shape, tensor.dtype)
+
         mask = None if sequence.mask is None else spec(sequence.mask)
         specs = (spec(sequence.inputs), tuple(map(spec, sequence.states)), mask)
         cell = call.layer.cell
