@@ -118,7 +118,9 @@ def start_flow(
     """
     if plan.is_exact:
         return start_exact_flow(samples, plan, dtype)
-    frames, _ = tf.linalg.qr(tf.random.stateless_normal([samples, plan.units, plan.vectors], seed, dtype=dtype))
+    # In float32, so that they are the same ones whatever the precision.
+    normal = tf.random.stateless_normal([samples, plan.units, plan.vectors], seed)
+    frames, _ = tf.linalg.qr(tf.cast(normal, dtype))
     return FlowCarry(plan.spread(tf.linalg.matrix_transpose(frames)), tf.zeros([samples], tf.float64))
 
 

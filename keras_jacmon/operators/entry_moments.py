@@ -55,12 +55,12 @@ class _Factor:
         """Factors with the same entries, but for one number in each row: the entries less about their mean."""
         with graph_of(self.V):
             means = tf.reduce_mean(self.V, axis=0, keepdims=True)
-            centred = _Factor(self.a, self.V - means, self.b)
+            centred, ones = _Factor(self.a, self.V - means, self.b), tf.ones_like(self.V)
         if self.b is None:
             return [centred]
         # V b = (V - mean V) b + mean V (b - mean b) + mean V mean b, and the last one is the same for the whole row.
         spread = self.b - tf.reduce_mean(self.b, axis=-1, keepdims=True)
-        return [centred, _Factor(means if self.a is None else means * self.a, tf.ones_like(self.V), spread)]
+        return [centred, _Factor(means if self.a is None else means * self.a, ones, spread)]
 
 
 def _factors(into: Diagonal, kernel: Kernel, out: Diagonal) -> list[_Factor]:

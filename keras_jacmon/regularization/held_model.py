@@ -98,8 +98,8 @@ class RegularizedModel:
 
     @property
     def is_used(self) -> bool:
-        """Boolean, True if a training has read the losses of the model with the penalty among them."""
-        return self._terms.is_used
+        """Boolean, True if a training has read the losses of the model with the penalty, or there is no penalty."""
+        return self._terms.is_used or not self._penalty.calls
 
     def penalty(self) -> float:
         """Returns the penalty with the present weights, not scaled by the strength."""
