@@ -18,7 +18,7 @@ MAX_REPORTS = 50
 
 # In a process of its own, whose memory nothing else moves.
 SCRIPT = f"""
-import json, pathlib, sys
+import json, pathlib, sys, warnings
 import keras, numpy as np
 from keras_jacmon import JacobianMonitor, JacobianRegularizer
 
@@ -46,6 +46,8 @@ for batch in range(batches):
     if batch % 100 == 0:
         pages = int(pathlib.Path("/proc/self/statm").read_text().split()[1])
         resident.append(pages * 4096)
+# No training reads the penalty here.
+warnings.filterwarnings("ignore", "The `JacobianRegularizer` does nothing")
 monitor.on_epoch_end(0, {{}})
 monitor.on_train_end()
 json.dump(
@@ -62,7 +64,8 @@ def run(directory: Path, measurements: int, held: str) -> Any:
     finished = subprocess.run(command, capture_output=True, text=True, check=False, timeout=1800)  # noqa: S603 - our own words
     assert finished.returncode == 0, finished.stderr[-3000:]
     found = json.loads(finished.stdout.splitlines()[-1])
-    resident = np.array(found["resident"][len(found["resident"]) // 5 :])
+    # In the first half the allocator still finds its size.
+    resident = np.array(found["resident"][len(found["resident"]) // 2 :])
     found["growth"] = np.polyfit(100.0 * np.arange(resident.size), resident, 1)[0]
     assert found["traces"] == 1
     assert len(found["steps"]) <= MAX_REPORTS
@@ -72,7 +75,7 @@ def run(directory: Path, measurements: int, held: str) -> Any:
 
 
 # A report has thousands of bytes, and one number that stays behind has hundreds; a page of memory has 4,096.
-@pytest.mark.parametrize(("measurements", "most"), [(2000, 200), pytest.param(100_000, 20, marks=pytest.mark.soak)])
+@pytest.mark.parametrize(("measurements", "most"), [(3000, 200), pytest.param(100_000, 20, marks=pytest.mark.soak)])
 def test_measurements_by_the_thousand(measurements: int, most: int, tmp_path: Path) -> None:
     found = run(tmp_path, measurements, "observed")
     assert abs(found["growth"]) < most, found["resident"]

@@ -512,7 +512,7 @@ def test_a_resumed_training_goes_on_where_it_stopped(order: str, tmp_path: Path)
         crashed.append(resumable(AtBatch(11, crash)))
     resumed = resumable()
     assert steps_of(resumed) == [8, 16]
-    written = [summary for summary in read_summaries(tmp_path / "logs") if summary.tag == "gru/variance"]
+    written = by_tag(read_summaries(tmp_path / "logs"), "gru/variance")
     assert sorted(summary.step for summary in written) == [0, 8, 8, 16]
     # The first report of the second run is about the restored weights.
     at_8 = [float(summary.value) for summary in written if summary.step == 8]
