@@ -67,6 +67,10 @@ class JacobianMonitor(keras.callbacks.Callback):
         log_dir: String or path. Event files go to `<log_dir>/jacobian`; None writes no files. Defaults to `"logs"`.
         positions: Integer, the maximum number of positions of a curve in the Jacobian tab; a longer sequence is binned,
             with the least and the greatest value of each bin. Defaults to 256.
+        step: `"iteration"` or `"epoch"`, the step in the event files: the iteration count of the optimizer, or the
+            number of the last epoch that has ended, as Keras' own `epoch_loss` has it, and one less than the first
+            epoch's for the measurement before a training; with `update_freq="epoch"` only. Defaults to
+            `"iteration"`.
         max_reports: Integer of at least 2, the maximum length of `reports` and of `failures`. A list that is longer
             loses every second member, but neither the first nor the newest, so that older members are sparser. Defaults
             to 1000.
@@ -109,6 +113,7 @@ class JacobianMonitor(keras.callbacks.Callback):
         slow_freq: int = 10,
         log_dir: str | os.PathLike[str] | None = "logs",
         positions: int = 256,
+        step: Literal["iteration", "epoch"] = "iteration",
         max_reports: int = 1000,
         on_error: Literal["warn", "raise"] = "warn",
         regularizer: JacobianRegularizer | None = None,
@@ -132,6 +137,7 @@ class JacobianMonitor(keras.callbacks.Callback):
         self._plan = MeasurementPlan.read(JacobianMonitor, probe, layers=layers, targets=targets, options=options)
         self._schedule = _Schedule(1 if update_freq == "batch" else update_freq, slow_freq)
         self._log_dir, self._positions = log_dir, positions
+        self._in_epochs, self._epochs = _is_in_epochs(step, update_freq), -1
         self._max_reports = max_reports
         self._failures = _Failures(on_error, max_reports)
         self._regularizer = regularizer
@@ -277,6 +283,7 @@ class JacobianMonitor(keras.callbacks.Callback):
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Follows the numbering of Keras, which counts batches from 0 in each epoch."""
+        self._epochs = epoch - 1
         self._schedule.begin_epoch()
 
     def on_train_batch_begin(self, batch: int, logs: dict[str, Any] | None = None) -> None:
@@ -298,6 +305,7 @@ class JacobianMonitor(keras.callbacks.Callback):
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Measures if `update_freq` is `"epoch"`, and adds the newest means to the logs."""
         self._warn_of_unused_penalty()
+        self._epochs = epoch
         if self._schedule.is_due_after_epoch():
             self._measure(last=epoch + 1 == (self.params or {}).get("epochs"))
         if logs is None:
@@ -374,7 +382,8 @@ class JacobianMonitor(keras.callbacks.Callback):
             penalty = self._penalty()
             scalars = {} if penalty is None else {PENALTY: penalty}
             sentences = [change.sentence(step) for change in changes]
-            self._attempt("Writing the event file", self._writer.write, report, step, scalars, sentences)
+            at = self._epochs if self._in_epochs else step
+            self._attempt("Writing the event file", self._writer.write, report, at, scalars, sentences)
         for change in changes:
             self._tell(change, step)
         if self._verbose:
@@ -557,6 +566,19 @@ class _Failures:
                     stacklevel=3,
                 )
             return None
+
+
+def _is_in_epochs(step: Any, update_freq: Any) -> bool:
+    """Returns True if the event files count epochs.
+
+    Raises:
+        ValueError: If the step is unknown, or several measurements would have the same one.
+    """
+    if step not in ("iteration", "epoch"):
+        raise invalid_argument("step", "'iteration' or 'epoch'", f"step={step!r}")
+    if step == "epoch" and update_freq != "epoch":
+        raise invalid_argument("step", "'iteration' unless `update_freq` is 'epoch'", f"step={step!r}")
+    return bool(step == "epoch")
 
 
 def _check_arguments(

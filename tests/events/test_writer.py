@@ -119,6 +119,19 @@ def test_what_is_measured_over_time_and_spectra(tmp_path: Path) -> None:
     np.testing.assert_allclose(moduli[-1, 1], np.abs(reports[0]["eigenvalues"]).max(), rtol=1e-6)
 
 
+def test_steps_are_those_of_keras_if_they_are_epochs(tmp_path: Path) -> None:
+    monitor = JacobianMonitor(PROBE, measures=["variance"], log_dir=tmp_path, step="epoch")
+    fit(make_model(keras.layers.GRU(3, name="gru")), keras.callbacks.TensorBoard(tmp_path), monitor)
+    summaries = read_summaries(tmp_path)
+    assert [summary.step for summary in by_tag(summaries, "epoch_loss")] == [0, 1]
+    assert [summary.step for summary in by_tag(summaries, "gru/variance")] == [-1, 0, 1]
+    assert [step for step, _ in monitor.reports] == [0, 4, 8]
+    wrong: list[dict[str, Any]] = [{"update_freq": "batch", "step": "epoch"}, {"step": "hour"}]
+    for arguments in wrong:
+        with pytest.raises(ValueError, match="Invalid value for argument `step`"):
+            JacobianMonitor(PROBE, **arguments)
+
+
 def test_histogram_is_over_steps_and_samples(of_a_gru: tuple[JacobianMonitor, Path]) -> None:
     monitor, directory = of_a_gru
     written = by_tag(read_summaries(directory), "gru/variance/histogram")
