@@ -38,7 +38,9 @@ export function writeState(state) {
   const page = host();
   // A page inside of a notebook has no address.
   if (page.location.protocol === "about:") return;
-  page.history.replaceState(page.history.state, "", `#${[...others, ...own].join("&")}`);
+  // Not `#...` alone: that would begin at the base of the tab's frame.
+  const { pathname, search } = page.location;
+  page.history.replaceState(page.history.state, "", `${pathname}${search}#${[...others, ...own].join("&")}`);
 }
 
 export function isDark() {
