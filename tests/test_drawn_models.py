@@ -28,7 +28,7 @@ pytestmark = [
     # A drawn state may depend on no old one. What is left out of the report for that, and why, is tested here.
     pytest.mark.filterwarnings("ignore:Layer `.*`. (new|old) state"),
     pytest.mark.filterwarnings("ignore:Layer `.*` skips all steps of the probe"),
-    pytest.mark.filterwarnings("ignore:Layer `.*`: a mask reached the layer below and not this one"),
+    pytest.mark.filterwarnings("ignore:Layer `.*`. a mask reached the layer below and not this one"),
     # Keras of models inside of models, through which masks get all the same, and of a softmax over one unit.
     pytest.mark.filterwarnings("ignore:(?s).*does not support masking"),
     pytest.mark.filterwarnings("ignore:(?s).*using a softmax over axis"),
