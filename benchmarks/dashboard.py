@@ -73,7 +73,7 @@ def time_page(url: str, layers: int) -> None:
 
 def memory(process: int) -> float:
     """Returns the resident memory of a process and its children in MB."""
-    lines = subprocess.run(["ps", "-eo", "pid,ppid,rss"], capture_output=True, text=True, check=True).stdout  # noqa: S607
+    lines = subprocess.run(["ps", "-eo", "pid,ppid,rss"], capture_output=True, text=True, check=True).stdout  # noqa: S607 - wherever it is
     table = [[int(word) for word in line.split()] for line in lines.splitlines()[1:]]
     return sum(rss for pid, parent, rss in table if process in (pid, parent)) / 1000
 

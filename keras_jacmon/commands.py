@@ -66,7 +66,7 @@ def view(logs: str, output: str) -> None:
         OSError: If there is no such directory, or the page cannot be written.
     """
     # A second, which `compare` shall not wait for.
-    from keras_jacmon.dashboard.series import read_directory  # noqa: PLC0415
+    from keras_jacmon.dashboard.series import read_directory  # noqa: PLC0415 - `--help` shall not wait for it
 
     if not Path(logs).is_dir():
         raise FileNotFoundError(f"there is no directory {logs}")

@@ -80,6 +80,9 @@ def test_values_are_those_without_a_strategy() -> None:
         expected = measure(one, probe, **options)
         meter = JacobianMeter(two, probe, **options)
         found = meter()
+        # Weights are read and never written: only the own variable of a cell is put back, on each replica.
+        foreign = [variable for compiled in meter._compiled._known.values() for variable in compiled.foreign]
+        assert len(foreign) == 2, foreign
         assert list(found) == list(expected)
         for name, layer in expected.layers.items():
             assert list(found[name].values) == list(layer.values)
