@@ -18,19 +18,24 @@ def neighbours(
 ) -> tuple[Sequence[keras.callbacks.Callback], Sequence[keras.callbacks.Callback]]:
     """Returns the callbacks before and after one in the present `fit`; none where Keras does not call it.
 
-    Keras gives a callback no reference to the list that it stands in. The list is found among all objects of Python, by
-    the dict `params` that it shares with its members.
+    Keras gives a callback no reference to the list that it stands in. The list is found among the objects that refer to
+    the callback, and to such a list in turn. Only those are touched: to look through all objects of Python is not safe,
+    since a tuple that another thread is about to make cannot be finished while somebody holds it.
     """
-    for found in gc.get_objects():
-        # The type and not the class, which some objects make up when they are asked for it.
-        if not issubclass(type(found), keras.callbacks.CallbackList):
-            continue
-        # Another thread may be about to make it.
-        members, params = vars(found).get("callbacks") or [], vars(found).get("params")
-        place = next((place for place, member in enumerate(members) if member is callback), None)
-        if params is callback.params and place is not None:
-            return members[:place], members[place + 1 :]
+    for members in (found for found in gc.get_referrers(callback) if type(found) is list):
+        for owner in map(_attributes, gc.get_referrers(members)):
+            if owner.get("callbacks") is members and owner.get("params") is callback.params:
+                place = next(place for place, member in enumerate(members) if member is callback)
+                return members[:place], members[place + 1 :]
     return [], []
+
+
+def _attributes(found: object) -> dict[str, object]:
+    """Returns the attributes of a list of callbacks, which its class or its own dict may be found by; else none."""
+    if type(found) is dict:
+        return found
+    # The type and not the class, which some objects make up when they are asked for it.
+    return vars(found) if issubclass(type(found), keras.callbacks.CallbackList) else {}
 
 
 def misplaced(before: Sequence[keras.callbacks.Callback], after: Sequence[keras.callbacks.Callback]) -> list[str]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import pickle
 import re
+import sys
+import threading
 from typing import TYPE_CHECKING, Any
 
 import keras
@@ -30,6 +32,7 @@ from trainings import (
 )
 
 from keras_jacmon import JacobianMonitor, JacobianRegularizer
+from keras_jacmon.callback_list import neighbours
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -55,6 +58,28 @@ def test_the_order_of_the_callbacks_is_warned_of(tmp_path: Path) -> None:
     assert all(message.endswith(ORDER) for message in told)
     # In the order that works there is no warning, which would be an error.
     fit(compiled(rnn()), fine[1], quick_monitor(), keras.callbacks.EarlyStopping(**key), blind[0])
+
+
+def test_looking_for_the_other_callbacks_disturbs_no_thread() -> None:
+    """A tuple that is about to be made cannot be finished while another thread holds it."""
+    alone = keras.callbacks.Callback()
+    done = threading.Event()
+
+    def look() -> None:
+        while not done.is_set():
+            assert neighbours(alone) == ([], [])
+
+    thread = threading.Thread(target=look)
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    thread.start()
+    try:
+        for _ in range(80):
+            assert len(tuple(number for number in range(20_000))) == 20_000
+    finally:
+        done.set()
+        thread.join()
+        sys.setswitchinterval(before)
 
 
 def test_several_monitors_keep_keys_runs_and_tags_apart(tmp_path: Path) -> None:
