@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import weakref
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -19,6 +20,12 @@ _MOST_WRAPPERS = 20
 CALLS = ("PartitionedCall", "StatefulPartitionedCall")
 
 StaticT = TypeVar("StaticT")
+
+
+# The name under which TensorFlow finds the gradient of the copies of custom gradients, and their rules by key.
+_GRADIENT = "KerasJacmonCustomGradient"
+_RULES: "weakref.WeakValueDictionary[int, _GradientRule]" = weakref.WeakValueDictionary()
+_KEYS = itertools.count()
 
 
 @dataclass(frozen=True)
@@ -91,6 +98,84 @@ def unchecked() -> Iterator[None]:
             op_callbacks.add_op_callback(callback)
 
 
+class _GradientRule:
+    """The gradient of an operation of `tf.custom_gradient`, traced once.
+
+    Args:
+        graph: Graph that the operation stands in.
+        operation: Operation `IdentityN` of that graph.
+
+    Attributes:
+        key: Integer, unique.
+        saved: List of the tensors of the graph that the gradient takes beside those of the outputs.
+
+    Raises:
+        NotImplementedError: If it takes tensors of another graph, or if the operation has several results.
+    """
+
+    def __init__(self, graph: Any, operation: tf.Operation) -> None:
+        function = framework_ops.get_gradient_function(operation)
+        specs = [tf.TensorSpec(tensor.shape, tensor.dtype) for tensor in operation.outputs]
+
+        def differentiate(*seeds: tf.Tensor) -> tuple[list[tf.Tensor], list[bool]]:
+            gradients = function(operation, *seeds)
+            return [g for g in gradients if g is not None], [g is not None for g in gradients]
+
+        self._traced = trace(differentiate, specs)
+        self.saved = [outer for outer, _ in self._traced.graph.graph.captures if getattr(outer, "graph", None) is graph]
+        others = [outer for outer, _ in self._traced.graph.graph.captures if not any(outer is t for t in self.saved)]
+        used_later = any(tensor.consumers() for tensor in operation.outputs[1:])
+        if used_later or any(map(tf.is_symbolic_tensor, others)):
+            raise NotImplementedError
+        self.key = next(_KEYS)
+        _RULES[self.key] = self
+
+    def gradients(self, seeds: Sequence[tf.Tensor], saved: Sequence[tf.Tensor]) -> list[tf.Tensor | None]:
+        """Lays out the gradient in the present graph.
+
+        Args:
+            seeds: Sequence of tensors, the gradients by the outputs of the operation.
+            saved: Sequence of tensors, the counterparts of the `saved` ones.
+
+        Returns:
+            List of the gradients by the operands of the operation; None for those that have none.
+        """
+        graph = self._traced.graph.graph
+        counterparts = {id(tensor): here for tensor, here in zip(self.saved, saved, strict=True)}
+        captured = [counterparts[id(o)] if id(o) in counterparts else _captured(o) for o, _ in graph.captures]
+        found, _ = _laid_out(graph, *seeds, *captured)
+        made = iter(found)
+        return [next(made) if is_there else None for is_there in self._traced.static]
+
+
+@tf.RegisterGradient(_GRADIENT)
+def _custom_gradient(operation: tf.Operation, *seeds: tf.Tensor | None) -> list[tf.Tensor | None]:
+    """The gradient of a copy of an operation of `tf.custom_gradient`, from the operands of the copy alone."""
+    *operands, key = operation.inputs
+    rule = _RULES[int(tf.get_static_value(key))]
+    count = len(operands) - len(rule.saved)
+    given = [tf.zeros_like(x) if seed is None else seed for x, seed in zip(operands[:count], seeds, strict=False)]
+    return [*rule.gradients(given, operands[count:]), *[None] * (len(rule.saved) + 1)]
+
+
+@dataclass(frozen=True, eq=False)
+class CustomGradient:
+    """An operation of a graph with a gradient of its own.
+
+    Attributes:
+        operation: Operation `IdentityN` of the graph; the first output is the result.
+        rule: The gradient, which must live as long as the operation.
+        seed: Tensor of the graph like the result, all ones.
+        slopes: Mapping by position of an operand, the gradient by it for this seed: a tensor of the graph, which
+            nothing else takes.
+    """
+
+    operation: tf.Operation
+    rule: _GradientRule
+    seed: tf.Tensor
+    slopes: Mapping[int, tf.Tensor]
+
+
 class TracedGraph:
     """A function of tensors, traced once.
 
@@ -108,17 +193,20 @@ class TracedGraph:
         outputs: List of the tensors that the function returned, flat.
         operations: List of the operations, in an order in which they can be computed.
         captures: Dict by name of a tensor of the graph, the outside tensor that it stands for, such as a weight.
+        custom_gradients: Dict by name of an operation with a gradient of its own, its `CustomGradient`; empty unless
+            the functions are laid out inline.
     """
 
     def __init__(self, function: Callable[..., Any], specs: Sequence[tf.TensorSpec], *, inline: bool = False) -> None:
         traced = function if isinstance(function, Traced) else trace(lambda *tensors: (function(*tensors), None), specs)
-        self._functions = [traced.graph]
-        if inline and any(map(_is_call, self._functions[0].graph.get_operations())):
+        self._traced: list[Traced[Any]] = [traced]
+        self.custom_gradients: dict[str, CustomGradient] = {}
+        if inline and any(_is_call(op) or has_custom_gradient(op) for op in traced.graph.graph.get_operations()):
             # Not by `tf.config.run_functions_eagerly`, which holds for all threads.
-            function = partial(_without_calls, self._functions[0].graph)
-            with unchecked():
-                self._functions.append(tf.function(function, autograph=False).get_concrete_function(*specs))
-        graph = self._functions[-1].graph
+            laid_out = trace(partial(_laid_out, traced.graph.graph), specs)
+            self._traced.append(laid_out)
+            self.custom_gradients = {gradient.operation.name: gradient for gradient in laid_out.static}
+        graph = self._traced[-1].graph.graph
         self.inputs: list[tf.Tensor] = list(graph.inputs[: len(specs)])
         # Without the last identities, which wait for every operation that has an effect.
         self.outputs: list[tf.Tensor] = [tensor.op.inputs[0] for tensor in graph.outputs]
@@ -219,22 +307,41 @@ def _is_call(operation: tf.Operation) -> bool:
     return operation.type in CALLS
 
 
-def _without_calls(graph: Any, *inputs: tf.Tensor) -> list[tf.Tensor]:
-    """Lays out a graph in the present one, with the operations of the functions that it calls instead of the calls."""
+def _laid_out(graph: Any, *inputs: tf.Tensor) -> tuple[list[tf.Tensor], list[CustomGradient]]:
+    """Lays out a graph in the present one, with operations instead of calls of functions.
+
+    Custom gradients become such that need no tensor of the first graph.
+
+    Args:
+        graph: Graph of a function.
+        *inputs: Tensors to use in place of its inputs, the first ones at least; what it captures may be left out.
+
+    Returns:
+        List of the counterparts of the graph's outputs, and list of the custom gradients.
+    """
     known = {inner.name: tensor for inner, tensor in zip(graph.inputs, inputs, strict=False)}
     known |= {inner.name: _captured(outer) for outer, inner in graph.captures if inner.name not in known}
-    definition = graph.as_graph_def()
-    for is_call, run in itertools.groupby(graph.get_operations(), _is_call):
+    definition, gradients = graph.as_graph_def(), list[CustomGradient]()
+    for is_plain, run in itertools.groupby(graph.get_operations(), _is_plain):
         operations = [operation for operation in run if operation.type != "Placeholder"]
-        if is_call:
-            for call in operations:
-                known |= _without_call(graph, call, known)
-        else:
+        if is_plain:
             known |= _copy_of(definition, operations, known)
-    return [known[tensor.name] for tensor in graph.outputs]
+            continue
+        for operation in operations:
+            lay_out = _without_call if _is_call(operation) else _with_gradient
+            results, found = lay_out(graph, operation, known)
+            known |= {tensor.name: result for tensor, result in zip(operation.outputs, results, strict=True)}
+            gradients += found
+    return [known[tensor.name] for tensor in graph.outputs], gradients
 
 
-def _without_call(graph: Any, call: tf.Operation, known: Mapping[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+def _is_plain(operation: tf.Operation) -> bool:
+    return not _is_call(operation) and not (operation.type == "IdentityN" and has_custom_gradient(operation))
+
+
+def _without_call(
+    graph: Any, call: tf.Operation, known: Mapping[str, tf.Tensor]
+) -> tuple[list[tf.Tensor], list[CustomGradient]]:
     """Lays out the body of a called function in the present graph.
 
     Args:
@@ -243,11 +350,45 @@ def _without_call(graph: Any, call: tf.Operation, known: Mapping[str, tf.Tensor]
         known: By name of a tensor of that graph, its counterpart in the present graph.
 
     Returns:
-        The counterparts of the call's outputs, by name.
+        As for `_laid_out`, the counterparts of the call's outputs.
     """
     body = graph._get_function(call.get_attr("f").name).graph  # noqa: SLF001 - there is no other way
-    results = _without_calls(body, *(known[tensor.name] for tensor in call.inputs))
-    return {tensor.name: result for tensor, result in zip(call.outputs, results, strict=True)}
+    results, gradients = _laid_out(body, *(known[tensor.name] for tensor in call.inputs))
+    # A function that was differentiated has more outputs, those that its derivative takes.
+    return results[: len(call.outputs)], gradients
+
+
+def _with_gradient(
+    graph: Any, operation: tf.Operation, known: Mapping[str, tf.Tensor]
+) -> tuple[list[tf.Tensor], list[CustomGradient]]:
+    """Lays out an operation of `tf.custom_gradient`, with a gradient that takes all that it needs from the operation.
+
+    The user's gradient refers to tensors of the graph that it was traced in. They become operands of the copy, so that
+    the copy can be copied again.
+
+    Args:
+        graph: Graph that the operation stands in.
+        operation: Operation `IdentityN` of that graph, from results and arguments to the same.
+        known: By name of a tensor of that graph, its counterpart in the present graph.
+
+    Returns:
+        As for `_laid_out`, the counterparts of the operation's outputs. If the gradient cannot be traced there is no
+        `CustomGradient`.
+    """
+    operands = [known[tensor.name] for tensor in operation.inputs]
+    try:
+        rule = _GradientRule(graph, operation)
+    except Exception:  # noqa: BLE001 - the user's gradient; autodiff takes over
+        copies = _copy_of(graph.as_graph_def(), [operation], known)
+        return [copies[tensor.name] for tensor in operation.outputs], []
+    saved = [known[tensor.name] for tensor in rule.saved]
+    seed = tf.ones_like(operands[0])
+    slopes = enumerate(rule.gradients([seed, *map(tf.zeros_like, operands[1:])], saved))
+    with tf.compat.v1.get_default_graph().gradient_override_map({"IdentityN": _GRADIENT}):
+        results = tf.identity_n([*operands, *saved, tf.constant(rule.key, tf.int64)])
+    of_arguments = {k: slope for k, slope in slopes if slope is not None}
+    # Whoever reads an argument behind the operation reads the argument.
+    return [results[0], *operands[1:]], [CustomGradient(results[0].op, rule, seed, of_arguments)]
 
 
 def _copy_of(

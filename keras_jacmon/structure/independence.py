@@ -7,6 +7,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_jacmon.cell.cell_graph import CellGraph
+from keras_jacmon.structure.custom_gradients import acts_unit_by_unit
 from keras_jacmon.structure.ops import Kind, keeps_points, move, op_of
 from keras_jacmon.traced_graph import has_custom_gradient
 
@@ -35,14 +36,28 @@ def independent_tensors(graph: CellGraph) -> frozenset[str]:
     for operation in graph.operations:
         known = {k: made[tensor.name] for k, tensor in enumerate(operation.inputs) if tensor.name in made}
         if known:
-            made |= dict.fromkeys((tensor.name for tensor in operation.outputs), _made(graph, operation, known))
+            apart = _derivative_keeps_points(graph, operation, made)
+            found = _made(graph, operation, known) if apart else _Made.MIXED
+            made |= dict.fromkeys((tensor.name for tensor in operation.outputs), found)
     return frozenset(name for name, kind in made.items() if kind is _Made.POINTS)
+
+
+def _derivative_keeps_points(graph: CellGraph, operation: tf.Operation, made: Mapping[str, _Made]) -> bool:
+    """Tells if the derivative is that of the table, or one that is proven to keep the points apart too."""
+    if not has_custom_gradient(operation):
+        return True
+    gradient = graph.custom_gradients.get(operation.name)
+    if gradient is None:
+        return False
+    slopes = {k: slope for k, slope in gradient.slopes.items() if operation.inputs[k].name in made}
+    apart = all(made.get(slope.name, _Made.POINTS) is _Made.POINTS for slope in slopes.values())
+    return apart and acts_unit_by_unit(graph, gradient, slopes)
 
 
 def _made(graph: CellGraph, operation: tf.Operation, known: Mapping[int, _Made]) -> _Made:
     """Returns the material of an operation's outputs, given the materials of its operands (constants have none)."""
     row = op_of(operation)
-    if _Made.MIXED in known.values() or has_custom_gradient(operation):
+    if _Made.MIXED in known.values():
         return _Made.MIXED
     if row.kind is Kind.SIZES:
         return _Made.SIZES
@@ -70,11 +85,11 @@ def _keeps_points(graph: CellGraph, operation: tf.Operation, positions: list[int
         NotImplementedError: If it is not known.
     """
     row, proven = op_of(operation), False
+    if row.kind is Kind.COPIES:
+        return True
     outputs = [graph.units(tensor) for tensor in operation.outputs]
     operands = {k: graph.units(operation.inputs[k]) for k in positions}
-    if row.kind is Kind.COPIES:
-        proven = True
-    elif row.kind in (Kind.ELEMENTWISE, Kind.BROADCASTS):
+    if row.kind in (Kind.ELEMENTWISE, Kind.BROADCASTS):
         # With different ranks, broadcasting would pair the points of one operand with the units of another.
         proven = all(len(units) == len(outputs[0]) for units in operands.values())
     elif row.kind is Kind.MOVES:

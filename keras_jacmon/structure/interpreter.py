@@ -12,6 +12,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_jacmon.cell.cell_graph import CellGraph
+from keras_jacmon.structure.custom_gradients import acts_unit_by_unit
 from keras_jacmon.structure.independence import independent_tensors
 from keras_jacmon.structure.index_map import Node
 from keras_jacmon.structure.movers import Labels
@@ -125,8 +126,19 @@ def _refused(_: _Call) -> _Outcome:
 
 
 def _custom_gradient(call: _Call) -> _Outcome:
-    """The rule for operations whose derivative may differ from the table."""
-    raise NotImplementedError(f"`{call.operation.name}` has a gradient of its own")
+    """The rule for operations with a gradient of their own: the slopes are those of the gradient, unit by unit."""
+    operation = call.operation
+    gradient = call.graph.custom_gradients.get(operation.name)
+    if gradient is None:
+        raise NotImplementedError(f"`{operation.name}` has a gradient of its own")
+    # The result itself, and what the gradient takes beside the arguments, lead to no derivative.
+    known = {k: origin for k, origin in call.known.items() if k in gradient.slopes}
+    units = call.graph.units(operation.outputs[0])
+    same = all(call.graph.units(operation.inputs[k]) == units for k in known)
+    if not same or not acts_unit_by_unit(call.graph, gradient, known):
+        raise NotImplementedError(f"`{operation.name}` has a gradient of its own, which mixes units or is not linear")
+    found = _merged(dataclasses.replace(call, operands=known), operation.outputs[0])
+    return _Outcome([found, *[Origin()] * (len(operation.outputs) - 1)])
 
 
 def _copied(call: _Call) -> _Outcome:
@@ -135,9 +147,14 @@ def _copied(call: _Call) -> _Outcome:
 
 
 def _elementwise(call: _Call) -> _Outcome:
-    """The rule for elementwise operations: the labels of all operands, broadcast, in slots of their own."""
+    """The rule for elementwise operations."""
+    (output,) = call.operation.outputs
+    return _Outcome([_merged(call, output)])
+
+
+def _merged(call: _Call, output: tf.Tensor) -> Origin:
+    """Returns the labels of all operands, broadcast, in slots of their own."""
     operation, known = call.operation, call.known
-    (output,) = operation.outputs
     units = call.graph.units(output)
     labels: dict[Node, list[Labels]] = {}
     changed: set[Node] = set()
@@ -149,7 +166,7 @@ def _elementwise(call: _Call) -> _Outcome:
                 changed.add(node)
             labels.setdefault(node, []).append(np.broadcast_to(made_from, (len(made_from), *units)))
     merged = {node: _tidied(np.concatenate(parts)) for node, parts in labels.items()}
-    return _Outcome([_checked(call, merged, frozenset(merged) - changed)])
+    return _checked(call, merged, frozenset(merged) - changed)
 
 
 def _moved(call: _Call) -> _Outcome:

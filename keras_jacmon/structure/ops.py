@@ -7,7 +7,7 @@ To add an operation, add a row.
 
 import enum
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -64,6 +64,8 @@ class Op:
         derivative: Boolean, False if no derivative passes the operation. Defaults to True.
         passes: Integer, number of leading operands by which the derivative of an elementwise operation is one. Defaults
             to 0.
+        linear: Tuple of groups of operands, each a tuple of positions: with all others held, an elementwise operation
+            is linear in the operands of a group together. A sum of all operands needs none. Defaults to `()`.
         mover: `Mover`, the rule of an operation that moves units; None for other kinds. Defaults to None.
         keeps_points: `KeepsPoints`, the rule of a product; None for other kinds. Defaults to None.
         pairs_points: Boolean, True for a product that multiplies point p of one operand with point p of the other, from
@@ -76,6 +78,7 @@ class Op:
     kind: Kind
     derivative: bool = True
     passes: int = 0
+    linear: tuple[tuple[int, ...], ...] = ()
     mover: Mover | None = None
     keeps_points: KeepsPoints | None = None
     pairs_points: bool = False
@@ -114,7 +117,7 @@ def _convolution_keeps_points(_: tf.Operation, operand: int, __: int, ___: int) 
 # - ELEMENTWISE: unit u of the output depends on unit u of each operand, after broadcasting, and on nothing else, and so
 #   does the gradient that TensorFlow registers. `derivative=False` only if that gradient is None for all operands, or
 #   if the output has no derivative by its type. `passes` only where the gradient is one for every value of the operand
-#   (`Cast` may round).
+#   (`Cast` may round). `linear` only without a constant term.
 # - MOVES: the mover knows the place of each unit, or raises `NotImplementedError`; so it does if points are mixed.
 # - PRODUCT: linear in each operand, with no other term, and `keeps_points` is true only if point p of the result
 #   depends on point p of that operand and on no other point of it.
@@ -137,15 +140,15 @@ TABLE = (
     Op("BesselI0e", ELEMENTWISE),
     Op("BesselI1e", ELEMENTWISE),
     Op("BiasAdd", ELEMENTWISE, passes=EVERY),
-    Op("Cast", ELEMENTWISE, passes=1),
+    Op("Cast", ELEMENTWISE, passes=1, linear=((0,),)),
     Op("Ceil", ELEMENTWISE),
     Op("CheckNumerics", ELEMENTWISE),
     Op("ClipByValue", ELEMENTWISE),
     Op("Cos", ELEMENTWISE),
     Op("Cosh", ELEMENTWISE),
     Op("Digamma", ELEMENTWISE),
-    Op("Div", ELEMENTWISE),
-    Op("DivNoNan", ELEMENTWISE),
+    Op("Div", ELEMENTWISE, linear=((0,),)),
+    Op("DivNoNan", ELEMENTWISE, linear=((0,),)),
     Op("Elu", ELEMENTWISE),
     Op("Erf", ELEMENTWISE),
     Op("Erfc", ELEMENTWISE),
@@ -155,7 +158,7 @@ TABLE = (
     Op("Floor", ELEMENTWISE),
     Op("FloorDiv", ELEMENTWISE),
     Op("FloorMod", ELEMENTWISE),
-    Op("Identity", ELEMENTWISE, passes=1),
+    Op("Identity", ELEMENTWISE, passes=1, linear=((0,),)),
     Op("Inv", ELEMENTWISE),
     Op("LeakyRelu", ELEMENTWISE),
     Op("Lgamma", ELEMENTWISE),
@@ -164,32 +167,32 @@ TABLE = (
     Op("Maximum", ELEMENTWISE),
     Op("Minimum", ELEMENTWISE),
     Op("Mod", ELEMENTWISE),
-    Op("Mul", ELEMENTWISE),
-    Op("MulNoNan", ELEMENTWISE),
+    Op("Mul", ELEMENTWISE, linear=((0,), (1,))),
+    Op("MulNoNan", ELEMENTWISE, linear=((0,),)),
     Op("Ndtri", ELEMENTWISE),
-    Op("Neg", ELEMENTWISE),
+    Op("Neg", ELEMENTWISE, linear=((0,),)),
     Op("Pow", ELEMENTWISE),
-    Op("RealDiv", ELEMENTWISE),
+    Op("RealDiv", ELEMENTWISE, linear=((0,),)),
     Op("Reciprocal", ELEMENTWISE),
     Op("Relu", ELEMENTWISE),
     Op("Relu6", ELEMENTWISE),
     Op("Rint", ELEMENTWISE),
     Op("Round", ELEMENTWISE),
     Op("Rsqrt", ELEMENTWISE),
-    Op("Select", ELEMENTWISE),
-    Op("SelectV2", ELEMENTWISE),
+    Op("Select", ELEMENTWISE, linear=((1, 2),)),
+    Op("SelectV2", ELEMENTWISE, linear=((1, 2),)),
     Op("Selu", ELEMENTWISE),
     Op("Sigmoid", ELEMENTWISE),
     Op("Sign", ELEMENTWISE),
     Op("Sin", ELEMENTWISE),
     Op("Sinh", ELEMENTWISE),
-    Op("Snapshot", ELEMENTWISE, passes=1),
+    Op("Snapshot", ELEMENTWISE, passes=1, linear=((0,),)),
     Op("Softplus", ELEMENTWISE),
     Op("Softsign", ELEMENTWISE),
     Op("Sqrt", ELEMENTWISE),
     Op("Square", ELEMENTWISE),
     Op("SquaredDifference", ELEMENTWISE),
-    Op("Sub", ELEMENTWISE, passes=1),
+    Op("Sub", ELEMENTWISE, passes=1, linear=((0, 1),)),
     Op("Tan", ELEMENTWISE),
     Op("Tanh", ELEMENTWISE),
     Op("TruncateDiv", ELEMENTWISE),
@@ -197,6 +200,19 @@ TABLE = (
     Op("Xlog1py", ELEMENTWISE),
     Op("Xlogy", ELEMENTWISE),
     Op("Zeta", ELEMENTWISE),
+    # Unit by unit, the gradients of operations above, in custom gradients.
+    Op("EluGrad", ELEMENTWISE, linear=((0,),)),
+    Op("InvGrad", ELEMENTWISE, linear=((1,),)),
+    Op("LeakyReluGrad", ELEMENTWISE, linear=((0,),)),
+    Op("ReciprocalGrad", ELEMENTWISE, linear=((1,),)),
+    Op("Relu6Grad", ELEMENTWISE, linear=((0,),)),
+    Op("ReluGrad", ELEMENTWISE, linear=((0,),)),
+    Op("RsqrtGrad", ELEMENTWISE, linear=((1,),)),
+    Op("SeluGrad", ELEMENTWISE, linear=((0,),)),
+    Op("SigmoidGrad", ELEMENTWISE, linear=((1,),)),
+    Op("SoftplusGrad", ELEMENTWISE, linear=((0,),)),
+    Op("SqrtGrad", ELEMENTWISE, linear=((1,),)),
+    Op("TanhGrad", ELEMENTWISE, linear=((1,),)),
     # Unit by unit, without a derivative.
     Op("BitwiseAnd", ELEMENTWISE, derivative=False),
     Op("BitwiseOr", ELEMENTWISE, derivative=False),
@@ -279,6 +295,13 @@ def op_of(operation: tf.Operation) -> Op:
 def passes_unchanged(operation: tf.Operation, operand: int) -> bool:
     """Tells if the operation is elementwise with a derivative of one with respect to an operand."""
     return operand < op_of(operation).passes
+
+
+def is_linear(operation: tf.Operation, operands: Collection[int], zeros: Collection[int]) -> bool:
+    """Tells if the operation is elementwise and linear in some operands together, where some others are zero."""
+    row, given = op_of(operation), set(operands)
+    groups = [tuple(range(len(operation.inputs)))] if row.passes == EVERY else row.linear
+    return any(given <= set(group) <= given.union(zeros) for group in groups)
 
 
 def moves_units(operation: tf.Operation) -> bool:
