@@ -363,7 +363,7 @@ class JacobianMonitor(keras.callbacks.Callback):
         slow = self._schedule.next_is_slow(last=last, has_slow=self._meter.has_slow_measures)
         visible = bool(self._verbose) or (self.params or {}).get("verbose") == 1
         with self._progress.shown(slow=slow, visible=visible):
-            report = self._attempt("Measuring the Jacobians", partial(self._meter, slow=slow))
+            report = self._attempt("Measuring the Jacobians", partial(self._report, self._meter, slow=slow))
         if report is None:
             # Old values under a new epoch would be wrong, and callbacks such as CSVLogger want the same keys.
             self._scalars = dict.fromkeys(self._scalars, float("nan"))
@@ -372,6 +372,11 @@ class JacobianMonitor(keras.callbacks.Callback):
             # Without the slow measures, when it was not known that the training would end there.
             self.reports.pop()
         self._hand_on(report, self._step())
+
+    def _report(self, meter: JacobianMeter, *, slow: bool) -> Report:
+        """Returns a new report, with the targets of the regularizer if there is one."""
+        report = meter(slow=slow)
+        return report if self._held is None else self._held.with_targets(report)
 
     def _hand_on(self, report: Report, step: int) -> None:
         self.reports.append((step, report))

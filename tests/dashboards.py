@@ -43,6 +43,7 @@ def make_layer(
         spectra_at=np.zeros((1, 2), np.int64),
         joint="joint/",
         reductions={"joint/growth": "growth", "joint/horizon": "horizon"},
+        targets={"joint/variance": 0.8},
     )
 
 

@@ -23,19 +23,22 @@ class Summary:
     step: int
     plugin: str
     value: NDArray[Any]
+    description: str
 
 
 def read_summaries(log_dir: Path) -> list[Summary]:
     """Everything that was written below `log_dir`, in the order of writing within a file."""
     summaries = []
     for path in sorted(log_dir.rglob("*.tfevents.*")):
-        # A tag's plugin stands only in its first value of a file.
-        plugins: dict[str, str] = {}
+        # A tag's plugin and description stand only in its first value of a file.
+        plugins: dict[str, tuple[str, str]] = {}
         for event in EventFileLoader(str(path)).Load():
             for value in event.summary.value:
-                plugin = plugins.setdefault(value.tag, value.metadata.plugin_data.plugin_name)
+                of_value = (value.metadata.plugin_data.plugin_name, value.metadata.summary_description)
+                plugin, description = plugins.setdefault(value.tag, of_value)
                 directory = str(path.parent.relative_to(log_dir))
-                summaries.append(Summary(directory, value.tag, event.step, plugin, tf.make_ndarray(value.tensor)))
+                array = tf.make_ndarray(value.tensor)
+                summaries.append(Summary(directory, value.tag, event.step, plugin, array, description))
     return summaries
 
 

@@ -174,9 +174,13 @@ def test_a_training_that_never_reads_the_losses_is_warned_of(kind: Any) -> None:
 
 
 def test_a_training_step_of_ones_own_that_reads_the_losses() -> None:
-    model, monitor = OwnStep(reads=True), quick_monitor(regularizer=JacobianRegularizer())
+    regularizer = JacobianRegularizer(lambda step: 1.0 + step, view="joint")
+    model, monitor = OwnStep(reads=True), quick_monitor(regularizer=regularizer)
     model.compile("sgd", "mse")
     fit(model, monitor)
+    found = [report["rnn"].targets["variance"] for _, report in monitor.reports]
+    assert (found[0], found[-1]) == (1.0, regularizer.target)
+    assert found[-1] > 1.0
     # The second training uses what was traced in the first one.
     fit(model, monitor)
 

@@ -3,6 +3,7 @@
 import base64
 import itertools
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,10 @@ _MOST_ROWS = 256
 SPARKS = 60
 
 _ORDER = {"exploding": 0, "vanishing": 0, "stable": 1}
+
+
+# The run of a monitor: below the log directory, with the monitor's name if it has one.
+_MONITOR = re.compile(r"(?:(?P<experiment>.*)/)?jacobian(?:/[^/]+)?")
 
 
 @dataclass(frozen=True)
@@ -61,6 +66,29 @@ def layer_line(headers: Sequence[tuple[int, Mapping[str, Any]]]) -> dict[str, An
         ],
         "badness": _badness(verdict),
     }
+
+
+def experiments(runs: Sequence[str], known: Sequence[str]) -> list[dict[str, Any]]:
+    """Returns the runs that belong together, since they are in the log directory of one training.
+
+    Args:
+        runs: Names of the runs with packed summaries.
+        known: Names of all runs.
+
+    Returns:
+        List of dicts: `"name"`, the directory; `"runs"`, those with packed summaries; `"others"`, the other runs in it.
+    """
+    found: dict[str, dict[str, list[str]]] = {}
+    for run in runs:
+        match = _MONITOR.fullmatch(run)
+        name = run if match is None else match["experiment"] or ""
+        found.setdefault(name, {"runs": [], "others": []})["runs"].append(run)
+    for run in sorted(set(known) - set(runs)):
+        # A directory may be inside of another one's.
+        around = [name for name in found if not name or run.startswith(f"{name}/")]
+        if around:
+            found[max(around, key=len)]["others"].append(run)
+    return [{"name": name, **parts} for name, parts in found.items()]
 
 
 def in_words(header: Mapping[str, Any]) -> str:
@@ -203,6 +231,7 @@ def measurement(moments: Sequence[Moment], step: int, key: str) -> dict[str, Any
         "linear": measure.linear,
         "words": in_words(packed.header),
         "verdict": _plain_verdict(packed.header["verdict"]),
+        "target": packed.header["targets"].get(key),
         "curve": _curve(packed.curves.get(key)),
         "flow": {"key": flow[0], **(_curve(flow[1]) or {})} if flow else None,
         "loss_gradient": _curve(packed.curves.get("loss_gradient")),

@@ -110,7 +110,8 @@ class Packed:
 
     Attributes:
         header: Dict of plain values: `"layer"`, `"cell"`, `"units"`, `"time"`, `"samples"`, `"order"` (place in the
-            model), `"number"` (of measurements so far), `"verdict"` (dict or None), `"notes"`.
+            model), `"number"` (of measurements so far), `"verdict"` (dict or None), `"notes"`, `"targets"` (of a
+            regularizer, by key).
         curves: Dict of `Curve` by key: the measures of single steps over the position.
         flows: Dict of `Curve` by key: the flow over the span.
         spectra: Dict of arrays `(point, value)` by key: the singular values (float32) and eigenvalues (complex64).

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from keras_jacmon.dashboard.answers import SPARKS, Moment, heat_map, layer_line, measurement, worst_first
+from keras_jacmon.dashboard.answers import SPARKS, Moment, experiments, heat_map, layer_line, measurement, worst_first
 from keras_jacmon.dashboard.files import NO_PLOTLY, STATIC_DIRECTORY, plotly_file
 
 # In the order in which they need each other; `index.js` is the tab's.
@@ -94,7 +94,7 @@ def write_page(path: str | os.PathLike[str], runs: Mapping[str, Mapping[str, Seq
 def _answers(runs: Mapping[str, Mapping[str, Sequence[Moment]]], missing: str | None) -> dict[str, Any]:
     """Returns what the server would answer, for all runs, layers and keys."""
     return {
-        "runs": {"runs": list(runs), "missing": missing},
+        "runs": {"experiments": experiments(list(runs), list(runs)), "missing": missing},
         "layers": [
             {"run": run, "layers": worst_first([_line(moments) for moments in layers.values()])}
             for run, layers in runs.items()
@@ -127,7 +127,7 @@ def _curves(moments: Sequence[Moment], at: int) -> dict[str, Any]:
     answers = [measurement(shown, moment.step, key) for key in moment.packed.curves] or [
         measurement(shown, moment.step, "")
     ]
-    own = ("key", "curve", "reference", "unit", "linear")
+    own = ("key", "curve", "reference", "unit", "linear", "target")
     common = {name: value for name, value in answers[0].items() if name not in own}
     return common | {"curves": [{name: answer[name] for name in own} for answer in answers]}
 

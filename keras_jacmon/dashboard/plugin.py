@@ -10,7 +10,7 @@ from tensorboard.backend import http_util
 from tensorboard.plugins import base_plugin
 from werkzeug import wrappers
 
-from keras_jacmon.dashboard.answers import heat_map, layer_line, measurement, worst_first
+from keras_jacmon.dashboard.answers import experiments, heat_map, layer_line, measurement, worst_first
 from keras_jacmon.dashboard.files import NO_PLOTLY, STATIC, STATIC_DIRECTORY, plotly_file
 from keras_jacmon.dashboard.metadata import PLUGIN
 from keras_jacmon.dashboard.series import Series, spectra_before
@@ -91,9 +91,10 @@ class JacobianPlugin(base_plugin.TBPlugin):
         return base_plugin.FrontendMetadata(es_module_path="/index.js", tab_name="Jacobian")
 
     def runs_impl(self, ctx: Any, experiment: str) -> dict[str, Any]:
-        """Returns the runs, and the sentence about what has to be installed for the curves, if anything has."""
+        """Returns the runs by experiment, and a sentence about what has to be installed for the curves, if anything."""
         missing = NO_PLOTLY if plotly_file() is None else None
-        return {"runs": self._series.runs(ctx, experiment), "missing": missing}
+        runs = self._series.runs(ctx, experiment)
+        return {"experiments": experiments(runs, self._series.known(ctx, experiment)), "missing": missing}
 
     def layers_impl(self, ctx: Any, experiment: str, run: str) -> dict[str, Any]:
         """Returns the lines of the layers of a run, the worst verdict first."""

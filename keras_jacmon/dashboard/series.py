@@ -39,6 +39,10 @@ class Series:
         """Returns the names of the runs that have packed summaries."""
         return sorted(self._list(ctx, experiment))
 
+    def known(self, ctx: Any, experiment: str) -> list[str]:
+        """Returns the names of all runs."""
+        return [run.run_name for run in self._provider.list_runs(ctx, experiment_id=experiment)]
+
     def headers(self, ctx: Any, experiment: str, run: str) -> dict[str, Headers]:
         """Returns a sample of the steps and headers of each tag of a run, with the last one.
 

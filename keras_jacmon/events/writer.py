@@ -13,18 +13,22 @@ import numpy.typing as npt
 import tensorflow as tf
 from tensorboard.compat.proto import summary_pb2
 
-from keras_jacmon.dashboard.metadata import PLUGIN, TAG, measure_of, pack
+from keras_jacmon.dashboard.metadata import PLUGIN, TAG, pack
 from keras_jacmon.errors import invalid_argument
+from keras_jacmon.events.charts import (
+    GREATEST,
+    LAYOUT_TAG,
+    LEAST,
+    Charts,
+    charts_of,
+    description,
+    layout,
+    layout_metadata,
+)
 from keras_jacmon.options import VIEWS
 from keras_jacmon.report.layer_report import LayerReport
 from keras_jacmon.report.packing import packed
 from keras_jacmon.report.report import Report
-
-# Charts of a layer in TensorBoard's own tabs, beyond which there are no histograms.
-_CHARTS = 10
-
-# A histogram takes as many bytes as ten scalars, and the Jacobian tab has the quantiles.
-_HISTOGRAMS = 2
 
 
 class EventWriter:
@@ -33,7 +37,9 @@ class EventWriter:
     For each key of a layer there is the scalar `<layer>/<key>`: in the run `jacobian` the mean over samples and
     unmasked steps, in `jacobian/min` and `jacobian/max` the least and the greatest step of the mean over samples, so
     that one chart has all three. A measure of whole sequences has the scalar of `LayerReport.scalars`; a horizon beyond
-    the sequence is drawn at the sequence's length. Up to two keys of single steps and spectra, and ten charts a layer,
+    the sequence is drawn at the sequence's length. While there are fewer than ten charts of a layer, keys of single
+    steps have margin charts in the tab *Custom Scalars*, of the tags `<layer>/<key>/least` and `/greatest`; a layout
+    groups the charts there by layer, in the order of the model. After them up to two keys of single steps and spectra
     have a histogram `<layer>/<key>/histogram`, for eigenvalues one of the moduli.
 
     Args:
@@ -102,10 +108,15 @@ class EventWriter:
                 files.callback(file.close)
 
     def _write_main(self, report: Report, scalars: Mapping[str, float], sentences: Sequence[str]) -> None:
+        tags = {name: self._prefix + _prefix(name, report.layers) for name in report.layers}
+        charts = {tags[name]: charts_of(layer) for name, layer in report.layers.items()}
+        if not self._described:
+            tf.summary.write(LAYOUT_TAG, np.array(layout(charts), object), metadata=layout_metadata())
         for name, layer in report.layers.items():
-            _write_layer(self._prefix + _prefix(name, report.layers), layer, self._described)
+            _write_layer(tags[name], layer, charts[tags[name]], self._described)
         for tag, value in scalars.items():
-            _scalar(self._prefix + tag, value)
+            text = f"{tag} with the weights of this step."
+            _scalar(self._prefix + tag, value, _once(self._prefix + tag, text, self._described))
         _write_sentences(sentences, self._prefix)
         _write_packed(report, self._positions, self._number)
 
@@ -231,7 +242,7 @@ def _write_sentences(sentences: Sequence[str], prefix: str) -> None:
     if sentences:
         # As code: a name is text, and no Markdown.
         lines = ["    " + " ".join(sentence.split()) for sentence in sentences]
-        tf.summary.text(f"{prefix}verdicts", "\n".join(lines))
+        tf.summary.text(f"{prefix}verdicts", "\n".join(lines), description="Verdicts that have changed.")
 
 
 def _write_packed(report: Report, positions: int, number: int) -> None:
@@ -258,40 +269,37 @@ def _prefix(name: str, names: Collection[str]) -> str:
     return next(candidate for candidate in numbered if candidate not in names)
 
 
-def _write_layer(name: str, layer: LayerReport, described: set[str]) -> None:
-    """Writes the charts of a layer; a tag has its description the first time, since an event repeats it."""
-    scalars = layer.scalars()
-    for key, value in scalars.items():
+def _write_layer(name: str, layer: LayerReport, charts: Charts, described: set[str]) -> None:
+    """Writes the charts of a layer."""
+    for key, value in charts.scalars.items():
         tag = f"{name}/{key}"
-        text = None if tag in described else _description(key, layer)
-        described.add(tag)
-        beyond = key.endswith("horizon") and np.isposinf(value)
-        _scalar(tag, len(layer.mask) if beyond else value, text)
-    # The joint view is the true step.
-    keys = sorted([*layer.values, *layer.spectra], key=lambda key: not key.startswith(layer.joint))
-    for key in keys[: max(0, min(_HISTOGRAMS, _CHARTS - len(scalars)))]:
+        _scalar(tag, value, _once(tag, description(key, layer), described))
+    for key, extremes in charts.margins.items():
+        for part, value in zip((LEAST, GREATEST), extremes, strict=True):
+            tag = f"{name}/{key}/{part}"
+            text = f"The {part} step of {key}, for the margin chart in Custom Scalars."
+            _scalar(tag, value, _once(tag, text, described))
+    for key in charts.histograms:
         array = layer.valid(key) if key in layer.values else layer.spectra[key]
-        _histogram(f"{name}/{key}", np.abs(array) if np.iscomplexobj(array) else array)
+        tag, sizes = f"{name}/{key}/histogram", " (absolute values)" if np.iscomplexobj(array) else ""
+        _histogram(tag, np.abs(array) if sizes else array, _once(tag, f"{key}{sizes} over the probe.", described))
 
 
-def _description(key: str, layer: LayerReport) -> str:
-    """Returns the words beside a chart."""
-    measure = measure_of(key)
-    if key.endswith("horizon"):
-        return f"Steps until a gradient has vanished or exploded; at {len(layer.mask)} or beyond the sequence: never."
-    unit = f" In {measure.unit}." if measure.unit else ""
-    keeps = "" if measure.reference is None else f" A layer that keeps its gradient has {measure.reference:g}."
-    spread = " The runs `min` and `max` are the least and greatest step." if key in layer.values else ""
-    return f"{key} of {layer.cell} with {layer.units} units, mean over the probe.{unit}{keeps}{spread}"
+def _once(tag: str, text: str, described: set[str]) -> str | None:
+    """Returns the description of a tag the first time, and None later, since each event would repeat it."""
+    if tag in described:
+        return None
+    described.add(tag)
+    return text
 
 
-def _scalar(tag: str, value: float, description: str | None = None) -> None:
+def _scalar(tag: str, value: float, text: str | None = None) -> None:
     # Of numbers of Python TensorFlow keeps a copy on the device, for ever.
-    tf.summary.scalar(tag, np.asarray(value, np.float64), description=description)
+    tf.summary.scalar(tag, np.asarray(value, np.float64), description=text)
 
 
-def _histogram(tag: str, values: npt.NDArray[Any]) -> None:
+def _histogram(tag: str, values: npt.NDArray[Any], text: str | None) -> None:
     # TensorFlow cannot sort NaN into buckets; the scalars say that there is one.
     finite = values[np.isfinite(values)]
     if finite.size:
-        tf.summary.histogram(f"{tag}/histogram", finite)
+        tf.summary.histogram(tag, finite, description=text)

@@ -105,6 +105,11 @@ class CallPenalty:
             return traced()
 
     @property
+    def target(self) -> float:
+        """Float, the target of the measure at this moment."""
+        return float(self._target)
+
+    @property
     def variables(self) -> list[tf.Variable]:
         """List of the variables that it reads beside the weights of the model."""
         leading = [] if self._leading is None else [self._leading]

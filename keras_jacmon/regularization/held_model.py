@@ -1,5 +1,6 @@
 """A model with a penalty on its Jacobians among its losses."""
 
+import dataclasses
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -16,6 +17,7 @@ from keras_jacmon.regularization.loss_terms import LossTerms, Term
 from keras_jacmon.regularization.model_penalty import ModelPenalty
 from keras_jacmon.regularization.penalty_config import PenaltyConfig
 from keras_jacmon.regularization.schedule import ScheduledNumber
+from keras_jacmon.report.report import Report
 
 
 class RegularizedModel:
@@ -50,7 +52,7 @@ class RegularizedModel:
         found = select_layers(find_recurrent_layers(model), layers)
         carriers = _trained_weights(model, found)
         self._numbers = (strength, *targets.values())
-        self._refresh_every = config.refresh
+        self._config = config
         self._refreshed: int | None = None
         self._penalty = ModelPenalty(
             model,
@@ -89,7 +91,7 @@ class RegularizedModel:
         for number in self._numbers:
             number.follow(step)
         self._penalty.begin(step)
-        if self._refreshed is None or not 0 <= step - self._refreshed < self._refresh_every:
+        if self._refreshed is None or not 0 <= step - self._refreshed < self._config.refresh:
             self._refreshed = step
             notes, changed = self._penalty.refresh()
             _warn(notes)
@@ -104,6 +106,20 @@ class RegularizedModel:
     def penalty(self) -> float:
         """Returns the penalty with the present weights, not scaled by the strength."""
         return self._penalty()
+
+    def with_targets(self, report: Report) -> Report:
+        """Returns a report of the model with the targets of this moment.
+
+        Args:
+            report: `Report`.
+        """
+        layers = dict(report.layers)
+        for name, call in self._penalty.calls.items():
+            layer = layers.get(name)
+            key = "" if layer is None else self._config.key(layer.joint)
+            if layer is not None and key in layer.values:
+                layers[name] = dataclasses.replace(layer, targets={key: call.target})
+        return Report(layers)
 
     def _check_targets(self, found: Sequence[RecurrentLayer], targets: Sequence[str]) -> None:
         """Refuses targets for layers that the model does not have."""

@@ -40,6 +40,14 @@ class PenaltyConfig:
     vectors: int
     seed: int
 
+    def key(self, joint: str) -> str:
+        """Returns the key of the measure in a report.
+
+        Args:
+            joint: String, the prefix of the joint view there.
+        """
+        return {"hidden": "", "joint": joint}.get(self.view, f"{self.view}/") + self.measure
+
     def __post_init__(self) -> None:
         if self.measure not in DIFFERENTIABLE:
             expected = f"a measure with one value for each step and sample and a derivative: {list(DIFFERENTIABLE)}"

@@ -54,6 +54,8 @@ class LayerReport:
             `"first"` (the mean of the first value of each sample), `"growth"` or `"horizon"` (of the flow's mean over
             the samples). A key without one has no number. Defaults to none.
         may_be_infinite: Frozenset of the keys of `values` in which inf is a regular value. Defaults to none.
+        targets: Dict of floats, by key of `values` the target of a `JacobianRegularizer` at this moment. Defaults to
+            none.
 
     Example:
 
@@ -85,6 +87,7 @@ class LayerReport:
     methods: dict[str, str] = field(default_factory=dict)
     reductions: dict[str, str] = field(default_factory=dict)
     may_be_infinite: frozenset[str] = frozenset()
+    targets: dict[str, float] = field(default_factory=dict)
 
     def __getitem__(self, key: str) -> npt.NDArray[Any]:
         everything = dict(self.items())

@@ -36,6 +36,7 @@ def packed(name: str, layer: LayerReport, *, positions: int = 256, order: int = 
         "number": number,
         "verdict": None if verdict is None else dataclasses.asdict(verdict),
         "notes": list(layer.notes),
+        "targets": layer.targets,
     }
     curves = {key: curve_of(values, layer.measured(key), positions) for key, values in layer.values.items()}
     # A sample's flow has as many spans as the sample has steps.

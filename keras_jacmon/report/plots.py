@@ -152,6 +152,9 @@ def _draw_curve(axes: Any, measurements: Sequence[Measurement], measure: str) ->
         low, high = (np.array([np.quantile(values, part) for values in known]) for part in (_TAIL, 1 - _TAIL))
     axes.fill_between(at, low, high, color=_BLUE, alpha=0.25, linewidth=0, label="80 % of the samples")
     axes.plot(at, mean, color=_BLUE, marker="." if len(at) < len(layer.mask) else None, markersize=3, label="mean")
+    target = layer.targets.get(measure)
+    if target is not None:
+        axes.axhline(target, color=_RED, linestyle="--", label="target of the regularizer")
     if _is_wide(np.concatenate([mean, low, high])):
         axes.set_yscale("log")
     axes.set_xlabel("position in the input")

@@ -34,8 +34,9 @@ def from_record(record: Mapping[str, Any]) -> LayerReport:
     _check_words(layer)
     if not layer.uncertainties.keys() >= layer.estimated & layer.values.keys():
         raise TypeError("estimated are values without an uncertainty")
-    if not all(isinstance(value, (int, float)) for value in layer.suggestion_inputs.values()):
-        raise TypeError("suggestion_inputs are not all numbers")
+    for name, numbers in (("suggestion_inputs", layer.suggestion_inputs), ("targets", layer.targets)):
+        if not all(isinstance(number, (int, float)) for number in numbers.values()):
+            raise TypeError(f"{name} are not all numbers")
     return layer
 
 

@@ -63,7 +63,7 @@ def test_view_makes_the_page_of_event_files(tmp_path: Path, capsys: pytest.Captu
     assert main(["view", str(tmp_path / "logs"), "--output", str(page)]) == 0
     assert capsys.readouterr().out == f"{page}\n"
     data = data_of(page.read_text(encoding="utf-8"))
-    assert data["runs"]["runs"] == ["first/jacobian", "second/jacobian"]
+    assert [one["runs"] for one in data["runs"]["experiments"]] == [["first/jacobian"], ["second/jacobian"]]
     assert [line["layer"] for line in data["layers"][1]["layers"]] == ["lstm", "gru"]
     assert {one["step"] for one in data["measurements"]} == {0, 10, 20}
 

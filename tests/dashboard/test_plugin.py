@@ -15,6 +15,7 @@ from event_files import read_summaries
 
 from keras_jacmon import Report
 from keras_jacmon.dashboard import plugin
+from keras_jacmon.dashboard.answers import experiments
 from keras_jacmon.dashboard.files import STATIC, STATIC_DIRECTORY
 from keras_jacmon.dashboard.metadata import PLUGIN
 from keras_jacmon.events.writer import EventWriter
@@ -46,8 +47,20 @@ def floats(text: str, dtype: str = "<f4") -> Any:
     return np.frombuffer(base64.b64decode(text), dtype)
 
 
-def test_the_runs(served: Client) -> None:
-    assert get(served, "runs") == {"runs": ["first/jacobian", "second/jacobian"], "missing": None}
+def test_the_runs_of_one_experiment_stand_together(served: Client) -> None:
+    found = [
+        {"name": name, "runs": [f"{name}/jacobian"], "others": [f"{name}/jacobian/{part}" for part in ("max", "min")]}
+        for name in ("first", "second")
+    ]
+    assert get(served, "runs") == {"experiments": found, "missing": None}
+    ours = ["a/jacobian", "a/b/jacobian/val", "a/b/jacobian/train", "odd"]
+    known = [*ours, "a/train", "a/b/train", "a/jacobian/min", "a/b/jacobian/val/max", "elsewhere"]
+    assert experiments(ours, known) == [
+        {"name": "a", "runs": ["a/jacobian"], "others": ["a/jacobian/min", "a/train"]},
+        {"name": "a/b", "runs": ours[1:3], "others": ["a/b/jacobian/val/max", "a/b/train"]},
+        {"name": "odd", "runs": ["odd"], "others": []},
+    ]
+    assert experiments(["jacobian"], ["jacobian", "train"]) == [{"name": "", "runs": ["jacobian"], "others": ["train"]}]
 
 
 def test_the_layers_have_the_worst_first(served: Client) -> None:
@@ -112,6 +125,7 @@ def test_a_measurement_has_the_numbers_of_the_report(served: Client) -> None:
     answer = get(served, "measurement", run="first/jacobian", layer="worst", key="joint/variance", step=12)
     layer = REPORTS[1][1]["worst"]
     assert (answer["step"], answer["reference"], answer["loss_gradient"]) == (10, 1.0, None)
+    assert answer["target"] == layer.targets["joint/variance"]
     curve, flow = answer["curve"], answer["flow"]
     assert curve["from"] == curve["to"] == list(range(20))
     np.testing.assert_allclose(curve["mean"], layer.over_time("joint/variance"), rtol=2.0**-16)

@@ -5,14 +5,18 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any
 
+import dashboards
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from dashboards import make_layer, write
 from event_files import by_tag, names, read_summaries
 from helpers import KEYS, WeightedCell, normal
+from tensorboard.plugins.custom_scalar import layout_pb2
 
 from keras_jacmon import JacobianMonitor, Report
+from keras_jacmon.events.writer import EventWriter
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -41,9 +45,12 @@ def expected_tags(*measured: str, over_time: tuple[str, ...] = ()) -> set[tuple[
     found |= {(f"jacobian/{run}", tag) for tag in measured for run in ("min", "max")}
     for layer in {re.sub(r"/(joint/)?\w+$", "", tag) for tag in measured}:
         own = sorted((tag for tag in measured if tag.startswith(f"{layer}/")), key=lambda tag: "/joint/" not in tag)
-        room = min(2, 10 - sum(tag.startswith(f"{layer}/") for tag in scalars))
-        found |= {("jacobian", f"{tag}/histogram") for tag in own[:room]} | {("jacobian", f"{layer}/packed")}
-    return found
+        room = 10 - sum(tag.startswith(f"{layer}/") for tag in scalars)
+        margins = own[: room // 2]
+        found |= {("jacobian", f"{tag}/{part}") for tag in margins for part in ("least", "greatest")}
+        histograms = own[: min(2, room - 2 * len(margins))]
+        found |= {("jacobian", f"{tag}/histogram") for tag in histograms} | {("jacobian", f"{layer}/packed")}
+    return found | {("jacobian", "custom_scalars__config__")}
 
 
 def all_measures(layer: str, *views: str) -> list[str]:
@@ -77,6 +84,36 @@ def test_tags_of_nested_layers(tmp_path: Path) -> None:
     )
 
 
+def test_the_layout_groups_layers_in_the_order_of_the_model(tmp_path: Path) -> None:
+    layers = {name: make_layer() for name in ("z", "a")}
+    write(tmp_path, [(step, Report(layers)) for step in (0, 1)])
+    summaries = read_summaries(tmp_path)
+    (written,) = by_tag(summaries, "custom_scalars__config__")
+    layout = layout_pb2.Layout.FromString(written.value.item())
+    assert [category.title for category in layout.category] == ["z", "a"]
+    charts = layout.category[0].chart
+    assert [chart.title for chart in charts] == [*dashboards.KEYS, "joint/growth", "joint/horizon"]
+    assert [chart.WhichOneof("content") for chart in charts] == ["multiline", "margin", "margin", *["multiline"] * 2]
+    assert charts[0].multiline.tag == ["^z/variance$"]
+    ours = names([summary for summary in summaries if summary.directory == "jacobian"])
+    assert len({tag for _, tag in ours if tag.startswith("z/") and tag != "z/packed"}) == 10
+    values = layers["z"]["joint/variance"].mean(axis=1)
+    (series,) = charts[1].margin.series
+    for tag, value in ((series.lower, values.min()), (series.value, values.mean()), (series.upper, values.max())):
+        np.testing.assert_allclose([float(one.value) for one in by_tag(summaries, tag)], [value] * 2, rtol=1e-6)
+
+
+def test_each_chart_has_a_description(tmp_path: Path) -> None:
+    writer = EventWriter(tmp_path)
+    for step in (0, 1):
+        writer.write(Report({"lstm": make_layer()}), step, {"penalty": 1.0}, ["lstm stable -> vanishing"])
+    writer.close()
+    tabs = ("scalars", "histograms", "text")
+    main = [one for one in read_summaries(tmp_path) if one.plugin in tabs and one.directory == "jacobian"]
+    assert {one.plugin for one in main} == set(tabs)
+    assert [one.tag for one in main if not one.description] == []
+
+
 @pytest.mark.fast
 def test_only_the_named_layers_and_measures(tmp_path: Path) -> None:
     model = make_model(keras.layers.LSTM(3, return_sequences=True, name="first"), keras.layers.GRU(3, name="second"))
@@ -107,7 +144,7 @@ def test_what_is_measured_over_time_and_spectra(tmp_path: Path) -> None:
     summaries = read_summaries(tmp_path)
     # No histogram of what is no set of like numbers: exponents, and spans of a flow.
     tags = {"lstm/eigenvalues/histogram", "lstm/joint/growth", "lstm/joint/lyapunov_1", "lstm/packed"}
-    assert {tag for _, tag in names(summaries)} == tags
+    assert {tag for _, tag in names(summaries)} == tags | {"custom_scalars__config__"}
     reports = [report["lstm"] for _, report in monitor.reports]
     for tag, values in (
         ("growth", [report["joint/growth"].mean() for report in reports]),
@@ -177,7 +214,7 @@ def test_another_tensorboard_callback_swallows_nothing(tmp_path: Path, tensorboa
         summaries = read_summaries(tmp_path / directory)
         ours = [summary for summary in summaries if summary.directory.startswith("jacobian")]
         assert names(ours) == expected_tags("gru/variance")
-        for _, tag in names(ours):
+        for _, tag in names(ours) - {("jacobian", "custom_scalars__config__")}:
             assert [summary.step for summary in by_tag(ours, tag)] == list(range(9))
         # TensorBoard writes what `logs` hold when its turn comes, unless it swallows the logs of an epoch itself.
         ours_too = directory == "last" and ("train", "epoch_loss") in alone
@@ -266,7 +303,8 @@ def test_partly_infinite_values(tmp_path: Path) -> None:
     summaries = read_summaries(tmp_path)
     assert names(summaries) == expected_tags(*all_measures("rnn", ""))
     assert not np.isfinite(by_tag(summaries, "rnn/rms_singular_value")[0].value)
-    assert by_tag(summaries, "rnn/rms_singular_value/histogram")[0].value[:, 2].sum() == finite.sum()
+    finite = np.isfinite(monitor.reports[0][1]["rnn"]["variance"])
+    assert by_tag(summaries, "rnn/variance/histogram")[0].value[:, 2].sum() == finite.sum()
 
 
 def test_nan_everywhere(tmp_path: Path) -> None:

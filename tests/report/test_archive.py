@@ -41,6 +41,7 @@ def odd_report() -> Report:
         notes=("a note", 'with "quotes" and ünïcode'),
         reductions={"joint/growth": "growth"},
         may_be_infinite=frozenset({"variance"}),
+        targets={"variance": 0.1},
     )
     return Report({"both/forward_lstm:1": layer, "名前": LayerReport("C", 1, {}, np.zeros((0, 0), bool))})
 
@@ -205,6 +206,7 @@ def test_what_is_no_report_is_refused(tmp_path: Path) -> None:
         {"uncertainties": {}},
         {"notes": (3,)},
         {"suggestion_inputs": {"variance": "much"}},
+        {"targets": {"variance": "much"}},
         {"reductions": {"joint/growth": "sum"}},
         {"reductions": {"growth": "mean"}},
         {"sequences": {"joint/growth": np.ones(2)}, "reductions": {"joint/growth": "growth"}},

@@ -35,6 +35,7 @@ def report(factor: float = 1.0) -> Report:
         spectra={"eigenvalues": np.array([[1 + 2j, np.nan]]), "singular_values": np.array([[3.0, 2.0]])},
         spectra_at=np.array([[0, 1]]),
         joint="joint/",
+        targets={"variance": 0.5},
     )
     return Report({"$a_{b$": layer})
 
@@ -62,6 +63,7 @@ def test_a_curve() -> None:
     axes = axes_of(report().plot(measure="variance"))
     np.testing.assert_allclose(points(axes.lines[0]), [(0, 0.2), (1, np.inf), (2, 9.0)])
     assert axes.get_ylabel() == "variance"
+    assert set(axes.lines[1].get_ydata()) == {0.5}
     assert axes_of(report().plot()).get_ylabel() == "joint/variance"
 
 

@@ -70,8 +70,8 @@ export function showCharts(Plotly, places, answers, logarithmic) {
     answer[part] ? lines(answer[part], RUN_COLOURS[at], answer.run, DASHES[at], offset) : []);
   const first = answers[0];
   const kind = logarithmic ? { type: "log" } : {};
-  const target = typeof first.reference === "number"
-    ? level(first.reference, `keeps a gradient: ${first.reference}`, logarithmic) : {};
+  const found = typeof first.reference === "number"
+    ? level(first.reference, `keeps a gradient: ${first.reference}`, logarithmic) : { shapes: [], annotations: [] };
   // Each place has its size before anything is drawn in it.
   const has = (part) => answers.some((answer) => answer[part]);
   const spectra = answers.flatMap((answer) => Object.keys(answer.spectra));
@@ -82,11 +82,28 @@ export function showCharts(Plotly, places, answers, logarithmic) {
   places.singular.parentElement.hidden = !spectra.some((key) => key.endsWith("singular_values"));
   const length = Math.max(...answers.map((answer) => answer.curve?.length ?? 0));
   const position = { range: [-0.5, length - 0.5] };
-  draw(Plotly, places.curve, each("curve"), layout("position", first.unit || first.key, { ...target, xaxis: position, yaxis: kind }));
+  const goals = targets(answers, length, logarithmic);
+  found.annotations.push(...goals.annotations);
+  draw(Plotly, places.curve, [...each("curve"), ...goals.traces],
+    layout("position", first.unit || first.key, { ...found, xaxis: position, yaxis: kind }));
   draw(Plotly, places.flow, flow(answers), layout("steps back, k", "‖ds_T / ds_{T−k}‖", {
     ...flowLevels(answers), yaxis: { type: "log" } }));
   draw(Plotly, places.loss, each("loss_gradient"), layout("position", "‖dLoss/dh_t‖", { xaxis: position, yaxis: { type: "log" } }));
   showSpectra(Plotly, places, answers);
+}
+
+// The target of a regularizer is a curve and no shape: the axis must reach it.
+function targets(answers, length, logarithmic) {
+  const traces = [];
+  const annotations = [];
+  answers.forEach(({ target }, at) => {
+    if (!answers[at].curve || typeof target !== "number" || (logarithmic && target <= 0)) return;
+    traces.push({ x: [-0.5, length - 0.5], y: [target, target], mode: "lines", name: "target", hoverinfo: "skip",
+      line: { color: RUN_COLOURS[at], width: 2, dash: "dashdot" } });
+    annotations.push({ xref: "paper", x: 0, xanchor: "left", y: logarithmic ? Math.log10(target) : target, yanchor: "bottom",
+      text: `target of the regularizer: ${formatNumber(target)}`, showarrow: false, font: { size: 11, color: RUN_COLOURS[at] } });
+  });
+  return { traces, annotations };
 }
 
 // The flow is a logarithm; the gain itself is drawn.

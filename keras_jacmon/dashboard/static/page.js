@@ -7,6 +7,7 @@ import { showStrip } from "./strip.js";
 
 const RELOAD_SECONDS = 30;
 const PLAY_MILLISECONDS = 200;
+const MOST_NAMED = 12;
 
 const VIEWS = { hidden: "hidden state", joint: "all states", inputs: "inputs" };
 
@@ -23,8 +24,20 @@ function select(label, onChange) {
   return [element, make("label", {}, make("span", { textContent: label }), element)];
 }
 
-function fill(element, options, chosen) {
-  element.replaceChildren(...options.map(([value, text]) => make("option", { value, textContent: text })));
+const options = (pairs) => pairs.map(([value, textContent]) => make("option", { value, textContent }));
+
+function fill(element, pairs, chosen) {
+  element.replaceChildren(...options(pairs));
+  element.value = chosen;
+}
+
+// Runs of one experiment stand together.
+function fillRuns(element, experiments, chosen, first = []) {
+  const groups = experiments.map(({ name, runs }) => {
+    const own = options(runs.map((run) => [run, runName(run)]));
+    return runs.length < 2 ? own : [make("optgroup", { label: name || "this directory" }, ...own)];
+  });
+  element.replaceChildren(...options(first), ...groups.flat());
   element.value = chosen;
 }
 
@@ -52,6 +65,7 @@ class Page {
     [this.cellsSelect, this.cellsLabel] = select("cell colour", (cells) => this.change({ cells }));
     this.reload = make("button", { type: "button", textContent: "Reload" });
     this.reload.addEventListener("click", () => this.refresh());
+    this.together = make("p", { className: "together", hidden: true });
     this.message = make("p", { className: "message", hidden: true });
     this.message.setAttribute("role", "status");
     this.strip = make("div", { className: "strip" });
@@ -67,7 +81,7 @@ class Page {
     const controls = make("div", { className: "controls" }, this.viewLabel, this.measureLabel, this.scaleLabel, this.cellsLabel);
     this.main = make("main", {}, controls, this.panels, make("div", { className: "scale" }, this.legend, this.legendText),
       this.readout, this.player, this.message, this.charts);
-    document.body.replaceChildren(header, this.strip, this.advice, this.main);
+    document.body.replaceChildren(header, this.together, this.strip, this.advice, this.main);
     window.addEventListener("resize", () => this.maps.forEach((map) => map.draw()));
   }
 
@@ -118,10 +132,11 @@ class Page {
     this.source.forget();
     this.fresh = true;
     try {
-      const { runs, missing } = await this.source.runs();
-      this.runs = runs;
+      const { experiments, missing } = await this.source.runs();
+      this.experiments = experiments;
+      this.runs = experiments.flatMap(({ runs }) => runs);
       this.missing = missing;
-      if (!runs.length) return this.fail(new Error("No Jacobians yet: train with JacobianMonitor(..., log_dir=...)."));
+      if (!this.runs.length) return this.fail(new Error("No Jacobians yet: train with JacobianMonitor(..., log_dir=...)."));
       await this.update();
     } catch (error) {
       this.fail(error);
@@ -145,8 +160,7 @@ class Page {
     const { state } = this;
     if (!this.runs.includes(state.run)) state.run = this.runs[0];
     if (!this.runs.includes(state.other) || state.other === state.run) state.other = "";
-    fill(this.runSelect, this.runs.map((run) => [run, runName(run)]), state.run);
-    fill(this.otherSelect, [["", "nothing"], ...this.runs.filter((run) => run !== state.run).map((run) => [run, runName(run)])], state.other);
+    this.showRuns();
     this.otherLabel.hidden = this.runs.length < 2;
     if (this.fresh || this.layersOf !== state.run) {
       const { layers } = await this.source.layers(state.run);
@@ -164,6 +178,18 @@ class Page {
     fill(this.measureSelect, keys.filter((key) => split(key)[0] === view).map((key) => [split(key)[1], split(key)[1].replaceAll("_", " ")]), measure);
     fill(this.scaleSelect, [["log", "logarithmic"], ["linear", "linear"]], state.scale ?? "log");
     fill(this.cellsSelect, [["mean", "mean"], ["least", "least"], ["greatest", "greatest"]], state.cells ?? "mean");
+  }
+
+  showRuns() {
+    const { state } = this;
+    fillRuns(this.runSelect, this.experiments, state.run);
+    const others = this.experiments.map(({ name, runs }) => ({ name, runs: runs.filter((run) => run !== state.run) }));
+    fillRuns(this.otherSelect, others, state.other, [["", "nothing"]]);
+    const { runs, others: beside } = this.experiments.find((one) => one.runs.includes(state.run));
+    this.together.hidden = !beside.length;
+    const all = [...runs, ...beside];
+    const more = all.length > MOST_NAMED ? ` and ${all.length - MOST_NAMED} others` : "";
+    this.together.textContent = `In TensorBoard's own tabs this experiment has the runs ${all.slice(0, MOST_NAMED).join(", ")}${more}.`;
   }
 
   line() {
