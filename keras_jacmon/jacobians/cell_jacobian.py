@@ -236,17 +236,10 @@ class CellJacobian:
                 for part, _ in self.plan(name).parts(structured=True):
                     yield part, self._structured(part, points)
 
-    def stepped_with(self, view: View) -> View:
-        """The view with all new states, if all have a structure; otherwise the view itself."""
-        outputs = floating_states(self._example.states)
-        structured = all(self._choice(new, source).is_structured for new in outputs for source in view.sources)
-        return View(tuple(outputs), view.sources) if structured and self._form is None else view
-
     def reference(self, view: View, points: PointBatch) -> AutodiffJacobian:
-        """The operator to compare with: by autodiff, without the tape applied twice if a form is registered."""
+        """The operator to compare with: by autodiff, for one product with Jᵀ."""
         function = view_function(self.step, points.inputs, points.states, view)
-        twice = self.assumptions.products and self._form is None
-        return function.jacobian(independent=self.assumptions.independent, for_many=False, twice=twice)
+        return function.jacobian(independent=self.assumptions.independent, for_many=False, twice=False)
 
     def by_tape_twice(self, views: Sequence[str], points: PointBatch) -> Iterator[tuple[View, AutodiffJacobian]]:
         """The operators of some views that rest on the tape applied twice."""

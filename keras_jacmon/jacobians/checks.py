@@ -11,7 +11,7 @@ from keras_jacmon.jacobians.cell_jacobian import Assumptions, CellJacobian
 from keras_jacmon.jacobians.points import PointBatch
 from keras_jacmon.jacobians.views import View, floating_states, side_by_side, size
 from keras_jacmon.operators.formed import WrappedJacobian
-from keras_jacmon.tensors import joined, known_sizes
+from keras_jacmon.tensors import known_sizes
 
 
 class CheckResults(NamedTuple):
@@ -140,8 +140,8 @@ def check_points(
     Each result is the largest of the points but for one in 200 (see `largest`):
 
     - `structure_residual`, if a structure was found or a form is registered:
-      `‖J w - (J w by autodiff)‖ / ‖J w by autodiff‖`, for each new state and, in turns, each old one, so that no block
-      is hidden by larger ones.
+      `‖Jᵀ w - (Jᵀ w by autodiff)‖ / ‖Jᵀ w by autodiff‖`, for each old state and, in turns, each new one, so that no
+      block is hidden by larger ones.
     - `products`, if products with J are made by the tape applied twice: `|w · J g - ‖g‖| / ‖g‖` with
       `g = Jᵀ w / ‖Jᵀ w‖`, block by block too.
     - `columns`, for those of them that use `tf.vectorized_map`: `‖J W - (J w for each w)‖ / ‖J w for each w‖`, with J
@@ -184,25 +184,16 @@ def _structure_differences(
     differences: list[tf.Tensor] = []
     stepped: tf.Tensor | None = None
     for view, operator in jacobian.certified(views, points):
-        # By all new states where that is safe, so that the cell is stepped once for this check and for dependence.
-        wide = jacobian.stepped_with(view)
         outputs, sources = _sizes(view, points)
-        w = in_turns(_normal(points, sum(sources), seed, operator.dtype), sources)
-        pushed = jacobian.reference(wide, points).pushed(w)
-        # Jᵀ takes a product with the transposed kernel, which TensorFlow transposes each time.
-        adjoint = pushed is None
-        if pushed is None:
-            w = in_turns(_normal(points, sum(outputs), seed, operator.dtype), outputs)
-            expected = jacobian.reference(view, points).matvec(w, adjoint=True)
-        else:
-            stepped = pushed[0] if list(wide.outputs) == floating else stepped
-            parts = dict(zip(wide.outputs, tf.split(pushed[1], _sizes(wide, points)[0], axis=-1), strict=True))
-            expected = joined([parts[p] for p in view.outputs])
-        ours, end = operator.matvec(w, adjoint=adjoint), sources if adjoint else outputs
-        differences.append(relative_differences(ours, expected, end, _rounding(w)))
+        w = in_turns(_normal(points, sum(outputs), seed, operator.dtype), outputs)
+        # By Jᵀ, since a product with J takes the tape twice, with twice as many operations.
+        new, expected = jacobian.reference(view, points).pulled(w)
+        stepped = new if list(view.outputs) == floating else stepped
+        ours = operator.matvec(w, adjoint=True)
+        differences.append(relative_differences(ours, expected, sources, _rounding(w)))
         if isinstance(operator, WrappedJacobian):
             # Somebody else's products with several vectors, and the matrices that are made by them.
-            differences.append(column_differences(operator, w, ours, adjoint=adjoint))
+            differences.append(column_differences(operator, w, ours, adjoint=True))
     return differences, stepped
 
 

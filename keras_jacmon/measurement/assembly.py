@@ -6,14 +6,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import tensorflow as tf
 
 from keras_jacmon.cell.trajectory import UnrollInputs
 from keras_jacmon.jacobians.cell_jacobian import CellJacobian, Choice, Method
 from keras_jacmon.jacobians.dependencies import Dependencies
 from keras_jacmon.jacobians.views import View, floating_states, size
-from keras_jacmon.measurement.results import CallResults, MeasuredArray
+from keras_jacmon.measurement.results import CallResults, MeasuredArray, PlannedFlow
 from keras_jacmon.measures.flow import FlowPlan
+from keras_jacmon.measures.gains import Gains, by_span, gains_by_span
 from keras_jacmon.measures.kinds import Exponents, Flow, Loss, OverTime, PerStep, Spectrum, SuggestionInput, WholeFlow
 from keras_jacmon.measures.registry import KEYS, Quantity, Selection
 from keras_jacmon.measures.suggestions import suggestion_inputs
@@ -54,6 +56,7 @@ class CallMetadata:
         has_structure: Boolean, True if a measured Jacobian rests on a structure, or on a registered form. Defaults to
             False.
         quantities: The measured quantities, in the order of `CallResults.arrays`. Defaults to none.
+        of_flows: The measured quantities that are read off a flow. Defaults to none.
     """
 
     cell: str
@@ -68,6 +71,7 @@ class CallMetadata:
     flow_plans: dict[str, FlowPlan]
     has_structure: bool = False
     quantities: Selection = ()
+    of_flows: Selection = ()
 
     @classmethod
     def of(
@@ -115,10 +119,17 @@ class CallMetadata:
             },
         )
 
-    def flow_plan(self, quantity: Quantity) -> FlowPlan:
-        """The vectors that the flow of a quantity begins with."""
-        plan = self.flow_plans[quantity.view]
-        return plan.of_all(self.options.flow_vectors) if isinstance(quantity.measure.kind, WholeFlow) else plan
+    @property
+    def flows(self) -> tuple[PlannedFlow, ...]:
+        """The flows to be measured, each once, in the order of `CallResults.flows`."""
+        return tuple(dict.fromkeys(map(self._flow_of, self.of_flows)))
+
+    def _flow_of(self, quantity: Quantity) -> PlannedFlow:
+        """The flow that a quantity is read off."""
+        plan, kind = self.flow_plans[quantity.view], quantity.measure.kind
+        return PlannedFlow(
+            quantity.view, plan.of_all(self.options.flow_vectors) if isinstance(kind, WholeFlow) else plan
+        )
 
     def report(
         self,
@@ -140,8 +151,10 @@ class CallMetadata:
         order = slice(None, None, -1 if go_backwards else 1)
         mask = results.mask.numpy()[order]
         everything = [
-            _found(quantity, array, order) for quantity, array in zip(self.quantities, results.arrays, strict=True)
+            _found(quantity, array, results.mask.numpy(), order)
+            for quantity, array in zip(self.quantities, results.arrays, strict=True)
         ]
+        everything += self._read_off_flows(results)
         if loss_gradient is not None:
             norms = loss_gradient.numpy()
             everything.append(_Found(KEYS["loss_gradient"], np.where(mask, norms, norms.dtype.type(np.nan)), None))
@@ -177,6 +190,26 @@ class CallMetadata:
         doubts = [f"NaN or Inf among the values: {counts}"] if counts else self._undecided(layer)
         return dataclasses.replace(layer, notes=(*layer.notes, *doubts))
 
+    def _read_off_flows(self, results: CallResults) -> list[_Found]:
+        """Returns the values of the quantities that are read off the flows."""
+        mask = results.mask.numpy()
+        mask = None if mask.all() else mask
+        gains: dict[PlannedFlow, Gains] = {}
+        for planned, tensor in zip(self.flows, results.flows, strict=True):
+            numbers = tensor.numpy()
+            if self.options.exact_flow:
+                norms = by_span(numbers[:, 0], mask)
+                gains[planned] = Gains(norms, np.zeros_like(norms))
+            else:
+                gains[planned] = gains_by_span(numbers, mask, planned.plan)
+        found = []
+        for quantity in self.of_flows:
+            planned, measure = self._flow_of(quantity), quantity.measure
+            is_exact = self.options.exact_flow or planned.plan.is_exact or measure.uncertainty is None
+            error = None if is_exact else gains[planned].standard_error
+            found.append(_Found(quantity, measure.function(gains[planned].log_gain), error))
+        return found
+
     def _suggestion_inputs(self, everything: Iterable[_Found], mask: Any) -> dict[str, float]:
         """Returns the numbers from which the suggestions of a verdict are computed."""
         known = {found.quantity: found.value[mask] for found in everything if found.value.shape == mask.shape}
@@ -189,7 +222,7 @@ class CallMetadata:
         view, measure = found.quantity
         # The loss is differentiated by a hidden state that need not have a view.
         options, columns = self.options, self.columns.get(view, self.units)
-        if isinstance(measure.kind, Flow) and self.flow_plan(found.quantity).is_exact:
+        if isinstance(measure.kind, Flow) and self._flow_of(found.quantity).plan.is_exact:
             options = dataclasses.replace(options, exact_flow=True)
         how = measure.how(options, columns, uncertain=found.uncertainty is not None)
         if measure.uncertainty == "residual" and found.uncertainty is not None:
@@ -232,11 +265,16 @@ def _flow_plan(
     return FlowPlan.of(sizes, begins, options.flow_vectors, cheap=cheap)
 
 
-def _found(quantity: Quantity, array: MeasuredArray, order: slice) -> _Found:
-    """Returns the NumPy values of a quantity; values of single steps by position in the input."""
-    here = order if isinstance(quantity.measure.kind, PerStep) else slice(None)
-    uncertainty = None if bool(array.is_exact) else array.uncertainty.numpy()[here]
-    return _Found(quantity, array.value.numpy()[here], uncertainty)
+def _found(quantity: Quantity, array: MeasuredArray, mask: npt.NDArray[np.bool_], order: slice) -> _Found:
+    """Returns the NumPy values of a quantity; values of single steps by position in the input, NaN at skipped steps."""
+
+    def shaped(tensor: tf.Tensor) -> Any:
+        values = tensor.numpy()
+        if not isinstance(quantity.measure.kind, PerStep):
+            return values
+        return np.where(mask, values.reshape(mask.shape), values.dtype.type(np.nan))[order]
+
+    return _Found(quantity, shaped(array.value), None if bool(array.is_exact) else shaped(array.uncertainty))
 
 
 def _places(spectra_at: tf.Tensor | None, time: int, *, go_backwards: bool) -> Any:

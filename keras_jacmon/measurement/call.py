@@ -1,7 +1,7 @@
 """One call of a recurrent layer, measured: the graph from its inputs to the measures of each step and sample."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import keras
@@ -18,12 +18,11 @@ from keras_jacmon.jacobians.views import floating_states, size
 from keras_jacmon.measurement.assembly import CallMetadata
 from keras_jacmon.measurement.over_time import SequenceMeasurement, measure_sequence
 from keras_jacmon.measurement.per_step import StepMeasurement, in_segments
-from keras_jacmon.measurement.results import CallResults, MeasuredArray
+from keras_jacmon.measurement.results import CallResults, MeasuredArray, PlannedFlow
 from keras_jacmon.measurement.subsampling import UNKNOWN_SAMPLES, Subsample, choose_places
 from keras_jacmon.measures.context import MeasureContext
-from keras_jacmon.measures.flow import FlowPlan
-from keras_jacmon.measures.kinds import Flow, Spectrum
-from keras_jacmon.measures.registry import KEYS, Quantity, Selection, filtered, of_kind, views_of
+from keras_jacmon.measures.kinds import Exponents, Flow
+from keras_jacmon.measures.registry import KEYS, Selection, filtered, of_kind, views_of
 from keras_jacmon.measures.suggestions import with_suggestion_measures
 from keras_jacmon.options import Options
 from keras_jacmon.tensors import known_sizes
@@ -70,9 +69,12 @@ def measure_call(
     of_points = filtered(with_inputs, lambda measure: not measure.kind.over_time)
     if dependencies.carried and KEYS["joint/flow"] in selection:
         selection = (*selection, KEYS["joint/flow_of_all"])
-    over_time = filtered(selection, lambda measure: measure.kind.over_time)
+    exponents = of_kind(selection, Exponents)
     metadata = dataclasses.replace(
-        metadata, has_structure=jacobian.has_structure(views_of(selection)), quantities=(*of_points, *over_time)
+        metadata,
+        has_structure=jacobian.has_structure(views_of(selection)),
+        quantities=(*of_points, *exponents),
+        of_flows=of_kind(selection, Flow),
     )
     measurement = StepMeasurement(
         jacobian,
@@ -85,8 +87,7 @@ def measure_call(
         independent=assumptions.independent,
         samples=known_sizes(sequence.inputs)[1],
     )
-    flow_plans = {quantity: metadata.flow_plan(quantity) for quantity in of_kind(over_time, Flow)}
-    return metadata, _Call(step, sequence, jacobian.unroll_plan(), measurement, flow_plans).results(over_time)
+    return metadata, _Call(step, sequence, jacobian.unroll_plan(), measurement, metadata.flows).results(exponents)
 
 
 @dataclass(frozen=True)
@@ -98,17 +99,17 @@ class _Call:
         sequence: The sequence, in the order in which the cell runs.
         unroll_plan: The plan that `unroll` follows; None for a plain loop.
         measurement: The measurement of single points.
-        flow_plans: Mapping from each quantity of the kind `Flow` to the vectors that its flow begins with.
+        flows: Tuple of the flows to be measured.
     """
 
     step: CellStep
     sequence: UnrollInputs
     unroll_plan: UnrollPlan | None
     measurement: StepMeasurement
-    flow_plans: Mapping[Quantity, FlowPlan]
+    flows: tuple[PlannedFlow, ...]
 
-    def results(self, over_time: Selection) -> CallResults:
-        """Measures single points, and then the products over time."""
+    def results(self, exponents: Selection) -> CallResults:
+        """Measures single points, and then the products over time: the flows, and the exponents."""
         sequence, measurement, options = self.sequence, self.measurement, self.measurement.context.options
         shape = known_sizes(sequence.inputs)[:2]
         subsample = choose_places(
@@ -121,14 +122,12 @@ class _Call:
             subsample.sampled,
             None if subsample.spectra is None else tf.where(subsample.spectra),
             checks,
-            tuple(
-                array if isinstance(measure.kind, Spectrum) else self._by_step(array)
-                for (_, measure), array in zip(measurement.quantities, arrays, strict=True)
-            ),
+            tuple(arrays),
         )
-        if not over_time:
+        if not (exponents or self.flows):
             return results
-        return results._replace(arrays=(*results.arrays, *self._over_time(over_time, steps, points, results)))
+        numbers, found = self._over_time(exponents, steps, points, results)
+        return results._replace(arrays=(*results.arrays, *found), flows=tuple(numbers))
 
     def _at_points(
         self, subsample: Subsample, steps: int
@@ -158,8 +157,8 @@ class _Call:
         return *in_segments(sequence, steps, measurement, measure_segment), None
 
     def _over_time(
-        self, over_time: Selection, steps: int, points: PointBatch | None, results: CallResults
-    ) -> list[MeasuredArray]:
+        self, exponents: Selection, steps: int, points: PointBatch | None, results: CallResults
+    ) -> tuple[list[tf.Tensor], list[MeasuredArray]]:
         """Measures the products over time, after everything else, so that the two do not hold memory together."""
         sequence, measurement = self.sequence, self.measurement
         options = measurement.context.options
@@ -175,19 +174,9 @@ class _Call:
             measurement.jacobian,
             measurement.independent,
             max(1, min(steps, most)),
-            self.flow_plans,
+            self.flows,
         )
-        return measure_sequence(whole, over_time, measurement.context, points and points.after(done))
-
-    def _by_step(self, array: MeasuredArray) -> MeasuredArray:
-        """Returns values of points as `(time, batch)`, NaN at skipped steps."""
-        shape, mask = known_sizes(self.sequence.inputs)[:2], self.sequence.mask
-
-        def shaped(values: tf.Tensor) -> tf.Tensor:
-            values = tf.reshape(values, shape)
-            return values if mask is None else tf.where(mask, values, tf.constant(float("nan"), values.dtype))
-
-        return MeasuredArray(shaped(array.value), shaped(array.uncertainty), array.is_exact)
+        return measure_sequence(whole, exponents, measurement.context, points and points.after(done))
 
 
 def _most_steps(sequence: UnrollInputs, unroll_plan: UnrollPlan | None, max_bytes: int) -> int:

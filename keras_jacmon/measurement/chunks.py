@@ -7,8 +7,9 @@ from typing import Any
 import tensorflow as tf
 
 from keras_jacmon.measurement.results import MeasuredArray
-from keras_jacmon.measures.context import MeasureContext
-from keras_jacmon.measures.registry import Selection
+from keras_jacmon.measures.context import MeasureContext, Measured
+from keras_jacmon.measures.kinds import PerStep
+from keras_jacmon.measures.registry import Quantity, Selection
 
 _GOLDEN = 0.6180339887498949
 
@@ -78,7 +79,15 @@ def measure_points(
 
 
 def _measured(operators: Operators, quantities: Selection, context: MeasureContext) -> list[MeasuredArray]:
-    return [MeasuredArray.of(*measure.function(operators[view], context)) for view, measure in quantities]
+    found: dict[Quantity, Measured] = {}
+    for measure in dict.fromkeys(quantity.measure for quantity in quantities):
+        same = [quantity for quantity in quantities if quantity.measure is measure]
+        chosen = [operators[quantity.view] for quantity in same]
+        if isinstance(measure.kind, PerStep) and measure.kind.of_several:
+            found |= zip(same, measure.function(chosen, context), strict=True)
+        else:
+            found |= {q: measure.function(operator, context) for q, operator in zip(same, chosen, strict=True)}
+    return [MeasuredArray.of(*found[quantity]) for quantity in quantities]
 
 
 def _put(found: list[MeasuredArray], arrays: list[MeasuredArray], at: tf.Tensor) -> list[MeasuredArray]:

@@ -4,7 +4,7 @@ A long sequence is unrolled in segments, forwards for the exponents. The flow ne
 order: the states at the beginning of each segment are saved, and each segment is unrolled once more.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -16,14 +16,12 @@ from keras_jacmon.cell.unroll_plan import UnrollPlan
 from keras_jacmon.jacobians.cell_jacobian import CellJacobian
 from keras_jacmon.jacobians.points import PointBatch
 from keras_jacmon.jacobians.views import View
-from keras_jacmon.measurement.results import MeasuredArray
+from keras_jacmon.measurement.results import MeasuredArray, PlannedFlow
 from keras_jacmon.measures import flow, lyapunov
-from keras_jacmon.measures.context import MeasureContext, Measured
-from keras_jacmon.measures.kinds import Exponents, Flow
-from keras_jacmon.measures.registry import Quantity, Selection, of_kind, views_of
+from keras_jacmon.measures.context import MeasureContext
+from keras_jacmon.measures.registry import Selection, views_of
 from keras_jacmon.measures.steps import Steps
 from keras_jacmon.operators.contract import JacobianOperator
-from keras_jacmon.options import Options
 from keras_jacmon.tensors import known_sizes
 
 # Purposes of random numbers, beside the purposes that the measures of a step have.
@@ -37,13 +35,6 @@ class _Carry(NamedTuple):
     exponents: dict[str, lyapunov.LyapunovCarry]
 
 
-class _PlannedFlow(NamedTuple):
-    """A flow to be measured: the view whose Jacobians are multiplied, and the vectors that it begins with."""
-
-    view: str
-    plan: flow.FlowPlan
-
-
 @dataclass(frozen=True)
 class SequenceMeasurement:
     """A sequence whose products of Jacobians are measured.
@@ -55,7 +46,7 @@ class SequenceMeasurement:
         jacobian: The Jacobians of the cell.
         independent: Boolean, False if the points of a step must stay together.
         most_steps: Integer, maximum number of steps of a segment.
-        flow_plans: Mapping from each quantity of the kind `Flow` to the vectors that its flow begins with.
+        flows: Tuple of the flows to be measured.
     """
 
     step: CellStep
@@ -64,66 +55,39 @@ class SequenceMeasurement:
     jacobian: CellJacobian
     independent: bool
     most_steps: int
-    flow_plans: Mapping[Quantity, flow.FlowPlan]
-
-    @property
-    def flows(self) -> "tuple[_PlannedFlow, ...]":
-        """The flows to be measured, each once."""
-        return tuple(dict.fromkeys(_PlannedFlow(q.view, plan) for q, plan in self.flow_plans.items()))
+    flows: tuple[PlannedFlow, ...]
 
 
 def measure_sequence(
     measurement: SequenceMeasurement, quantities: Selection, context: MeasureContext, points: PointBatch | None
-) -> list[MeasuredArray]:
+) -> tuple[list[tf.Tensor], list[MeasuredArray]]:
     """Measures products of Jacobians over time, in the graph that is being traced.
 
     Args:
         measurement: The sequence and the operators of its cell.
-        quantities: The quantities to measure, of the kinds `Flow` and `Exponents`.
+        quantities: The quantities to measure, of the kind `Exponents`.
         context: Settings of the measures.
         points: The points of the whole trajectory; None if they are not held at once.
 
     Returns:
-        For each quantity: `(spans, samples)` for the flow; `(exponents, samples)` for the Lyapunov exponents;
-        `(samples,)` for the others.
+        For each flow its numbers `(time, numbers, samples)`, as `flow_segment` or `exact_flow_segment` returns them;
+        for each quantity `(exponents, samples)` or `(samples,)`.
     """
     sequence, time = measurement.sequence, measurement.sequence.inputs.shape[0]
     steps, samples = known_sizes(sequence.inputs)[:2]
     warmup = steps // 10 if context.options.warmup is None else context.options.warmup
-    chaotic = views_of(of_kind(quantities, Exponents))
+    chaotic = views_of(quantities)
     sizes = {view: View.of(view, sequence.states).columns(sequence.inputs[0], sequence.states) for view in chaotic}
-    flows = measurement.flows
     carry = _Carry(
-        tuple(_start_flow(samples, planned.plan, context) for planned in flows),
+        tuple(_start_flow(samples, planned.plan, context) for planned in measurement.flows),
         {view: _start_exponents(samples, sizes[view], context) for view in chaotic},
     )
     if points is not None and time is not None and time <= measurement.most_steps:
         numbers, exponents = _at_once(measurement, points, carry, warmup, context)
     else:
         numbers, exponents = _in_segments(measurement, carry, warmup, context)
-    gains = {
-        planned: _gains(found, sequence.mask, planned.plan, context.options)
-        for planned, found in zip(flows, numbers, strict=True)
-    }
     found = {view: lyapunov.lyapunov_exponents(exponents[view], warmup=warmup) for view in chaotic}
-    arrays = []
-    for quantity in quantities:
-        view, measure = quantity
-        if isinstance(measure.kind, Flow):
-            gain = gains[_PlannedFlow(view, measurement.flow_plans[quantity])]
-            error = gain.uncertainty if measure.uncertainty else None
-            arrays.append(MeasuredArray.of(measure.function(gain.value), error))
-        else:
-            arrays.append(MeasuredArray.of(measure.function(found[view], sizes[view])))
-    return arrays
-
-
-def _gains(numbers: tf.Tensor, mask: tf.Tensor | None, plan: flow.FlowPlan, options: Options) -> Measured:
-    """Returns the log gains by span, `(spans, samples)`, with standard errors if they are estimates."""
-    if options.exact_flow:
-        return Measured(flow.by_span(numbers[:, 0], mask), None)
-    log_gain, error = flow.flow_by_span(numbers, mask, plan)
-    return Measured(log_gain, None if plan.is_exact else error)
+    return numbers, [MeasuredArray.of(measure.function(found[view], sizes[view])) for view, measure in quantities]
 
 
 def _start_flow(samples: int | tf.Tensor, plan: flow.FlowPlan, context: MeasureContext) -> flow.FlowCarry:

@@ -5,13 +5,14 @@ from typing import NamedTuple
 import tensorflow as tf
 
 from keras_jacmon.jacobians.checks import CheckResults
+from keras_jacmon.measures.flow import FlowPlan
 
 
 class MeasuredArray(NamedTuple):
     """The values of one quantity.
 
     Attributes:
-        value: Tensor `(points,)`, `(time, batch)` or `(points, values)`, by the measure's kind.
+        value: Tensor `(points,)`, `(points, values)`, `(exponents, samples)` or `(samples,)`, by the measure's kind.
         uncertainty: Tensor of the shape of `value`, real; zero if there is none.
         is_exact: Boolean scalar, True if there is no uncertainty.
     """
@@ -28,6 +29,18 @@ class MeasuredArray(NamedTuple):
         return cls(value, uncertainty, tf.constant(False))  # noqa: FBT003
 
 
+class PlannedFlow(NamedTuple):
+    """A flow to be measured.
+
+    Attributes:
+        view: String, the view whose Jacobians are multiplied.
+        plan: The vectors that the flow begins with.
+    """
+
+    view: str
+    plan: FlowPlan
+
+
 class CallResults(NamedTuple):
     """The results of one call.
 
@@ -37,6 +50,7 @@ class CallResults(NamedTuple):
         spectra_at: Integer `(points, 2)`, step and sample of each spectrum; None without spectra.
         checks: Results of the checks of the assumptions.
         arrays: The values of each quantity, in the order of `CallMetadata.quantities`.
+        flows: For each flow, in the order of `CallMetadata.flows`, its numbers `(time, numbers, samples)`.
     """
 
     mask: tf.Tensor
@@ -44,3 +58,4 @@ class CallResults(NamedTuple):
     spectra_at: tf.Tensor | None
     checks: CheckResults
     arrays: tuple[MeasuredArray, ...]
+    flows: tuple[tf.Tensor, ...] = ()

@@ -8,7 +8,6 @@ All logarithms are natural. They are summed in float64: after 10,000 steps float
 step adds to it.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -19,12 +18,6 @@ from keras_jacmon.measures.steps import Steps
 
 # With this many units or fewer all directions are taken where products are cheap: then the flow is exact.
 _FEW_UNITS = 8
-
-# The relative variance that rounding may leave where there is none.
-_NO_SPREAD = 1e-12
-
-# Two standard errors of a normal distribution hold 95 %.
-_NORMAL_95 = 1.96
 
 
 class FlowCarry(NamedTuple):
@@ -37,13 +30,6 @@ class FlowCarry(NamedTuple):
 
     vectors: tf.Tensor
     logs: tf.Tensor
-
-
-class Flow(NamedTuple):
-    """Gains by span and sample, `(spans, samples)`, and their standard errors, both as natural logarithms."""
-
-    log_gain: tf.Tensor
-    standard_error: tf.Tensor
 
 
 @dataclass(frozen=True)
@@ -152,7 +138,7 @@ def flow_segment(steps: Steps, carry: FlowCarry, plan: FlowPlan) -> tuple[tf.Ten
         sequence, and the carry. The first is the logarithm of the root of the sum of `‖Pᵀ w‖²` over the vectors. The
         second is the variance of the eigenvalues of the vectors' Gram matrix, relative to the square of their sum: 0
         where the product treats all vectors alike, and `1 - 1/vectors` where it makes them parallel. It is left at 0
-        where all directions are taken.
+        where all directions are taken. `gains_by_span` reads the gains off them.
     """
 
     def advance(pulled: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
@@ -197,123 +183,6 @@ def exact_flow_segment(steps: Steps, carry: FlowCarry) -> tuple[tf.Tensor, FlowC
     scale, norm = tf.unstack(tf.math.log(found[:, :, 0]), axis=2)
     logs = carry.logs + tf.cumsum(scale, axis=0, reverse=True)
     return (logs + norm)[:, None], FlowCarry(vectors, logs[0])
-
-
-def flow_by_span(numbers: tf.Tensor, mask: tf.Tensor | None, plan: FlowPlan) -> Flow:
-    """The RMS gain of the product of the last k steps, `‖P_k‖_F / sqrt(n)`, for each span k = 1..time.
-
-    n is the number of units in which the flow begins, and the norm that of the rows of P_k that belong to them. The
-    mean square over m random orthonormal vectors is unbiased. Its relative variance follows from the vectors' Gram
-    matrix, which shows how unlike the gains of different directions are. A beta distribution of this mean and variance,
-    the true one for a product of rank one, gives the bias of the logarithm, which is taken off, and its standard error.
-
-    Args:
-        numbers: From `flow_segment`, all segments one after the other in the order of time, `(time, 2, samples)`.
-        mask: `(time, samples)`, as in `Steps`.
-        plan: The vectors that the flow began with.
-
-    Returns:
-        The logarithms: -inf where nothing is left, NaN or inf from where a Jacobian holds such. The standard error is
-        wider than the beta distribution's: the relative variance is itself estimated from few vectors, and two standard
-        errors are to hold 95 %. A span counts the steps that the sample does not skip; NaN for those longer than its
-        sequence.
-    """
-    logs, spread = tf.unstack(numbers, axis=1)
-    logs -= math.log(plan.vectors) / 2
-    if plan.is_exact:
-        return Flow(by_span(logs, mask), by_span(tf.zeros_like(logs), mask))
-    share = plan.vectors / plan.units
-    # The factor makes the variance unbiased, and that of a product of rank one exact.
-    factor = 2 * plan.vectors * (1 - share) / ((plan.vectors + 2) * (plan.vectors - 1))
-    relative = factor * tf.clip_by_value(spread, _NO_SPREAD, 1 - 1 / plan.vectors)
-    # The first parameter of the beta distribution, and the sum of both.
-    alpha = (1 - share) * (1 - relative) / relative - share
-    bias, variance = (at - of for at, of in zip(_log_gamma(alpha), _log_gamma(alpha / share), strict=True))
-    error = tf.where(spread <= _NO_SPREAD, tf.zeros_like(spread), _widening(plan.vectors) / 2 * tf.sqrt(variance))
-    return Flow(by_span(logs - bias / 2, mask), by_span(error, mask))
-
-
-def _log_gamma(shape: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-    """Returns the bias and the variance of the logarithm of a gamma distribution, for shapes of at least 1.
-
-    By the asymptotic series of `digamma(shape) - log(shape)` and `trigamma(shape)`, to 1 %: TensorFlow's own functions
-    would cost more than the vectors.
-    """
-    u = 1 / shape
-    square = u * u
-    bias = -u / 2 - square / 12 + square * square / 120
-    return bias, u + square / 2 + u * square / 6 - u * square * square / 30
-
-
-def _widening(vectors: int) -> float:
-    """Returns the factor by which a standard error grows as its square is estimated from a few vectors.
-
-    It is the 97.5 % quantile of Student's t distribution over that of the normal one, by a series in the degrees of
-    freedom: those of a symmetric matrix `(vectors, vectors)` without trace.
-    """
-    freedom, z = (vectors - 1) * (vectors + 2) / 2, _NORMAL_95
-    series = ((z**2 + 1) / 4, (5 * z**4 + 16 * z**2 + 3) / 96, (3 * z**6 + 19 * z**4 + 17 * z**2 - 15) / 384)
-    return 1 + sum(term / freedom**power for power, term in enumerate(series, 1))
-
-
-def by_span(values: tf.Tensor, mask: tf.Tensor | None) -> tf.Tensor:
-    """Sorts the values of the steps by their distance from the end of the sample's sequence.
-
-    Args:
-        values: `(time, samples)`, in the order of time.
-        mask: `(time, samples)`, False for steps that do not count.
-
-    Returns:
-        `(spans, samples)`: in place k - 1 the value of the k-th real step from the end, NaN if there are fewer.
-    """
-    if mask is None:
-        return values[::-1]
-    spans = tf.cumsum(tf.cast(mask, tf.int64), axis=0, reverse=True)
-    places = tf.where(mask)
-    targets = tf.stack([tf.gather_nd(spans, places) - 1, places[:, 1]], axis=1)
-    nothing = tf.fill(tf.shape(values), tf.constant(float("nan"), values.dtype))
-    return tf.tensor_scatter_nd_update(nothing, targets, tf.gather_nd(values, places))
-
-
-def growth(log_gain: tf.Tensor) -> tf.Tensor:
-    """Returns the growth of the flow in nats per step: the slope of its logarithm over the spans.
-
-    Least squares through all finite spans and through span 0, whose gain is 1. Unlike `log_gain[K] / K` at the longest
-    span K it does not ascribe to each step what the flow gains or loses once, when a random direction turns into those
-    that survive; and one span alone still has a slope.
-
-    Args:
-        log_gain: Natural logarithms, `(spans, samples)`, NaN where there are none.
-
-    Returns:
-        `(samples,)`; -inf if the flow ends at exactly zero, NaN if nothing is known of it.
-    """
-    gains = tf.pad(tf.cast(log_gain, tf.float64), [[1, 0], [0, 0]])
-    finite = tf.math.is_finite(gains)
-    weights = tf.cast(finite, tf.float64)
-    spans = tf.cast(tf.range(tf.shape(gains)[0]), tf.float64)[:, None]
-    centred = weights * (spans - tf.reduce_sum(weights * spans, axis=0) / tf.reduce_sum(weights, axis=0))
-    slope = tf.reduce_sum(centred * tf.where(finite, gains, tf.zeros_like(gains)), axis=0)
-    slope /= tf.reduce_sum(centred**2, axis=0)
-    dead = tf.reduce_any(tf.equal(gains, -math.inf), axis=0)
-    return tf.cast(tf.where(dead, tf.constant(-math.inf, tf.float64), slope), log_gain.dtype)
-
-
-def horizon(log_gain: tf.Tensor, fall: float = 0.01, rise: float = 100.0) -> tf.Tensor:
-    """The number of steps until the flow has fallen to 1 %, or grown 100-fold.
-
-    Args:
-        log_gain: Natural logarithms, `(spans, samples)`, NaN where there are none.
-        fall: The gain at which a gradient has vanished.
-        rise: The gain at which it has exploded.
-
-    Returns:
-        The smallest such span, `(samples,)`; inf if it is beyond the sequence, NaN if nothing is known of the flow.
-    """
-    gone = (log_gain <= math.log(fall)) | (log_gain >= math.log(rise))
-    first = tf.cast(tf.argmax(gone, axis=0) + 1, log_gain.dtype)
-    beyond = tf.where(tf.reduce_all(tf.math.is_nan(log_gain), axis=0), math.nan, math.inf)
-    return tf.where(tf.reduce_any(gone, axis=0), first, tf.cast(beyond, log_gain.dtype))
 
 
 def _backwards(

@@ -36,9 +36,11 @@ class PerStep(Kind):
 
     Attributes:
         may_be_infinite: Boolean, True if inf is a regular value.
+        of_several: Boolean, True if the function maps a list of operators, those of all views, to a list of results.
     """
 
     may_be_infinite: bool = False
+    of_several: bool = False
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,7 @@ class OverTime(Kind):
 
 @dataclass(frozen=True)
 class Flow(OverTime):
-    """A function of the flow: `function` maps the logarithms of the gains by span, `(spans, samples)`."""
+    """A function of the flow: `function` maps NumPy logarithms of the gains by span, `(spans, samples)`."""
 
 
 @dataclass(frozen=True)

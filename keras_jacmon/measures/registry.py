@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from keras_jacmon.errors import did_you_mean, invalid_argument
-from keras_jacmon.measures import eigen, flow, lyapunov, moments, spectrum
+from keras_jacmon.measures import eigen, lyapunov, moments, spectrum
 from keras_jacmon.measures.kinds import Exponents, Flow, Kind, Loss, PerStep, Spectrum, WholeFlow
 from keras_jacmon.options import VIEWS, Options
+from keras_jacmon.report.curve import growth, horizon
 
 _SQUARE = ("hidden", "joint")
 
@@ -118,8 +119,8 @@ MEASURES = {
         ),
         Measure(
             "spectral_norm",
-            PerStep(),
-            spectrum.spectral_norm,
+            PerStep(of_several=True),
+            spectrum.spectral_norms,
             definition="the largest singular value of J, to a relative `tolerance` (0.01)",
             unit="dimensionless",
             reference="1",
@@ -218,7 +219,7 @@ MEASURES = {
         Measure(
             "growth",
             Flow(reduction="growth"),
-            flow.growth,
+            growth,
             definition="the slope of the flow over k",
             unit="nats per step",
             reference="0",
@@ -229,7 +230,7 @@ MEASURES = {
         Measure(
             "horizon",
             Flow(reduction="horizon"),
-            flow.horizon,
+            horizon,
             definition="the least k at which the flow is below log 0.01 or above log 100",
             unit="steps",
             reference="inf",

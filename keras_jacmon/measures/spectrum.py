@@ -1,12 +1,17 @@
 """Singular values of a Jacobian from products with vectors."""
 
+import functools
+import itertools
 import math
-from typing import NamedTuple
+import operator
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow as tf
 
 from keras_jacmon.measures.context import MeasureContext, Measured
+from keras_jacmon.operators.contract import JacobianOperator
 from keras_jacmon.operators.formed import as_jacobian_operator
 
 # Random matrices of 128 x 128 need at most about 25 steps for 1e-2 and 30 for 1e-3. The residual of a
@@ -24,9 +29,8 @@ STEPS_BETWEEN_CHECKS = 2
 def spectral_norm(operator: tf.linalg.LinearOperator, context: MeasureContext) -> Measured:
     """The largest singular value at each point, the worst-case gain of one step. Dimensionless.
 
-    Golub-Kahan-Lanczos bidiagonalisation with one-sided reorthogonalisation, of at least 12 steps, until the residual
-    of the leading singular triplet is at most half of `tolerance` times its value; points that have
-    converged are left out of the further steps.
+    Golub-Kahan-Lanczos bidiagonalisation with one-sided reorthogonalisation, of at least 12 steps, until at each point
+    the residual of the leading singular triplet is at most half of `tolerance` times its value.
 
     Args:
         operator: The Jacobians, batch shape `(points,)`.
@@ -42,8 +46,22 @@ def spectral_norm(operator: tf.linalg.LinearOperator, context: MeasureContext) -
         H. D. Simon, H. Zha, "Low-rank matrix approximation using the Lanczos bidiagonalization process with
         applications", 2000: that to reorthogonalise one side is enough.
     """
-    value, residual, _ = _lanczos(operator, context, with_vectors=False)
-    return Measured(value, residual)
+    return spectral_norms([operator], context)[0]
+
+
+def spectral_norms(operators: Sequence[tf.linalg.LinearOperator], context: MeasureContext) -> list[Measured]:
+    """The largest singular values of several operators, as `spectral_norm`, by one iteration for all of them.
+
+    Args:
+        operators: The Jacobians, each of batch shape `(points,)`; their sizes may differ.
+        context: As for `spectral_norm`.
+
+    Returns:
+        Value and residual norm of each operator.
+    """
+    stack = _Stack(list(map(as_jacobian_operator, operators)))
+    value, residual = _lanczos(stack, context, with_vectors=False)
+    return list(map(Measured, stack.split(value), stack.split(residual)))
 
 
 class LeadingTriplet(NamedTuple):
@@ -64,68 +82,108 @@ def leading_singular_vectors(operator: tf.linalg.LinearOperator, context: Measur
     Returns:
         The triplet; vectors of length one, or zero for matrices that are not finite.
     """
-    value, residual, vectors = _lanczos(operator, context, with_vectors=True)
-    finite = tf.reduce_all(tf.math.is_finite(vectors[0]), axis=-1, keepdims=True)
-    return LeadingTriplet(value, residual, tf.where(finite, vectors[0], tf.zeros_like(vectors[0])))
+    value, residual, vectors = _lanczos(_Stack([as_jacobian_operator(operator)]), context, with_vectors=True)
+    finite = tf.reduce_all(tf.math.is_finite(vectors), axis=-1, keepdims=True)
+    return LeadingTriplet(value, residual, tf.where(finite, vectors, tf.zeros_like(vectors)))
 
 
-def _lanczos(
-    operator: tf.linalg.LinearOperator, context: MeasureContext, *, with_vectors: bool
-) -> tuple[tf.Tensor, tf.Tensor, list[tf.Tensor]]:
-    """Values and residuals, and the right singular vectors if they are wanted."""
-    operator = as_jacobian_operator(operator)
-    points, n = operator.shape[0] or operator.batch_shape_tensor()[0], int(operator.shape[-1])
+class _Stack:
+    """Operators as a single one: the points of all of them, with rows and columns of zeros for the smaller ones.
+
+    Args:
+        operators: Sequence of operators.
+        counts: Sequence of integers, the number of points of each; None for those that the operators have.
+    """
+
+    def __init__(self, operators: Sequence[JacobianOperator], counts: Sequence[tf.Tensor] | None = None) -> None:
+        self._operators = operators
+        self._counts = counts or [operator.shape[0] or operator.batch_shape_tensor()[0] for operator in operators]
+        self.points = functools.reduce(operator.add, self._counts)
+        self.rows, self.columns = (max(int(J.shape[axis]) for J in operators) for axis in (-2, -1))
+        self.dtype = operators[0].dtype
+
+    def matvec(self, vectors: tf.Tensor, *, adjoint: bool = False) -> tf.Tensor:
+        """Products with vectors `(all points, n)`, n columns or rows of the largest operator."""
+        images = [
+            J.matvec(_resized(part, int(J.shape[-2 if adjoint else -1])), adjoint=adjoint)
+            for J, part in zip(self._operators, self.split(vectors), strict=True)
+        ]
+        return self._joined(images, self.columns if adjoint else self.rows)
+
+    def starts(self, seed: tf.Tensor) -> tf.Tensor:
+        """Random vectors `(all points, n)` of length one."""
+        normal = [
+            tf.random.stateless_normal([count, int(J.shape[-1])], seed, dtype=self.dtype)
+            for J, count in zip(self._operators, self._counts, strict=True)
+        ]
+        return _normalised(self._joined(normal, self.columns))[0]
+
+    def take(self, points: tf.Tensor) -> "_Stack | None":
+        """The stack of some points, by indices in ascending order; None if the points of an operator stay together."""
+        ends = list(itertools.accumulate(self._counts))
+        owners = [tf.cast(points >= end, tf.int32) for end in ends[:-1]]
+        parts = tf.dynamic_partition(points, tf.add_n(owners), len(ends)) if owners else [points]
+        parts = [parts[0], *(part - end for part, end in zip(parts[1:], ends[:-1], strict=True))]
+        taken = [J.take(part) for J, part in zip(self._operators, parts, strict=True)]
+        return None if None in taken else _Stack([J for J in taken if J], [tf.size(part) for part in parts])
+
+    def split(self, tensor: tf.Tensor) -> list[tf.Tensor]:
+        """The parts of a tensor `(all points, ...)` that belong to each operator."""
+        return [tensor] if len(self._operators) == 1 else tf.split(tensor, self._counts)
+
+    def _joined(self, parts: list[tf.Tensor], size: int) -> tf.Tensor:
+        parts = [_resized(part, size) for part in parts]
+        return parts[0] if len(parts) == 1 else tf.concat(parts, axis=0)
+
+
+def _resized(vectors: tf.Tensor, size: int) -> tf.Tensor:
+    """Vectors `(points, n)` with another n: without their last entries, or with zeros after them."""
+    if vectors.shape[-1] == size:
+        return vectors
+    return vectors[:, :size] if vectors.shape[-1] > size else tf.pad(vectors, [[0, 0], [0, size - vectors.shape[-1]]])
+
+
+def _lanczos(stack: _Stack, context: MeasureContext, *, with_vectors: bool) -> tuple[tf.Tensor, ...]:
+    """Values and residuals `(points,)`, and right singular vectors `(points, n)` if they are wanted."""
     squarings = math.ceil(math.log2(1 / max(context.tolerance, 1e-6))) + 4
-    start, _ = _normalised(tf.random.stateless_normal([points, n], context.seeds(2), dtype=operator.dtype))
-    every = tf.range(tf.cast(points, tf.int64))
-    # Asked with all points: Keras cannot trace an LSTM for none.
-    separable = operator.take(every) is not None
 
-    def unfinished(value: tf.Tensor, residual: tf.Tensor) -> tf.Tensor:
+    def some_steps(steps: tf.Tensor, active: tf.Tensor, progress: "_Progress", found: tuple[tf.Tensor, ...]) -> Any:
+        here = stack.take(active)
+        progress = _advance(here or stack, progress, steps)
+        places = active[:, None]
+        before = [tf.gather_nd(array, places) for array in found]
+        # Where an invariant subspace has been found, rounding may blur the residual. NaN compares as better: it stays.
+        now = _leading_triplet(progress, squarings, with_vectors=with_vectors)
+        is_worse = now[1] > before[1]
+        best = [tf.where(is_worse, old, new) for old, new in zip(before, now, strict=True)]
+        found = tuple(tf.tensor_scatter_nd_update(array, places, new) for array, new in zip(found, best, strict=True))
         # Half: what still changes after the whole tolerance is often the second singular value giving way to the first.
         # A NaN compares as finished: such a point never gets better.
-        going = tf.squeeze(residual > context.tolerance / 2 * value, axis=1)
-        return going if separable else tf.fill(tf.shape(going), tf.reduce_any(going))
+        going = tf.squeeze(best[1] > context.tolerance / 2 * best[0], axis=1)
+        if here is None:
+            going = tf.fill(tf.shape(going), tf.reduce_any(going))
+        left = tf.squeeze(tf.where(going), axis=1)
+        return steps + STEPS_BETWEEN_CHECKS, tf.gather(active, left), progress.take(left), found
 
-    def some_steps(
-        steps: tf.Tensor, active: tf.Tensor, found: tuple[tf.Tensor, ...], progress: _Progress
-    ) -> tuple[tf.Tensor, tf.Tensor, tuple[tf.Tensor, ...], _Progress]:
-        here = operator.take(active) or operator
-        progress = _advance(here, progress, steps)
-        value, residual, q = _leading_singular_value(progress, squarings)
-        new = [value, residual, *([_combined(q, progress.basis)] if with_vectors else [])]
-        old = [tf.gather(array, active) for array in found]
-        # Where an invariant subspace has been found, rounding may blur the residual. NaN compares as better: it stays.
-        worse = residual > old[1]
-        places = tf.expand_dims(active, axis=1)
-        found = tuple(
-            tf.tensor_scatter_nd_update(array, places, tf.where(worse, x, y))
-            for array, x, y in zip(found, old, new, strict=True)
-        )
-        going = tf.squeeze(tf.where(unfinished(value, residual)), axis=1)
-        return tf.constant(STEPS_BETWEEN_CHECKS), tf.gather(active, going), found, progress.take(going)
-
-    nothing = tf.zeros_like(start[:, :1])
-    found = (nothing, nothing + np.inf, *([tf.zeros_like(start)] if with_vectors else []))
-    progress = _Progress.start(operator, start)
-    _, _, found, _ = tf.while_loop(
-        lambda _, active, *__: tf.size(active) > 0,
+    start = _Progress.start(stack, stack.starts(context.seeds(2)))
+    nothing = tf.zeros_like(start.beta)
+    found = (nothing, nothing + np.inf, *([tf.zeros_like(start.v)] if with_vectors else []))
+    *_, found = tf.while_loop(
+        lambda steps, active, *_: (steps <= MAX_STEPS) & (tf.size(active) > 0),
         some_steps,
-        (tf.constant(LEAST_STEPS), every, found, progress),
+        (tf.constant(LEAST_STEPS), tf.range(stack.points), start, found),
         shape_invariants=(
             tf.TensorShape([]),
             tf.TensorShape([None]),
-            tuple(x.shape for x in found),
-            _Progress.shapes(operator),
+            _Progress.shapes(stack),
+            tuple(array.shape for array in found),
         ),
-        maximum_iterations=1 + (MAX_STEPS - LEAST_STEPS) // STEPS_BETWEEN_CHECKS,
     )
-    value, residual, *vectors = found
-    return tf.squeeze(value, axis=1), tf.squeeze(residual, axis=1), vectors
+    return tf.squeeze(found[0], axis=1), tf.squeeze(found[1], axis=1), *found[2:]
 
 
 class _Progress(NamedTuple):
-    """The state of the bidiagonalisation `J V = U B` at some points.
+    """The state of the bidiagonalisation `J V = U B`.
 
     Attributes:
         u: Tensor `(points, m)`, the last left vector.
@@ -144,13 +202,15 @@ class _Progress(NamedTuple):
     basis: tf.Tensor
 
     @classmethod
-    def start(cls, operator: tf.linalg.LinearOperator, v: tf.Tensor) -> "_Progress":
-        u, none = tf.zeros([tf.shape(v)[0], int(operator.shape[-2])], v.dtype), v[:, :0]
-        return cls(u, v, tf.zeros_like(u[:, :1]), none, none, tf.expand_dims(v, axis=1)[:, :0])
+    def start(cls, stack: _Stack, v: tf.Tensor) -> "_Progress":
+        u, beta, none, basis = (
+            tf.zeros([stack.points, *sizes], v.dtype) for sizes in ([stack.rows], [1], [0], [0, stack.columns])
+        )
+        return cls(u, v, beta, none, none, basis)
 
     @staticmethod
-    def shapes(operator: tf.linalg.LinearOperator) -> "_Progress":
-        m, n = operator.shape[-2:]
+    def shapes(stack: _Stack) -> "_Progress":
+        m, n = stack.rows, stack.columns
         shapes = ([None, m], [None, n], [None, 1], [None, None], [None, None], [None, None, n])
         return _Progress(*map(tf.TensorShape, shapes))
 
@@ -158,42 +218,37 @@ class _Progress(NamedTuple):
         return _Progress(*(tf.gather(part, points) for part in self))
 
 
-def _advance(operator: tf.linalg.LinearOperator, progress: _Progress, steps: int | tf.Tensor) -> _Progress:
-    """Continues the bidiagonalisation by some steps."""
+def _advance(stack: _Stack, progress: _Progress, steps: tf.Tensor) -> _Progress:
+    """Continues the bidiagonalisation until it has some number of steps."""
 
     def step(*state: tf.Tensor) -> tuple[tf.Tensor, ...]:
         u, v, beta, alphas, betas, basis = state
         basis = tf.concat([basis, tf.expand_dims(v, axis=1)], axis=1)
         betas = tf.concat([betas, beta], axis=1)
-        u, alpha = _normalised(operator.matvec(v) - beta * u, _noise(alphas))
+        u, alpha = _normalised(stack.matvec(v) - beta * u, _noise(alphas))
         alphas = tf.concat([alphas, alpha], axis=1)
-        following = _orthogonal(operator.matvec(u, adjoint=True) - alpha * v, basis)
+        following = _orthogonal(stack.matvec(u, adjoint=True) - alpha * v, basis)
         v, beta = _normalised(following, _noise(alphas))
         return u, v, beta, alphas, betas, basis
 
-    shapes = tuple(_Progress.shapes(operator))
     return _Progress(
-        *tf.while_loop(lambda *_: True, step, tuple(progress), shape_invariants=shapes, maximum_iterations=steps)
+        *tf.while_loop(
+            lambda *state: tf.shape(state[3])[1] < steps,
+            step,
+            tuple(progress),
+            shape_invariants=tuple(_Progress.shapes(stack)),
+        )
     )
 
 
 def _orthogonal(vectors: tf.Tensor, basis: tf.Tensor) -> tf.Tensor:
     """Vectors `(points, n)` without their projections on the vectors of a basis `(points, steps, n)`."""
-
-    def cleaned(vectors: tf.Tensor) -> tf.Tensor:
-        # Written with the vectors on the left, which is twice as fast as `tf.linalg.matvec`.
-        common = tf.matmul(tf.expand_dims(vectors, axis=1), basis, transpose_b=True)
-        return vectors - _combined(common, basis)
-
-    once = cleaned(vectors)
+    rows = tf.expand_dims(vectors, axis=1)
     # Of a vector that has become much shorter, what is left may be rounding: twice is enough (Kahan, Parlett).
-    shorter = tf.reduce_any(tf.norm(once, axis=-1) < 0.7 * tf.norm(vectors, axis=-1))
-    return tf.cond(shorter, lambda: cleaned(once), lambda: once)
-
-
-def _combined(coefficients: tf.Tensor, basis: tf.Tensor) -> tf.Tensor:
-    """The sums `(points, n)` of the vectors of a basis `(points, steps, n)` times coefficients `(points, 1, steps)`."""
-    return tf.squeeze(coefficients @ basis, axis=1)
+    for _ in range(2):
+        # Written with the vectors on the left, which is twice as fast as `tf.linalg.matvec`.
+        rows -= tf.matmul(rows, basis, transpose_b=True) @ basis
+    return tf.squeeze(rows, axis=1)
 
 
 def _noise(alphas: tf.Tensor) -> tf.Tensor:
@@ -210,33 +265,36 @@ def _normalised(vectors: tf.Tensor, noise: tf.Tensor | None = None) -> tuple[tf.
     return tf.math.divide_no_nan(vectors, norm), norm
 
 
-def _leading_singular_value(progress: _Progress, squarings: int) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-    """The largest singular value of the upper bidiagonal B, the residual of its triplet in the whole matrix, and q.
+def _leading_triplet(progress: _Progress, squarings: int, *, with_vectors: bool) -> tuple[tf.Tensor, ...]:
+    """The leading singular triplet of the whole matrix, as far as the upper bidiagonal B knows it.
 
     With `A V = U B` and `Aᵀ U = V Bᵀ + β v eᵀ`, a unit vector p and `q = Bᵀ p / θ`, `θ = ‖Bᵀ p‖`, the triplet
     (θ, U p, V q) has the residuals `B q - θ p` and `β p_k`. p is the leading eigenvector of the small `B Bᵀ`, found by
     squaring that matrix: batched eigensolvers refuse NaN and take longer than the products with J.
 
     Returns:
-        Value and residual, `(points, 1)`, and q, `(points, 1, steps)`.
+        Value and residual `(points, 1)`, and right singular vectors `(points, n)` if they are wanted.
     """
     # The entry above the diagonal in the first column, which there is not, is the first of the betas.
     bidiagonal = tf.linalg.diag(tf.stack([progress.betas, progress.alphas], axis=1), k=(0, 1))
     gram = tf.matmul(bidiagonal, bidiagonal, transpose_b=True)
+    # The largest entry of a positive semidefinite matrix is on its diagonal. If it is 1, the entries after two
+    # squarings are k³ at most, and after four k¹⁵, which only half precision cannot hold.
+    at_once = 2 if gram.dtype.size <= tf.float16.size else 4
     power = gram
     for squaring in range(squarings):
-        if squaring % 2 == 0:
-            # The largest entry of a positive semidefinite matrix is on its diagonal. If it is 1, the entries after two
-            # squarings are k³ at most.
+        if squaring % at_once == 0:
             power = tf.math.divide_no_nan(power, tf.reduce_max(power, axis=[1, 2], keepdims=True))
         power = power @ power
-    column = tf.argmax(tf.linalg.diag_part(power), axis=-1)
-    # As rows, for the matrix is symmetric.
-    p, _ = _normalised(tf.gather(power, tf.expand_dims(column, axis=1), axis=1, batch_dims=1))
+    # As a row, for the matrix is symmetric.
+    chosen = tf.argmax(tf.linalg.diag_part(power), axis=-1)
+    p, _ = _normalised(tf.one_hot(chosen[:, None], tf.shape(power)[1], dtype=power.dtype) @ power)
     image = p @ gram
     square = tf.reduce_sum(p * image, axis=-1, keepdims=True)
     value = tf.sqrt(square)
     inner = tf.math.divide_no_nan(tf.norm(image - square * p, axis=-1, keepdims=True), value)
-    q = tf.math.divide_no_nan(p @ bidiagonal, value)
-    residual = tf.sqrt(tf.squeeze(inner, axis=2) ** 2 + (progress.beta * p[:, 0, -1:]) ** 2)
-    return tf.squeeze(value, axis=2), residual, q
+    residual = tf.sqrt(tf.squeeze(inner, axis=2) ** 2 + (progress.beta * p[:, :, -1]) ** 2)
+    if not with_vectors:
+        return tf.squeeze(value, axis=2), residual
+    vectors = tf.math.divide_no_nan(p @ bidiagonal, value) @ progress.basis
+    return tf.squeeze(value, axis=2), residual, tf.squeeze(vectors, axis=1)

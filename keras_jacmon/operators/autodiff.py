@@ -188,16 +188,12 @@ class AutodiffJacobian(JacobianOperator):
         dense = self._formed_by_rows()
         return lambda vectors: tf.linalg.matvec(dense, vectors)
 
-    def pushed(self, vectors: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor] | None:
-        """The function's value and the product of J with vectors `(points, n)`, by the tape applied twice.
-
-        None where that cannot be.
-        """
-        if self._twice:
-            with contextlib.suppress(*_NOT_TWICE):
-                value, product = self._forward()
-                return value, product(vectors)
-        return None
+    def pulled(self, vectors: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        """The function's value, and the product of Jᵀ with vectors `(points, m)`."""
+        with tf.GradientTape(watch_accessed_variables=False) as tape:
+            tape.watch(self._point)
+            value = self._function(self._point, self._context)
+        return value, _gradient(tape, value, self._point, vectors)
 
     def _forward(self) -> tuple[tf.Tensor, Product]:
         """The function's value and the product with J, by the tape applied twice; raises where that cannot be."""

@@ -41,21 +41,27 @@ def added(log_gain: Curve) -> Curve:
         return np.diff(log_gain, axis=0, prepend=0.0)
 
 
-def growth(curve: Curve) -> float:
-    """Returns the slope of a curve over the spans 1, 2, ..., by least squares with 0 at span 0.
+def growth(log_gain: Curve) -> Curve:
+    """Returns the growth of a flow: the slope of its logarithm over the spans.
+
+    Least squares through all finite spans and through span 0, whose gain is 1. Unlike `log_gain[K] / K` at the longest
+    span K it does not ascribe to each step what the flow gains or loses once, when a random direction turns into those
+    that survive; and one span alone still has a slope.
 
     Args:
-        curve: Float array `(spans,)`, in nats.
+        log_gain: Float array `(spans,)` of a curve, or `(spans, samples)`, in nats; NaN where there are none.
 
     Returns:
-        Float, in nats per step; -inf if the curve ends at -inf, NaN if nothing is known of it.
+        Float64 array `()` or `(samples,)`, in nats per step; -inf if the flow ends at -inf, NaN if nothing is known of
+        it.
     """
-    if np.isneginf(curve).any():
-        return -math.inf
-    values = np.concatenate([[0.0], curve[np.isfinite(curve)]])
-    spans = np.concatenate([[0.0], np.flatnonzero(np.isfinite(curve)) + 1.0])
-    centred = spans - spans.mean()
-    return float(centred @ values / (centred @ centred)) if values.size > 1 else math.nan
+    gains = np.concatenate([np.zeros((1, *log_gain.shape[1:])), log_gain])
+    finite = np.isfinite(gains)
+    spans = np.arange(len(gains), dtype=np.float64).reshape(-1, *[1] * (gains.ndim - 1))
+    centred = finite * (spans - (finite * spans).sum(axis=0) / finite.sum(axis=0))
+    with np.errstate(invalid="ignore"):
+        slope = (centred * np.where(finite, gains, 0.0)).sum(axis=0) / (centred**2).sum(axis=0)
+    return np.where(np.isneginf(gains).any(axis=0), -math.inf, slope)
 
 
 def fate(curve: Curve, fall: float = FALL, rise: float = RISE) -> tuple[State, float]:
@@ -72,9 +78,22 @@ def fate(curve: Curve, fall: float = FALL, rise: float = RISE) -> tuple[State, f
     return ("vanishing", vanished) if vanished < exploded else ("exploding", exploded)
 
 
-def horizon(curve: Curve) -> float:
-    """Returns the span at which a curve meets 1 % or 100; inf if it does not, NaN if nothing is known of it."""
-    return fate(curve)[1] if curve.size and not np.isnan(curve).all() else math.nan
+def horizon(log_gain: Curve, fall: float = FALL, rise: float = RISE) -> Curve:
+    """Returns the first span at which a flow has fallen, or grown, to a threshold.
+
+    Args:
+        log_gain: Float array `(spans,)` of a curve, or `(spans, samples)`, in nats; NaN where there are none.
+        fall: Float, the gain at which a gradient has vanished. Defaults to 0.01.
+        rise: Float, the gain at which it has exploded. Defaults to 100.
+
+    Returns:
+        Float64 array `()` or `(samples,)`; inf if no threshold is met, NaN if nothing is known of the flow.
+    """
+    if not len(log_gain):
+        return np.full(log_gain.shape[1:], math.nan)
+    met = (log_gain <= math.log(fall)) | (log_gain >= math.log(rise))
+    beyond = np.where(np.isnan(log_gain).all(axis=0), math.nan, math.inf)
+    return np.where(met.any(axis=0), np.argmax(met, axis=0) + 1.0, beyond)
 
 
 def nan_mean(values: Curve, axis: int) -> Curve:

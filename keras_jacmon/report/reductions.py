@@ -56,6 +56,6 @@ def _known(values: FloatArray) -> FloatArray:
 REDUCTIONS = {
     "mean": Reduction(lambda array: mean(_known(array))),
     "first": Reduction(lambda array: mean(_known(array[0])), select=lambda array: array[0], suffix="_1"),
-    "growth": Reduction(lambda flow: growth(mean_curve(flow)), source="flow", remark="of the mean flow"),
-    "horizon": Reduction(lambda flow: horizon(mean_curve(flow)), source="flow", remark="of the mean flow"),
+    "growth": Reduction(lambda flow: float(growth(mean_curve(flow))), source="flow", remark="of the mean flow"),
+    "horizon": Reduction(lambda flow: float(horizon(mean_curve(flow))), source="flow", remark="of the mean flow"),
 }

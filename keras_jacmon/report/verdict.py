@@ -151,12 +151,12 @@ def judge(
     curve = mean_curve(log_gain)
     if not _is_known(log_gain, mask) or np.isnan(curve).any():
         return None
-    (state, horizon), slope = fate(curve, fall, rise), growth(curve)
+    (state, horizon), slope = fate(curve, fall, rise), float(growth(curve))
     gain, length = _whole_gain(log_gain)
     worst_step, worst_gain = _worst(_by_position(log_gain, mask, go_backwards=go_backwards), state)
     suggestions = () if state == "stable" else _suggestions(state, suggestion_inputs, length, slope)
     expected = _expected_horizon(curve, slope, fall, rise) if state == "stable" else horizon
-    of_all = None if log_gain_of_all is None else growth(mean_curve(log_gain_of_all))
+    of_all = None if log_gain_of_all is None else float(growth(mean_curve(log_gain_of_all)))
     return Verdict(state, slope, horizon, expected, gain, length, worst_step, worst_gain, suggestions, of_all)
 
 

@@ -15,20 +15,19 @@ from sequences import built, in_graph, of_cell, of_matrices, pieces, rotations
 from structure_laws import double_precision
 
 from keras_jacmon.measures.flow import (
-    Flow,
     FlowCarry,
     FlowPlan,
-    by_span,
     exact_flow_segment,
-    flow_by_span,
     flow_segment,
-    growth,
-    horizon,
     start_exact_flow,
     start_flow,
 )
+from keras_jacmon.measures.gains import Gains, by_span, gains_by_span
+from keras_jacmon.report.curve import growth, horizon
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from numpy.typing import NDArray
 
     from keras_jacmon.measures.steps import Steps
@@ -43,25 +42,39 @@ def plan_of(steps: Steps, vectors: int) -> FlowPlan:
     return FlowPlan.of((steps.size,), (True,), vectors, cheap=False)
 
 
-def estimated(steps: Steps, vectors: int = 3, seed: int = 0) -> Flow:
-    plan = plan_of(steps, vectors)
-    numbers, _ = flow_segment(steps, start_flow(steps.samples, plan, (seed, 1), steps.dtype), plan)
-    return flow_by_span(numbers, steps.mask, plan)
+def estimated(make: Callable[[], Steps], vectors: int = 3, seed: int = 0) -> Gains:
+    """The gains of the steps that a function makes in a graph."""
+    made: list[Steps] = []
+
+    def numbers() -> Any:
+        steps = make()
+        made.append(steps)
+        plan = plan_of(steps, vectors)
+        found, _ = flow_segment(steps, start_flow(steps.samples, plan, (seed, 1), steps.dtype), plan)
+        return found, steps.mask
+
+    found, mask = in_graph(numbers)
+    return gains_by_span(found, mask, plan_of(made[0], vectors))
 
 
-def exact(steps: Steps) -> tf.Tensor:
+def exact(make: Callable[[], Steps]) -> NDArray[np.floating]:
     """The logarithms of the spectral norms, (spans, samples)."""
-    logs, _ = exact_flow_segment(steps, start_exact_flow(steps.samples, plan_of(steps, 1), steps.dtype))
-    return by_span(logs[:, 0], steps.mask)
+
+    def norms() -> Any:
+        steps = make()
+        logs, _ = exact_flow_segment(steps, start_exact_flow(steps.samples, plan_of(steps, 1), steps.dtype))
+        return logs, steps.mask
+
+    logs, mask = in_graph(norms)
+    return by_span(logs[:, 0], mask)
 
 
-def run(J: Any, mask: NDArray[np.bool_] | None = None, **kwargs: Any) -> Any:
-    return in_graph(lambda: estimated(of_matrices(J, mask), **kwargs))
+def run(J: Any, mask: NDArray[np.bool_] | None = None, **kwargs: Any) -> Gains:
+    return estimated(lambda: of_matrices(J, mask), **kwargs)
 
 
-def run_exact(J: Any, mask: NDArray[np.bool_] | None = None) -> NDArray[np.float64]:
-    found: NDArray[np.float64] = in_graph(lambda: exact(of_matrices(J, mask)))
-    return found
+def run_exact(J: Any, mask: NDArray[np.bool_] | None = None) -> NDArray[np.floating]:
+    return exact(lambda: of_matrices(J, mask))
 
 
 def products(J: NDArray[Any]) -> NDArray[np.float64]:
@@ -102,9 +115,7 @@ def test_few_vectors_have_no_bias_and_an_honest_error(kind: str, vectors: int) -
     if kind == "two large directions":
         J = np.diag([3.0, 2.0, *[0.3] * (n - 2)]).astype(np.float32)[None].repeat(3, axis=0)
     expected = log_rms(J[:, None])
-    flow = in_graph(
-        lambda: estimated(dataclasses.replace(of_matrices(J[:, None]), samples=draws), vectors=vectors)
-    )  # fmt: skip
+    flow = estimated(lambda: dataclasses.replace(of_matrices(J[:, None]), samples=draws), vectors=vectors)
     found = flow.log_gain - expected
     # A direction that stands out a little shows itself in few vectors only now and then.
     noise = found.std(axis=1) / np.sqrt(draws)
@@ -163,11 +174,10 @@ def test_of_a_cell_it_is_that_of_its_jacobians(make: Any, structured: bool) -> N
     dense = J.get("joint", J["hidden"])
     inputs = probe.transpose(1, 0, 2)
 
-    def graph() -> Any:
-        steps = of_cell(layer.cell, inputs, structured=structured)
-        return exact(steps), estimated(steps, vectors=6)
+    def steps() -> Steps:
+        return of_cell(layer.cell, inputs, structured=structured)
 
-    norm, flow = in_graph(graph)
+    norm, flow = exact(steps), estimated(steps, vectors=6)
     np.testing.assert_allclose(norm, log_norm(dense), rtol=1e-4, atol=1e-4, strict=True)
     np.testing.assert_allclose(flow.log_gain, log_rms(dense), rtol=1e-4, atol=1e-4, strict=True)
 
@@ -187,14 +197,12 @@ def test_orthogonal_steps_keep_norms() -> None:
 def test_ten_thousand_steps_neither_overflow_nor_underflow(gain: float) -> None:
     J = tf.constant(gain * rotations(2, 3), tf.float32)
 
-    @tf.function(autograph=False)
-    def graph() -> Any:
+    def long() -> Steps:
         steps = of_matrices(J[None])
-        long = type(steps)(10_000, lambda _: steps.at(0), None, 2, 3, tf.float32)
-        log_gain = estimated(long, vectors=2).log_gain
-        return log_gain, growth(log_gain), horizon(log_gain)
+        return dataclasses.replace(steps, time=10_000, at=lambda _: steps.at(0))
 
-    log_gain, slope, steps = graph()
+    log_gain = estimated(long, vectors=2).log_gain
+    slope, steps = growth(log_gain), horizon(log_gain)
     expected = np.arange(1, 10_001)[:, None] * np.full((1, 2), math.log(gain))
     np.testing.assert_allclose(log_gain, expected, rtol=1e-6, strict=True)
     np.testing.assert_allclose(slope, np.full(2, math.log(gain)), rtol=1e-6, strict=True)
@@ -207,7 +215,7 @@ def test_ten_thousand_steps_of_a_cell_neither_overflow_nor_underflow(gain: float
     cell.recurrent_kernel.assign(gain * rotations(1, 3)[0])
     # From states of zero and without inputs the states stay zero, at any gain.
     inputs = np.zeros((10_000, 2, 1), np.float32)
-    flow = in_graph(lambda: estimated(of_cell(cell, inputs, structured=True), vectors=2))
+    flow = estimated(lambda: of_cell(cell, inputs, structured=True), vectors=2)
     expected = np.arange(1, 10_001)[:, None] * np.full((1, 2), math.log(gain))
     np.testing.assert_allclose(flow.log_gain, expected, rtol=1e-6, strict=True)
     np.testing.assert_array_equal(horizon(flow.log_gain), np.full(2, 3.0))
@@ -226,10 +234,11 @@ def test_an_lstm_without_kernels_forgets_by_its_forget_gate(bias: float, structu
     cell = built(keras.layers.LSTMCell(3, kernel_initializer="zeros", recurrent_initializer="zeros"), 2)
     cell.bias.assign(np.repeat([0.0, bias, 0.0, 0.0], 3))
     inputs = normal(60, 2, 2)
-    found, _, norm = in_graph(
-        lambda: (*estimated(of_cell(cell, inputs, structured=structured), vectors=6),
-                 exact(of_cell(cell, inputs, structured=structured)))
-    )  # fmt: skip
+
+    def steps() -> Steps:
+        return of_cell(cell, inputs, structured=structured)
+
+    found, norm = estimated(steps, vectors=6).log_gain, exact(steps)
     # P_k = f^k [[0, I/2], [0, I]]: its RMS gain is f^k sqrt(1.25 / 2), its norm f^k sqrt(1.25).
     rate = {1.0: -0.313262, 5.0: -0.006715}[bias]
     falls = np.arange(1, 61)[:, None] * np.full((1, 2), rate)
@@ -332,12 +341,12 @@ def test_segments_give_what_the_whole_gives(length: int, mask: Any) -> None:
         logs.insert(0, some)
         some, carry_exact = exact_flow_segment(piece, carry_exact)
         logs_exact.insert(0, some)
-    whole = estimated(steps, vectors=3)
-    parts = flow_by_span(tf.concat(logs, axis=0), steps.mask, plan)
+    whole = estimated(lambda: steps)
+    parts = gains_by_span(np.concatenate(logs), mask, plan)
     np.testing.assert_allclose(parts.log_gain, whole.log_gain, rtol=1e-14, strict=True)
     np.testing.assert_allclose(parts.standard_error, whole.standard_error, rtol=1e-12, strict=True)
-    parts_exact = by_span(tf.concat(logs_exact, axis=0)[:, 0], steps.mask)
-    np.testing.assert_allclose(parts_exact, exact(steps), rtol=1e-14, strict=True)
+    parts_exact = by_span(np.concatenate(logs_exact)[:, 0], mask)
+    np.testing.assert_allclose(parts_exact, exact(lambda: steps), rtol=1e-14, strict=True)
 
 
 def test_zero_is_minus_infinity_and_nothing_else_is() -> None:
@@ -386,16 +395,18 @@ def test_the_seed_decides() -> None:
 
 def test_shapes_may_be_unknown() -> None:
     J = normal(6, 5, 4, 4)
+    plan = FlowPlan.of((4,), (True,), 3, cheap=False)
 
     @tf.function(input_signature=[tf.TensorSpec((None, None, 4, 4)), tf.TensorSpec((None, None), tf.bool)])
     def graph(J: Any, mask: Any) -> Any:
-        steps = of_matrices(J)
-        masked = type(steps)(steps.time, steps.at, mask, steps.samples, 4, J.dtype)
-        return estimated(masked), exact(masked)
+        steps = dataclasses.replace(of_matrices(J), mask=mask)
+        numbers, _ = flow_segment(steps, start_flow(steps.samples, plan, (0, 1), J.dtype), plan)
+        norms, _ = exact_flow_segment(steps, start_exact_flow(steps.samples, plan, J.dtype))
+        return numbers, norms
 
-    found, norm = graph(J, MASK)
-    np.testing.assert_allclose(found.log_gain, run(J, MASK).log_gain, rtol=1e-6)
-    np.testing.assert_allclose(norm, run_exact(J, MASK), rtol=1e-6)
+    numbers, norms = (found.numpy() for found in graph(J, MASK))
+    np.testing.assert_allclose(gains_by_span(numbers, MASK, plan).log_gain, run(J, MASK).log_gain, rtol=1e-6)
+    np.testing.assert_allclose(by_span(norms[:, 0], MASK), run_exact(J, MASK), rtol=1e-6)
 
 
 # Growth and horizon ----------------------------------------------------------------------------------------------
@@ -417,7 +428,6 @@ def test_growth_is_the_slope() -> None:
     )
     expected = np.array([-0.3, 0.2, -0.5, -0.7, NAN, -INF, -INF])
     np.testing.assert_allclose(growth(log_gain), expected, rtol=1e-12, strict=True)
-    assert growth(log_gain.astype(np.float32)).dtype == tf.float32
 
 
 def test_growth_is_least_squares() -> None:
