@@ -1,40 +1,38 @@
 """The Keras callback that measures while a model trains, and hands the reports on."""
 
 import os
-import re
 import warnings
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import keras
 
-from keras_jacmon.callback_list import misplaced, neighbours
 from keras_jacmon.dashboard.answers import Moment
 from keras_jacmon.dashboard.one_file import Frame, page, write_page
-from keras_jacmon.errors import UnmeasurableError, check_whole, did_you_mean, invalid_argument, is_whole, message_of
 from keras_jacmon.events.thinning import thin
 from keras_jacmon.events.writer import EventWriter
 from keras_jacmon.measurement.plan import MeasurementPlan
-from keras_jacmon.meter import JacobianMeter
 from keras_jacmon.options import takes_options
-from keras_jacmon.progress import MeasurementProgress
 from keras_jacmon.regularization.regularizer import JacobianRegularizer
-from keras_jacmon.report.changes import Change, VerdictHistory
-from keras_jacmon.report.chosen import names_in_logs
+from keras_jacmon.report.changes import Change
 from keras_jacmon.report.frame import to_dataframe
 from keras_jacmon.report.html import as_html, moments_of
 from keras_jacmon.report.plots import plot
 from keras_jacmon.report.report import Report
 from keras_jacmon.report.verdict import Verdict
+from keras_jacmon.watching.announcements import Announcements
+from keras_jacmon.watching.arguments import check_arguments, check_name, is_in_epochs, read_logs
+from keras_jacmon.watching.callback_list import misplaced, neighbours
+from keras_jacmon.watching.failures import Failures
+from keras_jacmon.watching.log_values import PENALTY, LogValues
+from keras_jacmon.watching.progress import MeasurementProgress
+from keras_jacmon.watching.schedule import Schedule, batches_per_iteration, iterations_of
+from keras_jacmon.watching.traced_model import TracedModel
 
 if TYPE_CHECKING:
     from keras_jacmon.events.sink import Sink
-    from keras_jacmon.regularization.held_model import RegularizedModel
-
-# Its key in the logs and its tag in TensorBoard.
-PENALTY = "jac_penalty"
 
 
 class JacobianMonitor(keras.callbacks.Callback):
@@ -124,7 +122,7 @@ class JacobianMonitor(keras.callbacks.Callback):
         **options: Any,
     ) -> None:
         super().__init__()
-        _check_arguments(
+        check_arguments(
             update_freq=update_freq,
             on_error=on_error,
             regularizer=regularizer,
@@ -133,44 +131,34 @@ class JacobianMonitor(keras.callbacks.Callback):
             positions=positions,
             max_reports=max_reports,
         )
-        _check_name(name)
-        self._plan = MeasurementPlan.read(JacobianMonitor, probe, layers=layers, targets=targets, options=options)
-        self._schedule = _Schedule(1 if update_freq == "batch" else update_freq, slow_freq)
+        check_name(name)
+        plan = MeasurementPlan.read(JacobianMonitor, probe, layers=layers, targets=targets, options=options)
+        self._traced = TracedModel(plan, regularizer, strict=on_error == "raise")
+        self._schedule = Schedule(1 if update_freq == "batch" else update_freq, slow_freq)
         self._log_dir, self._positions = log_dir, positions
-        self._in_epochs, self._epochs = _is_in_epochs(step, update_freq), -1
+        self._in_epochs, self._epochs = is_in_epochs(step, update_freq), -1
         self._max_reports = max_reports
-        self._failures = _Failures(on_error, max_reports)
-        self._regularizer = regularizer
-        self._logs = _read_logs(logs, self._plan)
-        self._on_verdict_change = on_verdict_change
-        self._verdicts = VerdictHistory()
+        self._failures = Failures(on_error, max_reports)
+        self._log_values = LogValues(read_logs(logs, plan))
+        self._announcements = Announcements(verbose, on_verdict_change)
         self._progress = MeasurementProgress()
-        self._verbose = verbose
         self._given_name = self._name = name
-        self._held: RegularizedModel | None = None
         self._writer: Sink | None = None
-        self._meter: JacobianMeter | None = None
-        self._traced_for: list[Any] = []
-        self._scalars: dict[str, float] = {}
-        self._told: set[str] = set()
         self.reports: list[tuple[int, Report]] = []
 
     def __getstate__(self) -> dict[str, Any]:
         """Returns what a copy keeps: the options, and nothing of a model."""
+        # What a training has made of the parts is no argument of theirs.
         return vars(self) | {
             "_model": None,
             "params": None,
-            "_plan": self._plan.without_a_model(),
-            "_schedule": _Schedule(self._schedule.every, self._schedule.slow_every),
-            "_failures": _Failures(self._failures.on_error, self._max_reports),
+            "_traced": replace(self._traced, plan=self._traced.plan.without_a_model()),
+            "_schedule": replace(self._schedule),
+            "_failures": replace(self._failures),
+            "_log_values": replace(self._log_values),
+            "_announcements": replace(self._announcements),
             "_name": self._given_name,
-            "_held": None,
             "_writer": None,
-            "_meter": None,
-            "_traced_for": [],
-            "_scalars": {},
-            "_told": set(),
-            "_verdicts": VerdictHistory(),
             "reports": [],
         }
 
@@ -250,15 +238,14 @@ class JacobianMonitor(keras.callbacks.Callback):
     def set_model(self, model: keras.Model) -> None:
         """Checks the probe against the model and traces the measurement, before any callback's `on_train_begin`."""
         super().set_model(model)
-        if self._held is not None:
-            # A `fit` that has failed may not have come to its end.
-            self._held.detach()
-        if not _same(self._traced_for, _identity(model)):
-            if self._traced_for and self.reports:
+        # A `fit` that has failed may not have come to its end.
+        self._traced.let_go()
+        if not self._traced.is_of(model):
+            if self._traced.has_model and self.reports:
                 # In the middle of a program that may have run for days.
-                self._attempt("Preparing for a model that has changed", self._prepare, model)
+                self._attempt("Preparing for a model that has changed", self._traced.prepare, model)
             else:
-                self._prepare(model)
+                self._traced.prepare(model)
         if self._writer is None and self._log_dir is not None:
             self._writer = EventWriter(self._log_dir, positions=self._positions, name=self._name)
 
@@ -266,7 +253,8 @@ class JacobianMonitor(keras.callbacks.Callback):
         """Starts a new count; measures nothing yet, since other callbacks may still restore weights here."""
         self._schedule.begin()
         self._failures.begin()
-        self._scalars, self._told = {}, set()
+        self._log_values.begin()
+        self._announcements.begin()
         before, after = neighbours(self)
         for sentence in misplaced(before, after):
             warnings.warn(sentence, stacklevel=2)
@@ -289,13 +277,13 @@ class JacobianMonitor(keras.callbacks.Callback):
     def on_train_batch_begin(self, batch: int, logs: dict[str, Any] | None = None) -> None:
         """Measures before the first batch, and prepares the penalty of each batch."""
         if self._schedule.start is None:
-            self._schedule.start = self._iterations() or 0
+            self._schedule.start = iterations_of(self.model) or 0
             self._prepare_penalty()
             self._measure()
         self._prepare_penalty()
-        if self._held is not None:
+        if self._traced.held is not None:
             # Not before this hook can raise no more: Keras would not say that the training has ended.
-            self._held.attach(to_fit=True)
+            self._traced.held.attach(to_fit=True)
 
     def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
         """Measures after every `update_freq` batches."""
@@ -308,124 +296,74 @@ class JacobianMonitor(keras.callbacks.Callback):
         self._epochs = epoch
         if self._schedule.is_due_after_epoch():
             self._measure(last=epoch + 1 == (self.params or {}).get("epochs"))
-        if logs is None:
-            return
-        logs.update(self._named(self._scalars))
-        penalty = self._penalty()
-        if penalty is not None:
-            logs.update(self._named({PENALTY: penalty}))
+        if logs is not None:
+            self._log_values.add_to(logs, self._penalty(), self._name)
 
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
         """Measures after the last batch, takes the penalty out of the losses and closes the event file."""
         if self._schedule.is_due_at_end():
             self._measure(last=True)
-        if self._held is not None:
-            self._held.detach()
+        self._traced.let_go()
         if self._writer is not None:
             self._attempt("Closing the event file", self._writer.close)
 
-    def _prepare(self, model: keras.Model) -> None:
-        """Traces the measurement and the penalty of a model."""
-        self._meter = self._held = None
-        # Until it is known that it can be measured.
-        self._traced_for = [model]
-        meter = self._meter_of(model)
-        if self._regularizer is not None:
-            self._held = self._regularizer.prepare(model, self._plan.probe, self._plan.layers)
-        self._meter = meter
-        # Building a model may have made variables.
-        self._traced_for = _identity(model)
-
-    def _meter_of(self, model: keras.Model) -> JacobianMeter | None:
-        """Returns the meter; None, with a warning, if no layer can be measured and the user named none."""
-        try:
-            return JacobianMeter.of_plan(model, self._plan)
-        except UnmeasurableError as error:
-            if self._plan.layers is not None or self._failures.on_error == "raise":
-                raise
-            warnings.warn(f"The monitor measures nothing, and the training goes on. {error}", stacklevel=4)
-            return None
-
     def _prepare_penalty(self) -> None:
         """Prepares the penalty of the next batch, counted over the trainings before this one, too."""
-        if self._held is not None:
-            before = (self._schedule.start or 0) * self._batches_per_iteration()
-            self._attempt("Taking states for the regularizer", self._held.begin, before + self._schedule.done)
+        if self._traced.held is not None:
+            before = (self._schedule.start or 0) * batches_per_iteration(self.model)
+            self._attempt("Taking states for the regularizer", self._traced.held.begin, before + self._schedule.done)
 
     def _measure(self, *, last: bool = False) -> None:
         """Measures once, and hands the report on to the event file, to `reports` and to the logs of the epoch."""
-        if self._meter is None:
-            if self._traced_for:
+        meter = self._traced.meter
+        if meter is None:
+            if self._traced.has_model:
                 # It cannot be measured, which the user has been told.
                 return
             raise RuntimeError("JacobianMonitor has no model yet. Call `set_model(model)` before `on_train_begin()`.")
         again = self._schedule.is_measured
-        slow = self._schedule.next_is_slow(last=last, has_slow=self._meter.has_slow_measures)
-        visible = bool(self._verbose) or (self.params or {}).get("verbose") == 1
+        slow = self._schedule.next_is_slow(last=last, has_slow=meter.has_slow_measures)
+        visible = bool(self._announcements.verbose) or (self.params or {}).get("verbose") == 1
         with self._progress.shown(slow=slow, visible=visible):
-            report = self._attempt("Measuring the Jacobians", partial(self._report, self._meter, slow=slow))
+            report = self._attempt("Measuring the Jacobians", partial(self._traced.report, meter, slow=slow))
         if report is None:
-            # Old values under a new epoch would be wrong, and callbacks such as CSVLogger want the same keys.
-            self._scalars = dict.fromkeys(self._scalars, float("nan"))
+            self._log_values.forget()
             return
         if again and self.reports:
             # Without the slow measures, when it was not known that the training would end there.
             self.reports.pop()
         self._hand_on(report, self._step())
 
-    def _report(self, meter: JacobianMeter, *, slow: bool) -> Report:
-        """Returns a new report, with the targets of the regularizer if there is one."""
-        report = meter(slow=slow)
-        return report if self._held is None else self._held.with_targets(report)
-
     def _hand_on(self, report: Report, step: int) -> None:
         self.reports.append((step, report))
         thin(self.reports, self._max_reports)
-        self._scalars |= report.scalars(names_in_logs(self._logs, report))
-        changes = self._attempt("Judging the report", lambda: self._verdicts.update(report.verdict)) or []
+        self._log_values.take(report)
+        changes = self._attempt("Judging the report", self._announcements.changes, report) or []
+        self._write(report, step, changes)
+        self._announcements.tell(report, changes, step, self._attempt)
+
+    def _write(self, report: Report, step: int, changes: Sequence[Change]) -> None:
+        """Writes a report to the event file."""
         if self._writer is not None:
             penalty = self._penalty()
             scalars = {} if penalty is None else {PENALTY: penalty}
             sentences = [change.sentence(step) for change in changes]
             at = self._epochs if self._in_epochs else step
             self._attempt("Writing the event file", self._writer.write, report, at, scalars, sentences)
-        for change in changes:
-            self._tell(change, step)
-        if self._verbose:
-            # Not every terminal knows all characters, and a pipe may be closed.
-            self._attempt("Printing the report", print, f"\nJacobians at step {step}\n{report}")
-        self._warn_of_values(report, step)
-
-    def _tell(self, change: Change, step: int) -> None:
-        """Prints a change of a verdict, and hands it to the user's function."""
-        if self._verbose:
-            self._attempt("Printing a verdict", print, f"\n{change.sentence(step)}")
-        if self._on_verdict_change is not None:
-            self._attempt(
-                "Calling `on_verdict_change`", self._on_verdict_change, step, change.layer, change.old, change.new
-            )
 
     def _penalty(self) -> float | None:
         """Returns the penalty with the present weights, NaN if it cannot be computed; None without a regularizer."""
-        if self._held is None:
+        if self._traced.held is None:
             return None
-        value = self._attempt("Evaluating the penalty", self._held.penalty)
+        value = self._attempt("Evaluating the penalty", self._traced.held.penalty)
         return float("nan") if value is None else float(value)
-
-    def _named(self, scalars: dict[str, float]) -> dict[str, float]:
-        """Returns numbers by their keys in the logs."""
-        return scalars if self._name is None else {f"{self._name}_{key}": value for key, value in scalars.items()}
-
-    def _warn_once(self, what: str, sentence: str) -> None:
-        if what not in self._told:
-            self._told.add(what)
-            warnings.warn(sentence, stacklevel=3)
 
     def _warn_of_unused_penalty(self) -> None:
         """Warns after the first epoch if the training does not look at the penalty."""
-        if self._held is None or self._held.is_used or not self._schedule.done:
+        held = self._traced.held
+        if held is None or held.is_used or not self._schedule.done:
             return
-        self._warn_once(
+        self._announcements.warn_once(
             PENALTY,
             f"The `JacobianRegularizer` does nothing: the training of the model `{self.model.name}` did not read "
             "`model.losses` in its first epoch, so the penalty is no part of the loss. In a `train_step` or "
@@ -435,201 +373,5 @@ class JacobianMonitor(keras.callbacks.Callback):
     def _attempt(self, what: str, function: Callable[..., Any], *args: Any) -> Any:
         return self._failures.attempt(what, self._step, partial(function, *args))
 
-    def _warn_of_values(self, report: Report, step: int) -> None:
-        """Warns once of each layer without a value, and of each one with values that are not finite."""
-        for name, layer in report.layers.items():
-            if not layer.mask.any():
-                self._warn_once(
-                    name,
-                    f"Layer `{name}` skips all steps of the probe, which are masked: there is nothing to measure, and "
-                    "its values are NaN. Give a probe with steps that are not masked.",
-                )
-            counts = layer.nonfinite()
-            if counts:
-                found = ", ".join(f"{count} of `{key}`" for key, count in counts.items())
-                self._warn_once(
-                    name,
-                    f"Layer `{name}` has NaN or Inf in its Jacobians at step {step}: {found}. They are logged as they "
-                    "are; later ones of this layer are not warned of.",
-                )
-
     def _step(self) -> int:
-        """Returns the optimizer's iteration count, or the batches seen if a custom `train_step` does not use it."""
-        start, done = self._schedule.start or 0, self._schedule.done
-        iterations = self._iterations()
-        if iterations is None or (iterations == start and done >= 2 * self._batches_per_iteration()):
-            return start + done
-        return iterations
-
-    def _batches_per_iteration(self) -> int:
-        return getattr(getattr(self.model, "optimizer", None), "gradient_accumulation_steps", None) or 1
-
-    def _iterations(self) -> int | None:
-        iterations = getattr(getattr(self.model, "optimizer", None), "iterations", None)
-        return None if iterations is None else int(keras.ops.convert_to_numpy(iterations))
-
-
-@dataclass
-class _Schedule:
-    """The batches of a training, and the batches after which there is a measurement.
-
-    Attributes:
-        every: Number of batches between two measurements, or `"epoch"`.
-        slow_every: Number of measurements from one with the slow measures to the next.
-        start: Iteration count of the optimizer before the first batch; None before that.
-        done: Number of batches of this training so far.
-    """
-
-    every: Literal["epoch"] | int
-    slow_every: int
-    start: int | None = None
-    done: int = 0
-    _batch: int = -1
-    _measured_at: int | None = None
-    _measured_slow: bool = True
-    _measurements: int = 0
-
-    def begin(self) -> None:
-        """Starts a new count."""
-        self.start, self.done, self._batch = None, 0, -1
-        self._measured_at, self._measured_slow, self._measurements = None, True, 0
-
-    def begin_epoch(self) -> None:
-        self._batch = -1
-
-    @property
-    def is_measured(self) -> bool:
-        """Boolean, True if there is a measurement after the last batch."""
-        return self._measured_at == self.done
-
-    def is_due_after(self, batch: int) -> bool:
-        """Counts the batches up to the given one, and returns True if a measurement is due."""
-        # `batch` is the last of the `steps_per_execution` batches that have just been run.
-        before = (self.start or 0) + self.done
-        self.done += batch - self._batch
-        self._batch = batch
-        return self.every != "epoch" and ((self.start or 0) + self.done) // self.every > before // self.every
-
-    def is_due_after_epoch(self) -> bool:
-        by_hand = self._batch < 0
-        if by_hand:
-            # A loop that calls no hooks of batches may have trained nevertheless.
-            self._measured_at = None
-        return (by_hand or self.every == "epoch") and not self.is_measured
-
-    def is_due_at_end(self) -> bool:
-        return self._measurements > 0 and not (self.is_measured and self._measured_slow)
-
-    def next_is_slow(self, *, last: bool, has_slow: bool) -> bool:
-        """Counts the next measurement, and returns True if it includes the slow measures."""
-        slow = last or self._measurements % self.slow_every == 0
-        self._measured_at, self._measured_slow = self.done, slow or not has_slow
-        self._measurements += 1
-        return slow
-
-
-@dataclass
-class _Failures:
-    """The failures of a monitor: raised, or told once for each training and kept.
-
-    Attributes:
-        on_error: `"warn"` or `"raise"`.
-        most: Number of sentences above which they are thinned.
-        sentences: A sentence for each failure.
-    """
-
-    on_error: Literal["warn", "raise"]
-    most: int
-    sentences: list[str] = field(default_factory=list)
-    _told: set[str] = field(default_factory=set)
-
-    def begin(self) -> None:
-        """Starts a training, in which the first failure of each kind is warned of again."""
-        self._told.clear()
-
-    def attempt(self, what: str, step: Callable[[], int], function: Callable[[], Any]) -> Any:
-        """Calls the function; if it fails, raises or returns None.
-
-        Args:
-            what: String, the subject of the sentence about a failure.
-            step: Callable that returns the step for this sentence.
-            function: Callable without arguments.
-        """
-        try:
-            return function()
-        except Exception as error:
-            if self.on_error == "raise":
-                raise
-            sentence = f"{what} at step {step()} failed: {message_of(error)}"
-            self.sentences.append(sentence)
-            thin(self.sentences, self.most)
-            if what not in self._told:
-                self._told.add(what)
-                warnings.warn(
-                    f"{sentence}\nTraining goes on. Further failures are not warned of, but kept in "
-                    "`JacobianMonitor.failures`.",
-                    stacklevel=3,
-                )
-            return None
-
-
-def _is_in_epochs(step: Any, update_freq: Any) -> bool:
-    """Returns True if the event files count epochs.
-
-    Raises:
-        ValueError: If the step is unknown, or several measurements would have the same one.
-    """
-    if step not in ("iteration", "epoch"):
-        raise invalid_argument("step", "'iteration' or 'epoch'", f"step={step!r}")
-    if step == "epoch" and update_freq != "epoch":
-        raise invalid_argument("step", "'iteration' unless `update_freq` is 'epoch'", f"step={step!r}")
-    return bool(step == "epoch")
-
-
-def _check_arguments(
-    *, update_freq: Any, on_error: Any, regularizer: Any, on_verdict_change: Any, **whole: Any
-) -> None:
-    """Refuses arguments that are invalid with any model."""
-    if update_freq not in ("epoch", "batch") and not is_whole(update_freq, 1):
-        raise invalid_argument("update_freq", "'epoch', 'batch' or a positive integer", f"update_freq={update_freq!r}")
-    if on_error not in ("warn", "raise"):
-        raise invalid_argument("on_error", "'warn' or 'raise'", f"on_error={on_error!r}")
-    for name, value in whole.items():
-        check_whole(name, value, 2 if name == "max_reports" else 1)
-    if not isinstance(regularizer, (JacobianRegularizer, type(None))):
-        raise invalid_argument("regularizer", "a `JacobianRegularizer` or None", f"regularizer={regularizer!r}")
-    if on_verdict_change is not None and not callable(on_verdict_change):
-        expected, received = "a function or None", f"on_verdict_change={on_verdict_change!r}"
-        raise invalid_argument("on_verdict_change", expected, received)
-
-
-def _read_logs(logs: Any, plan: MeasurementPlan) -> str | tuple[str, ...] | None:
-    """Returns the choice of the numbers in the logs; refuses names of what is not measured."""
-    if logs in ("auto", "all", None):
-        return logs
-    measured = [quantity.key for quantity in plan.selection] + (["loss_gradient"] if plan.targets is not None else [])
-    known = {name for key in measured for name in (key, key.removeprefix("joint/"), f"joint/{key}")}
-    names = [logs] if isinstance(logs, str) or not isinstance(logs, Iterable) else list(logs)
-    unknown = [name for name in names if name not in known]
-    if unknown:
-        hint = did_you_mean(unknown[0], measured)
-        raise invalid_argument("logs", f"'auto', 'all', None or names out of {measured}", f"logs={logs!r}{hint}")
-    return tuple(names)
-
-
-def _check_name(name: Any) -> None:
-    """Refuses a name that cannot stand in keys and paths."""
-    if name is not None and not (isinstance(name, str) and re.fullmatch(r"[A-Za-z0-9_.-]*[A-Za-z0-9_-]", name)):
-        raise invalid_argument("name", "a string of letters, digits and `_.-`, or None", f"name={name!r}")
-
-
-def _identity(model: keras.Model) -> list[Any]:
-    """Returns the objects that a measurement depends on: if one of them is replaced, it must be traced anew."""
-    # Each `compile` makes a new one, and Keras traces the model anew then too.
-    loss = getattr(model, "_compile_loss", None)
-    return [model, loss, *model.variables, None, *model.trainable_variables]
-
-
-def _same(left: list[Any], right: list[Any]) -> bool:
-    """Returns True if two lists have the same objects; `==` of variables compares their values."""
-    return len(left) == len(right) and all(one is other for one, other in zip(left, right, strict=True))
+        return self._schedule.step(self.model)

@@ -19,7 +19,6 @@ PACKAGE = Path(__file__).parent.parent / "keras_jacmon"
 ROOMS = (
     "errors",
     "tensors",
-    "callback_list",
     "traced_graph",
     "options",
     "dashboard",
@@ -35,7 +34,7 @@ ROOMS = (
     "regularization",
     "meter",
     "explanation",
-    "progress",
+    "watching",
     "monitor",
     "commands",
     "__main__",

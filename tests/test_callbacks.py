@@ -32,7 +32,7 @@ from trainings import (
 )
 
 from keras_jacmon import JacobianMonitor, JacobianRegularizer
-from keras_jacmon.callback_list import neighbours
+from keras_jacmon.watching.callback_list import neighbours
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -108,9 +108,9 @@ def test_a_copy_of_a_used_monitor_keeps_the_options_alone() -> None:
     fit(compiled(rnn()), other)
     assert steps_of(other) == steps_of(monitor) == [0, 3, 6, 8]
     holding = quick_monitor(targets=Y[:4], regularizer=JacobianRegularizer(lambda step: 2.0 + step, 0.5))
-    regularizer = copy.deepcopy(holding)._regularizer
+    regularizer = copy.deepcopy(holding)._traced.regularizer
     assert isinstance(regularizer, JacobianRegularizer)
-    assert regularizer is not holding._regularizer
+    assert regularizer is not holding._traced.regularizer
     assert (regularizer.strength, regularizer.target) == (0.5, 2.0)
 
 
@@ -274,7 +274,7 @@ def test_a_penalty_that_fails_when_it_is_traced_ends_no_training() -> None:
     cell = RaisingCell(3)
 
     def break_cell() -> None:
-        cell.broken = True
+        cell.broken = ZeroDivisionError
 
     (told,) = trained_with(cell, AtBatch(1, break_cell, "on_train_begin"))
     assert told.startswith(FAILED)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import _thread
+import itertools
 import os
 import re
 import resource
@@ -22,6 +24,7 @@ from trainings import (
     PROBE,
     STEPS,
     AtBatch,
+    AtInference,
     CountingCell,
     FailingCell,
     RaisingCell,
@@ -37,9 +40,7 @@ from trainings import (
 )
 
 from keras_jacmon import JacobianMeter, JacobianMonitor, JacobianRegularizer, measure
-from keras_jacmon.measurement.assembly import CallMetadata
 from keras_jacmon.regularization import loss_terms
-from keras_jacmon.traced_graph import Traced
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -139,37 +140,17 @@ def test_a_training_after_a_failure_warns_again() -> None:
 # Interrupts and errors ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("on_error", ["warn", "raise"])
-def test_an_interrupt_is_not_swallowed(on_error: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupt(_: JacobianMeter, *, slow: bool) -> Any:  # noqa: ARG001 - as the meter's own
-        raise KeyboardInterrupt
-
-    monitor = quick_monitor(on_error=on_error)
-    model = compiled()
-    monkeypatch.setattr(JacobianMeter, "__call__", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        fit(model, monitor)
-
-
-def test_an_interrupt_during_a_measurement_stops_the_training_and_loses_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupt_during_a_measurement_stops_the_training_and_loses_nothing(tmp_path: Path) -> None:
     """The first one at the fourth measurement, where the cell's own variable has already moved."""
-    run = Traced.__call__
-    count = 0
+    count = itertools.count(1)
 
-    def run_until_interrupted(traced: Traced[Any], *tensors: Any) -> Any:
+    def press_a_key() -> None:
         """Python notices a signal when TensorFlow returns."""
-        nonlocal count
-        results = run(traced, *tensors)
-        count += isinstance(traced.static, CallMetadata)
-        if count == 4:
-            count += 1
-            raise KeyboardInterrupt
-        return results
+        if next(count) == 4:
+            _thread.interrupt_main()
 
     def trained(*callbacks: Any) -> Any:
-        model = compiled(keras.layers.RNN(CountingCell(3), name="rnn"))
+        model = compiled(AtInference(press_a_key), keras.layers.RNN(CountingCell(3), name="rnn"))
         with pytest.raises(KeyboardInterrupt):
             fit(model, *callbacks, shuffle=False)
         return model
@@ -177,16 +158,15 @@ def test_an_interrupt_during_a_measurement_stops_the_training_and_loses_nothing(
     def interrupt() -> None:
         raise KeyboardInterrupt
 
-    # No signal can be timed from outside to arrive while TensorFlow runs the fourth measurement.
-    monkeypatch.setattr(Traced, "__call__", run_until_interrupted)
     monitor = monitor_of(log_dir=tmp_path)
     model, expected = trained(monitor), trained(AtBatch(3, interrupt))
+    rnn, expected_rnn = (one.get_layer("rnn") for one in (model, expected))
     assert steps_of(monitor) == [0, 1, 2]
     assert [summary.step for summary in by_tag(read_summaries(tmp_path), "rnn/variance")] == [0, 1, 2]
     # As if it had been interrupted at that batch without a monitor.
     assert_equal(values_of(model.variables), values_of(expected.variables))
-    assert model.layers[0].cell.calls.numpy() == expected.layers[0].cell.calls.numpy()
-    assert "inner_loop" not in vars(model.layers[0])
+    assert rnn.cell.calls.numpy() == expected_rnn.cell.calls.numpy()
+    assert "inner_loop" not in vars(rnn)
     fit(model, monitor, shuffle=False)
     fit(expected, shuffle=False)
     assert_equal(values_of(model.variables), values_of(expected.variables))
@@ -198,7 +178,7 @@ def test_a_cell_that_raises_when_it_is_traced_anew() -> None:
     monitor = monitor_of()
     fit(model, monitor)
     before = list(monitor.reports)
-    model.layers[0].cell.broken = True
+    model.layers[0].cell.broken = ZeroDivisionError
     # Keras traces a model anew once it is compiled, and so does the monitor.
     model.compile("sgd", "mse")
     with pytest.warns(UserWarning, match="Preparing for a model that has changed") as caught:
@@ -209,18 +189,24 @@ def test_a_cell_that_raises_when_it_is_traced_anew() -> None:
     assert list(history) == ["loss"]
     assert monitor.reports == before
     assert len(monitor.failures) == 1
-    model.layers[0].cell.broken = False
+    model.layers[0].cell.broken = None
     fit(model, monitor)
     assert steps_of(monitor)[len(before) :] == list(range(8, 17))
 
 
-def test_a_change_raises_if_told_so() -> None:
+@pytest.mark.parametrize(
+    ("error", "on_error", "raised"),
+    [(ZeroDivisionError, "raise", ValueError), (KeyboardInterrupt, "warn", KeyboardInterrupt)],
+)
+def test_a_change_raises_if_told_so_or_interrupted(
+    error: type[BaseException], on_error: str, raised: type[BaseException]
+) -> None:
     model = compiled(keras.layers.RNN(RaisingCell(3), name="rnn"))
-    monitor = monitor_of(on_error="raise")
+    monitor = monitor_of(on_error=on_error, update_freq="epoch")
     fit(model, monitor)
-    model.layers[0].cell.broken = True
+    model.layers[0].cell.broken = error
     model.compile("sgd", "mse")
-    with pytest.raises(ValueError, match="the cell divides by zero"):
+    with pytest.raises(raised, match="the cell divides by zero"):
         fit(model, monitor)
 
 
@@ -300,18 +286,24 @@ def test_infinite_values_do_not_raise_even_if_errors_do() -> None:
 
 
 def test_a_model_that_changed_between_two_trainings_is_measured_as_it_is() -> None:
+    traces = itertools.count()
+
+    def counted_relu(x: Any) -> Any:
+        next(traces)
+        return keras.activations.relu(x)
+
     model = compiled(keras.layers.SimpleRNN(3, name="rnn"))
     monitor = monitor_of(update_freq="epoch")
     fit(model, monitor)
     # The weights stay the same objects.
-    model.layers[0].cell.activation = keras.activations.relu
+    model.layers[0].cell.activation = counted_relu
     model.compile("sgd", "mse")
     fit(model, monitor)
     expected = measure(model, PROBE, measures=["variance"])["rnn"]["variance"]
     np.testing.assert_allclose(monitor.reports[-1][1]["rnn"]["variance"], expected, rtol=1e-5)
-    before = monitor._meter
+    before = next(traces)
     fit(model, monitor)
-    assert monitor._meter is before
+    assert next(traces) == before + 1
 
 
 def test_layers_that_come_and_go() -> None:

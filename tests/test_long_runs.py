@@ -51,7 +51,11 @@ warnings.filterwarnings("ignore", "The `JacobianRegularizer` does nothing")
 monitor.on_epoch_end(0, {{}})
 monitor.on_train_end()
 json.dump(
-    {{"resident": resident, "traces": monitor._meter.trace_count, "steps": [step for step, _ in monitor.reports]}},
+    {{
+        "resident": resident,
+        "traces": monitor._traced.meter.trace_count,
+        "steps": [step for step, _ in monitor.reports],
+    }},
     sys.stdout,
 )
 """

@@ -114,15 +114,32 @@ class FailingCell(WeightedCell):
 
 
 class RaisingCell(WeightedCell):
-    """Raises in Python when it is called in inference, once `broken` is set."""
+    """Raises in Python when it is called in inference, once `broken` is the class of an error."""
 
-    broken = False
+    broken: type[BaseException] | None = None
 
     def call(self, inputs: Any, states: Any, training: bool = False) -> tuple[Any, list[Any]]:  # noqa: FBT001, FBT002 - Keras' signature
         if self.broken and not training:
-            raise ZeroDivisionError("the cell divides by zero")
+            raise self.broken("the cell divides by zero")
         new_h = tf.tanh(self.preactivation(inputs, states[0]))
         return new_h, [new_h]
+
+
+class AtInference(keras.layers.Layer):
+    """Hands its inputs on, and calls a function whenever a graph runs it in inference, as a measurement does once."""
+
+    def __init__(self, function: Callable[[], object]) -> None:
+        super().__init__()
+        self.function = function
+
+    def call(self, inputs: Any, training: bool = False) -> Any:  # noqa: FBT001, FBT002 - Keras' signature
+        if training:
+            return inputs
+        with tf.control_dependencies([tf.py_function(self.act, [], [])]):
+            return tf.identity(inputs)
+
+    def act(self) -> None:
+        self.function()
 
 
 class Begun(keras.callbacks.Callback):

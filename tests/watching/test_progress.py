@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from keras_jacmon.progress import MeasurementProgress
+from keras_jacmon.watching.progress import MeasurementProgress
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -1,0 +1,1 @@
+"""When a training is measured, and what becomes of a report."""

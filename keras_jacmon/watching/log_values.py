@@ -1,0 +1,45 @@
+"""Numbers of the newest reports that go into the `logs` of each epoch."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from keras_jacmon.report.chosen import names_in_logs
+from keras_jacmon.report.report import Report
+
+# Its key in the logs and its tag in TensorBoard.
+PENALTY = "jac_penalty"
+
+
+@dataclass
+class LogValues:
+    """Newest value of each number in the logs.
+
+    Attributes:
+        chosen: `"auto"`, `"all"`, names of measures, or None for none.
+    """
+
+    chosen: str | tuple[str, ...] | None
+    _scalars: dict[str, float] = field(default_factory=dict, init=False)
+
+    def begin(self) -> None:
+        """Starts a training, in which no value of the one before is shown."""
+        self._scalars = {}
+
+    def take(self, report: Report) -> None:
+        """Takes the values of a report; those that it has not stay as they are."""
+        self._scalars |= report.scalars(names_in_logs(self.chosen, report))
+
+    def forget(self) -> None:
+        """Makes all values NaN: old ones under a new epoch would be wrong, and `CSVLogger` wants the same keys."""
+        self._scalars = dict.fromkeys(self._scalars, float("nan"))
+
+    def add_to(self, logs: dict[str, Any], penalty: float | None, name: str | None) -> None:
+        """Adds the values to the logs of an epoch.
+
+        Args:
+            logs: Dict that Keras hands from callback to callback.
+            penalty: Float, the penalty with the present weights; None without a regularizer.
+            name: String, the name of the monitor, which stands before each key; None for no name.
+        """
+        values = self._scalars if penalty is None else self._scalars | {PENALTY: penalty}
+        logs.update(values if name is None else {f"{name}_{key}": value for key, value in values.items()})
