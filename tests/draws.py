@@ -46,7 +46,7 @@ def for_each_draw(part: int, draws: int, check: Callable[..., None], *strategies
             drawn_before = True
             return
         seen.add(repr(drawn))
-        keras.backend.clear_session()
+        keras.backend.clear_session(free_memory=False)
         # Looking at all objects takes a while.
         if len(seen) % 8 == 0:
             gc.collect()

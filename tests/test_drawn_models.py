@@ -90,7 +90,7 @@ def test_values_are_those_of_the_loop(part: int) -> None:
 
 def train(drawn: DrawnModel, *callbacks: Any) -> dict[str, NDArray[Any]]:
     """What a training leaves behind."""
-    keras.backend.clear_session()
+    keras.backend.clear_session(free_memory=False)
     keras.utils.set_random_seed(1)
     model, x, batch = drawn.make(), drawn.inputs(seed=1, batches=3), len(drawn.mask)
     y = normal(*model(x[:batch]).shape, seed=2)

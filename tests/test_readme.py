@@ -31,7 +31,7 @@ def test_the_code_runs_as_it_stands(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     # So that Keras names its layers as in a new process.
-    keras.backend.clear_session()
+    keras.backend.clear_session(free_memory=False)
     script = blocks(README, "python")[0]
     assert len([line for line in script.splitlines() if line]) == 10
     run("README.md", {})

@@ -38,8 +38,16 @@ def assert_measured(function: Function, probe: Any, warning: str, measures: Sequ
     model, layer = model_of(function, probe)
     meter = JacobianMeter(model, probe, measures=measures, max_rows=None)
     with pytest.warns(UserWarning, match=warning):
-        assert_layer(meter()["rnn"], layer, probe, measures=measures)
-    assert_layer(meter()["rnn"], layer, probe, measures=measures)
+        first = meter()["rnn"]
+    assert_layer(first, layer, probe, measures=measures)
+    assert_again(meter()["rnn"], first)
+
+
+def assert_again(report: Any, first: Any) -> None:
+    """Holds a second measurement of the same weights against the first one."""
+    assert set(report.values) == set(first.values)
+    for key, values in first.values.items():
+        np.testing.assert_allclose(report[key], values, rtol=1e-5, atol=1e-7, err_msg=key)
 
 
 # Rows ------------------------------------------------------------------------------------------------
@@ -60,8 +68,9 @@ BRANCHING: dict[str, Function] = {
 @pytest.mark.parametrize(
     ("name", "masked"),
     [
-        *((name, False) for name in BRANCHING),
         ("conditional_product", True),
+        *((name, False) for name in BRANCHING if name != "conditional_product"),
+        pytest.param("conditional_product", False, marks=pytest.mark.soak),
         *(pytest.param(name, True, marks=pytest.mark.soak) for name in ("data_dependent_branch", "mean_of_the_batch")),
     ],
 )
@@ -76,7 +85,7 @@ def test_samples_that_are_not_independent(name: str, masked: bool) -> None:  # n
     with pytest.warns(UserWarning, match=DEPENDS):
         report = meter()
     assert_layer(report["rnn"], layer, probe, mask=mask, measures=MOMENTS)
-    assert_layer(meter()["rnn"], layer, probe, mask=mask, measures=MOMENTS)
+    assert_again(meter()["rnn"], report["rnn"])
     assert {choice.why for choice in meter.choices["rnn"]["hidden"]} == {
         "its samples are not independent of each other"
     }
@@ -95,7 +104,7 @@ OF_THE_BATCH: dict[str, Function] = {
 
 @pytest.mark.parametrize("name", OF_THE_BATCH)
 def test_what_depends_on_the_batch_is_not_computed_for_all_steps_at_once(name: str) -> None:
-    assert_measured(OF_THE_BATCH[name], PROBE, DEPENDS, [*MOMENTS, "spectral_norm"])
+    assert_measured(OF_THE_BATCH[name], PROBE, DEPENDS)
 
 
 # At one step of fifty, or in one sample of eight.
@@ -110,7 +119,8 @@ SELDOM: dict[str, Function] = {
 
 @pytest.mark.parametrize("name", SELDOM)
 def test_no_row_is_forgiven_where_independence_is_not_proven(name: str) -> None:
-    assert_measured(SELDOM[name], LONG, DEPENDS, [*MOMENTS, "spectral_norm"])
+    # The spectral norm is taken of some points, and its checks are those of all.
+    assert_measured(SELDOM[name], LONG, DEPENDS, [*MOMENTS, "spectral_norm"] if name == "choice" else MOMENTS)
 
 
 def test_a_branch_that_is_taken_later_is_seen_when_it_is() -> None:

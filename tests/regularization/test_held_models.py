@@ -148,13 +148,18 @@ def test_later_trainings_are_not_traced_again() -> None:
     np.testing.assert_allclose(model.evaluate(X, Y, verbose=0), plain, rtol=1e-4)
 
 
-def test_several_monitors_have_a_key_each() -> None:
-    model = compiled(L.SimpleRNN(3, name="rnn"))
-    first, second = (holding(JacobianRegularizer(target, 0.0, states="fresh")) for target in (1.0, 5.0))
-    history = fit(model, first, second).history
-    variances = second.reports[-1][1]["rnn"]["variance"]
-    for key, target in (("jac_penalty", 1.0), ("monitor_1_jac_penalty", 5.0)):
-        np.testing.assert_allclose(history[key][-1], np.mean((variances - target) ** 2), rtol=1e-5)
+def test_several_monitors_share_a_model_and_have_a_key_each() -> None:
+    model = compiled(L.SimpleRNN(3, name="rnn"), optimizer=keras.optimizers.SGD(0.0))
+    held = {1.0: 2.0, 5.0: 0.5}
+    monitors = [holding(JacobianRegularizer(target, strength, states="fresh")) for target, strength in held.items()]
+    history = fit(model, *monitors, epochs=1).history
+    variances = monitors[0].reports[-1][1]["rnn"]["variance"]
+    penalties = [np.mean((variances - target) ** 2) for target in held]
+    for key, penalty in zip(("jac_penalty", "monitor_1_jac_penalty"), penalties, strict=True):
+        np.testing.assert_allclose(history[key][-1], penalty, rtol=1e-5)
+    # Each adds its own to the loss.
+    alone = np.mean((model.predict(X, verbose=0) - Y) ** 2)
+    np.testing.assert_allclose(history["loss"][-1], alone + np.dot(list(held.values()), penalties), rtol=1e-5)
 
 
 def test_schedules_count_batches_also_where_gradients_are_accumulated() -> None:

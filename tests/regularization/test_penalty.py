@@ -53,21 +53,21 @@ def float64_model(make: Callable[..., Any], **kwargs: Any) -> tuple[Any, Any]:
     return model, layer
 
 
-def trajectory(layer: Any) -> list[tuple[Any, Any]]:
-    """The inputs and old states of each step, by a loop."""
+def trajectory(layer: Any, sequences: Any = PROBE) -> tuple[Any, Any]:
+    """The inputs and old states of all steps, by a loop, one step behind the other: `(time * batch, ...)`."""
     states = tf.nest.map_structure(lambda state: tf.cast(state, tf.float64), initial_states(layer, BATCH))
     points = []
     for t in range(STEPS):
-        inputs = tf.constant(PROBE[:, t], tf.float64)
+        inputs = tf.cast(sequences[:, t], tf.float64)
         points.append((inputs, states))
         states = list(call_cell(layer.cell, inputs, states))
-    return points
+    return tf.nest.map_structure(lambda *steps: tf.concat(steps, axis=0), *points)
 
 
-def values_at(layer: Any, points: list[tuple[Any, Any]], view: str) -> dict[str, NDArray[np.float64]]:
-    """Each measure at all points, by the tape and NumPy."""
-    jacobians = [step_jacobians(layer.cell, inputs, states, [view])[0][view] for inputs, states in points]
-    return {name: np.concatenate(list(map(measured, jacobians))) for name, measured in MEASURES.items()}
+def values_at(layer: Any, points: tuple[Any, Any], view: str) -> dict[str, NDArray[np.float64]]:
+    """Each measure at all points, by one tape around all of them, and NumPy: each is a function of itself."""
+    J = step_jacobians(layer.cell, *points, [view])[0][view]
+    return {name: measured(J) for name, measured in MEASURES.items()}
 
 
 def slope(weights: list[Any], direction: list[Any], function: Callable[[], Any], step: float = 1e-5) -> Any:
@@ -161,12 +161,8 @@ def test_fresh_states_are_those_of_the_moment(name: str, *, through_states: bool
         0.7, 1.0, measure=name, view="joint", states="fresh", through_states=through_states
     )
 
-    def points() -> list[tuple[Any, Any]]:
-        inputs, states, found = dense(probe), initial_states(layer, BATCH), []
-        for t in range(STEPS):
-            found.append((inputs[:, t], states))
-            states = list(call_cell(layer.cell, inputs[:, t], states))
-        return found
+    def points() -> tuple[Any, Any]:
+        return trajectory(layer, dense(probe))
 
     held_points = points()
 
@@ -243,25 +239,25 @@ def test_estimates_are_unbiased_for_cells_without_structure() -> None:
     values = values_at(layer, trajectory(layer), "hidden")["variance"]
     exact, estimated = (JacobianRegularizer(0.7, 1.0, vectors=vectors) for vectors in (12, 2))
 
-    def gradient() -> tuple[float, NDArray[np.float64]]:
+    def gradient() -> Any:
         with tf.GradientTape() as tape:
             (loss,) = model.losses
         gradients = tape.gradient(loss, [weight.value for weight in model.trainable_variables])
-        return float(loss), np.concatenate([np.ravel(g) for g in gradients if g is not None])
+        return tf.concat([[loss], *(tf.reshape(g, [-1]) for g in gradients if g is not None)], axis=0)
 
     with exact.attached(model, PROBE):
-        value, expected = gradient()
+        value, *expected = gradient().numpy()
         np.testing.assert_allclose(value, np.mean((values - 0.7) ** 2), rtol=1e-6)
     with estimated.attached(model, PROBE) as held:
-        found = []
+        estimate, found = tf.function(gradient), []
         for step in range(250):
             # Other vectors at each batch, and the same points.
             held.begin(step % 50)
             held._penalty._step.assign(step)
-            found.append(np.concatenate([[x] if np.isscalar(x) else x for x in gradient()]))
+            found.append(estimate().numpy())
     mean, error = np.mean(found, axis=0), np.std(found, axis=0) / len(found) ** 0.5
     assert (error > 0).any()
-    z = (mean - np.concatenate([[value], expected])) / np.maximum(error, 1e-12)
+    z = (mean - [value, *expected]) / np.maximum(error, 1e-12)
     assert np.abs(z).max() < 4.5
     assert np.mean(z**2) < 2
 
