@@ -399,9 +399,13 @@ class JacobianMeter:
 def _essence(error: tf.errors.OpError) -> str:
     """Returns the message without its dozens of lines on the origin of the operation."""
     lines = [line for line in error.message.splitlines() if line.strip() and not line.startswith('  File "')]
-    if "only supports the NHWC" in error.message:
+    if re.search("only supports (the )?ND?HWC", error.message):
         # The first words alone would send the reader to look for them in vain.
-        lines.append("TensorFlow has no convolution with `data_format='channels_first'` for this CPU.")
+        lines.insert(
+            0,
+            "TensorFlow has no convolution with `data_format='channels_first'` for this CPU. Expected "
+            "`data_format='channels_last'`, or a GPU. TensorFlow says:",
+        )
     return "\n".join(
         line for line in lines if not re.match(r"Graph execution error:|Detected at node |<stack traces", line)
     )

@@ -470,3 +470,27 @@ def test_a_directory_that_becomes_read_only(tmp_path: Path) -> None:
     assert finished.returncode == 0, finished.stderr[-3000:]
     steps = [summary.step for summary in by_tag(read_summaries(tmp_path), "gru/variance")]
     assert sorted(steps) == sorted([*range(9), *range(16, 25)])
+
+
+def test_a_convolution_that_the_cpu_does_not_have() -> None:
+    """In float64 no library stands in for it, on any CPU; Keras does not train there either."""
+    model = keras.Sequential(
+        [
+            keras.Input((2, 1, 2, 2), dtype="float64"),
+            keras.layers.ConvLSTM2D(1, 1, data_format="channels_first", name="conv", dtype="float64"),
+        ]
+    )
+    model.compile("sgd", "mse")
+    x, y = np.ones((1, 2, 1, 2, 2)), np.ones((1, 1, 2, 2))
+    sentence = (
+        r"Measuring layer `conv` failed: TensorFlow has no convolution with `data_format='channels_first'` for this CPU. "
+        r"Expected `data_format='channels_last'`, or a GPU. TensorFlow says:\n"
+    )
+    with pytest.raises(RuntimeError, match=f"^{sentence}"):
+        measure(model, x, measures=["variance"])
+    monitor = JacobianMonitor(x, measures=["variance"])
+    with (
+        pytest.warns(UserWarning, match=f"^Measuring the Jacobians at step 0 failed: {sentence}"),
+        pytest.raises(tf.errors.InvalidArgumentError, match="Conv2D"),
+    ):
+        model.fit(x, y, verbose=0, callbacks=[monitor])
