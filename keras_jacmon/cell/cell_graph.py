@@ -12,6 +12,9 @@ from keras_jacmon.traced_graph import TracedGraph
 # Operations that TensorFlow counts as stateful although they only read.
 _READERS = ("Placeholder", "ReadVariableOp", "ResourceGather")
 
+# Beginning of the names of operations that write to a variable.
+_WRITERS = "Assign"
+
 # Number of points in the copy of the graph that shows the shapes; no other axis of a network is likely to be as long.
 _POINTS = 8191
 
@@ -46,10 +49,15 @@ class CellGraph(TracedGraph):
             raise NotImplementedError(f"it cannot be traced for any number of rows: {reason}") from error
         self.step_inputs, *self.states = self.inputs
         self.new_states = self.outputs
+        needed = self.between((), self.new_states)[0]
         for operation in self.operations:
-            if operation.op_def.is_stateful and operation.type not in _READERS:
+            # A cell may count its calls: what is written there is not read for the new states, and need not be.
+            idle = operation.type.startswith(_WRITERS) and operation.name not in needed
+            if operation.op_def.is_stateful and operation.type not in _READERS and not idle:
                 raise NotImplementedError(f"its operation `{operation.type}` may do something else each time it runs")
-        self._names = {id(weight.value.handle): weight.name for weight in getattr(step.cell, "weights", ())}
+        weights = [(weight, weight.value) for weight in getattr(step.cell, "weights", ())]
+        # In a scope of Keras the value of a variable may be a tensor.
+        self._names = {id(v.handle if isinstance(v, tf.Variable) else v): weight.name for weight, v in weights}
         self._names |= {id(tensor): weight.name for weight, tensor in step.weights}
         self.shapes = self._static_shapes()
 

@@ -261,6 +261,33 @@ def test_what_activations_do_to_units_is_known(name: str) -> None:
         assert (reason is not None) == (name in MIXING), reason
 
 
+@pytest.mark.fast
+def test_a_cell_may_count_its_calls() -> None:
+    class Counting(FunctionCell):
+        def build(self, input_shape: tuple[int, ...]) -> None:
+            super().build(input_shape)
+            self.calls = self.add_weight(shape=(), initializer="zeros", trainable=False)
+            self.own_calls = tf.Variable(0.0)
+
+        def call(self, inputs: Any, states: Any) -> tuple[Any, list[Any]]:
+            self.calls.assign_add(1.0)
+            self.own_calls.assign_add(1.0)
+            return super().call(inputs, states)
+
+    def reason(function: Callable[[Any, Any, Any], Any]) -> str | None:
+        cell, h = Counting(function), tf.zeros((3, 4))
+        cell.build((1, FEATURES))
+        # A training writes to the variables of Keras in a scope, where their values are tensors.
+        with keras.StatelessScope(state_mapping=[(cell.calls, tf.ones([]))]):
+            structure = find_structure(CellGraph(CellStep(cell, [h]), tf.zeros((3, FEATURES)), [h]))
+        assert float(cell.calls) == float(cell.own_calls) == 0.0
+        return structure.reason(0, Node.state(0))
+
+    assert reason(lambda c, x, h: tf.tanh(x + h @ c.U)) is None
+    with pytest.raises(NotImplementedError, match="`AssignAddVariableOp` may do something else"):
+        reason(lambda c, x, h: tf.tanh(x + h @ c.U) * c.own_calls)
+
+
 def test_each_unit_may_have_an_activation_of_its_own() -> None:
     """All activations at once, each with its own slopes."""
     units = len(ACTIVATIONS)
