@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Generic, TypeVar
 
+import numpy as np
 import tensorflow as tf
 from tensorflow.python.eager import context
 from tensorflow.python.framework import op_callbacks
@@ -15,6 +16,9 @@ from tensorflow.python.framework import ops as framework_ops
 
 # TensorFlow wraps a user's gradient in two functions; their closures may hold a few more.
 _MOST_WRAPPERS = 20
+
+# Maximum number of entries of a sparse kernel that is written as a dense one.
+_MOST_ENTRIES = 2**24
 
 # Calls of a `tf.function`.
 CALLS = ("PartitionedCall", "StatefulPartitionedCall")
@@ -201,7 +205,7 @@ class TracedGraph:
         traced = function if isinstance(function, Traced) else trace(lambda *tensors: (function(*tensors), None), specs)
         self._traced: list[Traced[Any]] = [traced]
         self.custom_gradients: dict[str, CustomGradient] = {}
-        if inline and any(_is_call(op) or has_custom_gradient(op) for op in traced.graph.graph.get_operations()):
+        if inline and not all(map(_is_plain, traced.graph.graph.get_operations())):
             # Not by `tf.config.run_functions_eagerly`, which holds for all threads.
             laid_out = trace(partial(_laid_out, traced.graph.graph), specs)
             self._traced.append(laid_out)
@@ -303,10 +307,6 @@ class TracedGraph:
         return wanted, consumed
 
 
-def _is_call(operation: tf.Operation) -> bool:
-    return operation.type in CALLS
-
-
 def _laid_out(graph: Any, *inputs: tf.Tensor) -> tuple[list[tf.Tensor], list[CustomGradient]]:
     """Lays out a graph in the present one, with operations instead of calls of functions.
 
@@ -328,15 +328,24 @@ def _laid_out(graph: Any, *inputs: tf.Tensor) -> tuple[list[tf.Tensor], list[Cus
             known |= _copy_of(definition, operations, known)
             continue
         for operation in operations:
-            lay_out = _without_call if _is_call(operation) else _with_gradient
-            results, found = lay_out(graph, operation, known)
+            results, found = _rule_of(operation)(graph, operation, known)
             known |= {tensor.name: result for tensor, result in zip(operation.outputs, results, strict=True)}
             gradients += found
     return [known[tensor.name] for tensor in graph.outputs], gradients
 
 
 def _is_plain(operation: tf.Operation) -> bool:
-    return not _is_call(operation) and not (operation.type == "IdentityN" and has_custom_gradient(operation))
+    """Tells if an operation is laid out as it is."""
+    return _rule_of(operation) is None
+
+
+def _rule_of(operation: tf.Operation) -> Any:
+    """Returns the function that lays out an operation in another way; None if it is laid out as it is."""
+    if operation.type in CALLS:
+        return _without_call
+    if operation.type == "IdentityN" and has_custom_gradient(operation):
+        return _with_gradient
+    return _with_dense_kernel if _transposes(operation, "SparseTensorDenseMatMul") else None
 
 
 def _without_call(
@@ -391,6 +400,42 @@ def _with_gradient(
     return [results[0], *operands[1:]], [CustomGradient(results[0].op, rule, seed, of_arguments)]
 
 
+def _with_dense_kernel(
+    graph: Any, operation: tf.Operation, known: Mapping[str, tf.Tensor]
+) -> tuple[list[tf.Tensor], list[CustomGradient]]:
+    """Lays out a product with a sparse kernel as one with a dense kernel.
+
+    TensorFlow takes the sparse factor first alone, so that the points are the last axis of the result, which is
+    transposed then. The structure of such a product could not be seen.
+
+    Args:
+        graph: Graph that the operation stands in.
+        operation: Operation `Transpose` of that graph, of the result of `SparseTensorDenseMatMul`.
+        known: By name of a tensor of that graph, its counterpart in the present graph.
+
+    Returns:
+        As for `_laid_out`. The operation as it is if the kernel is complex, large, or of unknown size.
+    """
+    sparse = operation.inputs[0].op
+    indices, values, shape, factor = sparse.inputs
+    sizes = constant_value(shape)
+    adjoint, points_last = sparse.get_attr("adjoint_a"), not sparse.get_attr("adjoint_b")
+    y = factor.op.inputs[0] if points_last and _transposes(factor.op) else factor
+    if sizes is None or np.prod(sizes) > _MOST_ENTRIES or not values.dtype.is_floating or (points_last and y is factor):
+        return [_copy_of(graph.as_graph_def(), [operation], known)[operation.outputs[0].name]], []
+    # Entries that stand twice are added up, as they are in the product.
+    kernel = tf.scatter_nd(known[indices.name], known[values.name], tf.constant(sizes, indices.dtype))
+    return [tf.matmul(known[y.name], kernel, transpose_b=not adjoint)], []
+
+
+def _transposes(operation: tf.Operation, made_by: str | None = None) -> bool:
+    """Tells if an operation transposes a matrix, made by an operation of some type if it is given."""
+    if operation.type != "Transpose" or made_by not in (None, operation.inputs[0].op.type):
+        return False
+    permutation = tf.get_static_value(operation.inputs[1])
+    return permutation is not None and list(permutation) == [1, 0]
+
+
 def _copy_of(
     definition: Any, operations: Sequence[tf.Operation], known: Mapping[str, tf.Tensor]
 ) -> dict[str, tf.Tensor]:
@@ -414,6 +459,46 @@ def _copy_of(
     feeds = {t.name: known[t.name] for op in operations for t in op.inputs if t.op.name not in here}
     names = [tensor.name for operation in operations for tensor in operation.outputs]
     return dict(zip(names, tf.graph_util.import_graph_def(part, feeds, names, name="inlined"), strict=True))
+
+
+def constant_value(tensor: tf.Tensor) -> Any:
+    """Returns the value of a tensor of a traced graph that is made from constants alone; None for any other.
+
+    Tensors from outside that have a value count as constants, and sizes too; variables do not.
+    """
+    value = tf.get_static_value(tensor)
+    if value is not None:
+        return value
+    outside = {
+        inner.name: outer
+        for outer, inner in tensor.graph.captures
+        if not tf.is_symbolic_tensor(outer) and outer.dtype != tf.resource
+    }
+    shapes: dict[str, list[int | None]] = {}
+    operations: set[str] = set()
+    pending = [tensor]
+    while pending:
+        part = pending.pop()
+        if part.op.type == "Shape" and part.op.inputs[0].shape.rank is not None:
+            shapes[part.name] = part.op.inputs[0].shape.as_list()
+        elif part.name not in outside:
+            if part.op.op_def.is_stateful or part.op.type in CALLS:
+                return None
+            operations.add(part.op.name)
+            pending += part.op.inputs
+    ordered = [operation for operation in tensor.graph.get_operations() if operation.name in operations]
+    taken = {part.name for operation in ordered for part in operation.inputs} | {tensor.name}
+
+    def compute(open_size: int) -> tf.Tensor:
+        sizes = {name: [open_size if n is None else n for n in shape] for name, shape in shapes.items()}
+        known = {name: _captured(value) for name, value in outside.items() if name in taken}
+        known |= {name: tf.constant(shape, tf.int32) for name, shape in sizes.items()}
+        return {**known, **_copy_of(tensor.graph.as_graph_def(), ordered, known)}[tensor.name]
+
+    with tf.init_scope():
+        # Sizes that are open count as known where nothing depends on them.
+        one, other = trace(lambda: ([compute(2), compute(3)], None))()
+        return one.numpy() if np.array_equal(one, other) else None
 
 
 def graph_of(tensor: tf.Tensor) -> contextlib.AbstractContextManager[Any]:

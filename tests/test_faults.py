@@ -483,8 +483,8 @@ def test_a_convolution_that_the_cpu_does_not_have() -> None:
     model.compile("sgd", "mse")
     x, y = np.ones((1, 2, 1, 2, 2)), np.ones((1, 1, 2, 2))
     sentence = (
-        r"Measuring layer `conv` failed: TensorFlow has no convolution with `data_format='channels_first'` for this CPU. "
-        r"Expected `data_format='channels_last'`, or a GPU. TensorFlow says:\n"
+        "Measuring layer `conv` failed: TensorFlow has no convolution with `data_format='channels_first'` for this "
+        "CPU. Expected `data_format='channels_last'`, or a GPU. TensorFlow says:\n"
     )
     with pytest.raises(RuntimeError, match=f"^{sentence}"):
         measure(model, x, measures=["variance"])

@@ -12,6 +12,9 @@ from keras_jacmon.operators.factors import Diagonal, Kernel
 from keras_jacmon.structure.index_map import Node
 from keras_jacmon.tensors import joined, total
 
+# Maximum number of ways from products to the new states of a block whose pairs are taken one by one.
+_MOST_WAYS = 16
+
 
 @final
 class StructuredJacobian(JacobianOperator):
@@ -173,12 +176,16 @@ class StructuredJacobian(JacobianOperator):
 
     @property
     def has_closed_form(self) -> bool:
-        """True unless a product multiplies the result of another one."""
-        return not self._is_chain
+        """True unless a product multiplies the result of another one, or units are made from many units.
+
+        The closed form takes each pair of the ways from a unit of a product to a new state.
+        """
+        ways = sum(len(diagonal.link.slots) for (_, node), diagonal in self._outer.items() if node in self._kernels)
+        return not self._is_chain and ways <= _MOST_WAYS * len(self.blocks())
 
     def centred_square_sum(self, mean: tf.Tensor) -> tf.Tensor:
         """The sum of `(J_ik - mean)²`: the spread within rows, by a closed form, and that of the means of rows."""
-        if self._is_chain:
+        if not self.has_closed_form:
             return super().centred_square_sum(mean)
         if len(self.blocks()) > 1:
             return tf.add_n([block.centred_square_sum(mean) for block in self.blocks()])

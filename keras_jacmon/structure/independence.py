@@ -9,7 +9,7 @@ import tensorflow as tf
 from keras_jacmon.cell.cell_graph import CellGraph
 from keras_jacmon.structure.custom_gradients import acts_unit_by_unit
 from keras_jacmon.structure.ops import Kind, keeps_points, move, op_of
-from keras_jacmon.traced_graph import has_custom_gradient
+from keras_jacmon.traced_graph import constant_value, has_custom_gradient
 
 
 class _Made(enum.Enum):
@@ -64,7 +64,8 @@ def _made(graph: CellGraph, operation: tf.Operation, known: Mapping[int, _Made])
     points = [k for k, material in known.items() if material is _Made.POINTS]
     if not points and all(tensor.dtype.is_integer for tensor in operation.outputs):
         return _Made.SIZES
-    if any(material is _Made.SIZES and k != row.size_operand for k, material in known.items()):
+    sizes = [k for k, material in known.items() if material is _Made.SIZES and k != row.size_operand]
+    if any(constant_value(operation.inputs[k]) is None for k in sizes):
         return _Made.MIXED
     try:
         proven = _keeps_points(graph, operation, points)
@@ -96,8 +97,8 @@ def _keeps_points(graph: CellGraph, operation: tf.Operation, positions: list[int
         labels = {k: np.zeros((1, *units), np.int64) for k, units in operands.items()}
         # An output that is made from sizes alone has no points.
         proven = bool(positions) and bool(move(operation, labels, graph.units, outputs, 1))
-    elif row.kind is Kind.MIXES_AXES:
-        axes = tf.get_static_value(operation.inputs[1])
+    elif row.kind in (Kind.REDUCES, Kind.MIXES_AXES):
+        axes = constant_value(operation.inputs[1])
         proven = positions == [0] and axes is not None and all(axis % (1 + len(operands[0])) for axis in np.ravel(axes))
     elif row.kind is Kind.MIXES_LAST_AXIS:
         proven = len(outputs[0]) > 0

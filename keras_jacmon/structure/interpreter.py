@@ -18,7 +18,7 @@ from keras_jacmon.structure.index_map import Node
 from keras_jacmon.structure.movers import Labels
 from keras_jacmon.structure.ops import Kind, keeps_points, move, op_of, passes_unchanged
 from keras_jacmon.structure.structure import Origin, Product, Structure
-from keras_jacmon.traced_graph import has_custom_gradient
+from keras_jacmon.traced_graph import constant_value, has_custom_gradient
 
 # Maximum number of units of one node that a unit is made from; with more of them it counts as unstructured.
 _MOST_SLOTS = 64
@@ -186,6 +186,22 @@ def _moved(call: _Call) -> _Outcome:
     return _Outcome([_checked(call, labels, frozenset(labels) - changed) for labels in moved])
 
 
+def _reduced(call: _Call) -> _Outcome:
+    """The rule for reductions: the units along the axes make one unit, in slots of their own."""
+    operation, graph, known = call.operation, call.graph, call.known
+    axes = constant_value(operation.inputs[1])
+    # The labels have their slots where the tensor has the points.
+    rank = 1 + len(graph.units(operation.inputs[0]))
+    if axes is None or 0 in (places := [int(axis) % rank for axis in np.ravel(axes)]):
+        raise NotImplementedError
+    units = graph.units(operation.outputs[0])
+    labels = {}
+    for node, made_from in known[0].labels.items():
+        moved = np.moveaxis(made_from, places, range(1, 1 + len(places)))
+        labels[node] = _tidied(moved.reshape(-1, *units))
+    return _Outcome([_checked(call, labels, frozenset())])
+
+
 def _product(call: _Call) -> _Outcome:
     """The rule for products with a kernel: the result is a node of its own."""
     operation, graph = call.operation, call.graph
@@ -213,6 +229,7 @@ _RULES: Mapping[Kind, _Rule] = {
     Kind.ELEMENTWISE: _elementwise,
     Kind.MOVES: _moved,
     Kind.PRODUCT: _product,
+    Kind.REDUCES: _reduced,
 }
 
 

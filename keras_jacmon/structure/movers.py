@@ -7,6 +7,8 @@ import numpy as np
 import numpy.typing as npt
 import tensorflow as tf
 
+from keras_jacmon.traced_graph import constant_value
+
 # Integer array `(slots, ...)` for a tensor `(points, ...)`: for each unit of the tensor, the units of another tensor
 # that it is made from, one in each slot; -1 for none.
 Labels = npt.NDArray[np.int64]
@@ -21,7 +23,7 @@ Mover = Callable[[tf.Operation, Operand], list[Labels]]
 
 def _constant(operation: tf.Operation, k: int) -> Any:
     """Returns the value of an operand that is a constant."""
-    value = tf.get_static_value(operation.inputs[k])
+    value = constant_value(operation.inputs[k])
     if value is None:
         raise NotImplementedError
     return value

@@ -30,6 +30,7 @@ class Kind(enum.Enum):
     MOVES: each unit of an output is a unit of an operand, or a constant.
     PRODUCT: linear in each of two operands; with a kernel, one matrix for all points.
     SIZES: the output holds sizes, which do not depend on the values.
+    REDUCES: all units along the axes that the second operand names make one unit.
     MIXES_AXES: units are mixed along the axes that the second operand names.
     MIXES_LAST_AXIS: units are mixed along the last axis.
     UNKNOWN: the operation is not in the table.
@@ -41,13 +42,14 @@ class Kind(enum.Enum):
     MOVES = enum.auto()
     PRODUCT = enum.auto()
     SIZES = enum.auto()
+    REDUCES = enum.auto()
     MIXES_AXES = enum.auto()
     MIXES_LAST_AXIS = enum.auto()
     UNKNOWN = enum.auto()
 
 
 ELEMENTWISE, COPIES, BROADCASTS, MOVES = Kind.ELEMENTWISE, Kind.COPIES, Kind.BROADCASTS, Kind.MOVES
-PRODUCT, SIZES = Kind.PRODUCT, Kind.SIZES
+PRODUCT, SIZES, REDUCES = Kind.PRODUCT, Kind.SIZES, Kind.REDUCES
 MIXES_AXES, MIXES_LAST_AXIS = Kind.MIXES_AXES, Kind.MIXES_LAST_AXIS
 
 # Number of operands that stands for all of them.
@@ -122,6 +124,7 @@ def _convolution_keeps_points(_: tf.Operation, operand: int, __: int, ___: int) 
 # - PRODUCT: linear in each operand, with no other term, and `keeps_points` is true only if point p of the result
 #   depends on point p of that operand and on no other point of it.
 # - SIZES: the output depends on the shapes of the operands, and not on their values.
+# - REDUCES: as ELEMENTWISE for the axes that are not named, which keep their order.
 # - MIXES_AXES and MIXES_LAST_AXIS: nothing is mixed along axes that are not named.
 # At run time, checks compare each structure with autodiff; they find a wrong row, but only if it changes the result.
 TABLE = (
@@ -266,19 +269,20 @@ TABLE = (
     Op("Shape", SIZES, derivative=False),
     Op("ShapeN", SIZES, derivative=False),
     Op("Size", SIZES, derivative=False),
+    # One unit of all units along the axes that the second operand names.
+    Op("All", REDUCES, derivative=False),
+    Op("Any", REDUCES, derivative=False),
+    Op("ArgMax", REDUCES, derivative=False),
+    Op("ArgMin", REDUCES, derivative=False),
+    Op("Max", REDUCES),
+    Op("Mean", REDUCES),
+    Op("Min", REDUCES),
+    Op("Prod", REDUCES),
+    Op("Sum", REDUCES),
     # All units along the axes that the second operand names.
-    Op("All", MIXES_AXES, derivative=False),
-    Op("Any", MIXES_AXES, derivative=False),
-    Op("ArgMax", MIXES_AXES, derivative=False),
-    Op("ArgMin", MIXES_AXES, derivative=False),
     Op("Cumprod", MIXES_AXES),
     Op("Cumsum", MIXES_AXES),
     Op("CumulativeLogsumexp", MIXES_AXES),
-    Op("Max", MIXES_AXES),
-    Op("Mean", MIXES_AXES),
-    Op("Min", MIXES_AXES),
-    Op("Prod", MIXES_AXES),
-    Op("Sum", MIXES_AXES),
     # All units along the last axis.
     Op("LogSoftmax", MIXES_LAST_AXIS),
     Op("Softmax", MIXES_LAST_AXIS),

@@ -149,12 +149,12 @@ def reduce_to_one(x: Any, h: Any) -> Any:
 # Each with a word of the reason that is given.
 DECEIVING: dict[str, tuple[Callable[[Any, Any, Any], Any], str]] = {
     "softmax": (lambda c, x, h: tf.nn.softmax(x + h @ c.U), "Softmax"),
-    "norm": (lambda c, x, h: tf.math.l2_normalize(x + h @ c.U, axis=-1), "Sum"),
-    "layer_norm": (lambda c, x, h: keras.ops.layer_normalization(x + h @ c.U), "mixes"),
-    "mean_over_units": (lambda c, x, h: reduce_to_one(x, h) + 0 * (h @ c.U), "Mean"),
+    "norm": (lambda c, x, h: tf.math.l2_normalize(x + h @ c.U, axis=-1), "several units"),
+    "layer_norm": (lambda c, x, h: keras.ops.layer_normalization(x + h @ c.U), "several units"),
+    "mean_over_units": (lambda c, x, h: reduce_to_one(x, h) + 0 * (h @ c.U), "several units"),
     "cumulative_sum": (lambda c, x, h: tf.cumsum(tf.tanh(x + h @ c.U), axis=-1), "Cumsum"),
     "sorted": (lambda c, x, h: tf.sort(tf.tanh(x + h @ c.U), axis=-1), "mixes"),
-    "maximum_unit": (lambda c, x, h: tf.tanh(x + h @ c.U) * tf.reduce_max(h, -1, keepdims=True), "Max"),
+    "maximum_unit": (lambda c, x, h: tf.tanh(x + h @ c.U) * tf.reduce_max(h, -1, keepdims=True), "several units"),
     "idle_branch": (
         lambda c, x, h: tf.cond(tf.reduce_sum(x * x) >= 0.0, lambda: tf.tanh(x + h @ c.U), lambda: h),
         "If",
