@@ -121,7 +121,7 @@ MEASURES = {
             "spectral_norm",
             PerStep(of_several=True),
             spectrum.spectral_norms,
-            definition="the largest singular value of J, to a relative `tolerance` (0.01)",
+            definition="the largest singular value of J; above 32 columns to a relative `tolerance` (0.01)",
             unit="dimensionless",
             reference="1",
             reading="the gain of the direction that grows most in one step",
@@ -131,6 +131,7 @@ MEASURES = {
             differentiable=True,
             uncertainty="residual",
             expensive=True,
+            dense_up_to=spectrum.EXACT_SIZE,
             kept_vectors=spectrum.MAX_STEPS,
         ),
         Measure(

@@ -8,7 +8,7 @@ import tensorflow as tf
 
 from keras_jacmon.operators.contract import JacobianOperator
 from keras_jacmon.operators.formed import FormedJacobian
-from keras_jacmon.tensors import take_points
+from keras_jacmon.tensors import known_sizes, take_points
 
 Product = Callable[[tf.Tensor], tf.Tensor]
 
@@ -124,7 +124,10 @@ class AutodiffJacobian(JacobianOperator):
         if self.is_vectorized:
             # The derivative is taken once, with an axis for the columns in front. Some operations are not known to it.
             with contextlib.suppress(ValueError):
-                return tf.vectorized_map(self._product(adjoint=adjoint), vectors)
+                products = tf.vectorized_map(self._product(adjoint=adjoint), vectors)
+                # Of no points at all it may lose the number of units.
+                units = self._point.shape[1] if adjoint else self._range_dimension
+                return tf.reshape(products, [*known_sizes(vectors)[:2], units])
         if self._products or not self._independent:
             return tf.map_fn(self._product(adjoint=adjoint), vectors)
         # `vectorized_map` fails on some derivatives of control flow, so the points are repeated instead.

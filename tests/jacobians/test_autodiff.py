@@ -21,6 +21,7 @@ from helpers import (
 )
 
 from keras_jacmon import state_jacobian
+from keras_jacmon.operators.autodiff import AutodiffJacobian
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -150,6 +151,19 @@ def test_a_custom_gradient_is_respected() -> None:
     np.testing.assert_allclose(J.to_dense().numpy(), np.array([[[2, 6], [4, 8]]], np.float32), rtol=1e-6, strict=True)
     forward = J.matvec(np.array([[1.0, 0.0]], np.float32))
     np.testing.assert_allclose(forward.numpy(), np.array([[2, 4]], np.float32), rtol=1e-6, strict=True)
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_no_points_at_all(known: bool) -> None:  # noqa: FBT001 - pytest passes it by name
+    kernel = tf.constant(normal(3, 5))
+
+    def products(point: Any) -> list[Any]:
+        J = AutodiffJacobian(lambda x, _: tf.tanh(x @ kernel), point, [], 5, vectorized=True)
+        columns = [tf.zeros([tf.shape(point)[0], units, 4]) for units in (3, 5)]
+        return [J.to_dense(), J.matmul(columns[0]), J.matmul(columns[1], adjoint=True)]
+
+    graph = tf.function(products, [tf.TensorSpec([0 if known else None, 3])], autograph=False)
+    assert [tuple(product.shape) for product in graph(tf.zeros([0, 3]))] == [(0, 5, 3), (0, 5, 4), (0, 3, 4)]
 
 
 @pytest.mark.parametrize("counter_first", [False, True], ids=["counter_last", "counter_first"])

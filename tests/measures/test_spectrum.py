@@ -11,7 +11,7 @@ import tensorflow as tf
 from helpers import normal
 
 from keras_jacmon.measures.context import MeasureContext
-from keras_jacmon.measures.spectrum import LEAST_STEPS, _orthogonal, leading_singular_vectors, spectral_norm
+from keras_jacmon.measures.spectrum import EXACT_SIZE, LEAST_STEPS, _orthogonal, leading_singular_vectors, spectral_norm
 from keras_jacmon.operators.contract import JacobianOperator
 from keras_jacmon.options import Options
 
@@ -20,18 +20,26 @@ if TYPE_CHECKING:
 
 
 def measured(J: NDArray[Any], tolerance: float = 1e-2, seed: int = 0) -> NDArray[Any]:
-    """The value; on the way, the residual is held to be one: some singular value is as near to the value as it says."""
+    """The iterated value, the exact one of small matrices being held to be exact.
+
+    The residual is held to be one: some singular value is as near to the value as it says.
+    """
     operator = tf.linalg.LinearOperatorFullMatrix(tf.convert_to_tensor(J))
-    result = spectral_norm(operator, MeasureContext(Options(seed=seed, tolerance=tolerance, max_entries=2**26)))
-    value: NDArray[Any] = result.value.numpy()
-    assert value.shape == J.shape[:1]
-    if result.uncertainty is not None:
-        finite = np.isfinite(value)
-        spectrum = np.linalg.svd(J[finite].astype(np.float64), compute_uv=False)
-        residual = result.uncertainty.numpy()[finite]
-        distance = np.min(np.abs(spectrum - value[finite, None]), axis=1)
-        assert np.all(distance <= residual + 2e-5 * spectrum[:, 0])
-        assert np.all(residual <= (tolerance + 2e-5) * value[finite])
+    context = MeasureContext(Options(seed=seed, tolerance=tolerance, max_entries=2**26))
+    exact, (value, residual, _) = spectral_norm(operator, context), leading_singular_vectors(operator, context)
+    value, residual = value.numpy(), residual.numpy()
+    assert value.shape == residual.shape == exact.value.shape == J.shape[:1]
+    finite = np.isfinite(value)
+    spectrum = np.linalg.svd(J[finite].astype(np.float64), compute_uv=False)
+    distance = np.min(np.abs(spectrum - value[finite, None]), axis=1)
+    assert np.all(distance <= residual[finite] + 2e-5 * spectrum[:, 0])
+    assert np.all(residual[finite] <= (tolerance + 2e-5) * value[finite])
+    if J.shape[-1] <= EXACT_SIZE:
+        assert exact.uncertainty is None
+        np.testing.assert_array_equal(np.isfinite(exact.value), finite)
+        np.testing.assert_allclose(exact.value.numpy()[finite], spectrum[:, 0], rtol=1e-5)
+    else:
+        np.testing.assert_array_equal(exact.value, value)
     return value
 
 
@@ -48,6 +56,13 @@ def orthogonal(rows: int, n: int, seed: int = 0) -> NDArray[np.float32]:
 def test_equal_to_lapack_within_the_tolerance(n: int, tolerance: float) -> None:
     J = normal(7, n, n, scale=1 / np.sqrt(n))
     np.testing.assert_allclose(measured(J, tolerance), helpers.spectral_norm(J), rtol=tolerance + 1e-5)
+
+
+@pytest.mark.parametrize(("m", "n"), [(24, 24), (2, 32), (90, 7)])
+def test_the_norm_of_small_matrices_is_exact(m: int, n: int) -> None:
+    J = normal(50, m, n)
+    value = spectral_norm(tf.linalg.LinearOperatorFullMatrix(J), MeasureContext()).value
+    np.testing.assert_allclose(value, helpers.spectral_norm(J), rtol=1e-5)
 
 
 def test_nearly_every_row_is_within_the_tolerance() -> None:
