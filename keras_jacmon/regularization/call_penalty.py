@@ -1,6 +1,7 @@
 """The penalty on one recurrent call: squared distances of a measure of its Jacobians from a target."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import keras
@@ -16,7 +17,7 @@ from keras_jacmon.jacobians.points import PointBatch
 from keras_jacmon.jacobians.views import floating_states, side_by_side
 from keras_jacmon.measurement.per_step import CHECKED_POINTS
 from keras_jacmon.measures.context import MeasureContext
-from keras_jacmon.measures.differentiable import DIFFERENTIABLE, TINY, Directions
+from keras_jacmon.measures.differentiable import DIFFERENTIABLE, TINY, Directions, refined_vectors
 from keras_jacmon.measures.spectrum import leading_singular_vectors
 from keras_jacmon.model.distribution import own_variable
 from keras_jacmon.model.guard import foreign_variables, put_back
@@ -26,6 +27,9 @@ from keras_jacmon.regularization.loss_terms import SCOPE
 from keras_jacmon.regularization.penalty_config import PenaltyConfig
 from keras_jacmon.tensors import known_sizes
 from keras_jacmon.traced_graph import Traced, trace
+
+# Relative tolerance of a spectral norm whose penalty is logged.
+_LOGGED_TOLERANCE = 1e-3
 
 # Maximum number of values that the unrolling computes for all steps at once.
 _MOST_HOISTED = 2**24
@@ -89,6 +93,7 @@ class CallPenalty:
         self._points: list[tf.Variable] = []
         self._leading: tf.Variable | None = None
         self._eager: Traced[Any] | None = None
+        self._logged: Traced[Any] | None = None
         # Graphs of others that contain this penalty refer to these.
         self._alive: list[Traced[Any]] = []
 
@@ -99,7 +104,19 @@ class CallPenalty:
         # A tape must know them before it meets a function that reads them.
         for weight in self._weights:
             tf.convert_to_tensor(weight)
-        traced = self._traced()
+        return self._run(self._traced())
+
+    def to_log(self) -> float:
+        """Returns the penalty with the present weights; a spectral norm is found anew and not only brought up to date.
+
+        It costs more than a batch of a training, so it is for once in an epoch.
+        """
+        if self._config.measure != "spectral_norm" or not self.holds:
+            return float(self())
+        self._logged = self._logged or trace(partial(self._value, anew=True))
+        return float(self._run(self._logged))
+
+    def _run(self, traced: Traced[Any]) -> tf.Tensor:
         # A cell may count its calls.
         with put_back(foreign_variables(traced.graph.graph, self._model, self.variables)):
             return traced()
@@ -131,7 +148,7 @@ class CallPenalty:
         # A layer without a penalty is not warned of again.
         if diagnosis is None or diagnosis.assumptions is None or not self.holds:
             return None
-        self._eager, self._assumptions = None, diagnosis.assumptions
+        self._eager, self._logged, self._assumptions = None, None, diagnosis.assumptions
         consequence = f"{diagnosis.consequence} from now on" if self.holds else "It has no penalty"
         return f"{diagnosis.reason}. {consequence}"
 
@@ -148,19 +165,34 @@ class CallPenalty:
             variable.assign(tensor)
         points = PointBatch(chosen.inputs, chosen.states)
         if self._config.measure == "spectral_norm":
-            self._find_leading(jacobian, points)
+            self._store_leading(self._found_leading(jacobian, points, Options(seed=self._config.seed)))
         checks = self._checked(jacobian, points, chosen)
-        usable = self._usable(jacobian, points)
+        usable = self._usable(jacobian, points, self._leading)
         left_out = tf.math.count_nonzero((chosen.weights > 0) & ~usable)
         self._points[-1].assign(tf.where(usable, chosen.weights, tf.zeros_like(chosen.weights)))
         return RefreshResult(checks, left_out, tf.math.count_nonzero(chosen.weights)), jacobian
 
-    def _find_leading(self, jacobian: CellJacobian, points: PointBatch) -> None:
+    def _store_leading(self, vectors: tf.Tensor) -> None:
         """Stores the leading singular vectors at new points."""
-        operator = jacobian.operators([self._view], points)[self._view]
-        vectors = leading_singular_vectors(operator, MeasureContext(Options(seed=self._config.seed))).vectors
         self._leading = _variable_like(vectors) if self._leading is None else self._leading
         self._leading.assign(vectors)
+
+    def _found_leading(self, jacobian: CellJacobian, points: PointBatch, options: Options) -> tf.Tensor:
+        """Returns the leading singular vectors at some points `(points, n)`, within the tolerance of the options."""
+        operator = jacobian.operators([self._view], points)[self._view]
+        return leading_singular_vectors(operator, MeasureContext(options)).vectors
+
+    def _present_leading(self, jacobian: CellJacobian, points: PointBatch, *, anew: bool) -> tf.Tensor | None:
+        """Returns the leading singular vectors with the present weights; None if the measure needs none."""
+        if self._leading is None:
+            return None
+        fixed = PointBatch(tf.stop_gradient(points.inputs), tuple(map(tf.stop_gradient, points.states)))
+        if anew:
+            options = Options(seed=self._config.seed, tolerance=_LOGGED_TOLERANCE)
+            return tf.stop_gradient(self._found_leading(jacobian, fixed, options))
+        seed = tf.random.experimental.stateless_fold_in([self._config.seed, 6], self._step)
+        operator = jacobian.operators([self._view], fixed)[self._view]
+        return tf.stop_gradient(refined_vectors(operator, self._leading.read_value(), seed))
 
     def _checked(self, jacobian: CellJacobian, points: PointBatch, chosen: Sample) -> CheckResults:
         """Returns the results of the checks, at the points with a weight."""
@@ -184,20 +216,25 @@ class CallPenalty:
             self._eager = trace(self._value)
         return self._eager
 
-    def _value(self) -> tuple[tf.Tensor, Any]:
-        """Returns the penalty, and the objects that must live as long as the graph that is being traced."""
-        with tf.name_scope(SCOPE):
-            return self._named_value()
+    def _value(self, *, anew: bool = False) -> tuple[tf.Tensor, Any]:
+        """Returns the penalty, and the objects that must live as long as the graph that is being traced.
 
-    def _named_value(self) -> tuple[tf.Tensor, Any]:
+        Args:
+            anew: Boolean, True to find leading singular vectors anew. Defaults to False.
+        """
+        with tf.name_scope(SCOPE):
+            return self._named_value(anew=anew)
+
+    def _named_value(self, *, anew: bool) -> tuple[tf.Tensor, Any]:
         points, weights, jacobian, recording = self._present_points()
+        leading = self._present_leading(jacobian, points, anew=anew)
         # A point with a weight has a derivative, if it was examined when it was taken.
-        finite = _are_finite(tf.stop_gradient(self._distances(jacobian, points, self._leading))) & (weights > 0)
+        finite = _are_finite(tf.stop_gradient(self._distances(jacobian, points, leading))) & (weights > 0)
         if self._config.states == "fresh":
-            finite &= self._usable(jacobian, points)
+            finite &= self._usable(jacobian, points, leading)
         total = tf.cond(
             tf.reduce_any(finite),
-            lambda: self._mean(jacobian, points, weights, finite),
+            lambda: self._mean(jacobian, points, weights, finite, leading),
             lambda: tf.zeros([], points.inputs.dtype),
         )
         # Of the type of Keras' own losses, but not of half precision.
@@ -216,22 +253,30 @@ class CallPenalty:
             inputs, *states = map(tf.stop_gradient, (inputs, *states))
         return PointBatch(inputs, tuple(states)), chosen.weights, jacobian, recording
 
-    def _mean(self, jacobian: CellJacobian, points: PointBatch, weights: tf.Tensor, finite: tf.Tensor) -> tf.Tensor:
+    def _mean(
+        self,
+        jacobian: CellJacobian,
+        points: PointBatch,
+        weights: tf.Tensor,
+        finite: tf.Tensor,
+        leading: tf.Tensor | None,
+    ) -> tf.Tensor:
         """Returns the share of this call: the mean distance over the points where it is finite."""
         # A point that is not finite would make the whole gradient NaN, even with a weight of zero.
         stand_in = tf.argmax(finite)
 
         def mended(tensor: tf.Tensor) -> tf.Tensor:
             keep = tf.reshape(finite, [-1] + [1] * (tensor.shape.rank - 1))
-            return tf.where(keep, tensor, tensor[stand_in])
+            # XLA would compile a slice anew for each place, and with it the step of the training at each batch.
+            return tf.where(keep, tensor, tf.gather(tensor, stand_in))
 
-        leading = None if self._leading is None else mended(self._leading.read_value())
+        leading = None if leading is None else mended(leading)
         safe = PointBatch(mended(points.inputs), tuple(map(mended, points.states)))
         distances = self._distances(jacobian, safe, leading)
         shares = tf.cast(weights, distances.dtype) * tf.cast(finite, distances.dtype)
         return self.share * tf.reduce_sum(shares * distances) / tf.maximum(tf.reduce_sum(shares), 1)
 
-    def _usable(self, jacobian: CellJacobian, points: PointBatch) -> tf.Tensor:
+    def _usable(self, jacobian: CellJacobian, points: PointBatch, leading: tf.Tensor | None) -> tf.Tensor:
         """Returns boolean `(points,)`: True if the distance and its derivative by the states are finite.
 
         A NaN in the second derivative of the cell reaches the states as well as the weights.
@@ -241,7 +286,7 @@ class CallPenalty:
         with tf.GradientTape(watch_accessed_variables=False) as tape:
             tape.watch([states[q] for q in floating])
             fixed = PointBatch(tf.stop_gradient(points.inputs), tuple(states))
-            distances = self._distances(jacobian, fixed, self._leading)
+            distances = self._distances(jacobian, fixed, leading)
         slopes = tape.gradient(distances, [states[q] for q in floating], unconnected_gradients="zero")
         slopes = side_by_side(list(map(tf.convert_to_tensor, slopes)))
         return _are_finite(distances) & tf.reduce_all(tf.math.is_finite(slopes), axis=-1)

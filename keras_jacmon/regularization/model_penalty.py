@@ -124,7 +124,7 @@ class ModelPenalty:
 
     def __call__(self) -> float:
         """Returns the penalty with the present weights."""
-        return float(sum(float(call()) for call in self.calls.values()))
+        return sum(call.to_log() for call in self.calls.values())
 
     def _trace(self) -> Traced[_Calls]:
         return trace(self._refresh)
