@@ -9,11 +9,16 @@ import tensorflow as tf
 from keras_jacmon.operators.contract import JacobianOperator
 from keras_jacmon.operators.formed import FormedJacobian
 from keras_jacmon.tensors import known_sizes, take_points
+from keras_jacmon.traced_graph import trace
 
 Product = Callable[[tf.Tensor], tf.Tensor]
 
 # The errors by which TensorFlow says that a gradient has no gradient.
 _NOT_TWICE = (NotImplementedError, LookupError, TypeError, ValueError)
+
+# Maximum number of points, repeated for each vector, that are evaluated without a graph, in less time than it takes to
+# trace one.
+_EAGER_POINTS = 4096
 
 
 @final
@@ -91,8 +96,7 @@ class AutodiffJacobian(JacobianOperator):
         x = tf.linalg.adjoint(x) if adjoint_arg else x
         if x.shape[-1] == 1:
             return tf.expand_dims(self._matvec(tf.squeeze(x, axis=-1), adjoint=adjoint), axis=-1)
-        multiply = tf.function(self._in_graph, autograph=False) if tf.executing_eagerly() else self._columns
-        return tf.transpose(multiply(tf.transpose(x, [2, 0, 1]), adjoint=adjoint), [1, 2, 0])
+        return tf.transpose(self._columns(tf.transpose(x, [2, 0, 1]), adjoint=adjoint), [1, 2, 0])
 
     def _matvec(self, x: tf.Tensor, adjoint: bool = False) -> tf.Tensor:  # noqa: FBT001, FBT002 - as in the base class
         return self._product(adjoint=adjoint)(x)
@@ -115,12 +119,10 @@ class AutodiffJacobian(JacobianOperator):
             self._function, point, context, self._range_dimension, twice=self._twice, vectorized=self._vectorized
         )
 
-    def _in_graph(self, vectors: tf.Tensor, *, adjoint: bool) -> tf.Tensor:
-        here = AutodiffJacobian(**self.parameters)
-        return here._columns(vectors, adjoint=adjoint)
-
     def _columns(self, vectors: tf.Tensor, *, adjoint: bool) -> tf.Tensor:
         """The products with several vectors: (columns, points, k) -> (columns, points, l)."""
+        if tf.executing_eagerly():
+            return self._columns_eagerly(vectors, adjoint=adjoint)
         if self.is_vectorized:
             # The derivative is taken once, with an axis for the columns in front. Some operations are not known to it.
             with contextlib.suppress(ValueError):
@@ -131,6 +133,21 @@ class AutodiffJacobian(JacobianOperator):
         if self._products or not self._independent:
             return tf.map_fn(self._product(adjoint=adjoint), vectors)
         # `vectorized_map` fails on some derivatives of control flow, so the points are repeated instead.
+        return self._columns_of_copies(vectors, adjoint=adjoint)
+
+    def _columns_eagerly(self, vectors: tf.Tensor, *, adjoint: bool) -> tf.Tensor:
+        """As `_columns`, in a graph if that is worth tracing one for a single use."""
+        if self._independent and vectors.shape[0] * vectors.shape[1] <= _EAGER_POINTS:
+            return self._columns_of_copies(vectors, adjoint=adjoint)
+
+        def multiply(vectors: tf.Tensor) -> tuple[tf.Tensor, None]:
+            here = AutodiffJacobian(**self.parameters)
+            return here._columns(vectors, adjoint=adjoint), None
+
+        return trace(multiply, [tf.TensorSpec(vectors.shape, vectors.dtype)])(vectors)
+
+    def _columns_of_copies(self, vectors: tf.Tensor, *, adjoint: bool) -> tf.Tensor:
+        """As `_columns`, by a single product at the points, repeated for each column."""
         columns, points = tf.shape(vectors)[0], tf.shape(vectors)[1]
         point, *context = [tf.tile(t, [columns] + [1] * (t.shape.rank - 1)) for t in (self._point, *self._context)]
         product = self._at(point, context).matvec(

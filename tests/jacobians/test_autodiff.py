@@ -12,6 +12,7 @@ from helpers import (
     BY_ID,
     Case,
     CounterCell,
+    FunctionCell,
     LinearCell,
     StraightThroughCell,
     each_case,
@@ -228,6 +229,27 @@ def test_dropout_is_off_and_leaves_nothing_behind(make: Any, in_graph: bool) -> 
     expected = step_jacobians(without, inputs, states, ["hidden"])[0]["hidden"]
     for found in (first, second):
         np.testing.assert_allclose(found.numpy(), expected, **TOLERANCE, strict=True)
+
+
+def test_a_loop_over_steps_traces_no_graphs() -> None:
+    traced: list[bool] = []
+
+    def step(cell: Any, x: Any, h: Any) -> Any:
+        traced.append(not tf.executing_eagerly())
+        return tf.tanh(x + h @ cell.U)
+
+    cell = FunctionCell(step, 65)
+    for count in (1, 2, 3):
+        J = state_jacobian(cell, normal(2, 3), [normal(2, 65)])
+        dense = J.to_dense().numpy()
+        assert not any(traced), count
+    # With many points and units a graph takes less time than it takes to trace.
+    many = state_jacobian(cell, np.tile(normal(2, 3), (32, 1)), [np.tile(normal(2, 65), (32, 1))]).to_dense().numpy()
+    assert any(traced)
+    np.testing.assert_allclose(many, np.tile(dense, (32, 1, 1)), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        dense, step_jacobians(cell, normal(2, 3), [normal(2, 65)], ["hidden"])[0]["hidden"], rtol=1e-5, atol=1e-6
+    )
 
 
 def test_an_unknown_view_is_named() -> None:
