@@ -16,6 +16,7 @@ from keras_jacmon.model.layers import RecurrentLayer
 from keras_jacmon.model.recording import Recording, RecurrentCall, record_calls
 from keras_jacmon.regularization.call_penalty import CallPenalty, RefreshResult
 from keras_jacmon.regularization.penalty_config import PenaltyConfig
+from keras_jacmon.regularization.second_derivatives import register_second_derivatives
 from keras_jacmon.traced_graph import Traced, trace
 
 
@@ -70,6 +71,7 @@ class ModelPenalty:
         # Calls with a note already that some of their points are left out.
         self._told: set[str] = set()
         self.calls: dict[str, CallPenalty] = {}
+        register_second_derivatives()
         self._traced = self._trace()
         self.calls = self._traced.static.penalties
         self.names = self._traced.static.names
