@@ -89,7 +89,7 @@ def main(measurements: int = 10_000, layers: int = 20, positions: int = 512) -> 
         try:
             found = next(filter(None, (re.search(r" at (http://\S+)", line) for line in server.stderr or ())))
             # Until the server has read the files.
-            time.sleep(max(10, size / 2e7))
+            time.sleep(max(10, size / 1e7))
             time_page(found[1], layers)
             print(f"memory of the server: {memory(server.pid):.0f} MB")
         finally:

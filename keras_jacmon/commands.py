@@ -13,7 +13,7 @@ from keras_jacmon.report.report import Report
 from keras_jacmon.report.verdict import Verdict
 
 if TYPE_CHECKING:
-    from keras_jacmon.dashboard.answers import Moment
+    from keras_jacmon.dashboard.stack import Moment
 
 # A horizon that shrinks by more than a tenth is worse; less is within the noise of another probe.
 _SHRINKS = 0.9

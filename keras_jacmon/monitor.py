@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import keras
 
-from keras_jacmon.dashboard.answers import Moment
 from keras_jacmon.dashboard.one_file import Frame, page, write_page
+from keras_jacmon.dashboard.stack import Moment
 from keras_jacmon.events.thinning import thin
 from keras_jacmon.events.writer import EventWriter
 from keras_jacmon.measurement.plan import MeasurementPlan

@@ -5,17 +5,19 @@ import itertools
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from keras_jacmon.dashboard.metadata import Curve, Packed, bounds, measure_of
+from keras_jacmon.dashboard.metadata import Curve, bounds, measure_of
+from keras_jacmon.dashboard.stack import Moment, Stack
 
 # Cells of an answer's heat map, so that it stays below 1 MB.
 _MOST_CELLS = 48_000
-_MOST_ROWS = 256
+
+# Rows of a heat map.
+MOST_ROWS = 256
 
 # The growth of the strip, in numbers.
 SPARKS = 60
@@ -25,19 +27,6 @@ _ORDER = {"exploding": 0, "vanishing": 0, "stable": 1}
 
 # The run of a monitor: below the log directory, with the monitor's name if it has one.
 _MONITOR = re.compile(r"(?:(?P<experiment>.*)/)?jacobian(?:/[^/]+)?")
-
-
-@dataclass(frozen=True)
-class Moment:
-    """A packed summary at its step.
-
-    Attributes:
-        step: Integer, the training step.
-        packed: `Packed`.
-    """
-
-    step: int
-    packed: Packed
 
 
 def layer_line(headers: Sequence[tuple[int, Mapping[str, Any]]]) -> dict[str, Any]:
@@ -127,76 +116,55 @@ def worst_first(lines: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return [{name: value for name, value in line.items() if name != "badness"} for line in sorted(lines, key=key)]
 
 
-def heat_map(moments: Sequence[Moment], key: str, columns: int) -> dict[str, Any]:
+def heat_map(stack: Stack, key: str, columns: int) -> dict[str, Any]:
     """Returns a measure by training step and position, in at most so many columns that the answer stays small.
 
     A cell that stands for several steps or positions has their mean, their least and their greatest value.
 
     Args:
-        moments: `Moment`s in the order of the steps; those without the key are left out.
+        stack: `Stack` of the measure.
         key: String, a key of the curves.
         columns: Integer, the maximum number of columns.
     """
-    having = [(moment.step, moment.packed.curves[key]) for moment in moments if key in moment.packed.curves]
-    length = max((curve.length for _, curve in having), default=0)
-    rows = min(_MOST_ROWS, max((curve.mean.size for _, curve in having), default=0))
-    shown = max(1, min(len(having), columns, _MOST_CELLS // max(1, rows)))
-    first = bounds(len(having), shown) if having else np.zeros(1, int)
-    groups = [having[begin:end] for begin, end in itertools.pairwise(first)]
-    cells = [_column([curve for _, curve in group], rows, length) for group in groups]
-    mean, least, greatest, present = (
-        (np.array(part) for part in zip(*cells, strict=True)) if cells else [np.empty(0)] * 4
-    )
+    measurements, rows = stack.mean.shape
+    shown = max(1, min(measurements, columns, _MOST_CELLS // max(1, rows)))
+    first = bounds(measurements, shown) if measurements else np.zeros(1, int)
+    mean, least, greatest, present = _columns(stack, first[:-1])
     measure = measure_of(key)
     return {
         "key": key,
-        "length": length,
+        "length": stack.length,
         "rows": rows,
-        "columns": len(groups),
-        "steps": [[group[0][0], group[-1][0]] for group in groups],
+        "columns": len(first) - 1,
+        "steps": [[int(stack.steps[begin]), int(stack.steps[end - 1])] for begin, end in itertools.pairwise(first)],
         "mean": _text(mean, "<f4"),
         "least": _text(least, "<f4"),
         "greatest": _text(greatest, "<f4"),
         "present": _text(present, "u1"),
         "range": _range(least, greatest),
-        "nan": sum(curve.nan for _, curve in having),
-        "inf": sum(curve.inf for _, curve in having),
-        "measurements": len(having),
+        "nan": stack.nan,
+        "inf": stack.inf,
+        "measurements": measurements,
         "reference": plain(measure.reference),
         "unit": measure.unit,
         "linear": measure.linear,
     }
 
 
-def _column(curves: Sequence[Curve], rows: int, length: int) -> tuple[npt.NDArray[Any], ...]:
-    """Returns the mean, the least, the greatest and the presence of each row, over some measurements."""
-    fitted = [_fitted(curve, rows, length) for curve in curves]
-    if len(fitted) == 1:
-        return fitted[0]
-    mean, least, greatest, present = (np.array(part) for part in zip(*fitted, strict=True))
-    count = present.sum(axis=0)
+def _columns(stack: Stack, first: npt.NDArray[np.int64]) -> tuple[npt.NDArray[Any], ...]:
+    """Returns the mean, the least, the greatest and the presence of each row, over the measurements of a column."""
+    if len(first) == len(stack.steps):
+        return stack.mean, stack.least, stack.greatest, stack.present
+    count = np.add.reduceat(stack.present, first, axis=0, dtype=np.int64)
     with np.errstate(all="ignore"):
         # A NaN of the network stays NaN; where nothing was measured there is none to add.
-        whole = np.where(present, mean, 0.0).sum(axis=0, dtype=np.float64) / count
+        whole = np.add.reduceat(np.where(stack.present, stack.mean, 0.0), first, axis=0, dtype=np.float64) / count
     return (
         whole.astype(np.float32),
-        np.fmin.reduce(least, axis=0),
-        np.fmax.reduce(greatest, axis=0),
+        np.fmin.reduceat(stack.least, first, axis=0),
+        np.fmax.reduceat(stack.greatest, first, axis=0),
         count > 0,
     )
-
-
-def _fitted(curve: Curve, rows: int, length: int) -> tuple[npt.NDArray[Any], ...]:
-    """Returns the numbers of a curve in rows that all measurements share; longer or shorter probes have other bins."""
-    if curve.mean.size == rows and curve.length == length:
-        return curve.mean, curve.least, curve.greatest, curve.present
-    middle = (bounds(length, rows)[:-1] + bounds(length, rows)[1:] - 1) // 2
-    inside = middle < curve.length
-    at = np.where(inside, middle * curve.mean.size // max(1, curve.length), 0)
-    present = curve.present[at] & inside
-    blank = np.float32(np.nan)
-    parts = (np.where(present, part[at], blank) for part in (curve.mean, curve.least, curve.greatest))
-    return (*parts, present)
 
 
 def _range(least: npt.NDArray[Any], greatest: npt.NDArray[Any]) -> dict[str, Any]:

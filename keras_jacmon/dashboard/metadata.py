@@ -3,9 +3,10 @@
 Writer and reader share this module alone. It needs NumPy and the standard library.
 """
 
+import dataclasses
 import json
 import zlib
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -101,7 +102,20 @@ class Curve:
     @property
     def is_binned(self) -> bool:
         """Boolean, True if a bin may hold several positions."""
-        return self.mean.size < self.length
+        return self.mean.shape[-1] < self.length
+
+    def stacked(self) -> "Curve":
+        """Returns the curve with a first axis of one measurement."""
+        return self._each(lambda part: part[None])
+
+    def first(self) -> "Curve":
+        """Returns the first measurement of a curve that has an axis of measurements."""
+        return self._each(lambda part: part[0])
+
+    def _each(self, change: Callable[[npt.NDArray[Any]], npt.NDArray[Any]]) -> "Curve":
+        names = ("mean", "low", "high", "least", "greatest", "present")
+        changed: dict[str, Any] = {name: change(getattr(self, name)) for name in names}
+        return dataclasses.replace(self, **changed)
 
 
 @dataclass(frozen=True)
@@ -183,12 +197,55 @@ def unpack(content: npt.NDArray[Any], keys: Collection[str] | None = None) -> Pa
     header = _header(head)
     try:
         planes = _Planes(zlib.decompress(body))
-        curves = _chosen(header.pop("curves"), keys, planes.curve, planes.skip_curve)
-        flows = _chosen(header.pop("flows"), keys, planes.curve, planes.skip_curve)
+        curves = _chosen(header.pop("curves"), keys, planes.one_curve, planes.skip_curve)
+        flows = _chosen(header.pop("flows"), keys, planes.one_curve, planes.skip_curve)
         spectra = _chosen(header.pop("spectra"), keys, planes.spectrum, planes.skip_spectrum)
     except (zlib.error, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"a packed summary is damaged: {error}") from error
     return Packed(header, curves, flows, spectra)
+
+
+def unpack_curves(contents: Sequence[npt.NDArray[Any]], key: str) -> list[tuple[npt.NDArray[np.int64], Curve]]:
+    """Returns a curve out of many packed summaries, unpacked at once.
+
+    Args:
+        contents: uint8 arrays, results of `pack`.
+        key: String, a key of the curves; summaries without it are left out.
+
+    Returns:
+        List of pairs, one for each shape of the curve: the places in `contents`, and a `Curve` whose arrays have a
+        first axis for these places, with the sums of the counts of NaN and inf.
+
+    Raises:
+        ValueError: If one of them is no packed summary, or one of another format.
+    """
+    groups: dict[tuple[int, int, int], list[tuple[int, bytes, int, int]]] = {}
+    try:
+        for place, content in enumerate(contents):
+            for size, planes, nan, inf in _curve_planes(content, key):
+                groups.setdefault(size, []).append((place, planes, nan, inf))
+        return [_unpacked_group(size, members) for size, members in groups.items()]
+    except (zlib.error, KeyError, TypeError) as error:
+        raise ValueError(f"a packed summary is damaged: {error}") from error
+
+
+def _curve_planes(content: npt.NDArray[Any], key: str) -> Iterator[tuple[tuple[int, int, int], bytes, int, int]]:
+    """Yields the sizes of the curve of a key, its bytes and its counts of NaN and inf."""
+    head, body = _split(content)
+    begin = 0
+    for name, bins, count, length, nan, inf in _header(head)["curves"]:
+        end = begin + _curve_size(bins, count, length)
+        if name == key:
+            # What comes after the curve stays compressed.
+            yield (bins, count, length), zlib.decompressobj().decompress(body, end)[begin:], nan, inf
+        begin = end
+
+
+def _unpacked_group(
+    size: tuple[int, int, int], members: Sequence[tuple[int, bytes, int, int]]
+) -> tuple[npt.NDArray[np.int64], Curve]:
+    places, planes, nan, inf = zip(*members, strict=True)
+    return np.array(places), _Planes(b"".join(planes), len(members)).curve(*size, sum(nan), sum(inf))
 
 
 def _chosen(
@@ -239,16 +296,21 @@ def _planes(curve: Curve) -> Iterator[bytes]:
 
 
 class _Planes:
-    """The bytes of a body, taken one array after another."""
+    """The bytes of bodies of one shape, taken one array after another, with a first axis for the bodies.
 
-    def __init__(self, content: bytes) -> None:
-        self._content = np.frombuffer(content, np.uint8)
+    Args:
+        content: Bytes, the bodies one after another.
+        bodies: Integer, the number of bodies. Defaults to 1.
+    """
+
+    def __init__(self, content: bytes, bodies: int = 1) -> None:
+        self._content = np.frombuffer(content, np.uint8).reshape(bodies, -1)
         self._at = 0
 
     def _take(self, size: int) -> npt.NDArray[np.uint8]:
-        taken = self._content[self._at : self._at + size]
+        taken = self._content[:, self._at : self._at + size]
         self._at += size
-        if taken.size != size:
+        if taken.shape[1] != size:
             raise ValueError("it ends too early")
         return taken
 
@@ -258,9 +320,12 @@ class _Planes:
     def skip_spectrum(self, *shape: int) -> None:
         self._at += _spectrum_size(*shape)
 
+    def one_curve(self, *shape: int) -> Curve:
+        return self.curve(*shape).first()
+
     def curve(self, bins: int, count: int, length: int, nan: int, inf: int) -> Curve:
-        present = np.unpackbits(self._take(-(-bins // 8)), count=bins).astype(bool)
-        codes = np.cumsum(_numbers(self._take(_FINE * count), _FINE), dtype=np.uint32) & _mask(_FINE)
+        present = np.unpackbits(self._take(-(-bins // 8)), axis=1, count=bins).astype(bool)
+        codes = np.cumsum(_numbers(self._take(_FINE * count), _FINE), axis=1, dtype=np.uint32) & _mask(_FINE)
         mean = _floats(codes, _FINE)
         base = _codes(mean, _COARSE)
 
@@ -275,7 +340,8 @@ class _Planes:
 
     def spectrum(self, points: int, values: int, is_complex: int) -> npt.NDArray[Any]:
         parts = _floats(_numbers(self._take(_spectrum_size(points, values, is_complex)), _COARSE), _COARSE)
-        return parts.view(np.complex64).reshape(points, values) if is_complex else parts.reshape(points, values)
+        (parts,) = parts.view(np.complex64) if is_complex else parts
+        return parts.reshape(points, values)
 
 
 def _curve_size(bins: int, count: int, length: int, *_: int) -> int:
@@ -315,7 +381,7 @@ def _encoded(values: FloatArray, width: int) -> npt.NDArray[np.uint8]:
 
 
 def _differences(encoded: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-    codes = _numbers(encoded, _FINE)
+    codes = _numbers(encoded[None], _FINE)[0]
     return _bytes(np.diff(codes, prepend=np.uint32(0)), _FINE)
 
 
@@ -325,15 +391,17 @@ def _bytes(codes: npt.NDArray[np.uint32], width: int) -> npt.NDArray[np.uint8]:
 
 
 def _numbers(planes: npt.NDArray[np.uint8], width: int) -> npt.NDArray[np.uint32]:
-    numbers = np.zeros((planes.size // width, 4), np.uint8)
-    numbers[:, :width] = planes.reshape(width, -1).T
-    return numbers.view("<u4").ravel().astype(np.uint32)
+    """Returns the integers of bytes, with the first axis of the bytes."""
+    bodies = len(planes)
+    numbers = np.zeros((bodies, planes.shape[1] // width, 4), np.uint8)
+    numbers[..., :width] = planes.reshape(bodies, width, -1).swapaxes(1, 2)
+    return numbers.view("<u4")[..., 0].astype(np.uint32)
 
 
 def _spread(values: FloatArray, present: npt.NDArray[np.bool_]) -> FloatArray:
     """Returns the values at their bins, with NaN where nothing was measured."""
     if present.all():
         return values
-    whole = np.full(present.size, np.nan, np.float32)
-    whole[present] = values
+    whole = np.full(present.shape, np.nan, np.float32)
+    whole[present] = values.ravel()
     return whole

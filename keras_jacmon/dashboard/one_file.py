@@ -9,8 +9,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from keras_jacmon.dashboard.answers import SPARKS, Moment, experiments, heat_map, layer_line, measurement, worst_first
+from keras_jacmon.dashboard.answers import (
+    MOST_ROWS,
+    SPARKS,
+    experiments,
+    heat_map,
+    layer_line,
+    measurement,
+    worst_first,
+)
 from keras_jacmon.dashboard.files import NO_PLOTLY, STATIC_DIRECTORY, plotly_file
+from keras_jacmon.dashboard.stack import Moment, stack_of_moments
 
 # In the order in which they need each other; `index.js` is the tab's.
 _MODULES = ("source.js", "state.js", "colours.js", "charts.js", "heatmap.js", "strip.js", "page.js")
@@ -100,7 +109,7 @@ def _answers(runs: Mapping[str, Mapping[str, Sequence[Moment]]], missing: str | 
             for run, layers in runs.items()
         ],
         "heatmaps": [
-            {"run": run, "layer": layer, **heat_map(moments, key, _COLUMNS)}
+            {"run": run, "layer": layer, **heat_map(stack_of_moments(moments, key, MOST_ROWS), key, _COLUMNS)}
             for run, layers in runs.items()
             for layer, moments in layers.items()
             for key in _keys(moments)

@@ -13,7 +13,7 @@ from werkzeug import wrappers
 from keras_jacmon.dashboard.answers import experiments, heat_map, layer_line, measurement, worst_first
 from keras_jacmon.dashboard.files import NO_PLOTLY, STATIC, STATIC_DIRECTORY, plotly_file
 from keras_jacmon.dashboard.metadata import PLUGIN
-from keras_jacmon.dashboard.series import Series, spectra_before
+from keras_jacmon.dashboard.series import Series
 
 # Measurements of a layer that the server keeps, a sample of a longer training.
 _SAMPLES = 1000
@@ -109,17 +109,15 @@ class JacobianPlugin(base_plugin.TBPlugin):
         self, ctx: Any, experiment: str, run: str, *, layer: str, key: str, columns: int
     ) -> dict[str, Any]:
         """Returns the heat map of a measure of a layer."""
-        tag = self._series.tag_of(ctx, experiment, run, layer)
-        moments, _ = self._series.moments(ctx, experiment, run, tag, [key])
-        return {"run": run, "layer": layer, **heat_map(moments, key, max(1, columns))}
+        stack = self._series.layer(ctx, experiment, run, layer).stack(key)
+        return {"run": run, "layer": layer, **heat_map(stack, key, max(1, columns))}
 
     def measurement_impl(
         self, ctx: Any, experiment: str, run: str, *, layer: str, key: str, step: int
     ) -> dict[str, Any]:
         """Returns the curves of a layer at the measurement that is nearest to a step."""
-        tag = self._series.tag_of(ctx, experiment, run, layer)
-        data = self._series.raw(ctx, experiment, run, tag)
-        return {"run": run, "layer": layer, **measurement(spectra_before(data, step), step, key)}
+        near = self._series.layer(ctx, experiment, run, layer).near(step)
+        return {"run": run, "layer": layer, **measurement(near, step, key)}
 
     def _route(self, answer: Callable[[Any, str, Any], dict[str, Any]]) -> Any:
         """Returns the WSGI application of an answer in JSON."""
@@ -132,7 +130,7 @@ class JacobianPlugin(base_plugin.TBPlugin):
                 content = answer(
                     plugin_util.context(request.environ), plugin_util.experiment_id(request.environ), request.args
                 )
-            except (KeyError, StopIteration):
+            except KeyError:
                 return _refused(request, "there are no data of this run and layer", 404)
             except ValueError as error:
                 return _refused(request, str(error), 400)

@@ -1,24 +1,31 @@
 """Packed summaries read through TensorBoard's data provider, the last ones kept."""
 
+import functools
+import itertools
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from tensorboard.backend.event_processing.data_provider import MultiplexerDataProvider
 from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
 from tensorboard.context import RequestContext
 from tensorboard.data import provider
 
-from keras_jacmon.dashboard.answers import SPARKS, Moment
+from keras_jacmon.dashboard.answers import MOST_ROWS, SPARKS
 from keras_jacmon.dashboard.metadata import PLUGIN, TAG, read_header, unpack
+from keras_jacmon.dashboard.stack import Moment, Stack, stack_of
 
 # More than TensorBoard keeps by default, see `plugin.Loader`.
 _ALL = 1_000_000
 
-# Series of unpacked summaries that are kept.
-_KEPT = 8
+# Bytes of packed summaries and stacks that are kept: about ten layers of 1,000 measurements.
+_MOST_BYTES = 96_000_000
+
+# Measures of a layer that are kept as stacks.
+_STACKS = 4
 
 Headers = list[tuple[int, dict[str, Any]]]
 
@@ -28,12 +35,13 @@ class Series:
 
     Args:
         data_provider: The `DataProvider` of TensorBoard.
+        most_bytes: Integer, the size of the arrays that are kept, beyond the last layer's. Defaults to 96 MB.
     """
 
-    def __init__(self, data_provider: Any) -> None:
-        self._provider = data_provider
+    def __init__(self, data_provider: Any, most_bytes: int = _MOST_BYTES) -> None:
+        self._provider, self._most = data_provider, most_bytes
         self._lock = threading.Lock()
-        self._kept: OrderedDict[Any, list[Moment]] = OrderedDict()
+        self._kept: OrderedDict[Any, tuple[Any, Recorded]] = OrderedDict()
 
     def runs(self, ctx: Any, experiment: str) -> list[str]:
         """Returns the names of the runs that have packed summaries."""
@@ -54,55 +62,55 @@ class Series:
         found = self._read(ctx, experiment, run, list(tags), SPARKS)
         return {tag: [(datum.step, read_header(datum.numpy)) for datum in data] for tag, data in found.items() if data}
 
-    def tag_of(self, ctx: Any, experiment: str, run: str, layer: str) -> str:
-        """Returns the tag of a layer.
+    def layer(self, ctx: Any, experiment: str, run: str, layer: str) -> "Recorded":
+        """Returns the packed summaries of a layer; they are read again only when there are newer ones.
 
         Raises:
             KeyError: If there is no such run or layer.
-        """
-        tags = self._list(ctx, experiment, run)[run]
-        if f"{layer}/{TAG}" in tags and self._layer(ctx, experiment, run, f"{layer}/{TAG}") == layer:
-            return f"{layer}/{TAG}"
-        # A name that reads as a view of another layer has a number in its tag.
-        return next(tag for tag in tags if self._layer(ctx, experiment, run, tag) == layer)
-
-    def moments(
-        self, ctx: Any, experiment: str, run: str, tag: str, keys: Sequence[str] | None
-    ) -> tuple[list[Moment], list[Any]]:
-        """Returns the unpacked summaries of a tag with some of the keys, and the raw ones, in the order of the steps.
-
-        Raises:
-            KeyError: If there is no such run or tag.
             ValueError: If a summary cannot be read.
         """
-        newest = self._list(ctx, experiment, run)[run][tag]
-        data = self.raw(ctx, experiment, run, tag)
-        known = (experiment, run, tag, tuple(keys or ()), newest.max_step, newest.max_wall_time, len(data))
-        return self._keep(known, lambda: [Moment(datum.step, unpack(datum.numpy, keys)) for datum in data]), data
+        likely = f"{layer}/{TAG}"
+        found = self._list(ctx, experiment, run, [likely]).get(run, {})
+        if found:
+            recorded = self._recorded(ctx, experiment, run, likely, found[likely])
+            if recorded.layer == layer:
+                return recorded
+        # A name that reads as a view of another layer has a number in its tag.
+        for tag, newest in self._list(ctx, experiment, run)[run].items():
+            (datum,) = self._read(ctx, experiment, run, [tag], 1)[tag]
+            if read_header(datum.numpy)["layer"] == layer:
+                return self._recorded(ctx, experiment, run, tag, newest)
+        raise KeyError(layer)
 
-    def raw(self, ctx: Any, experiment: str, run: str, tag: str) -> list[Any]:
-        """Returns the packed summaries of a tag; of a step that was measured twice, the last one."""
-        data = self._read(ctx, experiment, run, [tag], _ALL).get(tag, [])
-        return [by_step for _, by_step in sorted({datum.step: datum for datum in data}.items())]
+    def recorded(self, ctx: Any, experiment: str, run: str, tag: str) -> "Recorded":
+        """Reads the packed summaries of a tag; of a step that was measured twice, the last one.
 
-    def _layer(self, ctx: Any, experiment: str, run: str, tag: str) -> str:
-        (datum,) = self._read(ctx, experiment, run, [tag], 1)[tag]
-        return str(read_header(datum.numpy)["layer"])
+        Raises:
+            KeyError: If there are none.
+        """
+        data = self._read(ctx, experiment, run, [tag], _ALL)[tag]
+        by_step = sorted({datum.step: datum.numpy for datum in data}.items())
+        return Recorded(np.array([step for step, _ in by_step], np.int64), [content for _, content in by_step])
 
-    def _keep(self, known: Any, make: Callable[[], list[Moment]]) -> list[Moment]:
+    def _recorded(self, ctx: Any, experiment: str, run: str, tag: str, newest: Any) -> "Recorded":
+        name, version = (experiment, run, tag), (newest.max_step, newest.max_wall_time)
         with self._lock:
-            if known in self._kept:
-                self._kept.move_to_end(known)
-                return self._kept[known]
-        made = make()
+            known, recorded = self._kept.get(name, (None, None))
+            if recorded is not None and known == version:
+                self._kept.move_to_end(name)
+                return recorded
+        recorded = self.recorded(ctx, experiment, run, tag)
         with self._lock:
-            self._kept[known] = made
-            while len(self._kept) > _KEPT:
+            self._kept[name] = (version, recorded)
+            self._kept.move_to_end(name)
+            while len(self._kept) > 1 and sum(one.nbytes for _, one in self._kept.values()) > self._most:
                 self._kept.popitem(last=False)
-        return made
+        return recorded
 
-    def _list(self, ctx: Any, experiment: str, run: str | None = None) -> dict[str, Any]:
-        wanted = provider.RunTagFilter(runs=None if run is None else [run])
+    def _list(
+        self, ctx: Any, experiment: str, run: str | None = None, tags: Sequence[str] | None = None
+    ) -> dict[str, Any]:
+        wanted = provider.RunTagFilter(runs=None if run is None else [run], tags=tags)
         found: dict[str, Any] = self._provider.list_tensors(
             ctx, experiment_id=experiment, plugin_name=PLUGIN, run_tag_filter=wanted
         )
@@ -119,22 +127,63 @@ class Series:
         return found.get(run, {})
 
 
-def spectra_before(data: Sequence[Any], step: int) -> list[Moment]:
-    """Returns the measurement nearest to a step, and before it the last one that has spectra, if there is one.
+class Recorded:
+    """The packed summaries of a layer, and the stacks made of them.
 
     Args:
-        data: Packed summaries in the order of the steps, at least one.
-        step: Integer, the training step.
+        steps: Integer array `(measurements,)`, the training steps, in order.
+        contents: List of uint8 arrays, the packed summaries.
     """
-    steps = np.array([datum.step for datum in data])
-    at = int(np.abs(steps - step).argmin())
-    chosen = Moment(int(steps[at]), unpack(data[at].numpy))
-    if chosen.packed.spectra:
-        return [chosen]
-    for datum in reversed(data[:at]):
-        if read_header(datum.numpy)["spectra"]:
-            return [Moment(int(datum.step), unpack(datum.numpy)), chosen]
-    return [chosen]
+
+    def __init__(self, steps: npt.NDArray[np.int64], contents: list[npt.NDArray[np.uint8]]) -> None:
+        self._steps, self._contents = steps, contents
+        self._stacks: OrderedDict[str, Stack] = OrderedDict()
+
+    @functools.cached_property
+    def layer(self) -> str:
+        """String, the name of the layer."""
+        return str(read_header(self._contents[-1])["layer"])
+
+    @property
+    def nbytes(self) -> int:
+        """Integer, the size of all arrays in bytes."""
+        return sum(content.nbytes for content in self._contents) + sum(one.nbytes for one in [*self._stacks.values()])
+
+    def stack(self, key: str) -> Stack:
+        """Returns a measure at all measurements; the last ones that were asked for are kept.
+
+        Args:
+            key: String, a key of the curves.
+
+        Raises:
+            ValueError: If a summary cannot be read.
+        """
+        found = self._stacks.get(key)
+        if found is None:
+            found = self._stacks[key] = stack_of(self._contents, self._steps, key, MOST_ROWS)
+            if len(self._stacks) > _STACKS:
+                self._stacks.popitem(last=False)
+        return found
+
+    def near(self, step: int) -> list[Moment]:
+        """Returns the measurement nearest to a step, and before it the last one that has spectra, if there is one.
+
+        Args:
+            step: Integer, the training step.
+        """
+        at = int(np.abs(self._steps - step).argmin())
+        chosen = self._moment(at)
+        if chosen.packed.spectra:
+            return [chosen]
+        earlier = (other for other in reversed(range(at)) if read_header(self._contents[other])["spectra"])
+        return [*(self._moment(other) for other in itertools.islice(earlier, 1)), chosen]
+
+    def moments(self) -> list[Moment]:
+        """Returns all packed summaries, unpacked."""
+        return [self._moment(at) for at in range(len(self._contents))]
+
+    def _moment(self, at: int) -> Moment:
+        return Moment(int(self._steps[at]), unpack(self._contents[at]))
 
 
 def read_directory(logs: str) -> dict[str, dict[str, list[Moment]]]:
@@ -154,6 +203,6 @@ def read_directory(logs: str) -> dict[str, dict[str, list[Moment]]]:
     found: dict[str, dict[str, list[Moment]]] = {}
     for run in series.runs(ctx, ""):
         for tag in series.headers(ctx, "", run):
-            moments = [Moment(datum.step, unpack(datum.numpy)) for datum in series.raw(ctx, "", run, tag)]
-            found.setdefault(run, {})[moments[-1].packed.header["layer"]] = moments
+            recorded = series.recorded(ctx, "", run, tag)
+            found.setdefault(run, {})[recorded.layer] = recorded.moments()
     return found

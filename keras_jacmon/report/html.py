@@ -3,7 +3,7 @@
 import html
 from typing import TYPE_CHECKING
 
-from keras_jacmon.dashboard.answers import Moment
+from keras_jacmon.dashboard.stack import Moment
 from keras_jacmon.report.packing import packed
 
 if TYPE_CHECKING:

@@ -4,6 +4,36 @@ import { formatNumber } from "./charts.js";
 
 const MARGIN = { left: 52, right: 10, top: 8, bottom: 36 };
 
+// Cells that have no colour of the scale; an opaque colour is a larger number.
+const ABSENT = 0;
+const BROKEN = 1;
+const INFINITE = 2;
+
+// As they stand in an ImageData: on all machines of today the first byte is the lowest.
+const opaque = (red, green, blue) => (0xff000000 | (blue << 16) | (green << 8) | red) >>> 0;
+
+function cellColours(values, present, scale) {
+  const colours = new Uint32Array(values.length);
+  const { table } = scale;
+  for (let at = 0; at < values.length; at++) {
+    if (!present[at]) colours[at] = ABSENT;
+    else if (Number.isNaN(values[at])) colours[at] = BROKEN;
+    else if (!Number.isFinite(values[at])) colours[at] = INFINITE;
+    else {
+      const place = 3 * scale.place(values[at]);
+      colours[at] = opaque(table[place], table[place + 1], table[place + 2]);
+    }
+  }
+  return colours;
+}
+
+// NaN is a chequered black and magenta, Inf stripes of black and yellow: seen without colours, too.
+function patterned(colour, x, y) {
+  if (colour === ABSENT) return 0;
+  if (colour === BROKEN) return ((x >> 2) + (y >> 2)) % 2 ? opaque(0, 0, 0) : opaque(215, 0, 190);
+  return ((x + y) >> 2) % 2 ? opaque(0, 0, 0) : opaque(250, 220, 30);
+}
+
 export class HeatMap {
   constructor(onStep, onHover) {
     this.canvas = document.createElement("canvas");
@@ -21,9 +51,10 @@ export class HeatMap {
   }
 
   show(map, scale, cells, span) {
-    this.map = { ...map, values: floats(map[cells]), all: Object.fromEntries(
-      ["mean", "least", "greatest"].map((name) => [name, floats(map[name])])), present: flags(map.present) };
-    this.scale = scale;
+    this.map = { ...map, all: Object.fromEntries(["mean", "least", "greatest"].map((name) => [name, floats(map[name])])),
+      present: flags(map.present) };
+    this.colours = cellColours(this.map.all[cells], this.map.present, scale);
+    this.image = undefined;
     this.span = span;
     this.row = Math.min(this.row ?? 0, Math.max(0, map.rows - 1));
     this.canvas.setAttribute("role", "img");
@@ -70,45 +101,34 @@ export class HeatMap {
   }
 
   pixels(context, plot, ratio) {
-    const { rows, columns, length, values, present } = this.map;
-    if (!columns) return;
+    if (!this.map.columns) return;
     const wide = Math.round(plot.width * ratio);
     const high = Math.round(plot.height * ratio);
-    const image = context.createImageData(wide, high);
-    const [from, to] = this.span;
-    const last = this.map.steps[columns - 1][1];
-    const lastEnds = last + Math.max(1, (to - from) / Math.max(1, columns - 1));
-    const columnAt = new Int32Array(wide);
-    for (let x = 0; x < wide; x++) {
-      const step = from + ((x + 0.5) / wide) * (this.until() - from);
-      columnAt[x] = step < this.map.steps[0][0] || step > lastEnds ? -1 : this.columnOf(step);
-    }
-    for (let y = 0; y < high; y++) {
-      const row = Math.min(rows - 1, Math.floor(((high - 1 - y) / high) * rows));
-      for (let x = 0; x < wide; x++) {
-        const cell = columnAt[x] * rows + row;
-        if (columnAt[x] < 0 || !present[cell]) continue;
-        this.paint(image.data, 4 * (y * wide + x), values[cell], x, y);
-      }
-    }
-    this.drawn = length;
-    context.putImageData(image, Math.round(plot.x * ratio), Math.round(plot.y * ratio));
+    // A cursor that moves changes no cell.
+    if (this.image?.width !== wide || this.image.height !== high) this.image = this.cells(context.createImageData(wide, high));
+    context.putImageData(this.image, Math.round(plot.x * ratio), Math.round(plot.y * ratio));
   }
 
-  // NaN is a chequered black and magenta, Inf stripes of black and yellow: seen without colours, too.
-  paint(data, at, value, x, y) {
-    let colour;
-    if (Number.isNaN(value)) colour = ((x >> 2) + (y >> 2)) % 2 ? [0, 0, 0] : [215, 0, 190];
-    else if (!Number.isFinite(value)) colour = ((x + y) >> 2) % 2 ? [0, 0, 0] : [250, 220, 30];
-    if (colour) data.set(colour, at);
-    else {
-      const place = 3 * this.scale.place(value);
-      const { table } = this.scale;
-      data[at] = table[place];
-      data[at + 1] = table[place + 1];
-      data[at + 2] = table[place + 2];
+  cells(image) {
+    const { rows, steps } = this.map;
+    const { width, height } = image;
+    const [from, to] = this.span;
+    const lastEnds = steps.at(-1)[1] + Math.max(1, (to - from) / Math.max(1, steps.length - 1));
+    const columnAt = new Int32Array(width);
+    for (let x = 0; x < width; x++) {
+      const step = from + ((x + 0.5) / width) * (this.until() - from);
+      columnAt[x] = step < steps[0][0] || step > lastEnds ? -1 : this.columnOf(step);
     }
-    data[at + 3] = 255;
+    const pixels = new Uint32Array(image.data.buffer);
+    for (let y = 0; y < height; y++) {
+      const row = Math.min(rows - 1, Math.floor(((height - 1 - y) / height) * rows));
+      for (let x = 0; x < width; x++) {
+        if (columnAt[x] < 0) continue;
+        const colour = this.colours[columnAt[x] * rows + row];
+        pixels[y * width + x] = colour > INFINITE ? colour : patterned(colour, x, y);
+      }
+    }
+    return image;
   }
 
   // The last measurement is as wide as the others.
@@ -128,11 +148,10 @@ export class HeatMap {
     context.textAlign = "center";
     const [from] = this.span;
     const ticks = plot.width < 400 ? 3 : 6;
-    for (let tick = 0; tick <= ticks; tick++) {
-      const step = Math.round(from + (tick / ticks) * (this.span[1] - from));
-      if (tick && this.span[1] === from) continue;
-      context.fillText(step.toLocaleString("en"), this.x(step, plot), plot.y + plot.height + 15);
-    }
+    const spread = Array.from({ length: ticks + 1 }, (_, tick) => Math.round(from + (tick / ticks) * (this.span[1] - from)));
+    // Few measurements are named each.
+    const named = this.map.columns <= ticks ? this.map.steps.map(([step]) => step) : new Set(spread);
+    for (const step of named) context.fillText(step.toLocaleString("en"), this.x(step, plot), plot.y + plot.height + 15);
     context.fillText("training step", plot.x + plot.width / 2, plot.y + plot.height + 31);
     context.textAlign = "right";
     for (let tick = 0; tick <= 4; tick++) {

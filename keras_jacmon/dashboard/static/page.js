@@ -151,6 +151,7 @@ class Page {
       await this.updateLayers(turn);
       await this.updateMaps(turn);
       if (turn === this.turn) await this.updateMeasurement(turn);
+      if (turn === this.turn) this.fetchNeighbours();
     } catch (error) {
       if (turn === this.turn) this.fail(error);
     }
@@ -200,10 +201,22 @@ class Page {
     return this.line().keys;
   }
 
+  columns() {
+    return Math.min(1000, Math.max(100, Math.floor((this.panels.clientWidth || 900) / (this.state.other ? 2 : 1))));
+  }
+
+  // The layers above and below in the strip are likely to be chosen next.
+  fetchNeighbours() {
+    const { run, layer, key } = this.state;
+    const at = this.layers.findIndex((line) => line.layer === layer);
+    const near = [this.layers[at + 1], this.layers[at - 1]].filter((line) => line?.keys.includes(key));
+    for (const line of near) this.source.heatmap(run, line.layer, key, this.columns()).catch(() => {});
+  }
+
   async updateMaps(turn) {
     const { run, other, layer, key } = this.state;
     const runs = [run, ...(other ? [other] : [])];
-    const columns = Math.min(1000, Math.max(100, Math.floor((this.panels.clientWidth || 900) / runs.length)));
+    const columns = this.columns();
     const found = await Promise.all(runs.map((one) => this.source.heatmap(one, layer, key, columns).catch((error) => this.fail(error))));
     if (turn !== this.turn) return;
     const answers = found.filter((map) => map?.columns);

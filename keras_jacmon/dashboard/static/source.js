@@ -1,8 +1,13 @@
 // Where the data come from: the server of TensorBoard, or the page itself.
 
+const MOST_MEASUREMENTS = 200;
+// Of at most 1 MB each.
+const MOST_MAPS = 12;
+
 export class Server {
   constructor() {
-    this.kept = new Map();
+    this.measurements = new Map();
+    this.maps = new Map();
     this.live = true;
   }
 
@@ -23,23 +28,28 @@ export class Server {
   }
 
   heatmap(run, layer, key, columns) {
-    return this.ask("heatmap", { run, layer, key, columns });
+    return this.keep(this.maps, MOST_MAPS, "heatmap", { run, layer, key, columns });
   }
 
-  // Steps that were looked at are not asked for again until there are newer ones.
   measurement(run, layer, key, step) {
-    const name = JSON.stringify([run, layer, key, step]);
-    if (!this.kept.has(name)) {
-      if (this.kept.size > 200) this.kept.clear();
-      const answer = this.ask("measurement", { run, layer, key, step });
-      answer.catch(() => this.kept.delete(name));
-      this.kept.set(name, answer);
-    }
-    return this.kept.get(name);
+    return this.keep(this.measurements, MOST_MEASUREMENTS, "measurement", { run, layer, key, step });
+  }
+
+  // What was looked at is not asked for again until there may be newer data.
+  keep(kept, most, route, query) {
+    const name = JSON.stringify(query);
+    const answer = kept.get(name) ?? this.ask(route, query);
+    // The last one that was looked at stands last.
+    kept.delete(name);
+    kept.set(name, answer);
+    answer.catch(() => kept.delete(name));
+    if (kept.size > most) kept.delete(kept.keys().next().value);
+    return answer;
   }
 
   forget() {
-    this.kept.clear();
+    this.measurements.clear();
+    this.maps.clear();
   }
 
   loadPlotly() {
@@ -88,10 +98,12 @@ export class Embedded {
 }
 
 export function floats(text) {
-  const bytes = Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0));
-  return new Float32Array(bytes.buffer);
+  return new Float32Array(flags(text).buffer);
 }
 
 export function flags(text) {
-  return Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0));
+  const letters = atob(text);
+  const bytes = new Uint8Array(letters.length);
+  for (let at = 0; at < letters.length; at++) bytes[at] = letters.charCodeAt(at);
+  return bytes;
 }
