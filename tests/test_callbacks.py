@@ -236,6 +236,23 @@ def test_a_layer_that_cannot_be_measured_ends_no_training(measurable: bool) -> N
         fit(model, quick_monitor(layers=["decoder"]))
 
 
+def test_a_cell_that_loses_its_tensors_after_the_call_is_not_measured_without_them() -> None:
+    class Tidy(Translator):
+        def call(self, x: Any) -> Any:
+            result = super().call(x)
+            self.decoder.cell.memory = None
+            return result
+
+    model = Tidy(measurable=True)
+    model.compile("sgd", "mse")
+    monitor = quick_monitor()
+    with pytest.warns(UserWarning, match="set on it as `memory`, and that it holds no more") as caught:
+        fit(model, monitor)
+    (told,) = user_warnings(caught)
+    assert "`decoder`: its cell Attending uses tensors of the model that are neither its inputs nor its states" in told
+    assert [set(report) for _, report in monitor.reports] == [{"encoder"}] * 2
+
+
 def test_building_leaves_the_time_axis_open(tmp_path: Path) -> None:
     model = keras.Sequential([rnn(), keras.layers.Dense(1)])
     model.compile("sgd", "mse")

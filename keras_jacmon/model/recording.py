@@ -9,7 +9,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_jacmon.model.internals import training_argument, without_fused_kernels
+from keras_jacmon.model.internals import tensors_in, training_argument, without_fused_kernels
 from keras_jacmon.model.layers import RecurrentLayer
 from keras_jacmon.model.masks import made_step_by_step
 from keras_jacmon.traced_graph import TracedGraph, trace
@@ -77,6 +77,7 @@ def record_calls(model: keras.Layer, inputs: Any, layers: Sequence[RecurrentLaye
         recorder = _Recorder(tf.compat.v1.get_default_graph())
         with shadowing(model, observable, recorder), _watching(observable.values(), recorder):
             model(keras.tree.pack_sequence_as(inputs, list(flat)), **training_argument(model))
+        recorder.leave_out_changed_cells()
         return [_tensors(call) for call in recorder.calls], recorder
 
     flat = keras.tree.flatten(inputs)
@@ -105,6 +106,8 @@ class _Recorder:
         hidden: Set of the names of layers that are called inside another graph.
         stepped_by_hand: Set of the identities of cells that are called outside of their layers.
         masked: Set of the names of tensors, the sequences that calls with a mask have made.
+        changed: Dict by layer name, the names of attributes of its cell, of layers that are left out: their cells used
+            other tensors of the model, and hold none any more.
     """
 
     def __init__(self, graph: tf.Graph) -> None:
@@ -113,7 +116,10 @@ class _Recorder:
         self.hidden: set[str] = set()
         self.stepped_by_hand: set[int] = set()
         self.masked: set[str] = set()
+        self.changed: dict[str, list[str]] = {}
         self._inside = 0
+        # By layer name, the attributes of cells that use tensors of the model beside their inputs and states.
+        self._attributes: dict[str, list[str]] = {}
 
     def __call__(
         self, item: RecurrentLayer, loop: Callable[..., Any], inputs: tf.Tensor, states: Any, mask: Any, **kwargs: Any
@@ -126,6 +132,8 @@ class _Recorder:
             self.calls.append(RecurrentCall(item.name, item.layer, inputs, initial, steps, has_lost_mask=lost))
         else:
             self.hidden.add(item.name)
+        older = {operation.name for operation in self._graph.get_operations()}
+        attributes = tensors_in(item.layer.cell)
         self._inside += 1
         try:
             last, sequence, new = loop(inputs, states, mask, **kwargs)
@@ -133,7 +141,29 @@ class _Recorder:
             self._inside -= 1
         if inputs.graph is self._graph and mask is not None:
             self.masked.add(sequence.name)
+        if self._uses_others(older, keras.tree.flatten([inputs, states, mask])):
+            self._attributes[item.name] = attributes
         return last, sequence, new
+
+    def _uses_others(self, older: set[str], given: list[Any]) -> bool:
+        """Tells if operations that are not among the older ones use tensors of older ones, beside those given."""
+        # What the graph captured from outside, such as a weight or a constant, is there at any time.
+        known = {id(tensor) for tensor in [*given, *(inner for _, inner in self._graph.captures)]}
+        new = [operation for operation in self._graph.get_operations() if operation.name not in older]
+        return any(t.op.name in older and id(t) not in known for operation in new for t in operation.inputs)
+
+    def leave_out_changed_cells(self) -> None:
+        """Drops the calls of cells that used other tensors of the model, and hold none any more: they step otherwise.
+
+        A cell that still holds them is refused when its step is traced.
+        """
+        cells = {call.name: call.layer.cell for call in self.calls}
+        self.changed = {
+            name: attributes
+            for name, attributes in self._attributes.items()
+            if name in cells and not tensors_in(cells[name])
+        }
+        self.calls = [call for call in self.calls if call.name not in self.changed]
 
     def step(self, cell: keras.Layer) -> None:
         """Takes note of a call of a cell."""
@@ -172,6 +202,13 @@ def _reason(item: RecurrentLayer, recorder: _Recorder) -> str:
     """Returns the reason why no call of a layer was recorded."""
     if not _has_inner_loop_of_keras(item):
         return f"its class {type(item.layer).__name__} overrides `inner_loop`, so how it steps its cell is not known"
+    if item.name in recorder.changed:
+        attributes = ", ".join(f"`{name}`" for name in recorder.changed[item.name])
+        return (
+            f"its cell {type(item.layer.cell).__name__} uses tensors of the model that are neither its inputs nor its "
+            f"states{f', set on it as {attributes}' if attributes else ''}, and that it holds no more when the model "
+            "has run"
+        )
     if item.name in recorder.hidden:
         return (
             "it is called inside a graph of its own (a loop, `vectorized_map` or `tf.function`), "
