@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import nbformat
 import pytest
+from nbconvert.preprocessors import ExecutePreprocessor
+
+# Set where all that the tests need has to be there: then nothing is skipped.
+REQUIRED = bool(os.environ.get("JACMON_BROWSER"))
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -41,6 +47,28 @@ def test_quickstart(tmp_path: Path) -> None:
     for line in ("Before training (step 0):", "After training (step 705):", "tensorboard --logdir logs"):
         assert line in printed
     assert (tmp_path / "logs" / "jacobian").is_dir()
+
+
+def test_the_notebook(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Executed as Jupyter does, in a kernel of its own."""
+    if importlib.util.find_spec("ipykernel") is None:
+        reason = "there is no kernel for the notebook: pip install ipykernel"
+        assert not REQUIRED, reason
+        pytest.skip(reason)
+    monkeypatch.setenv("PYTHONPATH", str(EXAMPLES.parent))
+    # Jupyter's own files do not belong into the home directory.
+    for name in ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR"):
+        monkeypatch.setenv(name, str(tmp_path))
+    notebook = nbformat.read(EXAMPLES / "notebook.ipynb", as_version=4)
+    ExecutePreprocessor(timeout=300, kernel_name="python3").preprocess(notebook, {"metadata": {"path": str(tmp_path)}})
+    shown = [cell.outputs[-1].data for cell in notebook.cells if cell.cell_type == "code" and cell.outputs]
+    table, page = (data["text/html"] for data in shown)
+    assert "<table>" in table
+    assert "lstm" in table
+    assert "<script" not in table
+    assert page.startswith("<iframe srcdoc=")
+    assert "loss_gradient" in page
+    assert list(tmp_path.glob("*.tfevents.*")) == []
 
 
 def test_seed_check(tmp_path: Path) -> None:
