@@ -3,12 +3,13 @@
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+import numpy.typing as npt
 import tensorflow as tf
 
 from keras_jacmon.jacobians.views import flattened
-from keras_jacmon.operators.factors import Diagonal, Kernel
+from keras_jacmon.operators.factors import Diagonal, Kernel, SplitDiagonal
 from keras_jacmon.operators.structured import StructuredJacobian
-from keras_jacmon.structure.index_map import IndexMap, Node
+from keras_jacmon.structure.index_map import IndexMap, Node, separated
 from keras_jacmon.structure.structure import Product, Segment, Structure
 
 
@@ -21,7 +22,7 @@ def weights_only_values(structure: Structure) -> dict[str, tf.Tensor]:
 def kernels_of(structure: Structure, weights_only: Mapping[str, tf.Tensor], dtype: tf.DType) -> dict[Node, Kernel]:
     """The kernels of the products, in the type of the states."""
     return {
-        Node.product(k): Kernel(tf.cast(_matrix(structure, product, weights_only), dtype))
+        Node.product(k): Kernel(tf.cast(_in_parts(_matrix(structure, product, weights_only)), dtype))
         for k, product in enumerate(structure.products)
     }
 
@@ -88,7 +89,7 @@ def _diagonals(
     index_maps: _IndexMaps,
     segments: Mapping[Node, Sequence[Segment]],
     dtype: tf.DType,
-) -> dict[tuple[Node, Node], Diagonal]:
+) -> dict[tuple[Node, Node], Diagonal | SplitDiagonal]:
     """The diagonals by target and node, without those that are zero.
 
     Args:
@@ -108,48 +109,115 @@ def _diagonals(
     changed = [target for target, ways in index_maps.items() if not all(way.unchanged for way in ways.values())]
     replayed = dict(zip(changed, graph.replay([structure.target(target) for target in changed], feeds), strict=True))
     stops = [feeds[tensor.name] for tensor in tensors]
-    diagonals: dict[tuple[Node, Node], Diagonal] = {}
+    diagonals: dict[tuple[Node, Node], Diagonal | SplitDiagonal] = {}
     for target, ways in index_maps.items():
         places = [(node, segment) for node, way in ways.items() if not way.unchanged for segment in segments[node]]
         bases = [feeds[segment.tensor.name] for _, segment in places]
-        derivatives = _derivatives(replayed.get(target), bases, stops)
-        by_node: dict[Node, list[tuple[Segment, tf.Tensor | None]]] = {node: [] for node, _ in places}
-        for (node, segment), derivative in zip(places, derivatives, strict=True):
-            by_node[node].append((segment, derivative))
+        to_complex = structure.target(target).dtype.is_complex
+        chosen = separated([way.slots for way in ways.values()]) if ways else []
+        ends = [(units, part) for units in chosen for part in ([0, 1] if to_complex else [None])]
+        by_end = [_derivatives(replayed.get(target), units, part, bases, stops) for units, part in ends]
         for node, way in ways.items():
-            if way.unchanged:
-                diagonals[target, node] = Diagonal(way, None)
-            elif any(derivative is not None for _, derivative in by_node[node]):
-                like = [feeds[segment.tensor.name] for segment in segments[node]]
-                diagonals[target, node] = _diagonal(way, by_node[node], like, dtype)
+            like = [feeds[segment.tensor.name] for segment in segments[node]]
+            mine = [k for k, (other, _) in enumerate(places) if other == node]
+            pieces = [_pieces(segments[node], like, [found[k] for k in mine], dtype) for found in by_end]
+            diagonal = _diagonal(way, ends, pieces, from_complex=structure.tensor(node).dtype.is_complex)
+            if diagonal is not None:
+                diagonals[target, node] = diagonal
     return diagonals
 
 
+_Pieces = tuple[tuple[npt.NDArray[np.int64], tf.Tensor], ...]
+
+
 def _diagonal(
-    index_map: IndexMap, found: Sequence[tuple[Segment, tf.Tensor | None]], like: Sequence[tf.Tensor], dtype: tf.DType
-) -> Diagonal:
-    """The diagonal with the derivatives that were found for each segment of its node, None for zeros."""
-    derivatives = [
-        tf.zeros_like(value) if derivative is None else derivative
-        for (_, derivative), value in zip(found, like, strict=True)
+    way: IndexMap,
+    ends: Sequence[tuple[npt.NDArray[np.bool_], int | None]],
+    pieces: Sequence[_Pieces],
+    *,
+    from_complex: bool,
+) -> Diagonal | SplitDiagonal | None:
+    """The diagonal of a way, None if it is zero.
+
+    Args:
+        way: The way.
+        ends: The units of the target that are reached by one backward pass each, and of complex ones the part.
+        pieces: For each end the derivatives by the units of the node, from `_pieces`; no matter if all are one.
+        from_complex: True if the node is complex.
+    """
+    if len(ends) == 1 and not from_complex:
+        return Diagonal(way, None if way.unchanged else pieces[0]) if way.unchanged or pieces[0] else None
+    parts = [
+        Diagonal(way.part(units, part, from_complex=from_complex), None if way.unchanged else derivatives)
+        for (units, part), derivatives in zip(ends, pieces, strict=True)
+        if way.unchanged or derivatives
     ]
-    # A product may be computed in another type than the states have.
-    parts = [tf.cast(flattened(derivative), dtype) for derivative in derivatives]
-    return Diagonal(index_map, tuple((segment.units, part) for (segment, _), part in zip(found, parts, strict=True)))
+    return SplitDiagonal(tuple(parts)) if parts else None
+
+
+def _pieces(
+    segments: Sequence[Segment], like: Sequence[tf.Tensor], found: Sequence[tf.Tensor | None], dtype: tf.DType
+) -> _Pieces:
+    """Pairs of units of a node and the derivatives by them, by the real and the imaginary part of a complex number.
+
+    Args:
+        segments: The tensors that the units are in.
+        like: Their values.
+        found: The derivatives by them, None for zeros.
+        dtype: Type of the states.
+
+    Returns:
+        Tuple of the pairs, empty if there are only zeros.
+    """
+    if all(derivative is None for derivative in found):
+        return ()
+    pieces = []
+    for segment, value, derivative in zip(segments, like, found, strict=True):
+        values, units = flattened(tf.zeros_like(value) if derivative is None else derivative), segment.units
+        if value.dtype.is_complex:
+            values = flattened(tf.stack([tf.math.real(values), tf.math.imag(values)], axis=-1))
+            units = np.stack([2 * units, 2 * units + 1], axis=-1).ravel()
+        # A product may be computed in another type than the states have.
+        pieces.append((units, tf.cast(values, dtype)))
+    return tuple(pieces)
 
 
 def _derivatives(
-    value: tf.Tensor | None, bases: Sequence[tf.Tensor], all_bases: Sequence[tf.Tensor]
+    value: tf.Tensor | None,
+    units: npt.NDArray[np.bool_],
+    part: int | None,
+    bases: Sequence[tf.Tensor],
+    all_bases: Sequence[tf.Tensor],
 ) -> list[tf.Tensor | None]:
-    """The derivative of each unit of the value by the one unit of each base tensor that reaches it.
+    """The derivative of some units of the value by the units of the base tensors, each of which reaches one of them.
 
-    One backward pass from ones: each unit of a base reaches one unit of the value at most, so that no two derivatives
-    add up.
+    One backward pass from ones, so no two derivatives add up. TensorFlow gives the derivatives by the real and the
+    imaginary part of a base as one complex number.
+
+    Args:
+        value: The value.
+        units: Boolean array `(units,)`, the units that are differentiated.
+        part: 0 for the real and 1 for the imaginary parts of complex values; None for real values.
+        bases: The tensors to differentiate by.
+        all_bases: The tensors at which the derivative ends.
     """
-    if not bases:
+    if not bases or value is None:
         return []
-    gradients = tf.gradients(value, bases, tf.ones_like(value), stop_gradients=all_bases)
+    ones = tf.ones_like(value)
+    if not units.all():
+        ones *= tf.constant(units.reshape(value.shape[1:]), value.dtype)
+    gradients = tf.gradients(value, bases, 1j * ones if part else ones, stop_gradients=all_bases)
     return [None if gradient is None else tf.convert_to_tensor(gradient) for gradient in gradients]
+
+
+def _in_parts(matrix: tf.Tensor) -> tf.Tensor:
+    """A complex kernel as one between real and imaginary parts that stand beside each other; a real one as it is."""
+    if not matrix.dtype.is_complex:
+        return matrix
+    real, imaginary = tf.math.real(matrix), tf.math.imag(matrix)
+    by_part = tf.stack([tf.stack([real, imaginary], axis=-1), tf.stack([-imaginary, real], axis=-1)], axis=1)
+    rows, columns = matrix.shape
+    return tf.reshape(by_part, [2 * rows, 2 * columns])
 
 
 def _matrix(structure: Structure, product: Product, weights_only: Mapping[str, tf.Tensor]) -> tf.Tensor:

@@ -62,6 +62,30 @@ class Diagonal:
         return pulled if self.values is None else _beside(self.values, cotangent) * pulled
 
 
+@dataclass(frozen=True)
+class SplitDiagonal:
+    """A way on which a unit of the base reaches several units of the target, or that leads from or to complex numbers.
+
+    Attributes:
+        parts: Tuple of diagonals between the same base and target, whose sum is the way. The real and the imaginary
+            part of a complex number are two units beside each other.
+    """
+
+    parts: tuple[Diagonal, ...]
+
+    def take(self, points: tf.Tensor | slice) -> "SplitDiagonal":
+        """The way at some of the points."""
+        return SplitDiagonal(tuple(part.take(points) for part in self.parts))
+
+    def forward(self, tangent: tf.Tensor) -> tf.Tensor:
+        """The change of the target for a change of the base, both `(points, ..., units)`."""
+        return total([part.forward(tangent) for part in self.parts])
+
+    def backward(self, cotangent: tf.Tensor) -> tf.Tensor:
+        """The transpose of `forward`."""
+        return total([part.backward(cotangent) for part in self.parts])
+
+
 def _beside(values: tf.Tensor, vectors: tf.Tensor) -> tf.Tensor:
     """Values `(points, units)` shaped to go with vectors `(points, ..., units)`."""
     return values if vectors.shape.rank == values.shape.rank else values[:, None]

@@ -8,11 +8,11 @@ import tensorflow as tf
 
 from keras_jacmon.operators.contract import JacobianOperator
 from keras_jacmon.operators.entry_moments import spread_within_rows
-from keras_jacmon.operators.factors import Diagonal, Kernel
+from keras_jacmon.operators.factors import Diagonal, Kernel, SplitDiagonal
 from keras_jacmon.structure.index_map import Node
 from keras_jacmon.tensors import joined, total
 
-# Maximum number of ways from products to the new states of a block whose pairs are taken one by one.
+# Maximum number of slots of the diagonals of a block beyond the first ones; the pairs of all are taken one by one.
 _MOST_WAYS = 16
 
 
@@ -44,8 +44,8 @@ class StructuredJacobian(JacobianOperator):
         outputs: Mapping[int, int],
         sources: Mapping[Node, int],
         kernels: Mapping[Node, Kernel],
-        outer: Mapping[tuple[int, Node], Diagonal],
-        inner: Mapping[tuple[Node, Node], Diagonal],
+        outer: Mapping[tuple[int, Node], Diagonal | SplitDiagonal],
+        inner: Mapping[tuple[Node, Node], Diagonal | SplitDiagonal],
         dtype: tf.DType,
     ) -> None:
         kernels, outer, inner = _needed(sources, kernels, outer, inner)
@@ -176,19 +176,23 @@ class StructuredJacobian(JacobianOperator):
 
     @property
     def has_closed_form(self) -> bool:
-        """True unless a product multiplies the result of another one, or units are made from many units.
+        """True unless a product multiplies the result of another one, or units are complex or made from many units.
 
         The closed form takes each pair of the ways from a unit of a product to a new state.
         """
-        ways = sum(len(diagonal.link.slots) for (_, node), diagonal in self._outer.items() if node in self._kernels)
-        return not self._is_chain and ways <= _MOST_WAYS * len(self.blocks())
+        more = 0
+        for diagonal in (*self._inner.values(), *self._outer.values()):
+            if isinstance(diagonal, SplitDiagonal):
+                return False
+            more += len(diagonal.link.slots) - 1
+        return not self._is_chain and more <= _MOST_WAYS * len(self.blocks())
 
     def centred_square_sum(self, mean: tf.Tensor) -> tf.Tensor:
         """The sum of `(J_ik - mean)²`: the spread within rows, by a closed form, and that of the means of rows."""
-        if not self.has_closed_form:
-            return super().centred_square_sum(mean)
         if len(self.blocks()) > 1:
             return tf.add_n([block.centred_square_sum(mean) for block in self.blocks()])
+        if not self.has_closed_form:
+            return super().centred_square_sum(mean)
         columns = sum(self._sources.values())
         of_means = tf.reduce_sum((self._row_sums - columns * mean[:, None]) ** 2, axis=-1) / columns
         return self._spread_within_rows + of_means
@@ -219,9 +223,13 @@ class StructuredJacobian(JacobianOperator):
 def _needed(
     sources: Mapping[Node, int],
     kernels: Mapping[Node, Kernel],
-    outer: Mapping[tuple[int, Node], Diagonal],
-    inner: Mapping[tuple[Node, Node], Diagonal],
-) -> tuple[dict[Node, Kernel], dict[tuple[int, Node], Diagonal], dict[tuple[Node, Node], Diagonal]]:
+    outer: Mapping[tuple[int, Node], Diagonal | SplitDiagonal],
+    inner: Mapping[tuple[Node, Node], Diagonal | SplitDiagonal],
+) -> tuple[
+    dict[Node, Kernel],
+    dict[tuple[int, Node], Diagonal | SplitDiagonal],
+    dict[tuple[Node, Node], Diagonal | SplitDiagonal],
+]:
     """The products and diagonals on a way from a source to a new state."""
     begun = set(sources)
     for product in kernels:

@@ -14,7 +14,7 @@ import tensorflow as tf
 from keras_jacmon.cell.cell_graph import CellGraph
 from keras_jacmon.structure.custom_gradients import acts_unit_by_unit
 from keras_jacmon.structure.independence import independent_tensors
-from keras_jacmon.structure.index_map import Node
+from keras_jacmon.structure.index_map import Node, separated
 from keras_jacmon.structure.movers import Labels
 from keras_jacmon.structure.ops import Kind, keeps_points, move, op_of, passes_unchanged
 from keras_jacmon.structure.structure import Origin, Product, Structure
@@ -22,6 +22,10 @@ from keras_jacmon.traced_graph import constant_value, has_custom_gradient
 
 # Maximum number of units of one node that a unit is made from; with more of them it counts as unstructured.
 _MOST_SLOTS = 64
+
+# Maximum number of units that a unit of one node reaches, and of sets of units in which it reaches one each. Each set
+# takes a backward pass of its own.
+_MOST_USES, _MOST_SETS = 2, 4
 
 # Maximum number of entries of a kernel that is not a plain matrix and has to be written as one.
 _MOST_ENTRIES = 2**24
@@ -209,7 +213,7 @@ def _product(call: _Call) -> _Outcome:
         raise NotImplementedError(f"both sides of `{operation.name}` depend on the states or the inputs")
     ((position, origin),) = call.operands.items()
     y, (z,) = operation.inputs[position], operation.outputs
-    if z.dtype.size < max(state.dtype.size for state in graph.states if state.dtype.is_floating):
+    if z.dtype.real_dtype.size < max(state.dtype.size for state in graph.states if state.dtype.is_floating):
         raise NotImplementedError(f"`{operation.name}` computes in {z.dtype.name}, which is less than its states")
     units = graph.units(z)
     shape = (graph.size(y), int(np.prod(units)))
@@ -220,7 +224,11 @@ def _product(call: _Call) -> _Outcome:
     (kernel,) = (tensor for tensor in operation.inputs if tensor is not y)
     node = Node.product(len(call.products))
     product = Product(operation, y, z, graph.source_of(kernel), shape, origin.sources)
-    found = Origin({node: _whole(units)}, frozenset([node]), origin.sources, origin.unstructured)
+    labels = _whole(units)
+    if z.dtype.is_complex:
+        # A number is made from both of its parts.
+        labels = np.concatenate([2 * labels, 2 * labels + 1])
+    found = Origin({node: labels}, frozenset([node]), origin.sources, origin.unstructured)
     return _Outcome([found], product)
 
 
@@ -244,7 +252,8 @@ def _checked(call: _Call, labels: Mapping[Node, Labels], unchanged: frozenset[No
     for node, made_from in labels.items():
         used = made_from[made_from >= 0]
         reason = None
-        if len(np.unique(used)) < used.size:
+        uses = np.unique(used, return_counts=True)[1].max(initial=0)
+        if uses > _MOST_USES or (uses > 1 and len(separated([made_from.reshape(len(made_from), -1)])) > _MOST_SETS):
             reason = f"a unit of {call.describe(node)} is used in several units"
         elif len(made_from) > _MOST_SLOTS:
             reason = f"a unit is made from more than {_MOST_SLOTS} units of {call.describe(node)}"

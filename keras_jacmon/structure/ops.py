@@ -135,6 +135,7 @@ TABLE = (
     Op("Add", ELEMENTWISE, passes=EVERY),
     Op("AddN", ELEMENTWISE, passes=EVERY),
     Op("AddV2", ELEMENTWISE, passes=EVERY),
+    Op("Angle", ELEMENTWISE),
     Op("Asin", ELEMENTWISE),
     Op("Asinh", ELEMENTWISE),
     Op("Atan", ELEMENTWISE),
@@ -147,6 +148,9 @@ TABLE = (
     Op("Ceil", ELEMENTWISE),
     Op("CheckNumerics", ELEMENTWISE),
     Op("ClipByValue", ELEMENTWISE),
+    Op("Complex", ELEMENTWISE),
+    Op("ComplexAbs", ELEMENTWISE),
+    Op("Conj", ELEMENTWISE),
     Op("Cos", ELEMENTWISE),
     Op("Cosh", ELEMENTWISE),
     Op("Digamma", ELEMENTWISE),
@@ -161,6 +165,7 @@ TABLE = (
     Op("Floor", ELEMENTWISE),
     Op("FloorDiv", ELEMENTWISE),
     Op("FloorMod", ELEMENTWISE),
+    Op("Imag", ELEMENTWISE),
     Op("Identity", ELEMENTWISE, passes=1, linear=((0,),)),
     Op("Inv", ELEMENTWISE),
     Op("LeakyRelu", ELEMENTWISE),
@@ -175,6 +180,7 @@ TABLE = (
     Op("Ndtri", ELEMENTWISE),
     Op("Neg", ELEMENTWISE, linear=((0,),)),
     Op("Pow", ELEMENTWISE),
+    Op("Real", ELEMENTWISE),
     Op("RealDiv", ELEMENTWISE, linear=((0,),)),
     Op("Reciprocal", ELEMENTWISE),
     Op("Relu", ELEMENTWISE),
@@ -298,7 +304,9 @@ def op_of(operation: tf.Operation) -> Op:
 
 def passes_unchanged(operation: tf.Operation, operand: int) -> bool:
     """Tells if the operation is elementwise with a derivative of one with respect to an operand."""
-    return operand < op_of(operation).passes
+    # The real part that a cast takes of a complex number is not all of it.
+    takes_part = operation.inputs[operand].dtype.is_complex and not operation.outputs[0].dtype.is_complex
+    return operand < op_of(operation).passes and not takes_part
 
 
 def is_linear(operation: tf.Operation, operands: Collection[int], zeros: Collection[int]) -> bool:

@@ -125,9 +125,13 @@ class Structure:
         """Returns the index maps, by node, from states, inputs and products to a tensor of the graph."""
         origin, size = self._origin(tensor), self.size(tensor)
         return {
-            node: IndexMap(labels.reshape(len(labels), size), self.size(self.tensor(node)), node in origin.unchanged)
+            node: IndexMap(labels.reshape(len(labels), size), self._parts(self.tensor(node)), node in origin.unchanged)
             for node, labels in origin.labels.items()
         }
+
+    def _parts(self, tensor: tf.Tensor) -> int:
+        """Returns the number of units of a tensor, where a complex number has two parts."""
+        return self.size(tensor) * (2 if tensor.dtype.is_complex else 1)
 
     def reaches(self, product: Node, sources: Iterable[Node]) -> bool:
         """Tells if one of the sources has an influence on the result of a product."""
@@ -209,6 +213,8 @@ class Structure:
         for tensor in [tensor for operation in operations for tensor in operation.outputs]:
             origin = self.origins[tensor.name]
             labels = origin.labels.get(product)
+            if tensor.dtype.is_complex != segment.tensor.dtype.is_complex:
+                return []
             if labels is None or len(labels) != 1 or product not in origin.unchanged or (labels < 0).any():
                 return []
             later.append(Segment(tensor, labels.ravel()))

@@ -168,7 +168,6 @@ DECEIVING: dict[str, tuple[Callable[[Any, Any, Any], Any], str]] = {
         "several units",
     ),
     "one_gate_for_all": (lambda c, x, h: tf.sigmoid((h @ c.U)[:, :1]) * tf.tanh(x + h), "several units"),
-    "pairs": (lambda c, x, h: tf.tanh(x + (h * h[:, ::-1]) @ c.U), "several units"),
     "outer_product": (
         lambda c, x, h: tf.tanh(x + tf.reshape(h[:, :2, None] * h[:, None, :2], [-1, 4]) @ c.U),
         "several units",
