@@ -43,13 +43,8 @@ def time_page(url: str, layers: int) -> None:
         options: dict[str, Any] = {"executable_path": "/usr/bin/chromium", "headless": True, "args": FLAGS}
         browser = playwright.chromium.launch_persistent_context(profile, **options)
         page = browser.new_page()
-        sizes = []
-        page.on(
-            "response",
-            lambda answer: (
-                sizes.append(int(answer.headers.get("content-length", 0))) if "heatmap" in answer.url else None
-            ),
-        )
+        answers: list[Any] = []
+        page.on("response", lambda answer: answers.append(answer) if "plugin/keras_jacmon/" in answer.url else None)
         page.goto(f"{url}data/plugin_entry.html?name=keras_jacmon")
         page.locator("main[data-shown]").wait_for(timeout=600_000)
         times = []
@@ -60,15 +55,26 @@ def time_page(url: str, layers: int) -> None:
             times.append(time.perf_counter() - begin)
         print("first paint:", *(f"{one:.2f} s" for one in times))
         page.locator("main[data-measured]").wait_for(timeout=60_000)
-        times = []
-        for number in range(1, min(6, layers)):
-            begin = time.perf_counter()
-            page.locator(".layer", has_text=re.compile(f"^.lstm_{number}[^0-9]")).click()
-            page.locator(f"main[data-shown*='\"lstm_{number}\"']").wait_for(timeout=60_000)
-            times.append(time.perf_counter() - begin)
-        print("change of layer:", *(f"{one:.2f} s" for one in times))
-        print(f"largest answer: {max(sizes) / 1e6:.2f} MB")
+        # The bodies of answers before a reload are gone.
+        answers.clear()
+        # The page has asked for the neighbours of a layer before they are chosen.
+        for words, stride in (("a neighbour", 1), ("another layer", 3)):
+            changes = [choose(page, number) for number in range(stride, min(6 * stride, layers), stride)]
+            print(f"change to {words}:", *(f"{one:.2f} s" for one in changes))
+        data = [answer for answer in answers if "json" in answer.headers["content-type"]]
+        print(f"largest answer: {max(len(answer.body()) for answer in data) / 1e6:.2f} MB")
         browser.close()
+
+
+def choose(page: Any, number: int) -> float:
+    """Chooses a layer, and returns the seconds until its heat map is there."""
+    begin = time.perf_counter()
+    page.locator(".layer", has_text=re.compile(f"^.lstm_{number}[^0-9]")).click()
+    page.locator(f"main[data-shown*='\"lstm_{number}\"']").wait_for(timeout=60_000)
+    seconds = time.perf_counter() - begin
+    page.locator(f"main[data-measured*='\"lstm_{number}\"']").wait_for(timeout=60_000)
+    page.wait_for_timeout(1000)
+    return seconds
 
 
 def memory(process: int) -> float:

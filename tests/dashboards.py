@@ -19,7 +19,7 @@ from keras_jacmon.events.writer import EventWriter
 if TYPE_CHECKING:
     from pathlib import Path
 
-KEYS = ("variance", "joint/variance", "joint/spectral_norm")
+KEYS = ("variance", "joint/variance", "joint/spectral_norm", "loss_gradient")
 HOSTILE = "<img src=x onerror=\"document.title='broken'\">'\n\u202e</script><script>document.title='broken'</script>"
 
 

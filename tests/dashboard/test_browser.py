@@ -155,6 +155,13 @@ def test_everything_that_can_be_done(browser: Any, servers: Any) -> None:
         content.locator(f"main[data-measured*='\"{layer}\"'][data-measured$=',{step}]']").wait_for(timeout=10_000)
 
     measured("worst", 20)
+    assert (
+        content.locator(".together").text_content().endswith("first/jacobian, first/jacobian/max, first/jacobian/min.")
+    )
+    # The band, the mean, its edges, and the target of the regularizer.
+    assert content.locator(".chart").first.locator(".scatterlayer .trace").count() == 4
+    assert content.locator(".chart", has_text="target of the regularizer: 0.8").count() == 1
+    assert content.locator("section", has_text="What the loss feels of a step").locator(".trace").count() == 3
     content.locator("button.layer", has_text="calm").click()
     measured("calm", 20)
     content.locator("canvas.heatmap").click(position=seen.at(10, 3))
@@ -194,6 +201,18 @@ def test_it_fits_every_screen(browser: Any, servers: Any, theme: str) -> None:
             seen.page.screenshot(path=f"{PICTURES}/{width}_{theme}.png")
     assert seen.complaints == []
     seen.page.close()
+
+
+def test_custom_scalars_have_a_group_for_each_layer(browser: Any, servers: Any) -> None:
+    page = browser.new_page()
+    page.goto(f"{servers['true', '/some/where']}#custom_scalars")
+    # Of the first layer, which is open.
+    page.locator("tf-custom-scalar-margin-chart-card").nth(1).wait_for(timeout=60_000)
+    titles = page.locator("tf-category-paginated-view .heading .category-name").all_text_contents()
+    assert [title.strip() for title in titles if title.strip() in ("calm", "worst")] == ["calm", "worst"]
+    drawn = page.locator("tf-custom-scalar-margin-chart-card", has_text="joint/variance").first
+    drawn.locator("text=Matches (2)").wait_for(timeout=30_000)
+    page.close()
 
 
 def test_the_page_of_one_file_needs_no_network(browser: Any, tmp_path: Path) -> None:

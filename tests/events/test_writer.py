@@ -93,7 +93,7 @@ def test_the_layout_groups_layers_in_the_order_of_the_model(tmp_path: Path) -> N
     assert [category.title for category in layout.category] == ["z", "a"]
     charts = layout.category[0].chart
     assert [chart.title for chart in charts] == [*dashboards.KEYS, "joint/growth", "joint/horizon"]
-    assert [chart.WhichOneof("content") for chart in charts] == ["multiline", "margin", "margin", *["multiline"] * 2]
+    assert [chart.WhichOneof("content") for chart in charts] == ["multiline", "margin", "margin", *["multiline"] * 3]
     assert charts[0].multiline.tag == ["^z/variance$"]
     ours = names([summary for summary in summaries if summary.directory == "jacobian"])
     assert len({tag for _, tag in ours if tag.startswith("z/") and tag != "z/packed"}) == 10
@@ -106,7 +106,9 @@ def test_the_layout_groups_layers_in_the_order_of_the_model(tmp_path: Path) -> N
 def test_each_chart_has_a_description(tmp_path: Path) -> None:
     writer = EventWriter(tmp_path)
     for step in (0, 1):
-        writer.write(Report({"lstm": make_layer()}), step, {"penalty": 1.0}, ["lstm stable -> vanishing"])
+        writer.write(
+            Report({"lstm": make_layer(keys=("variance",))}), step, {"penalty": 1.0}, ["lstm stable -> vanishing"]
+        )
     writer.close()
     tabs = ("scalars", "histograms", "text")
     main = [one for one in read_summaries(tmp_path) if one.plugin in tabs and one.directory == "jacobian"]
