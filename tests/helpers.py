@@ -356,11 +356,15 @@ CASES = [*BUILT_IN, *CUSTOM]
 FAST = {"lstm", "gru_reset_after", "seed_cell", "partly_mixing"}
 
 
+# They differ from others in what their layer is made of, and in nothing that a Jacobian is made of.
+ALIKE = {"simple_rnn_relu", "rnn_of_lstm_cell", "stack_of_one", "dropout_lstm", "user_rnn"}
+
+
 def each_case(*, soak: Container[str] = ()) -> Any:
-    """The mark of a test that runs for every case; those named in `soak` are in that tier alone."""
+    """The mark of a test that runs for every case; those named in `soak`, and those alike, are in that tier alone."""
 
     def marks(case: Case) -> list[Any]:
-        if case.id in soak:
+        if case.id in soak or case.id in ALIKE:
             return [pytest.mark.soak]
         return [pytest.mark.fast] if case.id in FAST else []
 

@@ -71,6 +71,8 @@ def test_the_notebook(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert list(tmp_path.glob("*.tfevents.*")) == []
 
 
+# Its numbers are also those of `test_simple_rnn_of_64_units` in `measurement/test_ground_truths.py`.
+@pytest.mark.soak
 def test_seed_check(tmp_path: Path) -> None:
     printed = run("seed_check.py", tmp_path)
     assert [line.split()[0] for line in printed.splitlines() if " mean " in line] == ["relu", "linear"]

@@ -96,7 +96,7 @@ def test_a_failing_measurement_raises_if_told_so() -> None:
 
 def test_a_failure_names_the_layer_that_it_is_in() -> None:
     model = compiled(
-        keras.layers.GRU(3, return_sequences=True, name="fine"),
+        keras.layers.SimpleRNN(3, return_sequences=True, name="fine"),
         keras.layers.RNN(FailingCell(3), name="rnn"),
     )
     meter = JacobianMeter(model, PROBE, measures=["variance"], layers=["rnn"])
@@ -116,7 +116,7 @@ def test_a_failure_outside_of_the_recurrent_layers_says_so() -> None:
                 return tf.identity(x)
 
     broken = Broken()
-    meter = JacobianMeter(compiled(broken, keras.layers.GRU(3)), PROBE, measures=["variance"])
+    meter = JacobianMeter(compiled(broken, keras.layers.SimpleRNN(3)), PROBE, measures=["variance"])
     broken.broken.assign(True)  # noqa: FBT003 - the only way
     with pytest.raises(
         RuntimeError, match=r"^Measuring the model, outside of its recurrent layers, failed: .*out of order"
@@ -246,7 +246,9 @@ def test_exploding_states_and_weights_of_nan(tmp_path: Path) -> None:
 
 
 def test_nan_is_logged_as_nan_and_named() -> None:
-    model = compiled(keras.layers.GRU(3, return_sequences=True, name="fine"), keras.layers.GRU(3, name="exploded"))
+    model = compiled(
+        keras.layers.SimpleRNN(3, return_sequences=True, name="fine"), keras.layers.SimpleRNN(3, name="exploded")
+    )
     weights = model.get_layer("exploded").trainable_weights
 
     def explode() -> None:
@@ -269,7 +271,7 @@ def test_nan_is_logged_as_nan_and_named() -> None:
 def test_nan_warns_once() -> None:
     model = compiled()
     model.set_weights([np.full_like(weight, np.nan) for weight in model.get_weights()])
-    with pytest.warns(UserWarning, match="Layer `gru` has NaN") as caught:
+    with pytest.warns(UserWarning, match="Layer `rnn` has NaN") as caught:
         fit(model, monitor_of())
     assert len(user_warnings(caught)) == 1
 
@@ -277,9 +279,9 @@ def test_nan_warns_once() -> None:
 def test_infinite_values_do_not_raise_even_if_errors_do() -> None:
     model = compiled()
     model.set_weights([np.full_like(weight, np.inf) for weight in model.get_weights()])
-    with pytest.warns(UserWarning, match="gru"):
+    with pytest.warns(UserWarning, match="rnn"):
         history = fit(model, quick_monitor(on_error="raise")).history
-    assert not np.isfinite(history["gru_jac_variance"]).any()
+    assert not np.isfinite(history["rnn_jac_variance"]).any()
 
 
 # Models that change -------------------------------------------------------------------------------------------------
@@ -307,7 +309,9 @@ def test_a_model_that_changed_between_two_trainings_is_measured_as_it_is() -> No
 
 
 def test_layers_that_come_and_go() -> None:
-    model = keras.Sequential([keras.Input((STEPS, FEATURES)), keras.layers.GRU(3, return_sequences=True, name="below")])
+    model = keras.Sequential(
+        [keras.Input((STEPS, FEATURES)), keras.layers.SimpleRNN(3, return_sequences=True, name="below")]
+    )
     model.compile("sgd", "mse")
     monitor = monitor_of(update_freq="epoch")
 
@@ -335,11 +339,11 @@ def test_layers_that_come_and_go() -> None:
 
 
 def test_a_layer_that_is_deleted_and_was_asked_for_by_name() -> None:
-    model = compiled(keras.layers.GRU(3, return_sequences=True, name="a"), keras.layers.GRU(3, name="b"))
+    model = compiled(keras.layers.SimpleRNN(3, return_sequences=True, name="a"), keras.layers.SimpleRNN(3, name="b"))
     regularizer = JacobianRegularizer({"b": 1.0}, 1.0)
     monitor = monitor_of(layers=["b"], regularizer=regularizer)
     fit(model, monitor)
-    other = compiled(keras.layers.GRU(3, name="a"))
+    other = compiled(keras.layers.SimpleRNN(3, name="a"))
     with pytest.warns(UserWarning, match=r"Expected recurrent layers of the model: \['a'\]. Received: 'b'") as caught:
         fit(other, monitor)
     assert len(user_warnings(caught)) == 1
@@ -351,10 +355,10 @@ def test_a_layer_that_is_deleted_and_was_asked_for_by_name() -> None:
 class Held(keras.Model):
     def __init__(self) -> None:
         super().__init__()
-        self.gru, self.dense = keras.layers.GRU(3, name="gru"), keras.layers.Dense(1)
+        self.rnn, self.dense = keras.layers.SimpleRNN(3, name="rnn"), keras.layers.Dense(1)
 
     def call(self, x: Any) -> Any:
-        return self.dense(self.gru(x))
+        return self.dense(self.rnn(x))
 
 
 def test_a_layer_that_is_deleted_while_a_training_runs() -> None:
@@ -363,13 +367,13 @@ def test_a_layer_that_is_deleted_while_a_training_runs() -> None:
     model.compile("sgd", "mse")
 
     def delete() -> None:
-        del model.gru
+        del model.rnn
 
     monitor = monitor_of()
     fit(model, AtBatch(3, delete), monitor)
     assert steps_of(monitor) == list(range(9))
     variances = [
-        report["held/gru" if "held/gru" in report else "gru"].mean("variance") for _, report in monitor.reports
+        report["held/rnn" if "held/rnn" in report else "rnn"].mean("variance") for _, report in monitor.reports
     ]
     assert len(set(variances)) == 9
 
@@ -398,7 +402,7 @@ def test_a_full_disk_warns_once_and_training_goes_on(tmp_path: Path) -> None:
     assert_warned_once(caught, monitor, "Writing the event file", 6, r".*File too large.*(\n.*)*")
     assert not tf.summary.should_record_summaries()
     assert steps_of(monitor) == list(range(9))
-    assert np.isfinite(history["gru_jac_variance"]).all()
+    assert np.isfinite(history["rnn_jac_variance"]).all()
 
 
 @pytest.mark.parametrize("what", ["directory", "directory, and made again", "file"])
@@ -420,7 +424,7 @@ def test_a_log_directory_that_is_removed_warns_once(tmp_path: Path, what: str) -
     assert_warned_once(caught, monitor, "Writing the event file", 1, re.escape(lost))
     # From the next report on there is a new file.
     assert steps_of(monitor) == list(range(17))
-    assert [summary.step for summary in by_tag(read_summaries(tmp_path), "gru/variance")] == list(range(4, 17))
+    assert [summary.step for summary in by_tag(read_summaries(tmp_path), "rnn/variance")] == list(range(4, 17))
 
 
 @pytest.mark.usefixtures("_disk_is_emptied")
@@ -440,7 +444,7 @@ def test_a_directory_that_becomes_read_only(tmp_path: Path) -> None:
 
         directory = pathlib.Path(sys.argv[1]) / "logs"
         directory.mkdir()
-        model = keras.Sequential([keras.Input((5, 3)), keras.layers.GRU(3, name="gru"), keras.layers.Dense(1)])
+        model = keras.Sequential([keras.Input((5, 3)), keras.layers.SimpleRNN(3, name="rnn"), keras.layers.Dense(1)])
         model.compile("sgd", "mse")
         x, y = np.ones((32, 5, 3)), np.ones((32, 1))
         monitor = JacobianMonitor(x[:4], log_dir=directory, measures=["variance"], update_freq="batch")
@@ -468,7 +472,7 @@ def test_a_directory_that_becomes_read_only(tmp_path: Path) -> None:
         command = ["setpriv", "--inh-caps=-dac_override", "--bounding-set=-dac_override", *command]
     finished = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)  # noqa: S603 - our own words
     assert finished.returncode == 0, finished.stderr[-3000:]
-    steps = [summary.step for summary in by_tag(read_summaries(tmp_path), "gru/variance")]
+    steps = [summary.step for summary in by_tag(read_summaries(tmp_path), "rnn/variance")]
     assert sorted(steps) == sorted([*range(9), *range(16, 25)])
 
 

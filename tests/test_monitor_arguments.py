@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 @pytest.mark.parametrize("structure", ["list", "dict"])
 def test_several_inputs(structure: str) -> None:
     inputs = {"a": keras.Input((STEPS, FEATURES), name="a"), "b": keras.Input((2,), name="b")}
-    joined = keras.layers.Concatenate()([keras.layers.GRU(3, name="gru")(inputs["a"]), inputs["b"]])
+    joined = keras.layers.Concatenate()([keras.layers.SimpleRNN(3, name="rnn")(inputs["a"]), inputs["b"]])
     outputs = keras.layers.Dense(1)(joined)
     model = keras.Model(inputs if structure == "dict" else list(inputs.values()), outputs)
     model.compile("sgd", "mse")
@@ -36,7 +36,7 @@ def test_several_inputs(structure: str) -> None:
 
     monitor = JacobianMonitor(pack(PROBE, normal(BATCH, 2)), log_dir=None, measures=["variance"])
     model.fit(pack(X, normal(SAMPLES, 2)), Y, verbose=0, callbacks=[monitor])
-    assert set(monitor.reports[0][1].layers) == {"gru"}
+    assert set(monitor.reports[0][1].layers) == {"rnn"}
 
 
 # Bad input ---------------------------------------------------------------------------------------------------------
@@ -231,7 +231,7 @@ def test_no_layer_that_is_called() -> None:
 )
 def test_unknown_layer(layers: Any, received: str) -> None:
     sentence = f"Expected recurrent layers of the model: ['gru']. Received: {received}"
-    assert_refused(compiled(), invalid("layers", sentence), layers=layers)
+    assert_refused(compiled(keras.layers.GRU(3, name="gru")), invalid("layers", sentence), layers=layers)
 
 
 @pytest.mark.parametrize("layers", [{"gru": 1}, 3], ids=str)
@@ -243,7 +243,7 @@ def test_layers_that_are_no_names(layers: Any) -> None:
 
 def test_no_layer_wanted() -> None:
     sentence = "Expected at least one layer, or None for every recurrent layer. Received: layers=[]"
-    assert_refused(compiled(), invalid("layers", sentence), layers=[])
+    assert_refused(compiled(keras.layers.GRU(3, name="gru")), invalid("layers", sentence), layers=[])
 
 
 @pytest.mark.parametrize(

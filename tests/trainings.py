@@ -10,7 +10,7 @@ import pytest
 import tensorflow as tf
 from helpers import WeightedCell, normal, randomize
 
-from keras_jacmon import JacobianMonitor
+from keras_jacmon import JacobianMonitor, JacobianRegularizer
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -23,9 +23,9 @@ PROBE = normal(BATCH, STEPS, FEATURES, seed=3)
 
 
 def compiled(*layers: Any, batch_size: int | None = None, optimizer: Any = "adam", **arguments: Any) -> Any:
-    """Make a compiled model of the layers, by default of a `GRU` named `gru`, with random weights."""
+    """Make a compiled model of the layers, by default of a `SimpleRNN` named `rnn`, with random weights."""
     keras.utils.set_random_seed(4)
-    layers = layers or (keras.layers.GRU(3, name="gru"),)
+    layers = layers or (keras.layers.SimpleRNN(3, name="rnn"),)
     inputs = keras.Input(batch_shape=(batch_size, STEPS, FEATURES))
     model = keras.Sequential([inputs, *layers, keras.layers.Dense(1, name="dense")])
     randomize(model)
@@ -42,6 +42,11 @@ def fit(model: Any, *callbacks: Any, **arguments: Any) -> Any:
 def quick_monitor(**arguments: Any) -> JacobianMonitor:
     """Make a monitor that writes no files, and measures what is traced fastest."""
     return JacobianMonitor(PROBE, **({"log_dir": None, "measures": ["variance"]} | arguments))
+
+
+def holding(regularizer: JacobianRegularizer | None = None, **arguments: Any) -> JacobianMonitor:
+    """Make a monitor that holds the model while it trains, and raises what fails."""
+    return quick_monitor(on_error="raise", regularizer=regularizer or JacobianRegularizer(1.0, 10.0), **arguments)
 
 
 def steps_of(monitor: JacobianMonitor) -> list[int]:

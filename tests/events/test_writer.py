@@ -58,17 +58,17 @@ def all_measures(layer: str, *views: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def of_a_gru(tmp_path_factory: pytest.TempPathFactory) -> tuple[JacobianMonitor, Path]:
+def of_an_rnn(tmp_path_factory: pytest.TempPathFactory) -> tuple[JacobianMonitor, Path]:
     """A monitor of the default measures after a training, and what it wrote to."""
     directory = tmp_path_factory.mktemp("logs")
     monitor = JacobianMonitor(PROBE, log_dir=directory)
-    fit(make_model(keras.layers.GRU(3, name="gru")), monitor)
+    fit(make_model(keras.layers.SimpleRNN(3, name="rnn")), monitor)
     return monitor, directory
 
 
-def test_tags_of_a_one_state_cell(of_a_gru: tuple[JacobianMonitor, Path]) -> None:
-    expected = expected_tags(*all_measures("gru", ""), over_time=("gru/",))
-    assert names(read_summaries(of_a_gru[1])) == expected
+def test_tags_of_a_one_state_cell(of_an_rnn: tuple[JacobianMonitor, Path]) -> None:
+    expected = expected_tags(*all_measures("rnn", ""), over_time=("rnn/",))
+    assert names(read_summaries(of_an_rnn[1])) == expected
 
 
 def test_tags_of_nested_layers(tmp_path: Path) -> None:
@@ -118,7 +118,9 @@ def test_each_chart_has_a_description(tmp_path: Path) -> None:
 
 @pytest.mark.fast
 def test_only_the_named_layers_and_measures(tmp_path: Path) -> None:
-    model = make_model(keras.layers.LSTM(3, return_sequences=True, name="first"), keras.layers.GRU(3, name="second"))
+    model = make_model(
+        keras.layers.LSTM(3, return_sequences=True, name="first"), keras.layers.SimpleRNN(3, name="second")
+    )
     fit(model, JacobianMonitor(PROBE, layers=["first"], measures=["variance"], log_dir=tmp_path))
     assert names(read_summaries(tmp_path)) == expected_tags("first/variance")
 
@@ -160,10 +162,10 @@ def test_what_is_measured_over_time_and_spectra(tmp_path: Path) -> None:
 
 def test_steps_are_those_of_keras_if_they_are_epochs(tmp_path: Path) -> None:
     monitor = JacobianMonitor(PROBE, measures=["variance"], log_dir=tmp_path, step="epoch")
-    fit(make_model(keras.layers.GRU(3, name="gru")), keras.callbacks.TensorBoard(tmp_path), monitor)
+    fit(make_model(keras.layers.SimpleRNN(3, name="rnn")), keras.callbacks.TensorBoard(tmp_path), monitor)
     summaries = read_summaries(tmp_path)
     assert [summary.step for summary in by_tag(summaries, "epoch_loss")] == [0, 1]
-    assert [summary.step for summary in by_tag(summaries, "gru/variance")] == [-1, 0, 1]
+    assert [summary.step for summary in by_tag(summaries, "rnn/variance")] == [-1, 0, 1]
     assert [step for step, _ in monitor.reports] == [0, 4, 8]
     wrong: list[dict[str, Any]] = [{"update_freq": "batch", "step": "epoch"}, {"step": "hour"}]
     for arguments in wrong:
@@ -171,14 +173,14 @@ def test_steps_are_those_of_keras_if_they_are_epochs(tmp_path: Path) -> None:
             JacobianMonitor(PROBE, **arguments)
 
 
-def test_histogram_is_over_steps_and_samples(of_a_gru: tuple[JacobianMonitor, Path]) -> None:
-    monitor, directory = of_a_gru
-    written = by_tag(read_summaries(directory), "gru/variance/histogram")
+def test_histogram_is_over_steps_and_samples(of_an_rnn: tuple[JacobianMonitor, Path]) -> None:
+    monitor, directory = of_an_rnn
+    written = by_tag(read_summaries(directory), "rnn/variance/histogram")
     assert {summary.plugin for summary in written} == {"histograms"}
     assert [summary.step for summary in written] == [0, 4, 8]
     for summary, (_, report) in zip(written, monitor.reports, strict=True):
         left, right, count = summary.value.T
-        values = report["gru"]["variance"]
+        values = report["rnn"]["variance"]
         assert count.sum() == BATCH * STEPS
         np.testing.assert_allclose([left[0], right[-1]], [values.min(), values.max()], rtol=1e-6)
 
@@ -187,16 +189,16 @@ def test_masked_steps_are_left_out(tmp_path: Path) -> None:
     probe = PROBE.copy()
     probe[:, 3:] = 0.0
     probe[0, 1:] = 0.0
-    model = make_model(keras.layers.Masking(), keras.layers.GRU(3, name="gru"))
+    model = make_model(keras.layers.Masking(), keras.layers.SimpleRNN(3, name="rnn"))
     monitor = JacobianMonitor(probe, measures=["variance"], log_dir=tmp_path)
     fit(model, monitor)
     summaries = read_summaries(tmp_path)
-    assert [summary.value[:, 2].sum() for summary in by_tag(summaries, "gru/variance/histogram")] == [10.0] * 3
-    values = monitor.reports[0][1]["gru"]["variance"]
+    assert [summary.value[:, 2].sum() for summary in by_tag(summaries, "rnn/variance/histogram")] == [10.0] * 3
+    values = monitor.reports[0][1]["rnn"]["variance"]
     assert np.isfinite(values).sum() == 10
     over_time = np.nanmean(values[:3], axis=1)
     for run, expected in (("", np.nanmean(values)), ("min", over_time.min()), ("max", over_time.max())):
-        first = by_tag(summaries, "gru/variance", run)[0]
+        first = by_tag(summaries, "rnn/variance", run)[0]
         np.testing.assert_allclose(first.value, expected, rtol=1e-6)
 
 
@@ -206,42 +208,42 @@ def test_another_tensorboard_callback_swallows_nothing(tmp_path: Path, tensorboa
     def tensorboard(directory: str) -> Any:
         return keras.callbacks.TensorBoard(tmp_path / directory, update_freq=tensorboard_freq)
 
-    fit(make_model(keras.layers.GRU(3, name="gru")), tensorboard("alone"))
+    fit(make_model(keras.layers.SimpleRNN(3, name="rnn")), tensorboard("alone"))
     alone = names(read_summaries(tmp_path / "alone"))
     for directory in ("first", "last"):
-        model = make_model(keras.layers.GRU(3, name="gru"))
+        model = make_model(keras.layers.SimpleRNN(3, name="rnn"))
         monitor = JacobianMonitor(PROBE, log_dir=tmp_path / directory, update_freq="batch", measures=["variance"])
         callbacks = [monitor, tensorboard(directory)]
         fit(model, *(callbacks if directory == "last" else callbacks[::-1]))
         summaries = read_summaries(tmp_path / directory)
         ours = [summary for summary in summaries if summary.directory.startswith("jacobian")]
-        assert names(ours) == expected_tags("gru/variance")
+        assert names(ours) == expected_tags("rnn/variance")
         for _, tag in names(ours) - {("jacobian", "custom_scalars__config__")}:
             assert [summary.step for summary in by_tag(ours, tag)] == list(range(9))
         # TensorBoard writes what `logs` hold when its turn comes, unless it swallows the logs of an epoch itself.
         ours_too = directory == "last" and ("train", "epoch_loss") in alone
-        from_logs = {("train", "epoch_gru_jac_variance")} if ours_too else set()
+        from_logs = {("train", "epoch_rnn_jac_variance")} if ours_too else set()
         assert {name for name in names(summaries) if not name[0].startswith("jacobian")} == alone | from_logs
 
 
-def test_nothing_else_is_written(of_a_gru: tuple[JacobianMonitor, Path]) -> None:
-    assert [path.name for path in of_a_gru[1].iterdir()] == ["jacobian"]
-    inside = {path.name for path in (of_a_gru[1] / "jacobian").iterdir()}
+def test_nothing_else_is_written(of_an_rnn: tuple[JacobianMonitor, Path]) -> None:
+    assert [path.name for path in of_an_rnn[1].iterdir()] == ["jacobian"]
+    inside = {path.name for path in (of_an_rnn[1] / "jacobian").iterdir()}
     assert {"min", "max"} < inside
     assert len(inside) == 3
 
 
-def test_a_horizon_beyond_the_sequence_is_drawn_at_its_length(of_a_gru: tuple[JacobianMonitor, Path]) -> None:
-    monitor, directory = of_a_gru
-    expected = [min(report["gru"].scalars()["horizon"], STEPS) for _, report in monitor.reports]
-    assert np.isinf(monitor.reports[0][1]["gru"].scalars()["horizon"])
-    assert [float(summary.value) for summary in by_tag(read_summaries(directory), "gru/horizon")] == expected
+def test_a_horizon_beyond_the_sequence_is_drawn_at_its_length(of_an_rnn: tuple[JacobianMonitor, Path]) -> None:
+    monitor, directory = of_an_rnn
+    expected = [min(report["rnn"].scalars()["horizon"], STEPS) for _, report in monitor.reports]
+    assert np.isinf(monitor.reports[0][1]["rnn"].scalars()["horizon"])
+    assert [float(summary.value) for summary in by_tag(read_summaries(directory), "rnn/horizon")] == expected
 
 
 @pytest.mark.fast
 def test_the_default_log_dir_and_a_second_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    model = make_model(keras.layers.GRU(3, name="gru"))
+    model = make_model(keras.layers.SimpleRNN(3, name="rnn"))
     silent, monitor = (
         JacobianMonitor(PROBE, measures=["variance"], log_dir=None),
         JacobianMonitor(PROBE, measures=["variance"]),
@@ -252,9 +254,9 @@ def test_the_default_log_dir_and_a_second_fit(tmp_path: Path, monkeypatch: pytes
     fit(model, monitor)
     fit(model, monitor, epochs=1)
     summaries = read_summaries(tmp_path / "logs")
-    assert names(summaries) == expected_tags("gru/variance")
+    assert names(summaries) == expected_tags("rnn/variance")
     assert [step for step, _ in monitor.reports] == [8, 12, 16, 16, 20]
-    assert sorted(summary.step for summary in by_tag(summaries, "gru/variance")) == [8, 12, 16, 16, 20]
+    assert sorted(summary.step for summary in by_tag(summaries, "rnn/variance")) == [8, 12, 16, 16, 20]
     # No default writer is left behind.
     assert not tf.summary.should_record_summaries()
     assert tf.summary.experimental.get_step() is None
@@ -269,8 +271,8 @@ def test_a_fit_that_fails_leaves_what_was_measured(tmp_path: Path) -> None:
 
     monitor = JacobianMonitor(PROBE, measures=["variance"], log_dir=tmp_path, update_freq="batch")
     with pytest.raises(RuntimeError, match="stop"):
-        fit(make_model(keras.layers.GRU(3, name="gru")), monitor, Stop())
-    assert [summary.step for summary in by_tag(read_summaries(tmp_path), "gru/variance")] == [0, 1, 2, 3]
+        fit(make_model(keras.layers.SimpleRNN(3, name="rnn")), monitor, Stop())
+    assert [summary.step for summary in by_tag(read_summaries(tmp_path), "rnn/variance")] == [0, 1, 2, 3]
 
 
 class SquaringCell(WeightedCell):
@@ -300,12 +302,12 @@ def test_partly_infinite_values(tmp_path: Path) -> None:
 
 
 def test_nan_everywhere(tmp_path: Path) -> None:
-    model = make_model(keras.layers.GRU(3, name="gru"))
+    model = make_model(keras.layers.SimpleRNN(3, name="rnn"))
     model.set_weights([np.full_like(weight, np.nan) for weight in model.get_weights()])
-    with pytest.warns(UserWarning, match="gru"):
+    with pytest.warns(UserWarning, match="rnn"):
         fit(model, JacobianMonitor(PROBE, measures=MEASURES, log_dir=tmp_path))
     summaries = read_summaries(tmp_path)
-    for tag in all_measures("gru", ""):
+    for tag in all_measures("rnn", ""):
         for run in ("", "min", "max"):
             assert [summary.step for summary in by_tag(summaries, tag, run)] == [0, 4, 8]
             assert all(np.isnan(summary.value) for summary in by_tag(summaries, tag, run))
@@ -328,8 +330,8 @@ class Holder(keras.Model):
         return self.dense(x[:, -1])
 
 
-def gru(name: str) -> Any:
-    return keras.layers.GRU(2, return_sequences=True, name=name)
+def rnn(name: str) -> Any:
+    return keras.layers.SimpleRNN(2, return_sequences=True, name=name)
 
 
 # All that TensorFlow allows in the name of a layer.
@@ -337,7 +339,7 @@ ODD_NAMES = ["..", "a>b", "1-2_3.4", "Layer-", "x" * 1000, "x" * 999, "a", "a_1"
 
 
 def test_names_of_any_kind_keep_tags_keys_and_reports_apart(tmp_path: Path) -> None:
-    held = [gru(name) for name in ODD_NAMES]
+    held = [rnn(name) for name in ODD_NAMES]
     # The first one twice.
     model = Holder(*held, held[0])
     model.compile("sgd", "mse")
@@ -364,8 +366,8 @@ def test_paths_that_collide_keep_tags_and_keys_apart(tmp_path: Path) -> None:
     """`a/joint` is a layer and a view of another one, and in `logs` both `a/b` and `a_b` are `a_b`."""
     model = Holder(
         keras.layers.LSTM(2, return_sequences=True, name="a"),
-        keras.Sequential([gru("joint"), gru("joint_1"), gru("b")], name="a"),
-        gru("a_b"),
+        keras.Sequential([rnn("joint"), rnn("joint_1"), rnn("b")], name="a"),
+        rnn("a_b"),
     )
     model.compile("sgd", "mse")
     keys = ["variance", "joint/variance"]

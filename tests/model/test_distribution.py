@@ -137,17 +137,17 @@ def test_fit_with_two_replicas(tmp_path: Path) -> None:
 def test_what_is_not_supported_is_refused() -> None:
     run("""
         workers = tf.distribute.MultiWorkerMirroredStrategy()
-        sentence = refusal(lambda: make(workers).fit(x, y, callbacks=[JacobianMonitor(probe, log_dir=None)]))
+        monitor = JacobianMonitor(probe, measures=["variance"], log_dir=None, on_error="raise")
+        sentence = refusal(lambda: make(workers).fit(x, y, callbacks=[monitor]))
         assert sentence.startswith(
             "Invalid value for argument `model`. Expected a model made without a strategy of `tf.distribute`, or in "
             "the scope of a `MirroredStrategy` or `OneDeviceStrategy`. Received: model=sequential"
         ), sentence
         one = make(tf.distribute.OneDeviceStrategy("CPU:1"))
-        measure(one, probe, measures=["variance"])
-        one.fit(x, y, verbose=0, callbacks=[JacobianMonitor(probe, log_dir=None, on_error="raise")])
+        one.fit(x, y, verbose=0, callbacks=[monitor])
 
         with keras.distribution.DataParallel(devices=["cpu:0", "cpu:1"]).scope():
-            sentence = refusal(lambda: make(default).fit(x, y, callbacks=[JacobianMonitor(probe, log_dir=None)]))
+            sentence = refusal(lambda: make(default).fit(x, y, callbacks=[monitor]))
         assert sentence == (
             "Expected no `keras.distribution`: on TensorFlow Keras does not distribute anything with it. Use "
             "`tf.distribute.MirroredStrategy`. Received: DataParallel"

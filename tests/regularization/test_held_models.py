@@ -24,18 +24,14 @@ from trainings import (
     Y,
     assert_equal,
     compiled,
-    quick_monitor,
+    holding,
     values_of,
 )
 
-from keras_jacmon import JacobianMonitor, JacobianRegularizer, measure
+from keras_jacmon import JacobianRegularizer, measure
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-
-
-def holding(regularizer: JacobianRegularizer, **arguments: Any) -> JacobianMonitor:
-    return quick_monitor(on_error="raise", regularizer=regularizer, **arguments)
 
 
 def fit(model: Any, *callbacks: Any, **arguments: Any) -> Any:
@@ -55,7 +51,8 @@ class NormCell(WeightedCell):
 # The tape applied twice gives NaN there, where J has none.
 @pytest.mark.filterwarnings("ignore:Layer `rnn`. products with its Jacobian")
 @pytest.mark.parametrize(
-    ("measured", "states"), [("variance", "cached"), ("variance", "fresh"), ("spectral_norm", "cached")]
+    ("measured", "states"),
+    [("variance", "fresh"), ("spectral_norm", "cached"), pytest.param("variance", "cached", marks=pytest.mark.soak)],
 )
 def test_points_without_a_finite_penalty_are_left_out(measured: str, states: Any) -> None:
     model = compiled(L.RNN(NormCell(4), name="rnn"))
@@ -133,14 +130,14 @@ def test_later_trainings_are_not_traced_again() -> None:
     penalty = 2.0 * np.mean((variances - 1) ** 2)
     plain = float(np.mean((model.predict(X, verbose=0) - Y) ** 2))
     traces = []
-    for _ in range(4):
+    for _ in range(3):
         history = fit(model, monitor, epochs=1, validation_data=(X, Y)).history
         np.testing.assert_allclose([history["loss"], history["val_loss"]], plain + penalty, rtol=1e-4)
         # Without the penalty in between.
         np.testing.assert_allclose(model.evaluate(X, Y, verbose=0), plain, rtol=1e-4)
         np.testing.assert_allclose(fit(model, epochs=1).history["loss"], plain, rtol=1e-4)
         traces.append(CountedDense.traces)
-    assert traces[1:] == traces[1:2] * 3
+    assert traces[1:] == traces[1:2] * 2
     model.compile(keras.optimizers.SGD(0.0), "mae")
     history = fit(model, monitor, epochs=1, validation_data=(X, Y)).history
     plain = float(np.mean(np.abs(model.predict(X, verbose=0) - Y)))
