@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import nbformat
 import pytest
+from browsers import HAS_CHROMIUM, NO_CHROMIUM, REQUIRED, chromium, tensorboard, visit
 from nbconvert.preprocessors import ExecutePreprocessor
-
-# Set where all that the tests need has to be there: then nothing is skipped.
-REQUIRED = bool(os.environ.get("JACMON_BROWSER"))
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -47,6 +46,16 @@ def test_quickstart(tmp_path: Path) -> None:
     for line in ("Before training (step 0):", "After training (step 705):", "tensorboard --logdir logs"):
         assert line in printed
     assert (tmp_path / "logs" / "jacobian").is_dir()
+    if not HAS_CHROMIUM:
+        assert not REQUIRED, NO_CHROMIUM
+        return
+    with tensorboard(tmp_path / "logs") as url, chromium(tmp_path / "profile") as browser:
+        seen = visit(browser, f"{url}#keras_jacmon")
+        state, growth = re.findall(r"^lstm: (\w+): (\S+) nats per step", printed, flags=re.MULTILINE)[-1]
+        words = seen.content.locator("button.layer .words").text_content()
+        assert words.startswith(state)
+        assert f"growth {float(growth):+.2g}" in words
+        assert seen.complaints == []
 
 
 def test_the_notebook(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

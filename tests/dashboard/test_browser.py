@@ -2,39 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
-import shutil
-import subprocess
-import sys
-from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+from browsers import HAS_CHROMIUM, NO_CHROMIUM, REQUIRED, Visit, chromium, tensorboard, visit
 from dashboards import HOSTILE, make_reports, write
-from playwright.sync_api import sync_playwright
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-
-CHROMIUM = shutil.which("chromium") or "/usr/bin/chromium"
-FLAGS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
+    from pathlib import Path
 
 # Where pictures are kept for a look at them.
 PICTURES = os.environ.get("JACMON_PICTURES")
-
-# Set where a browser has to be there: then nothing is skipped, and the servers are all that there can be.
-REQUIRED = bool(os.environ.get("JACMON_BROWSER"))
 
 # Without the Rust data server and with it; below a prefix and not.
 SERVERS = [("false", ""), ("true", "/some/where"), *([("false", "/some/where"), ("true", "")] if REQUIRED else [])]
@@ -43,41 +26,13 @@ REPORTS = make_reports(**{"calm": 0.0, "worst": -1.0, HOSTILE: -0.5})
 SPAN, COLUMNS, LENGTH = 20, 3, 20
 
 
-@dataclass
-class Visit:
-    """A page, the frame with our content in it, and what the browser complained of."""
-
-    page: Any
-    content: Any
-    complaints: list[str]
-
-    def shown(self) -> None:
-        self.content.locator("main[data-measured]").wait_for(timeout=60_000)
-
-    def at(self, step: int, position: int) -> dict[str, float]:
-        """Return where a cell is in the first heat map."""
-        box = self.content.locator("canvas.heatmap").first.bounding_box()
-        width, height = box["width"] - 62, box["height"] - 44
-        until = SPAN + SPAN / (COLUMNS - 1)
-        return {"x": 52 + width * (step + 5) / until, "y": 8 + height * (1 - (position + 0.5) / LENGTH)}
-
-
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    if not Path(CHROMIUM).exists():
-        reason = "there is no Chromium: apt-get install chromium"
-        assert not REQUIRED, reason
-        pytest.skip(reason)
-    with sync_playwright() as playwright:
-        context = playwright.chromium.launch_persistent_context(
-            tmp_path_factory.mktemp("profile"),
-            executable_path=CHROMIUM,
-            headless=True,
-            args=FLAGS,
-            viewport={"width": 1440, "height": 1400},
-        )
+    if not HAS_CHROMIUM:
+        assert not REQUIRED, NO_CHROMIUM
+        pytest.skip(NO_CHROMIUM)
+    with chromium(tmp_path_factory.mktemp("profile")) as context:
         yield context
-        context.close()
 
 
 @pytest.fixture(scope="module")
@@ -85,43 +40,19 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[tuple[str
     logs = tmp_path_factory.mktemp("logs")
     write(logs / "first", REPORTS)
     write(logs / "second", make_reports(calm=0.2, worst=-0.3))
-    running = {}
-    for fast, prefix in SERVERS:
-        words = ["--logdir", str(logs), "--port", "0", "--load_fast", fast, "--path_prefix", prefix]
-        command = [sys.executable, "-m", "tensorboard.main", *words]
-        running[fast, prefix] = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)  # noqa: S603 - our own words
-    try:
-        yield {key: address(process) for key, process in running.items()}
-    finally:
-        for process in running.values():
-            process.terminate()
-            process.communicate()
+    with contextlib.ExitStack() as running:
+        yield {
+            (fast, prefix): running.enter_context(tensorboard(logs, "--load_fast", fast, "--path_prefix", prefix))
+            for fast, prefix in SERVERS
+        }
 
 
-def address(process: subprocess.Popen[str]) -> str:
-    assert process.stderr is not None
-    for line in process.stderr:
-        found = re.search(r" at (http://\S+)", line)
-        if found:
-            return found[1]
-    raise AssertionError("TensorBoard has not started")
-
-
-def visit(browser: Any, url: str, *, in_frame: bool = True) -> Visit:
-    page = browser.new_page()
-    found = Visit(page, page.frame_locator("iframe") if in_frame else page, [])
-    page.on("pageerror", lambda error: found.complaints.append(str(error)))
-    page.on("console", lambda message: note(found.complaints, message))
-    page.goto(url)
-    found.shown()
-    return found
-
-
-def note(complaints: list[str], message: Any) -> None:
-    # TensorBoard's own pages ask for icons that are not there below a prefix.
-    own = "keras_jacmon" in message.location.get("url", "") or "Content Security Policy" in message.text
-    if message.type == "error" and (own or message.location.get("url", "").startswith("file:")):
-        complaints.append(message.text)
+def at(seen: Visit, step: int, position: int) -> dict[str, float]:
+    """Return where a cell is in the first heat map."""
+    box = seen.content.locator("canvas.heatmap").first.bounding_box()
+    width, height = box["width"] - 62, box["height"] - 44
+    until = SPAN + SPAN / (COLUMNS - 1)
+    return {"x": 52 + width * (step + 5) / until, "y": 8 + height * (1 - (position + 0.5) / LENGTH)}
 
 
 def numbers(text: str) -> list[float]:
@@ -136,7 +67,7 @@ def test_the_tab_shows_the_numbers_of_the_report(browser: Any, servers: Any, fas
     verdict = REPORTS[-1][1].verdict["worst"]
     words = seen.content.locator("button.layer .words").first.text_content()
     assert words.startswith(f"vanishing after {verdict.horizon:.0f} of 20 steps, growth {verdict.growth:+.2g}")
-    seen.content.locator("canvas.heatmap").hover(position=seen.at(10, 7))
+    seen.content.locator("canvas.heatmap").hover(position=at(seen, 10, 7))
     readout = seen.content.locator(".readout", has_text="90 %")
     text = readout.text_content(timeout=10_000)
     assert text.startswith("step 10, position 7: ")
@@ -164,7 +95,7 @@ def test_everything_that_can_be_done(browser: Any, servers: Any) -> None:
     assert content.locator("section", has_text="What the loss feels of a step").locator(".trace").count() == 3
     content.locator("button.layer", has_text="calm").click()
     measured("calm", 20)
-    content.locator("canvas.heatmap").click(position=seen.at(10, 3))
+    content.locator("canvas.heatmap").click(position=at(seen, 10, 3))
     measured("calm", 10)
     content.locator("canvas.heatmap").press("ArrowLeft")
     measured("calm", 0)

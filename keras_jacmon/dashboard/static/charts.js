@@ -21,8 +21,11 @@ function layout(x, y, more = {}) {
     hovermode: "x unified",
     hoverlabel: { bgcolor: style.backgroundColor, font: { color: style.color } },
     ...more,
+    // Words over a curve stay readable.
+    annotations: (more.annotations ?? []).map((one) => ({ bgcolor: style.backgroundColor.replace(/^rgb\((.*)\)$/, "rgba($1, 0.75)"), ...one })),
     xaxis: { ...axis(x), ...more.xaxis },
-    yaxis: { ...axis(y), tickformat: "~g", ...more.yaxis },
+    // More would be a crowd on a logarithmic axis.
+    yaxis: { ...axis(y), tickformat: "~g", nticks: 5, ...more.yaxis },
   };
 }
 
@@ -86,9 +89,9 @@ export function showCharts(Plotly, places, answers, logarithmic) {
   found.annotations.push(...goals.annotations);
   draw(Plotly, places.curve, [...each("curve"), ...goals.traces],
     layout("position", first.unit || first.key, { ...found, xaxis: position, yaxis: kind }));
-  draw(Plotly, places.flow, flow(answers), layout("steps back, k", "‖ds_T / ds_{T−k}‖", {
+  draw(Plotly, places.flow, flow(answers), layout("steps back, k", "‖ds<sub>T</sub> / ds<sub>T−k</sub>‖", {
     ...flowLevels(answers), yaxis: { type: "log" } }));
-  draw(Plotly, places.loss, each("loss_gradient"), layout("position", "‖dLoss/dh_t‖", { xaxis: position, yaxis: { type: "log" } }));
+  draw(Plotly, places.loss, each("loss_gradient"), layout("position", "‖dLoss / dh<sub>t</sub>‖", { xaxis: position, yaxis: { type: "log" } }));
   showSpectra(Plotly, places, answers);
 }
 

@@ -1,6 +1,6 @@
 // The page: what is chosen, and what follows from it.
 import { showCharts, formatNumber } from "./charts.js";
-import { makeScale } from "./colours.js";
+import { makeScale, RUN_COLOURS } from "./colours.js";
 import { drawLegend, HeatMap } from "./heatmap.js";
 import { isDark, readState, writeState } from "./state.js";
 import { showStrip } from "./strip.js";
@@ -235,13 +235,21 @@ class Page {
     while (this.maps.length < answers.length) this.maps.push(new HeatMap((step) => this.changeStep(step), (cell) => this.hover(cell)));
     this.maps.length = answers.length;
     this.panels.replaceChildren(...this.maps.map((map, at) => make("figure", {},
-      make("figcaption", { textContent: this.caption(answers[at]) }), map.canvas)));
+      make("figcaption", {}, ...this.swatch(at), this.caption(answers[at])), map.canvas)));
     this.maps.forEach((map, at) => map.show(answers[at], this.colours, this.cellsSelect.value, span));
     drawLegend(this.legend, this.colours);
     const [low, middle, high] = this.colours.ends.map(formatNumber);
     const counts = [["nan", "NaN"], ["inf", "Inf"]].map(([name, word]) => [answers.reduce((sum, map) => sum + map[name], 0), word])
       .filter(([count]) => count).map(([count, word]) => `${count.toLocaleString("en")} ${word}`);
     this.legendText.textContent = [`${low} · ${middle} · ${high}`, ...counts].join(", ");
+  }
+
+  // The colour and the line of a run in the curves, where there are two.
+  swatch(at) {
+    if (this.maps.length < 2) return [];
+    const line = make("span", { className: "swatch" });
+    line.style.borderTop = `3px ${["solid", "dashed"][at]} ${RUN_COLOURS[at]}`;
+    return [line];
   }
 
   caption(map) {
