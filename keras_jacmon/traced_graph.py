@@ -345,6 +345,8 @@ def _rule_of(operation: tf.Operation) -> Any:
         return _without_call
     if operation.type == "IdentityN" and has_custom_gradient(operation):
         return _with_gradient
+    if operation.type == "TopKV2" and operation.inputs[1].op.type != "Const":
+        return _with_constant_size
     return _with_dense_kernel if _transposes(operation, "SparseTensorDenseMatMul") else None
 
 
@@ -398,6 +400,27 @@ def _with_gradient(
     of_arguments = {k: slope for k, slope in slopes if slope is not None}
     # Whoever reads an argument behind the operation reads the argument.
     return [results[0], *operands[1:]], [CustomGradient(results[0].op, rule, seed, of_arguments)]
+
+
+def _with_constant_size(
+    graph: Any, operation: tf.Operation, known: Mapping[str, tf.Tensor]
+) -> tuple[list[tf.Tensor], list[CustomGradient]]:
+    """Lays out an operation that sorts with the number of units as a constant, so that its shape is known.
+
+    Args:
+        graph: Graph that the operation stands in.
+        operation: Operation `TopKV2` of that graph.
+        known: By name of a tensor of that graph, its counterpart in the present graph.
+
+    Returns:
+        As for `_laid_out`. The operation as it is if the number is not known.
+    """
+    values, size = operation.inputs
+    count = constant_value(size)
+    if count is None:
+        copies = _copy_of(graph.as_graph_def(), [operation], known)
+        return [copies[tensor.name] for tensor in operation.outputs], []
+    return list(tf.math.top_k(known[values.name], int(count), sorted=operation.get_attr("sorted"))), []
 
 
 def _with_dense_kernel(

@@ -7,7 +7,7 @@ import numpy.typing as npt
 import tensorflow as tf
 
 from keras_jacmon.jacobians.views import flattened
-from keras_jacmon.operators.factors import Diagonal, Kernel, SplitDiagonal
+from keras_jacmon.operators.factors import Diagonal, Kernel, Order, SplitDiagonal
 from keras_jacmon.operators.structured import StructuredJacobian
 from keras_jacmon.structure.index_map import IndexMap, Node, separated
 from keras_jacmon.structure.structure import Product, Segment, Structure
@@ -20,10 +20,11 @@ def weights_only_values(structure: Structure) -> dict[str, tf.Tensor]:
 
 
 def kernels_of(structure: Structure, weights_only: Mapping[str, tf.Tensor], dtype: tf.DType) -> dict[Node, Kernel]:
-    """The kernels of the products, in the type of the states."""
+    """The kernels of the products that all points share, in the type of the states."""
     return {
         Node.product(k): Kernel(tf.cast(_in_parts(_matrix(structure, product, weights_only)), dtype))
         for k, product in enumerate(structure.products)
+        if not product.is_order
     }
 
 
@@ -53,11 +54,14 @@ def structured_jacobian(
     segments = {source: [Segment(t := structure.tensor(source), np.arange(structure.size(t)))] for source in sources}
     segments |= {product: structure.segments(product, sources) for product in products}
     diagonals = _diagonals(structure, values, index_maps, segments, point.dtype)
+    orders = [product for product in products if structure.product(product).is_order]
+    places = graph.replay([structure.product(product).operation.outputs[1] for product in orders], values)
+    found = dict(zip(orders, map(Order, places), strict=True))
     return StructuredJacobian(
         points=point.shape[0] if point.shape[0] is not None else tf.shape(point)[0],
         outputs={new: structure.size(graph.new_states[new]) for new in outputs},
         sources={source: structure.size(structure.tensor(source)) for source in sources},
-        kernels={product: kernels[product] for product in products},
+        kernels={product: found.get(product) or kernels[product] for product in products},
         outer={(target.position, node): d for (target, node), d in diagonals.items() if not target.is_product},
         inner={(target, node): d for (target, node), d in diagonals.items() if target.is_product},
         dtype=point.dtype,

@@ -112,6 +112,18 @@ class Kernel:
         with graph_of(self.matrix):
             return tf.transpose(self.matrix)
 
+    def forward(self, vectors: tf.Tensor) -> tf.Tensor:
+        """Vectors `(points, ..., units in)` times the matrix, `(points, ..., units out)`."""
+        return _times(vectors, self.matrix)
+
+    def backward(self, vectors: tf.Tensor) -> tf.Tensor:
+        """The transpose of `forward`."""
+        return _times(vectors, self.transposed)
+
+    def take(self, points: tf.Tensor | slice) -> "Kernel":  # noqa: ARG002 - as `Order.take`
+        """The kernel at some of the points, where it is the same."""
+        return self
+
     def rows(self, units: npt.NDArray[np.int64]) -> "Kernel":
         """The kernel with some of its rows, zero where the index is -1; itself if these are all."""
         if np.array_equal(units, np.arange(self.matrix.shape[0])):
@@ -130,3 +142,42 @@ class Kernel:
     def scaled(self, gain: float) -> "Kernel":
         """The kernel times a number."""
         return Kernel(gain * self.matrix)
+
+
+@dataclass(frozen=True)
+class Order:
+    """A permutation of the units at each point, in place of a kernel.
+
+    Attributes:
+        places: Integer tensor `(points, units)`, the place from which each unit is taken.
+    """
+
+    places: tf.Tensor
+
+    def forward(self, vectors: tf.Tensor) -> tf.Tensor:
+        """Vectors `(points, ..., units)` in this order."""
+        return self._taken(vectors, self.places)
+
+    def backward(self, vectors: tf.Tensor) -> tf.Tensor:
+        """The transpose of `forward`, which is its inverse."""
+        return self._taken(vectors, tf.argsort(self.places, axis=-1))
+
+    def take(self, points: tf.Tensor | slice) -> "Order":
+        """The order at some of the points."""
+        return Order(take_points(self.places, points))
+
+    @staticmethod
+    def _taken(vectors: tf.Tensor, places: tf.Tensor) -> tf.Tensor:
+        if vectors.shape[0] == 1:
+            # The same vectors for all points.
+            vectors = tf.repeat(vectors, tf.shape(places)[0], axis=0)
+        return tf.gather(vectors, places, axis=-1, batch_dims=1)
+
+
+def _times(vectors: tf.Tensor, matrix: tf.Tensor) -> tf.Tensor:
+    """Products of vectors `(points, ..., units)` with a matrix, as one product of two matrices."""
+    *leading, units = vectors.shape
+    flat = tf.reshape(vectors, [-1, units]) @ matrix
+    if len(leading) == 1:
+        return flat
+    return tf.reshape(flat, tf.concat([tf.shape(vectors)[:-1], [flat.shape[-1]]], axis=0))

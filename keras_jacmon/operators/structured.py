@@ -8,7 +8,7 @@ import tensorflow as tf
 
 from keras_jacmon.operators.contract import JacobianOperator
 from keras_jacmon.operators.entry_moments import spread_within_rows
-from keras_jacmon.operators.factors import Diagonal, Kernel, SplitDiagonal
+from keras_jacmon.operators.factors import Diagonal, Kernel, Order, SplitDiagonal
 from keras_jacmon.structure.index_map import Node
 from keras_jacmon.tensors import joined, total
 
@@ -43,7 +43,7 @@ class StructuredJacobian(JacobianOperator):
         points: tf.Tensor | int,
         outputs: Mapping[int, int],
         sources: Mapping[Node, int],
-        kernels: Mapping[Node, Kernel],
+        kernels: Mapping[Node, Kernel | Order],
         outer: Mapping[tuple[int, Node], Diagonal | SplitDiagonal],
         inner: Mapping[tuple[Node, Node], Diagonal | SplitDiagonal],
         dtype: tf.DType,
@@ -95,7 +95,7 @@ class StructuredJacobian(JacobianOperator):
         tangents = dict(zip(self._sources, _split(v, list(self._sources.values())), strict=True))
         for product, kernel in self._kernels.items():
             ways = [d.forward(tangents[base]) for (into, base), d in self._inner.items() if into == product]
-            tangents[product] = _times(total(ways), kernel.matrix)
+            tangents[product] = kernel.forward(total(ways))
         ways_to = {
             new: [d.forward(tangents[base]) for (into, base), d in self._outer.items() if into == new]
             for new in self._outputs
@@ -109,7 +109,7 @@ class StructuredJacobian(JacobianOperator):
         for (new, base), diagonal in self._outer.items():
             ways[base].append(diagonal.backward(cotangents[new]))
         for product, kernel in reversed(list(self._kernels.items())):
-            pulled = _times(total(ways[product]), kernel.transposed)
+            pulled = kernel.backward(total(ways[product]))
             for (into, base), diagonal in self._inner.items():
                 if into == product:
                     ways[base].append(diagonal.backward(pulled))
@@ -121,11 +121,14 @@ class StructuredJacobian(JacobianOperator):
         outer = {key: diagonal.take(points) for key, diagonal in self._outer.items()}
         inner = {key: diagonal.take(points) for key, diagonal in self._inner.items()}
         count = points.stop - points.start if isinstance(points, slice) else tf.size(points)
-        return StructuredJacobian(**{**self._given, "points": count, "outer": outer, "inner": inner})
+        kernels = {product: kernel.take(points) for product, kernel in self._kernels.items()}
+        return StructuredJacobian(
+            **{**self._given, "points": count, "kernels": kernels, "outer": outer, "inner": inner}
+        )
 
     def scaled_kernels(self, gain: float) -> "StructuredJacobian | None":
         """The operator with all kernels multiplied by a number; None for a chain, which has products of kernels."""
-        if self._is_chain:
+        if self._is_chain or self._sorts:
             return None
         if gain == -1 and not any(node in self._sources for _, node in self._outer):
             # All entries change their sign, and nothing else.
@@ -159,6 +162,11 @@ class StructuredJacobian(JacobianOperator):
         """True if a product multiplies the result of another one."""
         return any(node in self._kernels for _, node in self._inner)
 
+    @property
+    def _sorts(self) -> bool:
+        """True if units are in an order of their own at each point."""
+        return any(isinstance(kernel, Order) for kernel in self._kernels.values())
+
     def entry_sum(self) -> tf.Tensor:
         """The sum of all entries, `(points,)`; the same tensor each time."""
         return self._entry_sum
@@ -185,7 +193,7 @@ class StructuredJacobian(JacobianOperator):
             if isinstance(diagonal, SplitDiagonal):
                 return False
             more += len(diagonal.link.slots) - 1
-        return not self._is_chain and more <= _MOST_WAYS * len(self.blocks())
+        return not self._is_chain and not self._sorts and more <= _MOST_WAYS * len(self.blocks())
 
     def centred_square_sum(self, mean: tf.Tensor) -> tf.Tensor:
         """The sum of `(J_ik - mean)²`: the spread within rows, by a closed form, and that of the means of rows."""
@@ -222,11 +230,11 @@ class StructuredJacobian(JacobianOperator):
 
 def _needed(
     sources: Mapping[Node, int],
-    kernels: Mapping[Node, Kernel],
+    kernels: Mapping[Node, Kernel | Order],
     outer: Mapping[tuple[int, Node], Diagonal | SplitDiagonal],
     inner: Mapping[tuple[Node, Node], Diagonal | SplitDiagonal],
 ) -> tuple[
-    dict[Node, Kernel],
+    dict[Node, Kernel | Order],
     dict[tuple[int, Node], Diagonal | SplitDiagonal],
     dict[tuple[Node, Node], Diagonal | SplitDiagonal],
 ]:
@@ -247,15 +255,6 @@ def _needed(
 
 def _split(vectors: tf.Tensor, sizes: list[int]) -> list[tf.Tensor]:
     return [vectors] if len(sizes) == 1 else tf.split(vectors, sizes, axis=-1)
-
-
-def _times(vectors: tf.Tensor, matrix: tf.Tensor) -> tf.Tensor:
-    """Products of vectors `(points, ..., units)` with a matrix, as one product of two matrices."""
-    *leading, units = vectors.shape
-    flat = tf.reshape(vectors, [-1, units]) @ matrix
-    if len(leading) == 1:
-        return flat
-    return tf.reshape(flat, tf.concat([tf.shape(vectors)[:-1], [flat.shape[-1]]], axis=0))
 
 
 def _zeros_beside(vectors: tf.Tensor, size: int) -> tf.Tensor:

@@ -100,7 +100,7 @@ def _keeps_points(graph: CellGraph, operation: tf.Operation, positions: list[int
     elif row.kind in (Kind.REDUCES, Kind.MIXES_AXES):
         axes = constant_value(operation.inputs[1])
         proven = positions == [0] and axes is not None and all(axis % (1 + len(operands[0])) for axis in np.ravel(axes))
-    elif row.kind is Kind.MIXES_LAST_AXIS:
+    elif row.kind in (Kind.SORTS, Kind.MIXES_LAST_AXIS):
         proven = len(outputs[0]) > 0
     elif row.pairs_points and len(positions) == len(operation.inputs):
         # From rank 3 on, the first axis only counts the products.

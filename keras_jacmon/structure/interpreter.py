@@ -232,12 +232,26 @@ def _product(call: _Call) -> _Outcome:
     return _Outcome([found], product)
 
 
+def _sorted(call: _Call) -> _Outcome:
+    """The rule for operations that sort: the result is a node of its own, as of a product with a permutation."""
+    operation, graph = call.operation, call.graph
+    y, (z, _) = operation.inputs[0], operation.outputs
+    units = graph.units(z)
+    if set(call.operands) != {0} or units != graph.units(y) or len(units) != 1:
+        raise NotImplementedError
+    origin, node = call.operands[0], Node.product(len(call.products))
+    product = Product(operation, y, z, "the order of the units", (units[0], units[0]), origin.sources)
+    found = Origin({node: _whole(units)}, frozenset([node]), origin.sources, origin.unstructured)
+    return _Outcome([found, Origin()], product)
+
+
 _RULES: Mapping[Kind, _Rule] = {
     Kind.COPIES: _copied,
     Kind.ELEMENTWISE: _elementwise,
     Kind.MOVES: _moved,
     Kind.PRODUCT: _product,
     Kind.REDUCES: _reduced,
+    Kind.SORTS: _sorted,
 }
 
 

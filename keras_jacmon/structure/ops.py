@@ -31,6 +31,7 @@ class Kind(enum.Enum):
     PRODUCT: linear in each of two operands; with a kernel, one matrix for all points.
     SIZES: the output holds sizes, which do not depend on the values.
     REDUCES: all units along the axes that the second operand names make one unit.
+    SORTS: the units along the last axis in another order, which their values decide.
     MIXES_AXES: units are mixed along the axes that the second operand names.
     MIXES_LAST_AXIS: units are mixed along the last axis.
     UNKNOWN: the operation is not in the table.
@@ -43,13 +44,14 @@ class Kind(enum.Enum):
     PRODUCT = enum.auto()
     SIZES = enum.auto()
     REDUCES = enum.auto()
+    SORTS = enum.auto()
     MIXES_AXES = enum.auto()
     MIXES_LAST_AXIS = enum.auto()
     UNKNOWN = enum.auto()
 
 
 ELEMENTWISE, COPIES, BROADCASTS, MOVES = Kind.ELEMENTWISE, Kind.COPIES, Kind.BROADCASTS, Kind.MOVES
-PRODUCT, SIZES, REDUCES = Kind.PRODUCT, Kind.SIZES, Kind.REDUCES
+PRODUCT, SIZES, REDUCES, SORTS = Kind.PRODUCT, Kind.SIZES, Kind.REDUCES, Kind.SORTS
 MIXES_AXES, MIXES_LAST_AXIS = Kind.MIXES_AXES, Kind.MIXES_LAST_AXIS
 
 # Number of operands that stands for all of them.
@@ -125,6 +127,8 @@ def _convolution_keeps_points(_: tf.Operation, operand: int, __: int, ___: int) 
 #   depends on point p of that operand and on no other point of it.
 # - SIZES: the output depends on the shapes of the operands, and not on their values.
 # - REDUCES: as ELEMENTWISE for the axes that are not named, which keep their order.
+# - SORTS: the first output holds units of the first operand, and the second one their places there; the second operand
+#   is the number of units.
 # - MIXES_AXES and MIXES_LAST_AXIS: nothing is mixed along axes that are not named.
 # At run time, checks compare each structure with autodiff; they find a wrong row, but only if it changes the result.
 TABLE = (
@@ -289,6 +293,8 @@ TABLE = (
     Op("Cumprod", MIXES_AXES),
     Op("Cumsum", MIXES_AXES),
     Op("CumulativeLogsumexp", MIXES_AXES),
+    # In the order of the values.
+    Op("TopKV2", SORTS),
     # All units along the last axis.
     Op("LogSoftmax", MIXES_LAST_AXIS),
     Op("Softmax", MIXES_LAST_AXIS),

@@ -16,7 +16,7 @@ import tensorflow as tf
 from keras_jacmon.cell.cell_graph import CellGraph
 from keras_jacmon.structure.index_map import IndexMap, Node
 from keras_jacmon.structure.movers import Labels
-from keras_jacmon.structure.ops import moves_units, passes_unchanged
+from keras_jacmon.structure.ops import Kind, moves_units, op_of, passes_unchanged
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,11 @@ class Product:
     kernel: str
     shape: tuple[int, int]
     sources: frozenset[Node]
+
+    @property
+    def is_order(self) -> bool:
+        """True if the kernel is a permutation that differs from point to point."""
+        return op_of(self.operation).kind is Kind.SORTS
 
 
 @dataclass(frozen=True, eq=False)

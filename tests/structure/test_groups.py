@@ -59,6 +59,8 @@ STRUCTURED: dict[str, Callable[[Any, Any, Any], Any]] = {
     "inverse_order": lambda c, x, h: tf.gather(tf.tanh(x + h @ c.U), tf.math.invert_permutation(ORDER), axis=-1),
     "order_by_sorting": lambda c, x, h: tf.gather(tf.tanh(x + h @ c.U), tf.argsort(ORDER), axis=-1),
     "long_order": lambda c, x, h: tf.gather(tf.tanh(x + h @ c.U), tf.argsort(LONG_ORDER[:4]), axis=-1),
+    "sorted": lambda c, x, h: tf.sort(tf.tanh(x + h @ c.U), axis=-1),
+    "sorted_state": lambda c, x, h: tf.tanh(x + keras.ops.sort(h, axis=-1)) - tf.sort(h, direction="DESCENDING") @ c.U,
     "rolled": lambda c, x, h: keras.ops.roll(tf.tanh(x + h @ c.U), tf.reduce_sum(ORDER), axis=-1) + 0.1 * h,
     "sparse_kernel": lambda _, x, h: tf.tanh(x + tf.transpose(dense_with_sparse(SPARSE, h, adjoint_b=True))),
     "sparse_kernel_of_a_transposed_state": lambda _, x, h: tf.tanh(

@@ -153,7 +153,6 @@ DECEIVING: dict[str, tuple[Callable[[Any, Any, Any], Any], str]] = {
     "layer_norm": (lambda c, x, h: keras.ops.layer_normalization(x + h @ c.U), "several units"),
     "mean_over_units": (lambda c, x, h: reduce_to_one(x, h) + 0 * (h @ c.U), "several units"),
     "cumulative_sum": (lambda c, x, h: tf.cumsum(tf.tanh(x + h @ c.U), axis=-1), "Cumsum"),
-    "sorted": (lambda c, x, h: tf.sort(tf.tanh(x + h @ c.U), axis=-1), "mixes"),
     "maximum_unit": (lambda c, x, h: tf.tanh(x + h @ c.U) * tf.reduce_max(h, -1, keepdims=True), "several units"),
     "idle_branch": (
         lambda c, x, h: tf.cond(tf.reduce_sum(x * x) >= 0.0, lambda: tf.tanh(x + h @ c.U), lambda: h),
