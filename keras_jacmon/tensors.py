@@ -59,6 +59,14 @@ def take(tensor: tf.Tensor, index: npt.NDArray[np.int64], axis: int = -1) -> tf.
     """
     axis %= tensor.shape.rank
     size = tensor.shape[axis]
+    present = np.flatnonzero(index >= 0)
+    if present.size and present.size < index.size:
+        # Zeros before and after the units, in one operation.
+        first, last = int(present[0]), int(present[-1])
+        if first > 0 or last < index.size - 1:
+            pads = np.zeros([tensor.shape.rank, 2], np.int32)
+            pads[axis] = first, index.size - 1 - last
+            return tf.pad(take(tensor, index[first : last + 1], axis), pads)
     none = index < 0
     breaks = (np.diff(index) != np.where(none[1:], 0, 1)) | (none[1:] != none[:-1])
     runs = np.split(index, np.flatnonzero(breaks) + 1)

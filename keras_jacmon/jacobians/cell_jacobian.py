@@ -198,12 +198,12 @@ class CellJacobian:
         return "joint" if is_block else name
 
     def evaluated(self, views: Sequence[str], points: PointBatch) -> PointBatch:
-        """The points with the structured operators of some views evaluated, once for all later uses."""
+        """The points with the structured operators of some views evaluated, once for all uses of these views."""
         if self._form is not None:
             return points
         wholes = dict.fromkeys(self._whole(name, views) for name in views)
         parts = [part for name in wholes for part, _ in self.plan(name).parts(structured=True)]
-        return replace(points, operators={part: self._structured(part, points) for part in parts})
+        return replace(points, operators={part: self._structured(part, points) for part in parts}, values={})
 
     def operators(self, views: Sequence[str], points: PointBatch) -> dict[str, JacobianOperator]:
         """The operators of views, of `VIEWS`, at some points; they share their common parts."""

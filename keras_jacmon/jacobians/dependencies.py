@@ -8,7 +8,7 @@ import tensorflow as tf
 
 from keras_jacmon.cell.step import CellStep
 from keras_jacmon.jacobians.views import floating_states, size
-from keras_jacmon.traced_graph import CALLS
+from keras_jacmon.traced_graph import CALLS, trace
 
 # Operations that call Python.
 _PYTHON = frozenset({"EagerPyFunc", "PyFunc", "PyFuncStateless"})
@@ -50,11 +50,21 @@ class Dependencies:
 
 
 def find_dependencies(step: CellStep, inputs: tf.Tensor, states: Sequence[tf.Tensor]) -> Dependencies:
-    """Traces one step and its gradients, inside the graph that is being traced; nothing of it is ever run.
+    """Traces one step and its gradients, in a graph of its own that is never run.
+
+    Args:
+        step: The step of the cell.
+        inputs: Tensor `(points, ...)`; only shape and type count.
+        states: Flat sequence of tensors `(points, ...)`; only shapes and types count.
 
     Raises:
         ValueError: If a step runs Python, draws random numbers, or leaves something for the next one beside the states.
     """
+    specs = [tf.TensorSpec(tensor.shape, tensor.dtype) for tensor in (inputs, *states)]
+    return trace(lambda inputs, *states: ([], _dependencies(step, inputs, states)), specs).static
+
+
+def _dependencies(step: CellStep, inputs: tf.Tensor, states: Sequence[tf.Tensor]) -> Dependencies:
     graph = tf.compat.v1.get_default_graph()
     before = len(graph.get_operations())
     floating = floating_states(states)

@@ -60,8 +60,9 @@ def measure_call(
     """
     if not floating_states(sequence.states):
         raise ValueError(f"None of its {len(sequence.states)} states is floating-point, so there is no derivative")
-    jacobian = CellJacobian(step, sequence.inputs[0], sequence.states, assumptions)
-    dependencies = find_dependencies(step, sequence.inputs[0], sequence.states)
+    first = sequence.inputs[0]
+    jacobian = CellJacobian(step, first, sequence.states, assumptions)
+    dependencies = find_dependencies(step, first, sequence.states)
     metadata = CallMetadata.of(step.cell, sequence, jacobian, dependencies, asked=views_of(measures), options=options)
     selection = _of_views(measures, metadata.views, several=bool(metadata.joint))
     # A subclass may use its gates in another way.

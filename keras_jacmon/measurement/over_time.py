@@ -209,9 +209,10 @@ def _steps(
 ) -> dict[str, Steps]:
     """Returns the Jacobians of each step of a part of the sequence, by view; `points` are the points of that part."""
     time, samples = known_sizes(part.inputs)[:2]
+    wholes = measurement.jacobian.operators(sorted(views), points) if measurement.independent else {}
 
     def steps(view: str) -> Steps:
-        whole = measurement.jacobian.operators([view], points)[view] if measurement.independent else None
+        whole = wholes.get(view)
 
         def at(t: tf.Tensor) -> JacobianOperator:
             start, stop = t * samples, (t + 1) * samples

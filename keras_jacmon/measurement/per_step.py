@@ -98,9 +98,10 @@ class StepMeasurement:
             count = tf.math.count_nonzero(subsample.spectra)
             found |= zip(spectra, [MeasuredArray.of(value[:count]) for value in values], strict=True)
         checks = self._checked(points, last, valid)
-        # A placeholder point (everything is masked) has no meaningful next state: ignore its checks.
-        exists = True if subsample.mask is None else tf.reduce_any(subsample.mask)
-        checks = CheckResults(*(tf.where(exists, check, tf.zeros_like(check)) for check in checks))
+        if subsample.mask is not None:
+            # A placeholder point (everything is masked) has no meaningful next state: ignore its checks.
+            exists = tf.reduce_any(subsample.mask)
+            checks = CheckResults(*(tf.where(exists, check, tf.zeros_like(check)) for check in checks))
         return [found[quantity] for quantity in self.quantities], checks
 
     def _groups(
@@ -180,9 +181,11 @@ class StepMeasurement:
         most = max(1, self._chunk(points, ()) // 2) if self.independent else self.samples
         seed = tf.random.experimental.stateless_fold_in([self.context.options.seed, 3], self.draw)
 
+        following = self._following(points, last)
+
         def at(indices: tf.Tensor) -> tuple[PointBatch, list[tf.Tensor]]:
             chosen = tf.cast(indices if valid is None else tf.gather(valid, indices), tf.int32)
-            return points.take(chosen), self._following(points, last, chosen)
+            return points.take(chosen), [tf.gather(states, chosen) for states in following]
 
         chosen = self._turn(total, most) if self.independent else self._step_in_turn(points.count)
         checks = check_points(self.jacobian, self.views, *at(chosen), seed)
@@ -216,16 +219,10 @@ class StepMeasurement:
         """Returns the indices of the points of one step, another step each time."""
         return tf.range(self.samples) + self.draw * self.samples % count
 
-    def _following(self, points: PointBatch, last: Sequence[tf.Tensor], chosen: tf.Tensor) -> list[tf.Tensor]:
-        """Returns the states after the chosen points: the old states of the next step, or the last states."""
-        count, samples = points.count, self.samples
+    def _following(self, points: PointBatch, last: Sequence[tf.Tensor]) -> list[tf.Tensor]:
+        """Returns the states after all points: the old states of the next step, or the last states."""
         return [
-            tf.where(
-                tf.reshape(chosen + samples < count, [-1] + [1] * (end.shape.rank - 1)),
-                tf.gather(states, tf.minimum(chosen + samples, count - 1)),
-                tf.gather(end, chosen % samples),
-            )
-            for states, end in zip(points.states, last, strict=True)
+            tf.concat([states[self.samples :], end], axis=0) for states, end in zip(points.states, last, strict=True)
         ]
 
 

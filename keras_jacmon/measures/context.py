@@ -53,5 +53,12 @@ class MeasureContext:
 
     def seeds(self, purpose: int, draw: tf.Tensor | int = 0) -> tf.Tensor:
         """The seed of a stateless draw: a stream of its own for each purpose, chunk of points and draw."""
+        if isinstance(self.stream, int) and isinstance(draw, int):
+            # Outside of the graph, which then holds a constant.
+            with tf.init_scope():
+                return self._seed(purpose, draw)
+        return self._seed(purpose, draw)
+
+    def _seed(self, purpose: int, draw: tf.Tensor | int) -> tf.Tensor:
         seed = tf.random.experimental.stateless_fold_in([self.options.seed, purpose], self.stream)
         return tf.random.experimental.stateless_fold_in(seed, draw)

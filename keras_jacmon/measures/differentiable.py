@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 import tensorflow as tf
 
-from keras_jacmon.measures.moments import closed_blocks
+from keras_jacmon.measures.moments import closed_blocks, entries_of
 from keras_jacmon.operators.contract import JacobianOperator
-from keras_jacmon.tensors import total
+from keras_jacmon.operators.entry_moments import pooled
 
 # Steps that bring singular vectors up to date, the length of the random part of their start, and the squarings of the
 # Gram matrix of these steps. Of an orthogonal matrix that has changed, they find some nine tenths or more of what its
@@ -131,13 +131,12 @@ def _unit(vectors: tf.Tensor) -> tf.Tensor:
 def _moments(operator: tf.linalg.LinearOperator, directions: Directions) -> tuple[tf.Tensor, tf.Tensor]:
     """The mean of the entries, `(points,)`, and the sum of their squared distances from it, `(draws, points)`."""
     blocks = closed_blocks(operator)
-    entries = int(operator.shape[-2]) * int(operator.shape[-1])
-    mean = tf.add_n([block.entry_sum() for block in blocks]) / entries
-    parts = [
-        block.centred_square_sum(mean)[None] if block.has_closed_form else _centred(block, mean, directions, stream)
-        for stream, block in enumerate(blocks)
+    means = [block.entry_sum() / entries_of(block) for block in blocks]
+    spreads = [
+        block.spread()[None] if block.has_closed_form else _centred(block, mean, directions, stream)
+        for stream, (block, mean) in enumerate(zip(blocks, means, strict=True))
     ]
-    return mean, total(parts)
+    return pooled(list(map(entries_of, blocks)), means, spreads)
 
 
 def _centred(operator: JacobianOperator, mean: tf.Tensor, directions: Directions, stream: int) -> tf.Tensor:

@@ -12,9 +12,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import tensorflow as tf
 
 from keras_jacmon.measures.steps import Steps
+from keras_jacmon.tensors import take
 
 # With this many units or fewer all directions are taken where products are cheap: then the flow is exact.
 _FEW_UNITS = 8
@@ -75,17 +77,13 @@ class FlowPlan:
 
     def spread(self, vectors: tf.Tensor) -> tf.Tensor:
         """Returns vectors `(samples, vectors, units)` as `(samples, vectors, n)`, zero in the other states."""
-        if all(self.begins):
-            return vectors
-        begun = [size for size, begins in zip(self.sizes, self.begins, strict=True) if begins]
-        given = iter(tf.split(vectors, begun, axis=-1))
-        # Zeros beside the vectors, whose number of samples may be unknown.
-        beside = tf.zeros_like(vectors[..., :1])
         parts = [
-            next(given) if begins else tf.repeat(beside, size, axis=-1)
-            for size, begins in zip(self.sizes, self.begins, strict=True)
+            np.arange(end - size, end) if begins else np.full(size, -1)
+            for size, end, begins in zip(
+                self.sizes, np.cumsum(np.multiply(self.sizes, self.begins)), self.begins, strict=True
+            )
         ]
-        return tf.concat(parts, axis=-1)
+        return take(vectors, np.concatenate(parts))
 
 
 def start_flow(

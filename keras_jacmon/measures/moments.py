@@ -7,6 +7,7 @@ import tensorflow as tf
 
 from keras_jacmon.measures.context import MeasureContext, Measured
 from keras_jacmon.operators.contract import JacobianOperator
+from keras_jacmon.operators.entry_moments import pooled
 from keras_jacmon.operators.formed import as_jacobian_operator
 
 # Random vectors of an estimate. The error of a mean over p points falls as 1/√(16 p).
@@ -46,7 +47,7 @@ def rms_singular_value(operator: tf.linalg.LinearOperator, context: MeasureConte
     """
     moments = _moments(operator, context)
     m, n = _dimensions(operator)
-    value = tf.sqrt((moments.centred + m * n * moments.mean**2) / n)
+    value = tf.sqrt(moments.centred / n + m * tf.square(moments.mean))
     error = None if moments.error is None else tf.math.divide_no_nan(moments.error, 2 * n * value)
     return Measured(value, error)
 
@@ -75,13 +76,11 @@ def _moments(operator: tf.linalg.LinearOperator, context: MeasureContext) -> _Mo
 
 
 def _moments_by_blocks(operator: tf.linalg.LinearOperator, context: MeasureContext) -> _Moments:
-    m, n = _dimensions(operator)
     blocks = closed_blocks(operator)
-    mean = tf.add_n([block.entry_sum() for block in blocks]) / tf.cast(m * n, operator.dtype)
-    # Each centred before squaring: the difference of two sums would cancel.
-    found = [_centred(block, mean, context) for block in blocks]
+    means = [block.entry_sum() / entries_of(block) for block in blocks]
+    found = [_spread(block, mean, context) for block, mean in zip(blocks, means, strict=True)]
     errors = [error**2 for _, error in found if error is not None]
-    centred = tf.maximum(tf.add_n([value for value, _ in found]), tf.zeros_like(mean))
+    mean, centred = pooled(list(map(entries_of, blocks)), means, [value for value, _ in found])
     return _Moments(mean, centred, tf.sqrt(tf.add_n(errors)) if errors else None)
 
 
@@ -94,12 +93,16 @@ def closed_blocks(operator: tf.linalg.LinearOperator) -> list[JacobianOperator]:
     return [blocks[0]] if len(blocks) == 1 else [part for block in blocks for part in closed_blocks(block)]
 
 
-def _centred(
-    operator: JacobianOperator, mean: tf.Tensor, context: MeasureContext
-) -> tuple[tf.Tensor, tf.Tensor | None]:
+def entries_of(operator: tf.linalg.LinearOperator) -> int:
+    """The number of entries of J."""
+    m, n = _dimensions(operator)
+    return m * n
+
+
+def _spread(operator: JacobianOperator, mean: tf.Tensor, context: MeasureContext) -> tuple[tf.Tensor, tf.Tensor | None]:
     """Σ (J_ik - mean)² by a closed form or from products with vectors, and its standard error if it is an estimate."""
     if operator.has_closed_form:
-        return operator.centred_square_sum(mean), None
+        return operator.spread(), None
     return _exact(operator, mean, context) if context.exact(operator) else _estimated(operator, mean, context)
 
 

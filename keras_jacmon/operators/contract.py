@@ -27,16 +27,16 @@ class JacobianOperator(tf.linalg.LinearOperator):
 
     @property
     def has_closed_form(self) -> bool:
-        """True if `centred_square_sum` forms no matrix."""
+        """True if `spread` forms no matrix."""
         return False
 
-    def centred_square_sum(self, mean: tf.Tensor) -> tf.Tensor:
-        """The sum of the squares `(J_ik - mean)²` of all entries, `(points,)`.
+    def spread(self) -> tf.Tensor:
+        """The sum of the squared distances of all entries from their mean, `(points,)`.
 
-        Args:
-            mean: Tensor `(points,)`, the number to subtract before squaring; the difference of sums would cancel.
+        Centred before squaring, since the difference of sums would cancel for entries that are nearly equal.
         """
-        return tf.reduce_sum((self.to_dense() - mean[:, None, None]) ** 2, axis=[1, 2])
+        dense = self.to_dense()
+        return tf.reduce_sum((dense - tf.reduce_mean(dense, axis=[1, 2], keepdims=True)) ** 2, axis=[1, 2])
 
     def blocks(self) -> list["JacobianOperator"]:
         """Operators without an entry in common that make up the whole."""

@@ -1,4 +1,4 @@
-"""The spread of the entries of a block of diagonals and kernels, without forming the block."""
+"""The spread of the entries of several blocks, and of one of diagonals and kernels, which is not formed for it."""
 
 import itertools
 from collections.abc import Iterable, Sequence
@@ -11,6 +11,27 @@ import tensorflow as tf
 from keras_jacmon.operators.factors import Diagonal, Kernel
 from keras_jacmon.tensors import take, total
 from keras_jacmon.traced_graph import graph_of
+
+
+def pooled(
+    counts: Sequence[int], means: Sequence[tf.Tensor], spreads: Sequence[tf.Tensor]
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """The mean of the entries of several blocks, and the sum of their squared distances from it.
+
+    The spread of a block is that about its own mean; the distance of this from the mean of all is added, so that
+    nothing cancels.
+
+    Args:
+        counts: Sequence of integers, the number of entries of each block.
+        means: For each block the mean of its entries, `(points,)`.
+        spreads: For each block the sum of the squared distances of its entries from their mean, `(..., points)`.
+    """
+    if len(counts) == 1:
+        return means[0], spreads[0]
+    weights = tf.constant([[count] for count in counts], means[0].dtype)
+    every = tf.stack(list(means))
+    mean = tf.reduce_sum(weights * every, axis=0) / sum(counts)
+    return mean, total([*spreads, tf.reduce_sum(weights * tf.square(every - mean), axis=0)])
 
 
 @dataclass(frozen=True)
@@ -55,9 +76,10 @@ class _Factor:
         """Factors with the same entries, but for one number in each row: the entries less about their mean."""
         with graph_of(self.V):
             means = tf.reduce_mean(self.V, axis=0, keepdims=True)
-            centred, ones = _Factor(self.a, self.V - means, self.b), tf.ones_like(self.V)
+            centred = _Factor(self.a, self.V - means, self.b)
         if self.b is None:
             return [centred]
+        ones = tf.ones_like(self.V)
         # V b = (V - mean V) b + mean V (b - mean b) + mean V mean b, and the last one is the same for the whole row.
         spread = self.b - tf.reduce_mean(self.b, axis=-1, keepdims=True)
         return [centred, _Factor(means if self.a is None else means * self.a, ones, spread)]
@@ -85,11 +107,15 @@ def spread_within_rows(direct: Diagonal | None, ways: Ways, columns: int, dtype:
         columns: Integer, number of columns of the block.
         dtype: Type of the entries.
     """
-    factors = [part for way in ways for factor in _factors(*way) for part in factor.nearly_centred()]
-    sums = [factor.times(factor).entry_sum for factor in factors]
-    pairs = [left.times(right).entry_sum for left, right in itertools.combinations(factors, 2)]
-    # Each pair of different factors stands twice in the square of their sum.
-    sums += [2 * total(pairs)] if pairs else []
+    factors = [factor for way in ways for factor in _factors(*way)]
+    if len(factors) > 1 and all(factor.a is not None and factor.b is None for factor in factors):
+        factors, sums = _centred_with_squares(factors)
+    else:
+        factors = [part for factor in factors for part in factor.nearly_centred()]
+        sums = [factor.times(factor).entry_sum for factor in factors]
+        pairs = [left.times(right).entry_sum for left, right in itertools.combinations(factors, 2)]
+        # Each pair of different factors stands twice in the square of their sum.
+        sums += [2 * total(pairs)] if pairs else []
     # The sums of rows that are left, which are small.
     rest = [factor.row_sums for factor in factors if factor.b is not None]
     if direct is not None:
@@ -97,6 +123,19 @@ def spread_within_rows(direct: Diagonal | None, ways: Ways, columns: int, dtype:
             sums += _direct_sums(direct, slot, factors, dtype)
         rest.append(direct.forward(tf.ones([1, columns], dtype)))
     return [*sums, -tf.reduce_sum(total(rest) ** 2, axis=-1) / columns] if rest else sums
+
+
+def _centred_with_squares(factors: Sequence[_Factor]) -> tuple[list[_Factor], list[tf.Tensor]]:
+    """Centres factors that have a and no b, all at once, and returns them with the squares of their sum's entries."""
+    with graph_of(factors[0].V):
+        V = tf.stack([factor.V for factor in factors])
+        V -= tf.reduce_mean(V, axis=1, keepdims=True)
+        # For each unit the products of the columns of all slots.
+        grams = tf.einsum("sni,tni->sti", V, V)
+        parts = tf.unstack(V)
+    a = tf.stack([factor.a for factor in factors], axis=1)
+    squares = tf.reduce_sum(tf.einsum("psi,sti->pti", a, grams) * a, axis=[1, 2])
+    return [_Factor(factor.a, part, None) for factor, part in zip(factors, parts, strict=True)], [squares]
 
 
 def _direct_sums(

@@ -48,8 +48,13 @@ class Diagonal:
             return self
         if isinstance(points, slice):
             # One slice, where each step of a sequence takes its own.
-            return Diagonal(self.link, ((np.arange(self.link.node_size), take_points(self.values, points)),))
-        return Diagonal(self.link, tuple((units, take_points(part, points)) for units, part in self.pieces))
+            values = take_points(self.values, points)
+        else:
+            # Picked before they are joined: the points may be a small part of all.
+            known = [units for units, _ in self.pieces]
+            parts = [take_points(part, points) for _, part in self.pieces]
+            values = take(joined(parts), np.argsort(np.concatenate(known)))
+        return Diagonal(self.link, ((np.arange(self.link.node_size), values),))
 
     def forward(self, tangent: tf.Tensor) -> tf.Tensor:
         """The change of the target for a change of the base, both `(points, ..., units)`."""
@@ -88,7 +93,7 @@ class SplitDiagonal:
 
 def _beside(values: tf.Tensor, vectors: tf.Tensor) -> tf.Tensor:
     """Values `(points, units)` shaped to go with vectors `(points, ..., units)`."""
-    return values if vectors.shape.rank == values.shape.rank else values[:, None]
+    return values if vectors.shape.rank == values.shape.rank else tf.expand_dims(values, axis=1)
 
 
 class Kernel:

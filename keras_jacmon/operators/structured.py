@@ -7,7 +7,7 @@ from typing import Any, final
 import tensorflow as tf
 
 from keras_jacmon.operators.contract import JacobianOperator
-from keras_jacmon.operators.entry_moments import spread_within_rows
+from keras_jacmon.operators.entry_moments import pooled, spread_within_rows
 from keras_jacmon.operators.factors import Diagonal, Kernel, Order, SplitDiagonal
 from keras_jacmon.structure.index_map import Node
 from keras_jacmon.tensors import joined, total
@@ -195,20 +195,26 @@ class StructuredJacobian(JacobianOperator):
             more += len(diagonal.link.slots) - 1
         return not self._is_chain and not self._sorts and more <= _MOST_WAYS * len(self.blocks())
 
-    def centred_square_sum(self, mean: tf.Tensor) -> tf.Tensor:
-        """The sum of `(J_ik - mean)²`: the spread within rows, by a closed form, and that of the means of rows."""
-        if len(self.blocks()) > 1:
-            return tf.add_n([block.centred_square_sum(mean) for block in self.blocks()])
-        if not self.has_closed_form:
-            return super().centred_square_sum(mean)
-        columns = sum(self._sources.values())
-        of_means = tf.reduce_sum((self._row_sums - columns * mean[:, None]) ** 2, axis=-1) / columns
-        return self._spread_within_rows + of_means
+    def spread(self) -> tf.Tensor:
+        """The sum of `(J_ik - mean)²`, by closed forms where there are; the same tensor each time."""
+        return self._spread
+
 
     @functools.cached_property
-    def _spread_within_rows(self) -> tf.Tensor:
+    def _spread(self) -> tf.Tensor:
+        blocks = self.blocks()
+        if len(blocks) > 1:
+            counts = [int(block.shape[-2]) * int(block.shape[-1]) for block in blocks]
+            means = [block.entry_sum() / count for block, count in zip(blocks, counts, strict=True)]
+            return pooled(counts, means, [block.spread() for block in blocks])[1]
+        if not self.has_closed_form:
+            return super().spread()
+        # The spread within rows, and that of the means of rows.
+        columns, rows = sum(self._sources.values()), self._row_sums
+        of_means = tf.square(rows - tf.reduce_mean(rows, axis=-1, keepdims=True))
         direct, ways = self._ways()
-        return self._at_each_point(spread_within_rows(direct, ways, sum(self._sources.values()), self.dtype))
+        terms = spread_within_rows(direct, ways, columns, self.dtype)
+        return self._at_each_point([*terms, tf.reduce_sum(of_means, axis=-1) / columns])
 
     def _ways(self) -> tuple[Diagonal | None, list[tuple[Diagonal, Kernel, Diagonal]]]:
         """The direct diagonal of a single block, and for each product its inner diagonal, kernel and outer diagonal."""
