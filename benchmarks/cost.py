@@ -9,6 +9,7 @@ compiled with `tf.function` and have run before: `meter()` divided by a forward 
 """
 
 import argparse
+import collections
 import contextlib
 import os
 import statistics
@@ -18,12 +19,14 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import keras
 import numpy as np
 import tensorflow as tf
 
+import keras_jacmon
 from keras_jacmon import JacobianMeter, JacobianMonitor, JacobianRegularizer
 
 BATCH, STEPS, FEATURES = 32, 50, 64
@@ -32,6 +35,8 @@ UNITS = (64, 256, 512, 1024)
 TURNS, WARM_UP = 15, 2
 # Batches of an epoch, and epochs both with and without a monitor.
 FIT_BATCHES, FIT_TURNS = 300, 7
+# Steps of the models that are started, and turns of each.
+START_STEPS, START_TURNS = 100, 3
 # (units, steps) for the table of memory.
 MEMORY_SIZES = ((256, 50), (256, 2000), (1024, 2000))
 # Seconds; a call that takes longer is timed once.
@@ -248,6 +253,81 @@ def during_fit() -> None:
             row(f"`{measures}`, {name}", f"{ratio:.3f}", f"{median_seconds(meter, 5) / batch:.1f}")
 
 
+def stack(kind: str, depth: int) -> keras.Model:
+    """A compiled stack of LSTMs with 64 units, in both directions if asked; 100 steps of 8 features."""
+    x = inputs = keras.Input((START_STEPS, 8))
+    for level in range(depth):
+        layer = keras.layers.LSTM(64, return_sequences=level < depth - 1)
+        x = (keras.layers.Bidirectional(layer) if kind == "bidirectional" else layer)(x)
+    model = keras.Model(inputs, keras.layers.Dense(1)(x))
+    model.compile("adam", "mse")
+    return model
+
+
+def start() -> None:
+    """Seconds until `fit` has run its first batch, with a monitor and without, each time with a fresh model."""
+    head(
+        f"Until the end of the first batch of `fit`, LSTM of 64 units, {START_STEPS} steps, {BATCH} samples",
+        "layers", "`fit` alone", "with `standard` / alone", "with `fast` / alone",
+    )  # fmt: skip
+    x, y = noise(BATCH, START_STEPS, 8), noise(BATCH, 1)
+
+    def seconds(kind: str, depth: int, measures: str | None) -> float:
+        keras.backend.clear_session()
+        model = stack(kind, depth)
+        monitors = [] if measures is None else [JacobianMonitor(x, log_dir=None, measures=measures)]
+        ends: list[float] = []
+        clock = keras.callbacks.LambdaCallback(on_train_batch_end=lambda *_: ends.append(time.perf_counter()))
+        begin = time.perf_counter()
+        model.fit(x, y, verbose=0, callbacks=[*monitors, clock])
+        return ends[0] - begin
+
+    # What a process pays once.
+    seconds("forward", 1, "fast")
+    for kind, depth in (("forward", 1), ("forward", 5), ("bidirectional", 6)):
+        turns = [
+            [seconds(kind, depth, measures) for measures in (None, "standard", "fast")] for _ in range(START_TURNS)
+        ]
+        alone = statistics.median(turn[0] for turn in turns)
+        ratios = [statistics.median(turn[place] / turn[0] for turn in turns) for place in (1, 2)]
+        row(f"{depth} {kind}", f"{alone:.1f} s", *(f"{ratio:.2f}" for ratio in ratios))
+    head("A meter and its first report", "calls", "`standard`", "`full`")
+    for kind, depth in (("forward", 1), ("bidirectional", 6)):
+        spent = []
+        for measures in ("standard", "full"):
+            model = stack(kind, depth)
+            begin = time.perf_counter()
+            JacobianMeter(model, x, measures=measures)()
+            spent.append(time.perf_counter() - begin)
+        row(depth * (1 + (kind == "bidirectional")), *(f"{found:.1f} s" for found in spent))
+
+
+def operations() -> None:
+    """The operations of the graph that measures an LSTM, by the part of the package that makes them."""
+    head("Operations of a measurement of an LSTM with 64 units", "part", "`standard`", "`full`")
+    counts = [_operations_by_part(measures) for measures in ("standard", "full")]
+    for part in sorted(counts[1], key=lambda part: -counts[1][part]):
+        row(part, *(count[part] for count in counts))
+    row("all", *(sum(count.values()) for count in counts))
+
+
+def _operations_by_part(measures: str) -> collections.Counter[str]:
+    meter = JacobianMeter(stack("forward", 1), noise(BATCH, START_STEPS, 8), measures=measures)
+    home = Path(keras_jacmon.__file__).parent
+    found: collections.Counter[str] = collections.Counter()
+    pending: list[Any] = list(meter.graphs)
+    seen: set[str] = set()
+    while pending:
+        graph = pending.pop()
+        for operation in graph.get_operations():
+            frames = [frame.filename for frame in operation.traceback or [] if home in Path(frame.filename).parents]
+            found[str(Path(frames[-1]).relative_to(home).with_suffix("")) if frames else "loops and arguments"] += 1
+            functions = [operation.get_attr(a.name).name for a in operation.op_def.attr if a.type == "func"]
+            pending += [graph._get_function(name).graph for name in functions if name not in seen]  # noqa: SLF001 - there is no other way
+            seen.update(functions)
+    return found
+
+
 class Clock(keras.callbacks.Callback):
     """Times an epoch from the end of its first batch to its own end, including callbacks that stand before this one."""
 
@@ -267,7 +347,8 @@ def memory() -> None:
     script = """if True:
         import pathlib, re, sys
         import keras, numpy as np, tensorflow as tf
-        from keras_jacmon import JacobianMeter
+        import keras_jacmon
+from keras_jacmon import JacobianMeter
         units, steps, features, measures = int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
         model = keras.Sequential([keras.Input((steps, features)), keras.layers.LSTM(units)])
         probe = tf.constant(np.random.default_rng(0).normal(size=(32, steps, features)), tf.float32)
@@ -353,6 +434,8 @@ def once() -> None:
 
 
 TABLES = {
+    "start": start,
+    "operations": operations,
     "units": by_units,
     "autodiff": without_structure,
     "time": over_time,

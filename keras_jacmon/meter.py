@@ -3,7 +3,7 @@
 import contextlib
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import keras
@@ -147,13 +147,22 @@ class JacobianMeter:
         self._set_up(model, plan)
 
     @classmethod
-    def of_plan(cls, model: keras.Layer, plan: MeasurementPlan) -> "JacobianMeter":
-        """Makes a meter from what has been read already; for internal use."""
+    def of_plan(
+        cls, model: keras.Layer, plan: MeasurementPlan, on_layer: Callable[[str], object] = str
+    ) -> "JacobianMeter":
+        """Makes a meter from what has been read already; for internal use.
+
+        Args:
+            model: Keras model or layer.
+            plan: What has been read.
+            on_layer: Called with the key of each layer, in backticks, before its measurement is traced. Defaults to
+                nothing.
+        """
         meter = cls.__new__(cls)
-        meter._set_up(model, plan)  # noqa: SLF001 - its own
+        meter._set_up(model, plan, on_layer)  # noqa: SLF001 - its own
         return meter
 
-    def _set_up(self, model: keras.Layer, plan: MeasurementPlan) -> None:
+    def _set_up(self, model: keras.Layer, plan: MeasurementPlan, on_layer: Callable[[str], object] = str) -> None:
         check_model(model)
         check_distribution(model)
         self._model, self._options = model, plan.options
@@ -178,7 +187,7 @@ class JacobianMeter:
         # Traced here and not at the first call, so that errors and warnings come at once.
         self._recording = trace(self._record, self._specs(self._inputs))
         self._loss = None if self._targets is None else trace(self._differentiate_loss, self._specs(self._tensors()))
-        self._calls = self._compile(required=plan.layers is not None)
+        self._calls = self._compile(on_layer, required=plan.layers is not None)
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -319,12 +328,13 @@ class JacobianMeter:
         with keras.StatelessScope(state_mapping=weights, collect_losses=True):
             return loss_gradients(self._model, inputs, targets, layers)
 
-    def _compile(self, *, required: bool) -> list[MeasurableCall]:
+    def _compile(self, on_layer: Callable[[str], object], *, required: bool) -> list[MeasurableCall]:
         """Traces the measurement of each recorded call and returns the calls that can be measured.
 
         Warns of the others, unless the user named the layers.
 
         Args:
+            on_layer: Called with the name of each call before.
             required: Boolean, True if the user named the layers.
 
         Raises:
@@ -340,7 +350,11 @@ class JacobianMeter:
             )
         if reasons:
             warnings.warn(f"Some recurrent layers are not measured. {sentence(reasons)}", stacklevel=4)
-        errors = {call.name: error for call in recorded.calls if (error := self._error_of(call)) is not None}
+        errors: dict[str, UnmeasurableError] = {}
+        for call in recorded.calls:
+            on_layer(f"`{call.name}`")
+            if (error := self._error_of(call)) is not None:
+                errors[call.name] = error
         calls = [call for call in recorded.calls if call.name not in errors]
         if errors and (required or not calls):
             raise next(iter(errors.values()))

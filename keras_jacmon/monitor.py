@@ -88,7 +88,8 @@ class JacobianMonitor(keras.callbacks.Callback):
             changes from one measurement to the next. Defaults to None.
         seed: Integer, the seed of the random vectors. Defaults to 0.
         verbose: 0 or 1; 1 prints each report, and a line when a verdict changes. A measurement that takes more than a
-            second shows a progress bar, with 1 or in a `fit` that shows one. Defaults to 0.
+            second shows a progress bar, with 1 or in a `fit` that shows one. While it starts, one line names the layers
+            that are being prepared, with 1 from the first one on, and else after five seconds. Defaults to 0.
         **options: As for `JacobianMeter`: `tolerance`, `max_rows`, `max_bytes`, ...
 
     Attributes:
@@ -133,7 +134,7 @@ class JacobianMonitor(keras.callbacks.Callback):
         )
         check_name(name)
         plan = MeasurementPlan.read(JacobianMonitor, probe, layers=layers, targets=targets, options=options)
-        self._traced = TracedModel(plan, regularizer, strict=on_error == "raise")
+        self._traced = TracedModel(plan, regularizer, strict=on_error == "raise", verbose=bool(verbose))
         self._schedule = Schedule(1 if update_freq == "batch" else update_freq, slow_freq)
         self._log_dir, self._positions = log_dir, positions
         self._in_epochs, self._epochs = is_in_epochs(step, update_freq), -1

@@ -12,6 +12,7 @@ from keras_jacmon.meter import JacobianMeter
 from keras_jacmon.regularization.held_model import RegularizedModel
 from keras_jacmon.regularization.regularizer import JacobianRegularizer
 from keras_jacmon.report.report import Report
+from keras_jacmon.watching.preparation import PreparationLine
 
 
 @dataclass
@@ -22,6 +23,8 @@ class TracedModel:
         plan: `MeasurementPlan`, the probe, the layers and the measures.
         regularizer: `JacobianRegularizer` for the measured layers; None without a penalty.
         strict: Boolean, True to raise if no layer of a model can be measured, False to warn.
+        verbose: Boolean, True to say at once what is being prepared, False where it takes long.
+        preparation: `PreparationLine`, what the user is told meanwhile.
         meter: `JacobianMeter` of the model; None before the first model, and if it cannot be measured.
         held: `RegularizedModel`; None without a regularizer, and before the first model.
     """
@@ -29,6 +32,8 @@ class TracedModel:
     plan: MeasurementPlan
     regularizer: JacobianRegularizer | None
     strict: bool
+    verbose: bool
+    preparation: PreparationLine = field(default_factory=PreparationLine, init=False)
     meter: JacobianMeter | None = field(default=None, init=False)
     held: RegularizedModel | None = field(default=None, init=False)
     _traced_for: list[Any] = field(default_factory=list, init=False)
@@ -47,9 +52,11 @@ class TracedModel:
         self.meter = self.held = None
         # Until it is known that it can be measured.
         self._traced_for = [model]
-        meter = self._meter_of(model)
-        if self.regularizer is not None:
-            self.held = self.regularizer.prepare(model, self.plan.probe, self.plan.layers)
+        with self.preparation.shown(at_once=self.verbose):
+            meter = self._meter_of(model)
+            if self.regularizer is not None:
+                self.preparation.begin("the penalty")
+                self.held = self.regularizer.prepare(model, self.plan.probe, self.plan.layers)
         self.meter = meter
         # Building a model may have made variables.
         self._traced_for = _identity(model)
@@ -72,7 +79,7 @@ class TracedModel:
     def _meter_of(self, model: keras.Model) -> JacobianMeter | None:
         """Returns the meter; None, with a warning, if no layer can be measured and the user named none."""
         try:
-            return JacobianMeter.of_plan(model, self.plan)
+            return JacobianMeter.of_plan(model, self.plan, self.preparation.begin)
         except UnmeasurableError as error:
             if self.strict or self.plan.layers is not None:
                 raise
