@@ -181,11 +181,9 @@ class StepMeasurement:
         most = max(1, self._chunk(points, ()) // 2) if self.independent else self.samples
         seed = tf.random.experimental.stateless_fold_in([self.context.options.seed, 3], self.draw)
 
-        following = self._following(points, last)
-
         def at(indices: tf.Tensor) -> tuple[PointBatch, list[tf.Tensor]]:
             chosen = tf.cast(indices if valid is None else tf.gather(valid, indices), tf.int32)
-            return points.take(chosen), [tf.gather(states, chosen) for states in following]
+            return points.take(chosen), self._following(points, last, chosen)
 
         chosen = self._turn(total, most) if self.independent else self._step_in_turn(points.count)
         checks = check_points(self.jacobian, self.views, *at(chosen), seed)
@@ -219,10 +217,18 @@ class StepMeasurement:
         """Returns the indices of the points of one step, another step each time."""
         return tf.range(self.samples) + self.draw * self.samples % count
 
-    def _following(self, points: PointBatch, last: Sequence[tf.Tensor]) -> list[tf.Tensor]:
-        """Returns the states after all points: the old states of the next step, or the last states."""
+    def _following(self, points: PointBatch, last: Sequence[tf.Tensor], chosen: tf.Tensor) -> list[tf.Tensor]:
+        """Returns the states after the chosen points: the old states of the next step, or the last states."""
+        count, samples = points.count, self.samples
+        following, within = chosen + samples, chosen + samples < count
+        inside, beyond = tf.minimum(following, count - 1), chosen % samples
         return [
-            tf.concat([states[self.samples :], end], axis=0) for states, end in zip(points.states, last, strict=True)
+            tf.where(
+                tf.reshape(within, [-1] + [1] * (end.shape.rank - 1)),
+                tf.gather(states, inside),
+                tf.gather(end, beyond),
+            )
+            for states, end in zip(points.states, last, strict=True)
         ]
 
 

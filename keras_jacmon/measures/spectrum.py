@@ -14,6 +14,7 @@ from keras_jacmon.measures.context import MeasureContext, Measured
 from keras_jacmon.measures.eigen import largest_singular_value
 from keras_jacmon.operators.contract import JacobianOperator
 from keras_jacmon.operators.formed import as_jacobian_operator
+from keras_jacmon.tensors import take
 
 # Random matrices of 128 x 128 need at most about 25 steps for 1e-2 and 30 for 1e-3. The residual of a
 # point that has not converged after this number of steps shows it.
@@ -158,7 +159,11 @@ def _resized(vectors: tf.Tensor, size: int) -> tf.Tensor:
     """Vectors `(points, n)` with another n: without their last entries, or with zeros after them."""
     if vectors.shape[-1] == size:
         return vectors
-    return vectors[:, :size] if vectors.shape[-1] > size else tf.pad(vectors, [[0, 0], [0, size - vectors.shape[-1]]])
+    return (
+        take(vectors, np.arange(size))
+        if vectors.shape[-1] > size
+        else tf.pad(vectors, [[0, 0], [0, size - vectors.shape[-1]]])
+    )
 
 
 def _lanczos(stack: _Stack, context: MeasureContext, *, with_vectors: bool) -> tuple[tf.Tensor, ...]:

@@ -91,10 +91,11 @@ def _factors(into: Diagonal, kernel: Kernel, out: Diagonal) -> list[_Factor]:
     return [_Factor(out.at(slot), rows.columns(slot), into.values) for slot in out.link.slots]
 
 
-Ways = Iterable[tuple[Diagonal, Kernel, Diagonal]]
+# From the source to a product, its kernel, and from the product to the new state.
+Way = tuple[Diagonal, Kernel, Diagonal]
 
 
-def spread_within_rows(direct: Diagonal | None, ways: Ways, columns: int, dtype: tf.DType) -> list[tf.Tensor]:
+def spread_within_rows(direct: Diagonal | None, ways: Iterable[Way], columns: int, dtype: tf.DType) -> list[tf.Tensor]:
     """Returns the terms of the sum of `(J_ik - mean of row i)²` over a block: tensors `(points,)`, `(1,)` or `()`.
 
     Centred before squaring: the difference of the sum of squares and the square of the sum would cancel for entries
@@ -107,11 +108,12 @@ def spread_within_rows(direct: Diagonal | None, ways: Ways, columns: int, dtype:
         columns: Integer, number of columns of the block.
         dtype: Type of the entries.
     """
-    factors = [factor for way in ways for factor in _factors(*way)]
-    if len(factors) > 1 and all(factor.a is not None and factor.b is None for factor in factors):
-        factors, sums = _centred_with_squares(factors)
+    ways = list(ways)
+    is_plain = all(into.values is None and out.pieces is not None for into, _, out in ways)
+    if is_plain and sum(len(out.link.slots) for _, _, out in ways) > 1:
+        factors, sums = _centred_with_squares(ways)
     else:
-        factors = [part for factor in factors for part in factor.nearly_centred()]
+        factors = [part for way in ways for factor in _factors(*way) for part in factor.nearly_centred()]
         sums = [factor.times(factor).entry_sum for factor in factors]
         pairs = [left.times(right).entry_sum for left, right in itertools.combinations(factors, 2)]
         # Each pair of different factors stands twice in the square of their sum.
@@ -125,17 +127,27 @@ def spread_within_rows(direct: Diagonal | None, ways: Ways, columns: int, dtype:
     return [*sums, -tf.reduce_sum(total(rest) ** 2, axis=-1) / columns] if rest else sums
 
 
-def _centred_with_squares(factors: Sequence[_Factor]) -> tuple[list[_Factor], list[tf.Tensor]]:
-    """Centres factors that have a and no b, all at once, and returns them with the squares of their sum's entries."""
-    with graph_of(factors[0].V):
-        V = tf.stack([factor.V for factor in factors])
-        V -= tf.reduce_mean(V, axis=1, keepdims=True)
-        # For each unit the products of the columns of all slots.
-        grams = tf.einsum("sni,tni->sti", V, V)
-        parts = tf.unstack(V)
-    a = tf.stack([factor.a for factor in factors], axis=1)
-    squares = tf.reduce_sum(tf.einsum("psi,sti->pti", a, grams) * a, axis=[1, 2])
-    return [_Factor(factor.a, part, None) for factor, part in zip(factors, parts, strict=True)], [squares]
+def _centred_with_squares(ways: Sequence[Way]) -> tuple[list[_Factor], list[tf.Tensor]]:
+    """Centres the factors of ways that have a and no b, all at once, and sums the squares of their sum's entries."""
+    derivatives = [out.at(slot) for _, _, out in ways for slot in out.link.slots]
+    slots = len(derivatives)
+    kernels = [kernel.rows(into.link.targets).by_slot(out.link.slots) for into, kernel, out in ways]
+    with graph_of(kernels[0]):
+        V = kernels[0] if len(kernels) == 1 else tf.concat(kernels, axis=1)
+        V -= tf.reduce_mean(V, axis=0, keepdims=True)
+        # For each unit the products of the columns of two slots; each pair of different slots stands twice in a square.
+        twice = np.where(np.eye(slots), 1.0, 2.0)[:, :, None]
+        weights = tf.constant(twice, V.dtype) * tf.einsum("nsi,nti->sti", V, V)
+        columns = tf.unstack(tf.reshape(weights, [slots * slots, V.shape[2], 1]))
+        factors = [_Factor(a, part, None) for a, part in zip(derivatives, tf.unstack(V, axis=1), strict=True)]
+    # One pair after the other: all at once they would be moved about in memory, which takes longer than the products.
+    squares = total(
+        [
+            (derivatives[s] * derivatives[t]) @ columns[slots * s + t]
+            for s, t in itertools.combinations_with_replacement(range(slots), 2)
+        ]
+    )
+    return factors, [tf.squeeze(squares, axis=1)]
 
 
 def _direct_sums(
