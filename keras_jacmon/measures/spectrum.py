@@ -157,13 +157,8 @@ class _Stack:
 
 def _resized(vectors: tf.Tensor, size: int) -> tf.Tensor:
     """Vectors `(points, n)` with another n: without their last entries, or with zeros after them."""
-    if vectors.shape[-1] == size:
-        return vectors
-    return (
-        take(vectors, np.arange(size))
-        if vectors.shape[-1] > size
-        else tf.pad(vectors, [[0, 0], [0, size - vectors.shape[-1]]])
-    )
+    n = int(vectors.shape[-1])
+    return take(vectors, np.arange(size)) if size <= n else tf.pad(vectors, [[0, 0], [0, size - n]])
 
 
 def _lanczos(stack: _Stack, context: MeasureContext, *, with_vectors: bool) -> tuple[tf.Tensor, ...]:

@@ -129,8 +129,9 @@ def spread_within_rows(direct: Diagonal | None, ways: Iterable[Way], columns: in
 
 def _centred_with_squares(ways: Sequence[Way]) -> tuple[list[_Factor], list[tf.Tensor]]:
     """Centres the factors of ways that have a and no b, all at once, and sums the squares of their sum's entries."""
-    derivatives = [out.at(slot) for _, _, out in ways for slot in out.link.slots]
-    slots = len(derivatives)
+    found = [out.at(slot) for _, _, out in ways for slot in out.link.slots]
+    derivatives = [a for a in found if a is not None]
+    slots = len(found)
     kernels = [kernel.rows(into.link.targets).by_slot(out.link.slots) for into, kernel, out in ways]
     with graph_of(kernels[0]):
         V = kernels[0] if len(kernels) == 1 else tf.concat(kernels, axis=1)

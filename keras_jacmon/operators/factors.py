@@ -187,7 +187,7 @@ class Order:
 def _times(vectors: tf.Tensor, matrix: tf.Tensor) -> tf.Tensor:
     """Products of vectors `(points, ..., units)` with a matrix, as one product of two matrices."""
     *leading, units = vectors.shape
-    flat = tf.reshape(vectors, [-1, units]) @ matrix
     if len(leading) == 1:
-        return flat
+        return vectors @ matrix
+    flat = tf.reshape(vectors, [-1, units]) @ matrix
     return tf.reshape(flat, tf.concat([tf.shape(vectors)[:-1], [flat.shape[-1]]], axis=0))

@@ -199,7 +199,6 @@ class StructuredJacobian(JacobianOperator):
         """The sum of `(J_ik - mean)²`, by closed forms where there are; the same tensor each time."""
         return self._spread
 
-
     @functools.cached_property
     def _spread(self) -> tf.Tensor:
         blocks = self.blocks()
