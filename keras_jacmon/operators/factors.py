@@ -46,14 +46,8 @@ class Diagonal:
         """The diagonal at some of the points."""
         if self.pieces is None:
             return self
-        if isinstance(points, slice):
-            # One slice, where each step of a sequence takes its own.
-            values = take_points(self.values, points)
-        else:
-            # Picked before they are joined: the points may be a small part of all.
-            known = [units for units, _ in self.pieces]
-            parts = [take_points(part, points) for _, part in self.pieces]
-            values = take(joined(parts), np.argsort(np.concatenate(known)))
+        # Of all units together, as products with vectors need them.
+        values = take_points(self.values, points)
         return Diagonal(self.link, ((np.arange(self.link.node_size), values),))
 
     def forward(self, tangent: tf.Tensor) -> tf.Tensor:
