@@ -77,9 +77,9 @@ class _Factor:
         with graph_of(self.V):
             means = tf.reduce_mean(self.V, axis=0, keepdims=True)
             centred = _Factor(self.a, self.V - means, self.b)
-        if self.b is None:
-            return [centred]
-        ones = tf.ones_like(self.V)
+            if self.b is None:
+                return [centred]
+            ones = tf.ones_like(self.V)
         # V b = (V - mean V) b + mean V (b - mean b) + mean V mean b, and the last one is the same for the whole row.
         spread = self.b - tf.reduce_mean(self.b, axis=-1, keepdims=True)
         return [centred, _Factor(means if self.a is None else means * self.a, ones, spread)]
