@@ -74,7 +74,7 @@ def test_looking_for_the_other_callbacks_disturbs_no_thread() -> None:
     sys.setswitchinterval(1e-5)
     thread.start()
     try:
-        for _ in range(80):
+        for _ in range(10):
             assert len(tuple(number for number in range(20_000))) == 20_000
     finally:
         done.set()

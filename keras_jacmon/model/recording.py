@@ -132,6 +132,9 @@ class _Recorder:
             self.calls.append(RecurrentCall(item.name, item.layer, inputs, initial, steps, has_lost_mask=lost))
         else:
             self.hidden.add(item.name)
+        given = [tf.convert_to_tensor(x) for x in keras.tree.flatten([inputs, states, mask]) if x is not None]
+        # A variable, such as a state or a counter, that an earlier call has written to holds a tensor of the graph.
+        given += [v.value for v in item.layer.variables if tf.is_symbolic_tensor(v.value)]
         older = {operation.name for operation in self._graph.get_operations()}
         attributes = tensors_in(item.layer.cell)
         self._inside += 1
@@ -141,14 +144,16 @@ class _Recorder:
             self._inside -= 1
         if inputs.graph is self._graph and mask is not None:
             self.masked.add(sequence.name)
-        if self._uses_others(older, keras.tree.flatten([inputs, states, mask])):
+        if self._uses_others(older, given):
             self._attributes[item.name] = attributes
         return last, sequence, new
 
-    def _uses_others(self, older: set[str], given: list[Any]) -> bool:
+    def _uses_others(self, older: set[str], given: list[tf.Tensor]) -> bool:
         """Tells if operations that are not among the older ones use tensors of older ones, beside those given."""
         # What the graph captured from outside, such as a weight or a constant, is there at any time.
         known = {id(tensor) for tensor in [*given, *(inner for _, inner in self._graph.captures)]}
+        # A state that a policy casts where it is read.
+        known |= {id(tensor.op.inputs[0]) for tensor in given if tensor.op.type == "Cast"}
         new = [operation for operation in self._graph.get_operations() if operation.name not in older]
         return any(t.op.name in older and id(t) not in known for operation in new for t in operation.inputs)
 

@@ -24,7 +24,6 @@ class TracedModel:
         regularizer: `JacobianRegularizer` for the measured layers; None without a penalty.
         strict: Boolean, True to raise if no layer of a model can be measured, False to warn.
         verbose: Boolean, True to say at once what is being prepared, False where it takes long.
-        preparation: `PreparationLine`, what the user is told meanwhile.
         meter: `JacobianMeter` of the model; None before the first model, and if it cannot be measured.
         held: `RegularizedModel`; None without a regularizer, and before the first model.
     """
@@ -33,7 +32,6 @@ class TracedModel:
     regularizer: JacobianRegularizer | None
     strict: bool
     verbose: bool
-    preparation: PreparationLine = field(default_factory=PreparationLine, init=False)
     meter: JacobianMeter | None = field(default=None, init=False)
     held: RegularizedModel | None = field(default=None, init=False)
     _traced_for: list[Any] = field(default_factory=list, init=False)
@@ -52,10 +50,11 @@ class TracedModel:
         self.meter = self.held = None
         # Until it is known that it can be measured.
         self._traced_for = [model]
-        with self.preparation.shown(at_once=self.verbose):
-            meter = self._meter_of(model)
+        line = PreparationLine()
+        with line.shown(at_once=self.verbose):
+            meter = self._meter_of(model, line)
             if self.regularizer is not None:
-                self.preparation.begin("the penalty")
+                line.begin("the penalty")
                 self.held = self.regularizer.prepare(model, self.plan.probe, self.plan.layers)
         self.meter = meter
         # Building a model may have made variables.
@@ -76,10 +75,10 @@ class TracedModel:
         if self.held is not None:
             self.held.detach()
 
-    def _meter_of(self, model: keras.Model) -> JacobianMeter | None:
+    def _meter_of(self, model: keras.Model, line: PreparationLine) -> JacobianMeter | None:
         """Returns the meter; None, with a warning, if no layer can be measured and the user named none."""
         try:
-            return JacobianMeter.of_plan(model, self.plan, self.preparation.begin)
+            return JacobianMeter.of_plan(model, self.plan, line.begin)
         except UnmeasurableError as error:
             if self.strict or self.plan.layers is not None:
                 raise

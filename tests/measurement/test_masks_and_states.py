@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import keras
 import numpy as np
 import pytest
@@ -222,3 +224,20 @@ def test_a_mask_that_is_not_handed_on_is_noted() -> None:
         "measured"
     )
     assert report["below"].notes == report["top"].notes == ()
+
+
+@pytest.mark.parametrize(("dtype", "rounding"), [("float32", 1e-5), ("mixed_float16", 1e-3)])
+def test_a_stateful_layer_that_is_called_twice_goes_on_where_it_stopped(dtype: str, rounding: float) -> None:
+    """Its states are tensors of the model then, and still its own."""
+
+    def measured(calls: int, steps: int) -> Any:
+        keras.utils.set_random_seed(1)
+        inputs = keras.Input((steps, 2), batch_size=3)
+        layer = keras.layers.LSTM(3, return_sequences=True, stateful=True, dtype=dtype, name="rnn")
+        model = keras.Model(inputs, [layer(inputs) for _ in range(calls)])
+        return measure(model, np.ones((3, steps, 2), np.float32), measures="variance")
+
+    twice, once = measured(2, 4), measured(1, 8)
+    assert list(twice) == ["rnn", "rnn:1"]
+    found = np.concatenate([layer["variance"] for layer in twice.values()])
+    np.testing.assert_allclose(found, once["rnn"]["variance"], rtol=rounding, strict=True)
