@@ -148,7 +148,11 @@ class StepMeasurement:
 
     def _chunk(self, points: PointBatch, quantities: Selection) -> int:
         """Returns the maximum number of points at once."""
-        kept = [measure.numbers_kept(*self._shape(view, points)) for view, measure in quantities]
+        kept = []
+        for measure in dict.fromkeys(measure for _, measure in quantities):
+            of_views = [measure.numbers_kept(*self._shape(view, points)) for view, m in quantities if m is measure]
+            at_once = len(of_views) if isinstance(measure.kind, PerStep) and measure.kind.of_several else 1
+            kept.append(at_once * max(of_views))
         if not self.jacobian.assumptions.products:
             # J is formed.
             kept += [math.prod(self._shape(view, points)) for view in self.views]

@@ -1,9 +1,7 @@
 """Singular values of a Jacobian from products with vectors."""
 
-import functools
 import itertools
 import math
-import operator
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -117,7 +115,7 @@ class _Stack:
     def __init__(self, operators: Sequence[JacobianOperator], counts: Sequence[tf.Tensor] | None = None) -> None:
         self._operators = operators
         self._counts = counts or [operator.shape[0] or operator.batch_shape_tensor()[0] for operator in operators]
-        self.points = functools.reduce(operator.add, self._counts)
+        self.points = sum(self._counts[1:], start=self._counts[0])
         self.rows, self.columns = (max(int(J.shape[axis]) for J in operators) for axis in (-2, -1))
         self.dtype = operators[0].dtype
 
