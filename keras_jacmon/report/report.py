@@ -173,15 +173,14 @@ class Report(Mapping[str, LayerReport]):
     def to_dataframe(self) -> Any:
         """Returns every number of the report as a `pandas.DataFrame` in the long form, one number in each line.
 
-        Returns:
-            `pandas.DataFrame` with the columns
+        The columns are
 
-            - `layer`, `measure`: the keys in the report,
-            - `step`, `sample`: the position in the input and the sample; a measure of whole sequences has no step,
-            - `index`: of a flow the span, of exponents and spectra the number of the value, all from 1 on; none for
-              measures with one value,
-            - `value`, `imaginary`: the value, and the imaginary part of an eigenvalue, 0 for all else,
-            - `uncertainty`: as in `LayerReport.uncertainties`; NaN without one.
+        - `layer`, `measure`: the keys in the report,
+        - `step`, `sample`: the position in the input and the sample; a measure of whole sequences has no step,
+        - `index`: of a flow the span, of exponents and spectra the number of the value, all from 1 on; none for
+          measures with one value,
+        - `value`, `imaginary`: the value, and the imaginary part of an eigenvalue, 0 for all else,
+        - `uncertainty`: as in `LayerReport.uncertainties`; NaN without one.
 
         Raises:
             ImportError: If pandas is not installed.
