@@ -147,8 +147,12 @@ def test_an_interrupt_during_a_measurement_stops_the_training_and_loses_nothing(
 
     def press_a_key() -> None:
         """Python notices a signal when TensorFlow returns; one in this function would be an error of TensorFlow."""
-        if next(count) == 4:
+        if next(count) != 4:
+            return
+        if threading.current_thread() is threading.main_thread():
             threading.Timer(0.002, _thread.interrupt_main).start()
+        else:
+            _thread.interrupt_main()
 
     def trained(*callbacks: Any) -> Any:
         model = compiled(AtInference(press_a_key), keras.layers.RNN(CountingCell(3), name="rnn"))
