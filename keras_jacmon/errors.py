@@ -1,9 +1,12 @@
 """Error sentences in one form: the argument, the expected value, the received one."""
 
 import difflib
+import re
 from collections.abc import Iterable
 from numbers import Integral
 from typing import Any
+
+_BOLD = re.compile("\x1b\\[1m(.+?)\x1b\\[0m", re.DOTALL)
 
 
 def invalid_argument(name: str, expected: str, received: Any) -> ValueError:
@@ -85,7 +88,11 @@ def message_of(error: BaseException) -> str:
     if isinstance(error, KeyError):
         # Its message is the key alone.
         return f"there is no key {error}"
-    return str(error).strip() or f"an error of the class {type(error).__name__}, without a message"
+    # Keras puts what a layer said between its own lines, in bold.
+    said = _BOLD.search(str(error))
+    return (
+        said[1] if said else str(error)
+    ).strip() or f"an error of the class {type(error).__name__}, without a message"
 
 
 def sentence(text: str) -> str:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from helpers import FEATURES, FunctionCell, normal
-from structure_laws import assert_structured_as_autodiff, double_precision
+from structure_laws import assert_structured_as_autodiff, double_precision, structured_blocks
 
 from keras_jacmon.cell.cell_graph import CellGraph
 from keras_jacmon.cell.step import CellStep
@@ -61,7 +61,7 @@ STRUCTURED: dict[str, Callable[[Any, Any, Any], Any]] = {
     "long_order": lambda c, x, h: tf.gather(tf.tanh(x + h @ c.U), tf.argsort(LONG_ORDER[:4]), axis=-1),
     "sorted": lambda c, x, h: tf.sort(tf.tanh(x + h @ c.U), axis=-1),
     "sorted_state": lambda c, x, h: tf.tanh(x + keras.ops.sort(h, axis=-1)) - tf.sort(h, direction="DESCENDING") @ c.U,
-    "rolled": lambda c, x, h: keras.ops.roll(tf.tanh(x + h @ c.U), tf.reduce_sum(ORDER), axis=-1) + 0.1 * h,
+    "rolled": lambda c, x, h: tf.roll(tf.tanh(x + h @ c.U), tf.reduce_sum(ORDER), axis=-1) + 0.1 * h,
     "sparse_kernel": lambda _, x, h: tf.tanh(x + tf.transpose(dense_with_sparse(SPARSE, h, adjoint_b=True))),
     "sparse_kernel_of_a_transposed_state": lambda _, x, h: tf.tanh(
         x + tf.transpose(dense_with_sparse(SPARSE, tf.transpose(h), adjoint_a=True))
@@ -98,3 +98,15 @@ def test_an_order_that_may_change_is_no_structure() -> None:
     h = tf.zeros((3, 4), tf.float64)
     structure = find_structure(CellGraph(CellStep(cell, [h]), tf.zeros((3, FEATURES), tf.float64), [h]))
     assert "Gather" in str(structure.reason(0, Node.state(0)))
+
+
+@pytest.mark.fast
+def test_the_reason_is_what_the_cell_says_and_not_the_lines_of_keras_around_it() -> None:
+    def knowing_its_rows(cell: Any, x: Any, h: Any) -> Any:
+        if x.shape[0] is None:
+            raise ValueError("this cell must know its rows")
+        return tf.tanh(x + h @ cell.U)
+
+    x, h = (tf.constant(normal(7, n), tf.float64) for n in (FEATURES, 4))
+    with pytest.raises(NotImplementedError, match=r"^it cannot be .* number of rows: this cell must know its rows$"):
+        structured_blocks(built(knowing_its_rows), x, [h])
