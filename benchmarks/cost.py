@@ -276,11 +276,10 @@ def start() -> None:
         keras.backend.clear_session()
         model = stack(kind, depth)
         monitors = [] if measures is None else [JacobianMonitor(x, log_dir=None, measures=measures)]
-        ends: list[float] = []
-        clock = keras.callbacks.LambdaCallback(on_train_batch_end=lambda *_: ends.append(time.perf_counter()))
+        clock = Clock()
         begin = time.perf_counter()
         model.fit(x, y, verbose=0, callbacks=[*monitors, clock])
-        return ends[0] - begin
+        return clock.begin - begin
 
     # What a process pays once.
     seconds("forward", 1, "fast")
@@ -334,11 +333,11 @@ class Clock(keras.callbacks.Callback):
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         """Starts."""
         if batch == 0:
-            self._start = time.perf_counter()
+            self.begin = time.perf_counter()
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         """Stops."""
-        self.seconds = time.perf_counter() - self._start
+        self.seconds = time.perf_counter() - self.begin
 
 
 def memory() -> None:
