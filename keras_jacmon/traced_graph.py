@@ -50,7 +50,9 @@ class Traced(Generic[StaticT]):
             return self.graph(*tensors)
 
 
-def trace(function: Callable[..., tuple[Any, StaticT]], specs: Sequence[Any] = ()) -> Traced[StaticT]:
+def trace(
+    function: Callable[..., tuple[Any, StaticT]], specs: Sequence[Any] = (), *, inline: bool = True
+) -> Traced[StaticT]:
     """Traces a function of tensors once, and keeps the Python object that it returns beside them.
 
     The graph of a `tf.function` returns tensors only, so a Python object can leave the trace only by a side effect.
@@ -60,6 +62,8 @@ def trace(function: Callable[..., tuple[Any, StaticT]], specs: Sequence[Any] = (
         function: Function from tensors to a pair: any structure of tensors, and any Python object. It should create no
             variables, since TensorFlow would then trace it twice.
         specs: Sequence of structures of `tf.TensorSpec`, one for each argument. Defaults to `()`.
+        inline: Boolean, False for a graph that others call several times, and that TensorFlow then optimizes once and
+            not once for each call. Defaults to True.
 
     Returns:
         `Traced`, the graph and the object. If the function raises, its error is raised.
@@ -80,7 +84,10 @@ def trace(function: Callable[..., tuple[Any, StaticT]], specs: Sequence[Any] = (
         return result
 
     with unchecked():
-        graph = tf.function(tensors_of, autograph=False).get_concrete_function(*specs)
+        attributes = {} if inline else {"_noinline": True}
+        graph = tf.function(tensors_of, autograph=False, experimental_attributes=attributes).get_concrete_function(
+            *specs
+        )
     return Traced(graph, returned[-1])
 
 

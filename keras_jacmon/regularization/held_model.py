@@ -103,6 +103,11 @@ class RegularizedModel:
         """Boolean, True if a training has read the losses of the model with the penalty, or there is no penalty."""
         return self._terms.is_used or not self._penalty.calls
 
+    @property
+    def trace_count(self) -> int:
+        """Integer, number of traced penalties: one for each kind of call, one more for a check that failed."""
+        return self._penalty.trace_count
+
     def penalty(self) -> float:
         """Returns the penalty with the present weights, not scaled by the strength."""
         return self._penalty()

@@ -3,18 +3,21 @@
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_jacmon.jacobians.cell_jacobian import CellJacobian
+from keras_jacmon.cell.trajectory import UnrollInputs
+from keras_jacmon.measurement.compiled import MeasurableCall, SequenceTensors
 from keras_jacmon.model.distribution import own_variable
 from keras_jacmon.model.guard import foreign_variables, put_back, shielded
 from keras_jacmon.model.layers import RecurrentLayer
-from keras_jacmon.model.recording import Recording, RecurrentCall, record_calls
-from keras_jacmon.regularization.call_penalty import CallPenalty, RefreshResult
+from keras_jacmon.model.recording import Recording, record_calls
+from keras_jacmon.regularization.call_penalty import CallPenalty
+from keras_jacmon.regularization.compiled_penalty import CompiledPenalties
 from keras_jacmon.regularization.penalty_config import PenaltyConfig
 from keras_jacmon.regularization.second_derivatives import register_second_derivatives
 from keras_jacmon.traced_graph import Traced, trace
@@ -22,19 +25,15 @@ from keras_jacmon.traced_graph import Traced, trace
 
 @dataclass(frozen=True)
 class _Calls:
-    """The calls of a model, known when its refresh is traced.
+    """The calls of a model, known when its pass on the probe is recorded.
 
     Attributes:
-        penalties: Dict from the key of a call to its penalty.
-        names: List of the keys of calls and the names of their layers, with or without a penalty.
-        recording: The recorded calls; must live as long as the graph.
-        jacobians: List of their Jacobians; must live as long as the graph.
+        calls: List of the recorded calls.
+        recording: The recording; must live as long as the graph.
     """
 
-    penalties: dict[str, CallPenalty]
-    names: list[str]
+    calls: list[MeasurableCall]
     recording: Recording
-    jacobians: list[CellJacobian]
 
 
 class ModelPenalty:
@@ -72,16 +71,29 @@ class ModelPenalty:
         self._told: set[str] = set()
         self.calls: dict[str, CallPenalty] = {}
         register_second_derivatives()
-        self._traced = self._trace()
-        self.calls = self._traced.static.penalties
-        self.names = self._traced.static.names
-        self.unmeasured = self._traced.static.recording.unmeasured
-        for call in self.calls.values():
-            call.share = 1.0 / len(self.calls)
+        self._compiled = CompiledPenalties(model, config)
+        self._recording: Traced[_Calls] = trace(partial(self._record, layers))
+        layer_names = {id(item.layer): item.name for item in layers}
+        for call in self._recording.static.calls:
+            target = self._target_of(call.name, layer_names[id(call.layer)])
+            if target is not None:
+                with _naming(call.name):
+                    self.calls[call.name] = self._penalty_on(call, target)
+        self.names = [
+            name for call in self._recording.static.calls for name in (layer_names[id(call.layer)], call.name)
+        ]
+        self.unmeasured = self._recording.static.recording.unmeasured
+        for penalty in self.calls.values():
+            penalty.share = 1.0 / len(self.calls)
         self.notes, _ = self.refresh()
-        for key, call in self.calls.items():
-            if call.holds:
-                _check_gradient(key, call)
+        for key, penalty in self.calls.items():
+            if penalty.holds:
+                _check_gradient(key, penalty)
+
+    @property
+    def trace_count(self) -> int:
+        """Integer, number of traced penalties: one for each kind of call, one more for a check that failed."""
+        return len(self._compiled)
 
     def refresh(self) -> tuple[list[str], bool]:
         """Takes other points of the trajectories, with the present weights.
@@ -91,9 +103,11 @@ class ModelPenalty:
             way from now on. Every graph that contains a penalty must then be traced anew.
         """
         self._turn.assign_add(1)
-        own = [variable for call in self.calls.values() for variable in call.variables]
-        with put_back(foreign_variables(self._traced.graph.graph, self._model, own)):
-            results: dict[str, RefreshResult] = self._traced()
+        with put_back(foreign_variables(self._recording.graph.graph, self._model, [])):
+            sequences = self._recording()
+        names = [call.name for call in self._recording.static.calls]
+        by_name = dict(zip(names, sequences, strict=True))
+        results = {key: call.refresh(by_name[key]) for key, call in self.calls.items() if call.holds}
         notes, changed = [], False
         for key, result in results.items():
             note = self.calls[key].refute(result.checks.floats())
@@ -113,8 +127,6 @@ class ModelPenalty:
                     f"Layer `{key}`: at {left_out} points of its trajectory the penalty is not finite. Such points "
                     "are left out; later ones of this layer are not warned of."
                 )
-        if changed:
-            self._traced = self._trace()
         return notes, changed
 
     def begin(self, step: int) -> None:
@@ -128,44 +140,38 @@ class ModelPenalty:
         """Returns the penalty with the present weights."""
         return sum(call.to_log() for call in self.calls.values())
 
-    def _trace(self) -> Traced[_Calls]:
-        return trace(self._refresh)
-
-    def _refresh(self) -> tuple[dict[str, RefreshResult], _Calls]:
-        layer_names = {id(item.layer): item.name for item in self._layers}
-        results: dict[str, RefreshResult] = {}
-        penalties: dict[str, CallPenalty] = {}
-        jacobians = []
+    def _record(self, layers: Sequence[RecurrentLayer]) -> tuple[list[SequenceTensors], _Calls]:
+        """Records the calls of some layers on the probe, in the graph that is being traced."""
         with shielded(self._model):
-            recording = record_calls(self._model, self._inputs, self._layers)
-            for call in recording.calls:
-                target = self._target_of(call.name, layer_names[id(call.layer)])
-                if target is None:
-                    continue
-                with _naming(call.name):
-                    penalties[call.name] = self.calls.get(call.name) or self._penalty_on(call, target)
-                    results[call.name], jacobian = penalties[call.name].refresh(call)
-                jacobians.append(jacobian)
-        names = [name for call in recording.calls for name in (layer_names[id(call.layer)], call.name)]
-        return results, _Calls(penalties, names, recording, jacobians)
+            recording = record_calls(self._model, self._inputs, layers)
+            sequences = [UnrollInputs.of(call) for call in recording.calls]
+            calls = list(map(MeasurableCall.of, recording.calls, sequences))
+        return [(part.inputs, part.states, part.mask) for part in sequences], _Calls(calls, recording)
 
     def _target_of(self, call: str, layer: str) -> tf.Variable | None:
         """Returns the target of a call: its own, or the target of its layer, or the target of all others."""
         key = next((key for key in (call, layer) if key in self._targets), None)
         return self._targets.get(key)
 
-    def _penalty_on(self, call: RecurrentCall, target: tf.Variable) -> CallPenalty:
+    def _penalty_on(self, call: MeasurableCall, target: tf.Variable) -> CallPenalty:
         owner: Any = self._model if self._config.through_states else call.layer
         layers = [item for item in self._layers if item.layer is call.layer]
 
-        def record() -> Recording:
+        def record() -> tuple[SequenceTensors, Recording]:
             with shielded(self._model):
-                return record_calls(self._model, self._inputs, layers)
+                recording = record_calls(self._model, self._inputs, layers)
+                found = UnrollInputs.of(next(known for known in recording.calls if known.name == call.name))
+            tensors: SequenceTensors = (found.inputs, found.states, found.mask)
+            if not self._config.through_states:
+                # Otherwise the model would be differentiated in vain.
+                tensors = tf.nest.map_structure(lambda x: None if x is None else tf.stop_gradient(x), tensors)
+            return tensors, recording
 
         return CallPenalty(
             self._config,
             self._model,
             call,
+            self._compiled,
             target=target,
             weights=owner.trainable_variables,
             record=record,

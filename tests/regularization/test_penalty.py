@@ -294,7 +294,7 @@ def test_every_step_and_sample_has_its_turn(rows: int, steps: int) -> None:
         seen = []
         for step in range(3 * steps):
             held.begin(step)
-            seen.append(call.variables[0].numpy().ravel())
+            seen.append(call.points.inputs.numpy().ravel())
     assert all(len(points) == len(set(points)) <= rows for points in seen)
     assert len({len(points) for points in seen}) == 1
     assert set(np.concatenate(seen)) == set(probe.ravel())
@@ -302,7 +302,7 @@ def test_every_step_and_sample_has_its_turn(rows: int, steps: int) -> None:
         (call,) = held._penalty.calls.values()
         for step, points in enumerate(seen[:2]):
             held.begin(step)
-            np.testing.assert_array_equal(call.variables[0].numpy().ravel(), points)
+            np.testing.assert_array_equal(call.points.inputs.numpy().ravel(), points)
 
 
 def test_states_that_are_not_finite_do_not_count() -> None:

@@ -1,0 +1,300 @@
+"""The penalty at points of a trajectory: squared distances of a measure of the Jacobians there from a target."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import keras
+import tensorflow as tf
+
+from keras_jacmon.cell.sampling import Sample, sample, without_values
+from keras_jacmon.cell.step import CellStep
+from keras_jacmon.cell.trajectory import UnrollInputs
+from keras_jacmon.jacobians.cell_jacobian import Assumptions, CellJacobian
+from keras_jacmon.jacobians.checks import CheckResults, check_independence, check_points
+from keras_jacmon.jacobians.points import PointBatch
+from keras_jacmon.jacobians.views import floating_states, side_by_side
+from keras_jacmon.measurement.compiled import SequenceTensors
+from keras_jacmon.measurement.per_step import CHECKED_POINTS
+from keras_jacmon.measures.context import MeasureContext
+from keras_jacmon.measures.differentiable import DIFFERENTIABLE, TINY, Directions, refined_vectors
+from keras_jacmon.measures.spectrum import leading_singular_vectors
+from keras_jacmon.operators.contract import JacobianOperator
+from keras_jacmon.options import Options
+from keras_jacmon.regularization.penalty_config import PenaltyConfig
+from keras_jacmon.tensors import known_sizes
+
+# Relative tolerance of a spectral norm whose penalty is logged.
+_LOGGED_TOLERANCE = 1e-3
+
+# Maximum number of values that the unrolling computes for all steps at once.
+_MOST_HOISTED = 2**24
+
+
+class Moment(NamedTuple):
+    """The numbers that a penalty depends on beside weights and points.
+
+    Attributes:
+        target: Scalar, the target of the measure.
+        turn: Integer scalar, the number of times that points of the trajectory were taken.
+        step: Integer scalar, the number of batches so far; it seeds the random vectors.
+    """
+
+    target: tf.Tensor
+    turn: tf.Tensor
+    step: tf.Tensor
+
+
+class PenaltyPoints(NamedTuple):
+    """Points that a penalty is taken at.
+
+    Attributes:
+        inputs: Tensor `(points, ...)`.
+        states: Tuple of tensors `(points, ...)`, the flat states before the step.
+        weights: Tensor `(points,)`, 0 for a point that does not count.
+    """
+
+    inputs: tf.Tensor
+    states: tuple[tf.Tensor, ...]
+    weights: tf.Tensor
+
+
+class NewPoints(NamedTuple):
+    """Points that were taken from a trajectory, and the findings there.
+
+    Attributes:
+        points: `PenaltyPoints`; those without a finite penalty do not count.
+        leading: Tensor `(points, n)`, the leading singular vectors there; None if the measure needs none.
+        checks: Checks of the assumptions behind the Jacobians, at some of the points.
+        left_out: Integer scalar, the number of points without a finite penalty.
+        valid: Integer scalar, the number of points that are not masked and have finite states.
+    """
+
+    points: PenaltyPoints
+    leading: tf.Tensor | None
+    checks: CheckResults
+    left_out: tf.Tensor
+    valid: tf.Tensor
+
+
+class PointPenalty:
+    """The penalty on a cell as a function of points, or of sequences, in the graph that is being traced.
+
+    Args:
+        step: `CellStep`, the cell's step.
+        config: `PenaltyConfig`.
+        view: String, the view for this cell.
+        assumptions: The assumptions behind the Jacobians.
+    """
+
+    def __init__(self, step: CellStep, config: PenaltyConfig, view: str, assumptions: Assumptions) -> None:
+        self._cell_step, self._config, self._view, self._assumptions = step, config, view, assumptions
+
+    def new_points(self, sequence: SequenceTensors, moment: Moment) -> tuple[NewPoints, CellJacobian]:
+        """Takes points of a trajectory.
+
+        Args:
+            sequence: The sequence that the cell is unrolled along.
+            moment: The numbers of this moment.
+
+        Returns:
+            The points, and the Jacobian, which must live as long as the graph.
+        """
+        chosen, jacobian = self._sampled(sequence, moment)
+        points, leading = PointBatch(chosen.inputs, chosen.states), None
+        if self._config.measure == "spectral_norm":
+            leading = self._found_leading(jacobian, points, Options(seed=self._config.seed))
+        checks = self._checked(jacobian, points, chosen, moment)
+        usable = self._distances(jacobian, moment).are_usable(points, leading)
+        left_out = tf.math.count_nonzero((chosen.weights > 0) & ~usable)
+        weights = tf.where(usable, chosen.weights, tf.zeros_like(chosen.weights))
+        taken = PenaltyPoints(chosen.inputs, chosen.states, weights)
+        return NewPoints(taken, leading, checks, left_out, tf.math.count_nonzero(chosen.weights)), jacobian
+
+    def at(
+        self, chosen: PenaltyPoints, known: tf.Tensor | None, moment: Moment, *, anew: bool
+    ) -> tuple[tf.Tensor, CellJacobian]:
+        """Returns the penalty at points that were taken before.
+
+        Args:
+            chosen: The points.
+            known: Leading singular vectors of other weights or points; None if the measure needs none.
+            moment: The numbers of this moment.
+            anew: Boolean, True to find leading singular vectors anew.
+
+        Returns:
+            A scalar, and the Jacobian, which must live as long as the graph.
+        """
+        jacobian = self._jacobian(chosen.inputs, chosen.states)
+        distances, points = self._distances(jacobian, moment), PointBatch(chosen.inputs, chosen.states)
+        leading = self._present_leading(distances, points, known, anew=anew)
+        # A point with a weight has a derivative, for it was examined when it was taken.
+        return distances.mean(points, leading, chosen.weights, distances.are_finite(points, leading)), jacobian
+
+    def along(
+        self, sequence: SequenceTensors, known: tf.Tensor | None, moment: Moment, *, anew: bool
+    ) -> tuple[tf.Tensor, CellJacobian]:
+        """Returns the penalty at points of the present trajectory; results and other arguments are those of `at`.
+
+        Args:
+            sequence: The sequence that the cell is unrolled along.
+            known: See `at`.
+            moment: See `at`.
+            anew: See `at`.
+        """
+        chosen, jacobian = self._sampled(sequence, moment)
+        inputs, states = chosen.inputs, chosen.states
+        if not self._config.through_states:
+            inputs, states = tf.stop_gradient(inputs), tuple(map(tf.stop_gradient, states))
+        distances, points = self._distances(jacobian, moment), PointBatch(inputs, states)
+        leading = self._present_leading(distances, points, known, anew=anew)
+        finite = distances.are_finite(points, leading) & distances.are_usable(points, leading)
+        return distances.mean(points, leading, chosen.weights, finite), jacobian
+
+    def _distances(self, jacobian: CellJacobian, moment: Moment) -> "_Distances":
+        return _Distances(self._config, self._view, jacobian, moment)
+
+    def _found_leading(self, jacobian: CellJacobian, points: PointBatch, options: Options) -> tf.Tensor:
+        """Returns the leading singular vectors at some points `(points, n)`, within the tolerance of the options."""
+        operator = jacobian.operators([self._view], points)[self._view]
+        return leading_singular_vectors(operator, MeasureContext(options)).vectors
+
+    def _present_leading(
+        self, distances: "_Distances", points: PointBatch, known: tf.Tensor | None, *, anew: bool
+    ) -> tf.Tensor | None:
+        """Returns the leading singular vectors with the present weights; None if the measure needs none."""
+        if known is None:
+            return None
+        fixed = PointBatch(tf.stop_gradient(points.inputs), tuple(map(tf.stop_gradient, points.states)))
+        if anew:
+            options = Options(seed=self._config.seed, tolerance=_LOGGED_TOLERANCE)
+            return tf.stop_gradient(self._found_leading(distances.jacobian, fixed, options))
+        seed = tf.random.experimental.stateless_fold_in([self._config.seed, 6], distances.moment.step)
+        return tf.stop_gradient(refined_vectors(distances.operator(fixed), known, seed))
+
+    def _checked(self, jacobian: CellJacobian, points: PointBatch, chosen: Sample, moment: Moment) -> CheckResults:
+        """Returns the results of the checks, at the points with a weight."""
+        seed = tf.random.experimental.stateless_fold_in([self._config.seed, 4], moment.turn)
+        valid = tf.cast(tf.where(chosen.weights > 0)[:, 0], tf.int32)
+
+        def checked(check: Callable[..., CheckResults], some: tf.Tensor) -> CheckResults:
+            new = [tf.gather(state, some) for state in chosen.new]
+            return check(jacobian, [self._view], points.take(some), new, seed)
+
+        checks = checked(check_points, valid[:CHECKED_POINTS])
+        return checks if jacobian.point_by_point else checks.worst(checked(check_independence, valid))
+
+    def _sampled(self, sequence: SequenceTensors, moment: Moment) -> tuple[Sample, CellJacobian]:
+        """Returns a sample of the points of a trajectory, and the Jacobian there."""
+        unrolled = UnrollInputs(*sequence)
+        jacobian = self._jacobian(unrolled.inputs[0], unrolled.states)
+        plan = without_values(jacobian.unroll_plan(), known_sizes(unrolled.inputs)[:2], _MOST_HOISTED)
+        return sample(self._cell_step, unrolled, plan, self._config.rows, moment.turn), jacobian
+
+    def _jacobian(self, inputs: tf.Tensor, states: Sequence[tf.Tensor]) -> CellJacobian:
+        return CellJacobian(self._cell_step, inputs, states, self._assumptions)
+
+
+@dataclass(frozen=True, eq=False)
+class _Distances:
+    """The squared distance of a measure from its target, as a function of points `(points,)` and leading vectors.
+
+    Attributes:
+        config: `PenaltyConfig`.
+        view: String, the view for this cell.
+        jacobian: `CellJacobian`.
+        moment: The numbers of this moment.
+    """
+
+    config: PenaltyConfig
+    view: str
+    jacobian: CellJacobian
+    moment: Moment
+
+    def __call__(self, points: PointBatch, leading: tf.Tensor | None) -> tf.Tensor:
+        seed = tf.random.experimental.stateless_fold_in([self.config.seed, 5], self.moment.step)
+        directions = Directions(self.config.vectors, seed, leading)
+        draws = DIFFERENTIABLE[self.config.measure](self.operator(points), directions)
+        return squared_distance(draws, tf.cast(self.moment.target, draws.dtype), self.config)
+
+    def operator(self, points: PointBatch) -> JacobianOperator:
+        """Returns the Jacobians of the view at some points."""
+        return self.jacobian.operators([self.view], points)[self.view]
+
+    def are_finite(self, points: PointBatch, leading: tf.Tensor | None) -> tf.Tensor:
+        """Returns boolean `(points,)`: True if the distance is finite."""
+        return _are_finite(tf.stop_gradient(self(points, leading)))
+
+    def are_usable(self, points: PointBatch, leading: tf.Tensor | None) -> tf.Tensor:
+        """Returns boolean `(points,)`: True if the distance and its derivative by the states are finite.
+
+        A NaN in the second derivative of the cell reaches the states as well as the weights.
+        """
+        floating = floating_states(points.states)
+        states = [tf.stop_gradient(state) for state in points.states]
+        with tf.GradientTape(watch_accessed_variables=False) as tape:
+            tape.watch([states[q] for q in floating])
+            distances = self(PointBatch(tf.stop_gradient(points.inputs), tuple(states)), leading)
+        slopes = tape.gradient(distances, [states[q] for q in floating], unconnected_gradients="zero")
+        slopes = side_by_side(list(map(tf.convert_to_tensor, slopes)))
+        return _are_finite(distances) & tf.reduce_all(tf.math.is_finite(slopes), axis=-1)
+
+    def mean(self, points: PointBatch, leading: tf.Tensor | None, weights: tf.Tensor, finite: tf.Tensor) -> tf.Tensor:
+        """Returns the mean over the points that have a weight and a finite distance; zero if there are none."""
+        finite &= weights > 0
+        total = tf.cond(
+            tf.reduce_any(finite),
+            lambda: self._mean_where(points, leading, finite),
+            lambda: tf.zeros([], points.inputs.dtype),
+        )
+        # Of the type of Keras' own losses, but not of half precision.
+        return tf.cast(total, tf.float64 if keras.config.floatx() == "float64" else tf.float32)
+
+    def _mean_where(self, points: PointBatch, leading: tf.Tensor | None, finite: tf.Tensor) -> tf.Tensor:
+        # A point that is not finite would make the whole gradient NaN, even with a weight of zero.
+        stand_in = tf.argmax(finite)
+
+        def mended(tensor: tf.Tensor) -> tf.Tensor:
+            keep = tf.reshape(finite, [-1] + [1] * (tensor.shape.rank - 1))
+            # XLA would compile a slice anew for each place, and with it the step of the training at each batch.
+            return tf.where(keep, tensor, tf.gather(tensor, stand_in))
+
+        leading = None if leading is None else mended(leading)
+        distances = self(PointBatch(mended(points.inputs), tuple(map(mended, points.states))), leading)
+        shares = tf.cast(finite, distances.dtype)
+        return tf.reduce_sum(shares * distances) / tf.maximum(tf.reduce_sum(shares), 1)
+
+
+def squared_distance(draws: tf.Tensor, target: tf.Tensor, config: PenaltyConfig) -> tf.Tensor:
+    """Returns `(measure - target)²` at each point, or the square for the logarithms; zero on the allowed side.
+
+    Args:
+        draws: `(draws, points)`, the measure or independent estimates of it. Products of different estimates make the
+            square unbiased.
+        target: Scalar.
+        config: `PenaltyConfig`, for its `scale` and `side`.
+
+    Returns:
+        `(points,)`.
+    """
+    if config.scale == "log":
+        # The logarithm of an estimate has a bias, which falls with the number of vectors.
+        value = tf.reduce_mean(draws, axis=0, keepdims=True)
+        # No derivative below, where it would be larger than any number.
+        difference = tf.math.log(tf.maximum(value, TINY)) - tf.math.log(target)
+    else:
+        difference = draws - target
+    count = int(difference.shape[0])
+    square = tf.reduce_sum(difference, axis=0) ** 2
+    if count > 1:
+        square = (square - tf.reduce_sum(difference**2, axis=0)) / (count * (count - 1))
+    if config.side == "both":
+        return square
+    mean = tf.reduce_mean(difference, axis=0)
+    wrong = mean > 0 if config.side == "at_most" else mean < 0
+    return tf.where(wrong, square, tf.zeros_like(square))
+
+
+def _are_finite(distances: tf.Tensor) -> tf.Tensor:
+    """Returns boolean `(points,)`: True if the distance, times the number of points, is finite."""
+    return tf.math.is_finite(distances * tf.cast(tf.size(distances), distances.dtype))
