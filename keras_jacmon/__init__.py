@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from keras_jacmon.regularization.regularizer import JacobianRegularizer
     from keras_jacmon.report.layer_report import LayerReport
     from keras_jacmon.report.report import Report
+    from keras_jacmon.stabilization.stabilize import stabilize
 
 __version__ = "0.1.0"
 
@@ -28,6 +29,7 @@ __all__ = [
     "explain",
     "measure",
     "register_jacobian",
+    "stabilize",
     "state_jacobian",
 ]
 
@@ -40,6 +42,7 @@ _HOME = {
     "explain": "keras_jacmon.explanation",
     "measure": "keras_jacmon.meter",
     "register_jacobian": "keras_jacmon.jacobians.registered_forms",
+    "stabilize": "keras_jacmon.stabilization.stabilize",
     "state_jacobian": "keras_jacmon.jacobians.views",
 }
 

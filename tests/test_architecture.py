@@ -34,6 +34,7 @@ ROOMS = (
     "regularization",
     "meter",
     "explanation",
+    "stabilization",
     "watching",
     "monitor",
     "commands",

@@ -65,6 +65,8 @@ def measure_call(
     dependencies = find_dependencies(step, first, sequence.states)
     metadata = CallMetadata.of(step.cell, sequence, jacobian, dependencies, asked=views_of(measures), options=options)
     selection = _of_views(measures, metadata.views, several=bool(metadata.joint))
+    inputs_are_square = metadata.columns.get("inputs") == metadata.units
+    selection = tuple(q for q in selection if q.view != "inputs" or inputs_are_square or not q.measure.needs_square)
     # A subclass may use its gates in another way.
     with_inputs = with_suggestion_measures(selection, forgets=type(step.cell) is keras.layers.LSTMCell)
     of_points = filtered(with_inputs, lambda measure: not measure.kind.over_time)

@@ -1,10 +1,15 @@
-"""The measures of a step in a form that a tape can differentiate, and XLA can compile: what penalties are made of."""
+"""The measures of a step in a form that a tape can differentiate: what penalties are made of.
+
+XLA can compile all of them but the spectral radius, since it has no eigenvalues of a matrix that is not symmetric.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import tensorflow as tf
 
+from keras_jacmon.measures.eigen import leading_eigenvectors
 from keras_jacmon.measures.moments import closed_blocks, entries_of
 from keras_jacmon.operators.contract import JacobianOperator
 from keras_jacmon.operators.entry_moments import pooled
@@ -16,6 +21,11 @@ _STEPS, _RANDOM_PART, _SQUARINGS = 8, 0.25, 12
 
 # Below this a measure has no logarithm, and no square root with a finite derivative.
 TINY = 1e-12
+
+
+# An eigenvalue moves by `1 / |wᴴ v|` times a change of J, with its left and right unit vectors w and v. Below so many
+# times the root of the rounding, the matrix is defective as far as rounding can tell.
+_LEAST_OVERLAP = 3.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,6 +70,26 @@ def spectral_norm(operator: tf.linalg.LinearOperator, directions: Directions) ->
         raise ValueError("The spectral norm is differentiated along leading singular vectors, and there are none.")
     image = operator.matvec(directions.leading)
     return tf.reduce_sum(_unit(image) * image, axis=-1)[None]
+
+
+def spectral_radius(operator: tf.linalg.LinearOperator, directions: Directions) -> tf.Tensor:  # noqa: ARG001 - as every measure
+    """`|wᴴ J v / wᴴ v|`, `(1, points)`, with the left and right vectors w and v of the leading eigenvalue held.
+
+    Its derivative is that of the radius. Where several eigenvalues have the largest modulus, the derivative is that of
+    one of them. A nearly defective J, `|wᴴ v| -> 0`, has no derivative, and zero is taken: its radius may change by any
+    multiple of a small change of J.
+
+    References:
+        J. R. Magnus, "On differentiating eigenvalues and eigenvectors", 1985.
+    """
+    found = leading_eigenvectors(tf.linalg.LinearOperatorFullMatrix(tf.stop_gradient(operator.to_dense())))
+    value, right, left = map(tf.stop_gradient, found)
+    images = operator.matmul(tf.stack([tf.math.real(right), tf.math.imag(right)], axis=-1))
+    image = tf.complex(images[:, :, 0], images[:, :, 1])
+    overlap = tf.abs(tf.reduce_sum(tf.math.conj(left) * right, axis=-1))
+    is_simple = overlap > _LEAST_OVERLAP * np.sqrt(np.finfo(overlap.dtype.as_numpy_dtype).eps)
+    quotient = tf.abs(tf.reduce_sum(tf.math.conj(left) * image, axis=-1)) / tf.where(is_simple, overlap, 1.0)
+    return tf.where(is_simple, quotient, tf.abs(value))[None]
 
 
 def refined_vectors(operator: tf.linalg.LinearOperator, vectors: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
@@ -120,6 +150,7 @@ DIFFERENTIABLE: dict[str, Callable[[tf.linalg.LinearOperator, Directions], tf.Te
     "variance": variance,
     "rms_singular_value": rms_singular_value,
     "spectral_norm": spectral_norm,
+    "spectral_radius": spectral_radius,
 }
 
 

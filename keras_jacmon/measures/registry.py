@@ -46,6 +46,8 @@ class Measure:
         reading: Meaning of a value, in a sentence.
         cost: The smallest preset that contains it; measures that only `"full"` has are slow.
         views: The views that it makes sense for.
+        needs_square: True if it makes sense for a square J alone; that of the inputs is square between equal layers of
+            a stack. No preset contains such a measure of the inputs.
         method: Function from `Options` and the columns of J to the method in words, where the values are not exact.
         differentiable: True if its values have a gradient, so that a `JacobianRegularizer` can hold it.
         uncertainty: Meaning of the uncertainty, if there is one: `"standard error"` or `"residual"`.
@@ -63,6 +65,7 @@ class Measure:
     reading: str
     cost: Literal["fast", "standard", "full"]
     views: tuple[str, ...] = _SQUARE
+    needs_square: bool = False
     method: Callable[[Options, int], str] = lambda *_: "exact"
     differentiable: bool = False
     uncertainty: Literal["standard error", "residual"] | None = None
@@ -143,7 +146,10 @@ MEASURES = {
             reference="1",
             reading="the gain of each step if the same one were repeated for ever",
             cost="full",
+            views=VIEWS,
+            needs_square=True,
             method=lambda options, _: f"Arnoldi, to {options.tolerance:g}",
+            differentiable=True,
             uncertainty="residual",
             expensive=True,
             dense_up_to=eigen.EXACT_SIZE,
@@ -332,7 +338,9 @@ def _preset(costs: tuple[str, ...], views: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(
         key
         for key, (view, measure) in KEYS.items()
-        if key in _NAMES and measure.cost in costs and view in (("joint",) if measure.kind.over_time else views)
+        if key in _NAMES
+        and measure.cost in costs
+        and view in (("joint",) if measure.kind.over_time else _SQUARE if measure.needs_square else views)
     )
 
 

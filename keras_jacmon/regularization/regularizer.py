@@ -36,7 +36,8 @@ class JacobianRegularizer:
             reports; layers that are not named have no penalty. A number may also be a schedule: one of
             `keras.optimizers.schedules`, or a function from the number of batches so far. Defaults to 1.0.
         strength: Number of at least 0, or a schedule, the factor of the penalty. Defaults to 0.01.
-        measure: String, `"variance"`, `"rms_singular_value"` or `"spectral_norm"`. Defaults to `"variance"`.
+        measure: String, `"variance"`, `"rms_singular_value"`, `"spectral_norm"` or `"spectral_radius"`. XLA cannot
+            compile the last one. Defaults to `"variance"`.
         view: String, `"hidden"`, `"joint"` or `"inputs"`. For a cell with one state, the joint view is the hidden one.
             Defaults to `"hidden"`.
         scale: String, `"linear"`, or `"log"` for `(log(measure) - log(target))²`, which pulls more gently at values

@@ -14,6 +14,8 @@ from sequences import built, in_graph, of_cell, rotations
 
 from keras_jacmon.measures import eigen
 from keras_jacmon.measures.context import MeasureContext
+from keras_jacmon.measures.differentiable import Directions
+from keras_jacmon.measures.differentiable import spectral_radius as differentiable_radius
 from keras_jacmon.measures.eigen import condition_number, eigenvalues, singular_values, spectral_radius
 from keras_jacmon.options import Options
 
@@ -350,3 +352,46 @@ def test_the_number_of_rows_may_be_unknown(name: str, n: int) -> None:
     graph = tf.function(lambda J: MEASURES[name](full(J)), input_signature=[tf.TensorSpec((None, n, n))])
     np.testing.assert_allclose(np.abs(graph(J)), np.abs(MEASURES[name](full(J))), rtol=1e-5)
     assert graph(J[:0]).shape[0] == 0
+
+
+def slope_of_radius(J: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
+    """The differentiable radius of each matrix, and its derivative."""
+    matrices = tf.convert_to_tensor(J)
+    with tf.GradientTape() as tape:
+        tape.watch(matrices)
+        value = differentiable_radius(full(matrices), Directions(2, tf.constant([0, 0])))
+    return value.numpy()[0], tape.gradient(value, matrices).numpy()
+
+
+@pytest.mark.parametrize("size", [1, 2, 5, 40])
+def test_the_derivative_of_the_radius_is_that_of_finite_differences(size: int) -> None:
+    J, direction = (normal(3, size, size, seed=seed).astype(np.float64) for seed in (0, 1))
+    step = 1e-6
+    expected = (lapack_radius(J + step * direction) - lapack_radius(J - step * direction)) / (2 * step)
+    value, slope = slope_of_radius(J)
+    np.testing.assert_allclose(value, lapack_radius(J), rtol=1e-12)
+    np.testing.assert_allclose(np.sum(slope * direction, axis=(1, 2)), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_a_defective_matrix_has_the_derivative_zero_and_a_nearly_defective_one_its_own(dtype: Any) -> None:
+    defective = np.array([[[1, 1], [0, 1]], [[0, 1], [0, 0]], [[0, 0], [0, 0]]], dtype)
+    value, slope = slope_of_radius(defective)
+    np.testing.assert_array_equal(value, [1, 0, 0])
+    np.testing.assert_array_equal(slope, np.zeros_like(defective))
+    # The eigenvalues are 1 ± sqrt(e), and the derivative of the radius by e is 1 / (2 sqrt(e)).
+    value, slope = slope_of_radius(np.array([[[1, 1], [1e-4, 1]]], dtype))
+    np.testing.assert_allclose(value, 1.01, rtol=1e-6)
+    np.testing.assert_allclose(slope[0, 1, 0], 50.0, rtol=1e-3)
+
+
+def test_the_derivative_of_the_radius_of_a_large_matrix_is_that_of_lapack() -> None:
+    # One eigenvalue outside of the disk of the others, so that a single Krylov space finds it.
+    J = normal(2, LARGE, LARGE, scale=0.5 / math.sqrt(LARGE)) + np.float32(1.5 / LARGE)
+    values, right = np.linalg.eig(J.astype(np.float64))
+    value, slope = slope_of_radius(J)
+    for b in range(2):
+        k = np.argmax(np.abs(values[b]))
+        left = np.linalg.inv(right[b])[k]
+        np.testing.assert_allclose(value[b], np.abs(values[b, k]), rtol=1e-5)
+        np.testing.assert_allclose(slope[b], np.outer(left, right[b][:, k]).real, rtol=1e-2, atol=1e-5)

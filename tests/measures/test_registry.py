@@ -66,6 +66,15 @@ def test_a_tolerance_that_was_not_reached_is_counted() -> None:
     assert layer.methods["spectral_norm"].endswith(" of 18")
 
 
+def test_the_inputs_have_a_radius_where_they_are_as_many_as_the_units() -> None:
+    below, above = (keras.layers.SimpleRNN(4, return_sequences=True, name=name) for name in ("below", "above"))
+    report = measure(model_of(below, above), PROBE, measures=["variance", "inputs/spectral_radius"], max_rows=None)
+    J = reference_jacobians(above, below(PROBE).numpy(), by_inputs=True)["inputs"]
+    expected = np.abs(np.linalg.eigvals(J)).max(axis=-1)
+    np.testing.assert_allclose(report["above"]["inputs/spectral_radius"], expected, rtol=1e-4)
+    assert list(report["below"]) == ["variance"]
+
+
 def test_the_inputs_view_of_the_spectrum_is_that_of_lapack() -> None:
     layer = keras.layers.LSTM(4, return_sequences=True, name="lstm")
     found = measure(model_of(layer), PROBE, measures=["inputs/singular_values"], spectra=1000)["lstm"]

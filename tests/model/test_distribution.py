@@ -153,3 +153,23 @@ def test_what_is_not_supported_is_refused() -> None:
             "`tf.distribute.MirroredStrategy`. Received: DataParallel"
         ), sentence
         """)
+
+
+def test_a_mirrored_model_is_stabilized_as_one_without_a_strategy() -> None:
+    run("""
+        from keras_jacmon import stabilize
+
+        found = []
+        for strategy in (default, mirrored):
+            keras.utils.set_random_seed(1)
+            with strategy.scope():
+                model = keras.Sequential([keras.Input((STEPS, 3)), keras.layers.SimpleRNN(3), keras.layers.Dense(1)])
+                model.compile("adam", "mse")
+            result = stabilize(model, probe, target=0.5, steps=10, verbose=0)
+            assert result.history["loss"][1] < result.history["loss"][0]
+            found.append(model.get_weights())
+        for one, other in zip(*found, strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-5)
+        (values,) = ({part.numpy().tobytes() for part in weight.value.values} for weight in model.weights[1:2])
+        assert len(values) == 1
+    """)

@@ -1,0 +1,1 @@
+"""Weights that start at a chosen size of the Jacobians."""

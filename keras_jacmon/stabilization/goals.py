@@ -1,0 +1,132 @@
+"""The goals of a stabilization: a measure of each layer with its target, and how near a report is to them."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from keras_jacmon.errors import invalid_argument
+from keras_jacmon.measures.registry import key_of
+from keras_jacmon.report.report import Report
+
+# The directions of a gradient's way through a stack of layers; in depth it passes the view of the inputs.
+TIME, DEPTH = "time", "depth"
+
+Target = float | Mapping[str, float]
+
+
+def targets_of(target: Target) -> dict[str, float]:
+    """Returns the targets by direction; a number is the target through time.
+
+    Args:
+        target: Number, or mapping from `"time"` and `"depth"` to numbers.
+
+    Raises:
+        ValueError: If it is neither, or a number is not finite.
+    """
+    by_direction = dict(target.items()) if isinstance(target, Mapping) else {TIME: target}
+    known = bool(by_direction) and set(by_direction) <= {TIME, DEPTH}
+    if not known or not all(_is_number(value) for value in by_direction.values()):
+        expected = 'a finite number, or a dict of numbers for "time", "depth" or both'
+        raise invalid_argument("target", expected, f"target={target!r}")
+    return {direction: float(value) for direction, value in by_direction.items()}
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A measure of one call of a recurrent layer, with its target.
+
+    Attributes:
+        call: String, the key of the call in reports.
+        key: String, the key of the measure there.
+        direction: String, `"time"` or `"depth"`.
+        target: Float, in the unit of the measure.
+    """
+
+    call: str
+    key: str
+    direction: str
+    target: float
+
+    @property
+    def name(self) -> str:
+        """Its name in a history, such as `lstm/joint/spectral_radius`."""
+        return f"{self.call}/{self.key}"
+
+    def is_of(self, layer: str) -> bool:
+        """Returns True if the call is the first or a further one, such as `lstm:1`, of a layer of this name."""
+        return self.call == layer or self.call.removeprefix(f"{layer}:").isdecimal()
+
+    def value(self, report: Report) -> float:
+        """Returns the mean of the measure in a report of the same model."""
+        return report[self.call].mean(self.key)
+
+    def loss(self, report: Report) -> float:
+        """Returns the mean over the points of `(measure - target)²`; inf if that is no number."""
+        with np.errstate(over="ignore", invalid="ignore"):
+            loss = float(np.mean((report[self.call].valid(self.key).astype(np.float64) - self.target) ** 2))
+        return math.inf if math.isnan(loss) else loss
+
+
+@dataclass(frozen=True)
+class Standing:
+    """The distance of a model from its goals.
+
+    Attributes:
+        loss: Float, the mean over the goals of the mean `(measure - target)²`.
+        values: Dict by name of a goal, the mean of its measure.
+        is_within: Boolean, True if each mean is within the tolerance of its target.
+        report: `Report` that it was read off.
+    """
+
+    loss: float
+    values: dict[str, float]
+    is_within: bool
+    report: Report
+
+    @classmethod
+    def of(cls, report: Report, goals: Sequence[Goal], tolerance: float) -> "Standing":
+        """Reads the distance off a report."""
+        values = {goal.name: goal.value(report) for goal in goals}
+        within = all(abs(values[goal.name] - goal.target) <= tolerance for goal in goals)
+        return cls(float(np.mean([goal.loss(report) for goal in goals])), values, within, report)
+
+
+def measured_keys(targets: Mapping[str, float], measure: str, view: str) -> list[str]:
+    """Returns the keys of the measures that a report needs for goals of these targets."""
+    return [key_of(view_of(direction, view), measure) for direction in targets]
+
+
+def view_of(direction: str, view: str) -> str:
+    """Returns the view of a direction, with the given one through time."""
+    return "inputs" if direction == DEPTH else view
+
+
+def goals_in(report: Report, targets: Mapping[str, float], measure: str, view: str) -> list[Goal]:
+    """Returns the goals for the layers of a report, where it has the measure.
+
+    Args:
+        report: `Report`, with the measures of `measured_keys`.
+        targets: Mapping from directions to targets.
+        measure: String, the name of the measure.
+        view: String, the view through time.
+
+    Raises:
+        ValueError: If no layer has the measure in one of the directions.
+    """
+    goals = []
+    for direction, target in targets.items():
+        for name, layer in report.items():
+            prefix = {TIME: layer.joint if view == "joint" else "", DEPTH: "inputs/"}[direction]
+            if f"{prefix}{measure}" in layer:
+                goals.append(Goal(name, f"{prefix}{measure}", direction, target))
+        if not any(goal.direction == direction for goal in goals):
+            square = ", for which a layer needs as many inputs as it has units" if measure == "spectral_radius" else ""
+            expected = f"a direction in which a recurrent layer has a {measure}{square if direction == DEPTH else ''}"
+            raise invalid_argument("target", expected, f"{direction!r} for the layers {list(report)}")
+    return goals

@@ -1,0 +1,239 @@
+"""The public function: weights of recurrent layers whose Jacobians have a chosen size, before a training begins."""
+
+import time
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import keras
+
+from keras_jacmon.errors import check_whole, invalid_argument
+from keras_jacmon.measures.differentiable import DIFFERENTIABLE
+from keras_jacmon.meter import JacobianMeter
+from keras_jacmon.model.building import build
+from keras_jacmon.model.distribution import check_distribution
+from keras_jacmon.model.inputs import fit_probe, read_probe
+from keras_jacmon.model.layers import check_model, find_recurrent_layers, select_layers
+from keras_jacmon.options import LARGEST_SEED
+from keras_jacmon.stabilization.best_weights import BestWeights, changeable_weights
+from keras_jacmon.stabilization.goals import Standing, Target, goals_in, measured_keys, targets_of, view_of
+from keras_jacmon.stabilization.gradient import Gradient, penalty_config, penalty_of
+from keras_jacmon.stabilization.history import History
+from keras_jacmon.stabilization.method import Method
+from keras_jacmon.stabilization.rescale import Rescale
+from keras_jacmon.stabilization.result import StabilizeResult
+
+# Points of a layer that each check measures.
+_CHECKED_POINTS = 32
+
+# Updates between two checks, and the most of them: an update of a rescaling is a whole round.
+_ROUNDS = {"gradient": (10, 500), "rescale": (1, 20)}
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """The arguments of `stabilize` that are no objects of a model, checked."""
+
+    targets: dict[str, float]
+    measure: str
+    method: str
+    view: str
+    tolerance: float
+    patience: int
+    steps: int
+    rows: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        for name, value, known in (
+            ("measure", self.measure, list(DIFFERENTIABLE)),
+            ("method", self.method, list(_ROUNDS)),
+            ("view", self.view, ["hidden", "joint"]),
+        ):
+            if value not in known:
+                raise invalid_argument(name, f"one of {known}", f"{name}={value!r}")
+        if isinstance(self.tolerance, bool) or not isinstance(self.tolerance, (int, float)) or not self.tolerance > 0:
+            raise invalid_argument("tolerance", "a number above 0", f"tolerance={self.tolerance!r}")
+        for name, number, least in (("patience", self.patience, 1), ("steps", self.steps, 0), ("rows", self.rows, 1)):
+            check_whole(name, number, least)
+        check_whole("seed", self.seed, 0, LARGEST_SEED)
+
+
+def stabilize(
+    model: keras.Layer,
+    probe: Any,
+    target: Target = 1.0,
+    measure: str = "spectral_radius",
+    method: Literal["gradient", "rescale"] = "gradient",
+    *,
+    view: Literal["joint", "hidden"] = "joint",
+    layers: Iterable[str | keras.Layer] | str | keras.Layer | None = None,
+    tolerance: float = 0.08,
+    patience: int = 3,
+    steps: int | None = None,
+    rows: int = 8,
+    optimizer: Any = None,
+    seed: int = 0,
+    verbose: int = 1,
+) -> StabilizeResult:
+    """Brings a measure of the Jacobians of a model's recurrent layers to a target, before the training.
+
+    Minimizes the mean of `(measure - target)²` over layers and points of their trajectories on a probe, and changes
+    nothing but the weights of the recurrent layers: no optimizer, no state, no seed, no statistics. The best weights
+    are kept, so the model is never worse than before, also when the call is interrupted.
+
+    Example:
+
+    ```python
+    import keras, numpy as np, keras_jacmon
+
+    model = keras.Sequential([keras.Input((20, 3)), keras.layers.SimpleRNN(16, name="rnn"), keras.layers.Dense(1)])
+    result = keras_jacmon.stabilize(model, np.random.default_rng(0).normal(size=(8, 20, 3)), target=0.8)
+    print(result)
+    result.after["rnn"].mean("spectral_radius")
+    ```
+
+    Args:
+        model: Keras model, compiled or not. A model that is not built is built by a call on the probe.
+        probe: A batch of model inputs, as for `JacobianMeter`.
+        target: Number that the measure should have through time; or a dict of numbers for `"time"`, `"depth"`, or
+            both. Depth is the view of the inputs, `dh_t/dx_t`; its spectral radius is that of the layers with as many
+            inputs as units. For deep stacks the article proposes `{"time": 0.5, "depth": 0.5}`. Defaults to 1.0.
+        measure: String, `"spectral_radius"`, `"variance"`, `"rms_singular_value"` or `"spectral_norm"`. Defaults to
+            `"spectral_radius"`.
+        method: String. `"gradient"`: an optimizer changes all trainable weights of the layers. `"rescale"`: the
+            recurrent kernels, and for the depth the input kernels, are multiplied by a number each, all gates by the
+            same one, without an optimizer. Defaults to `"gradient"`.
+        view: String, the view through time: `"joint"`, all states together, or `"hidden"`. For a cell with one state,
+            the joint view is the hidden one. Defaults to `"joint"`.
+        layers: Names of recurrent layers, or layers. Defaults to None, all of them.
+        tolerance: Float above 0. It ends when the mean of the measure over the points of each layer is within this
+            distance of its target, `patience` times in a row. Defaults to 0.08.
+        patience: Integer, number of checks. A check follows 10 updates, or one rescaling. Defaults to 3.
+        steps: Integer, maximum number of updates. Defaults to None, 500, or 20 rescalings.
+        rows: Integer, number of (step, sample) points of a layer in an update of `"gradient"`; they change with each
+            check. A check measures up to 32 points, always the same ones. Defaults to 8.
+        optimizer: Keras optimizer, or its name or configuration, for `"gradient"`. A copy of it is used. Defaults to
+            None, `keras.optimizers.Adam(1e-3)`.
+        seed: Integer, the seed of the random vectors. Defaults to 0.
+        verbose: Integer, 1 for a progress bar, 0 for silence. Defaults to 1.
+
+    Returns:
+        `StabilizeResult`: the reports before and after, and the history of the checks.
+
+    Raises:
+        ValueError: If an argument is invalid, a layer has no such Jacobian, or no weight may be changed.
+
+    References:
+        L. Herranz-Celotti, J. Rouat, "Stabilizing RNN Gradients through Pre-training", arXiv 2308.12075.
+    """
+    settings = _Settings(
+        targets_of(target),
+        measure,
+        method,
+        view,
+        tolerance,
+        patience,
+        _ROUNDS.get(method, (0, 0))[1] if steps is None else steps,
+        rows,
+        seed,
+    )
+    begin = time.monotonic()
+    stabilizer = _Stabilizer(model, read_probe(probe), layers, settings)
+    best, history = stabilizer.run(optimizer, verbose=verbose)
+    return StabilizeResult(
+        stabilizer.before.report,
+        best.report,
+        history.values,
+        tuple(stabilizer.goals),
+        best.is_within,
+        time.monotonic() - begin,
+    )
+
+
+class _Stabilizer:
+    """A model that is measured and changed in turns.
+
+    Attributes:
+        goals: List of the goals of the layers whose weights may change.
+        before: `Standing` with the weights of the beginning.
+    """
+
+    def __init__(self, model: keras.Layer, arrays: Any, layers: Any, settings: _Settings) -> None:
+        check_model(model)
+        check_distribution(model)
+        build(model, arrays)
+        self._model, self._settings = model, settings
+        found = select_layers(find_recurrent_layers(model), layers)
+        self._weights = changeable_weights(model, found)
+        self._layers = [item for item in found if self._weights[item.name]]
+        self._inputs = fit_probe(model, arrays)
+        self._meter = JacobianMeter(
+            model,
+            arrays,
+            layers=layers,
+            measures=[*measured_keys(settings.targets, settings.measure, settings.view), "joint/growth"],
+            seed=settings.seed,
+            max_rows=_CHECKED_POINTS,
+        )
+        report = self._meter()
+        goals = goals_in(report, settings.targets, settings.measure, settings.view)
+        self._by_layer = {item.name: [goal for goal in goals if goal.is_of(item.name)] for item in self._layers}
+        self.goals = [goal for of_layer in self._by_layer.values() for goal in of_layer]
+        frozen = [item.name for item in found if not self._weights[item.name]]
+        if not self.goals:
+            raise invalid_argument("layers", "a recurrent layer with a goal and a weight that is trained", f"{frozen}")
+        if frozen:
+            warnings.warn(f"The layers {frozen} have no weight that is trained, and stay as they are.", stacklevel=4)
+        self.before = Standing.of(report, self.goals, settings.tolerance)
+
+    def run(self, optimizer: Any, *, verbose: int) -> tuple[Standing, History]:
+        """Changes the weights until the goals are reached, and leaves the best ones, also if it is interrupted."""
+        settings, standing = self._settings, self.before
+        history = History(settings.steps, verbose)
+        history.add(0, standing)
+        if standing.is_within:
+            return standing, history
+        method = self._method(optimizer)
+        best = BestWeights([weight for weights in self._weights.values() for weight in weights], standing)
+        updates, within = 0, 0
+        try:
+            while updates < settings.steps and within < settings.patience:
+                count = min(_ROUNDS[settings.method][0], settings.steps - updates)
+                method.advance(standing, count)
+                updates += count
+                standing = Standing.of(self._meter(), self.goals, settings.tolerance)
+                best.offer(standing)
+                within = within + 1 if standing.is_within else 0
+                history.add(updates, standing)
+        finally:
+            best.put_back()
+        history.close()
+        return best.standing, history
+
+    def _method(self, optimizer: Any) -> Method:
+        settings = self._settings
+        if settings.method == "rescale":
+            goals = {layer: goals for layer, goals in self._by_layer.items() if goals}
+            return Rescale(self._weights, goals, settings.measure)
+        penalties = [
+            penalty_of(
+                self._model,
+                self._inputs,
+                self._layers,
+                [goal for goal in self.goals if goal.direction == direction],
+                penalty_config(settings.measure, view_of(direction, settings.view), settings.rows, settings.seed),
+            )
+            for direction in dict.fromkeys(goal.direction for goal in self.goals)
+        ]
+        weights = [weight for item in self._layers for weight in self._weights[item.name]]
+        return Gradient(penalties, weights, _own_optimizer(optimizer))
+
+
+def _own_optimizer(optimizer: Any) -> keras.optimizers.Optimizer:
+    """Returns an optimizer that nothing else uses."""
+    if optimizer is None:
+        return keras.optimizers.Adam(1e-3)
+    given = keras.optimizers.get(optimizer)
+    return type(given).from_config(given.get_config())

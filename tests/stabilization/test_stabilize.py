@@ -1,0 +1,192 @@
+"""Weights that start at a chosen size of the Jacobians: what changes, what stays, and what is refused."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+from helpers import WeightedCell, normal, randomize, reference_jacobians
+from trainings import assert_equal, values_of
+
+from keras_jacmon import Report, stabilize
+from keras_jacmon.stabilization.best_weights import BestWeights
+from keras_jacmon.stabilization.goals import Standing
+
+STEPS, FEATURES, UNITS = 5, 3, 4
+PROBE = normal(4, STEPS, FEATURES, seed=3)
+ADAM = {"class_name": "Adam", "config": {"learning_rate": 0.03}}
+
+
+def quick(model: Any, optimizer: Any = ADAM, **arguments: Any) -> Any:
+    """Stabilize by gradient, with steps that are large enough for few units."""
+    return stabilize(model, PROBE, **({"optimizer": optimizer, "verbose": 0} | arguments))
+
+
+def stack(*layers: Any) -> Any:
+    keras.utils.set_random_seed(4)
+    model = keras.Sequential([keras.Input((STEPS, FEATURES)), *layers])
+    randomize(model)
+    return model
+
+
+def simple(name: str = "rnn", **arguments: Any) -> Any:
+    return keras.layers.SimpleRNN(UNITS, return_sequences=True, name=name, **arguments)
+
+
+def mean_radius(layer: Any) -> float:
+    J = reference_jacobians(layer, PROBE)["hidden"]
+    return float(np.mean(np.abs(np.linalg.eigvals(J)).max(axis=-1)))
+
+
+def test_gradient_reaches_the_target_and_changes_nothing_else(capsys: Any) -> None:
+    frozen = keras.layers.GRU(UNITS, return_sequences=True, name="gru", trainable=False)
+    lstm = keras.layers.LSTM(UNITS, return_sequences=True, stateful=True, recurrent_dropout=0.5, name="lstm")
+    others = [keras.layers.Dropout(0.5), keras.layers.BatchNormalization(), frozen, keras.layers.Dense(1)]
+    model = keras.Sequential([keras.Input(batch_shape=PROBE.shape), lstm, *others])
+    randomize(model)
+    model.compile("adam", "mse")
+    model.fit(PROBE, PROBE[..., :1], batch_size=4, verbose=0)
+    held = [
+        v for v in (*model.variables, *model.optimizer.variables) if all(v is not w for w in lstm.trainable_weights)
+    ]
+    held_before, random_before = values_of(held), np.random.get_state()[1]  # noqa: NPY002 - that of Keras' users
+    capsys.readouterr()
+    with pytest.warns(UserWarning, match=r"The layers \['gru'\] have no weight that is trained, and stay as they are"):
+        result = quick(model, verbose=1)
+    assert_equal(values_of(held), held_before)
+    np.testing.assert_array_equal(np.random.get_state()[1], random_before)  # noqa: NPY002 - that of Keras' users
+    assert result.converged
+    before, after = (report["lstm"].mean("joint/spectral_radius") for report in (result.before, result.after))
+    assert abs(before - 1) > 0.08 >= abs(after - 1)
+
+    assert list(result.history) == ["updates", "loss", "lstm/joint/spectral_radius"]
+    assert result.history["updates"][:3] == [0, 10, 20]
+    assert result.history["lstm/joint/spectral_radius"][0] == before
+    assert set(result.after) == {"lstm", "gru"}
+    assert f"lstm/joint/spectral_radius: {before:.3g} -> {after:.3g}, target 1 (time)" in str(result)
+    assert "loss" in capsys.readouterr().out
+
+
+def test_time_and_depth_have_targets_of_their_own() -> None:
+    target = {"time": 0.7, "depth": 0.5}
+    model = stack(simple("below"), simple("above"))
+    result = quick(model, target=target, steps=200)
+    assert result.converged
+    assert [(goal.name, goal.direction) for goal in result.goals] == [
+        ("below/spectral_radius", "time"),
+        ("above/spectral_radius", "time"),
+        ("above/inputs/spectral_radius", "depth"),
+    ]
+    below, above = model.layers
+    assert abs(mean_radius(below) - 0.7) < 0.08
+    by_inputs = reference_jacobians(above, keras.ops.convert_to_numpy(below(PROBE)), by_inputs=True)["inputs"]
+    assert abs(np.mean(np.abs(np.linalg.eigvals(by_inputs)).max(axis=-1)) - 0.5) < 0.08
+    # What is reached already stays as it is.
+    reached = values_of(model.variables)
+    assert quick(model, target=target).history["updates"] == [0]
+    assert_equal(values_of(model.variables), reached)
+
+
+@pytest.mark.parametrize("measure", ["variance", "spectral_radius"])
+def test_rescale_multiplies_the_recurrent_kernels_and_nothing_else(measure: Any) -> None:
+    layer = simple(activation="tanh")
+    model = stack(layer)
+    kernel, recurrent, bias = values_of(layer.weights)
+    result = stabilize(model, PROBE, 1.0, measure, "rescale", verbose=0)
+    assert result.converged
+    assert result.history["updates"][-1] < 10
+    assert_equal(values_of(layer.weights)[::2], [kernel, bias])
+    ratio = layer.weights[1].numpy() / recurrent
+    np.testing.assert_allclose(ratio, ratio[0, 0], rtol=1e-5)
+    assert abs(result.after["rnn"].mean(measure) - 1) < 0.08
+    if measure == "spectral_radius":
+        np.testing.assert_allclose(mean_radius(layer), result.after["rnn"].mean(measure), rtol=1e-4)
+
+
+def test_a_padded_probe_in_half_precision_is_the_probe_without_the_padding() -> None:
+    found = []
+    for steps in (STEPS, 2 * STEPS):
+        keras.utils.set_random_seed(4)
+        layer = simple(dtype="mixed_float16")
+        model = keras.Sequential([keras.Input((None, FEATURES)), keras.layers.Masking(), layer])
+        randomize(model)
+        padded = np.pad(PROBE, [(0, 0), (0, steps - STEPS), (0, 0)])
+        assert stabilize(model, padded, method="rescale", verbose=0).converged
+        assert layer.weights[1].dtype == "float32"
+        found.append(layer.weights[1].numpy())
+    np.testing.assert_allclose(found[0], found[1], rtol=1e-2)
+
+
+class Stopped(keras.optimizers.SGD):
+    """Is interrupted when it is to update the weights for the 13th time."""
+
+    def apply(self, *args: Any, **kwargs: Any) -> None:
+        if int(self.iterations) == 12:
+            raise KeyboardInterrupt
+        super().apply(*args, **kwargs)
+
+
+def test_an_interrupted_run_leaves_the_best_weights() -> None:
+    model = stack(simple())
+    before = values_of(model.variables)
+    result = quick(model, steps=10, optimizer=keras.optimizers.SGD(0.01))
+    best = values_of(model.variables)
+    assert 0 < result.history["loss"][1] < result.history["loss"][0]
+    for weight, value in zip(model.variables, before, strict=True):
+        weight.assign(value)
+    with pytest.raises(KeyboardInterrupt):
+        quick(model, optimizer=Stopped(0.01))
+    # The same seed has found the same weights.
+    assert_equal(values_of(model.variables), best)
+
+
+def test_the_best_weights_are_never_worse_than_the_first_ones() -> None:
+    def standing(loss: float, *, is_within: bool = False) -> Standing:
+        return Standing(loss, {}, is_within, Report({}))
+
+    weight = keras.Variable([0.0])
+    best = BestWeights([weight], standing(1.0))
+    offers = [standing(0.5), standing(0.9, is_within=True), standing(0.2), standing(1.1, is_within=True)]
+    for number, offer in enumerate([standing(math.inf), *offers]):
+        weight.assign([number])
+        best.offer(offer)
+    best.put_back()
+    assert weight.numpy() == 2
+    assert best.standing.loss == 0.9
+
+
+class OneKernel(WeightedCell):
+    """A cell whose kernels have other names than those of Keras."""
+
+    def build(self, input_shape: tuple[int, ...]) -> None:
+        self.kernel = self.add_weight(shape=(input_shape[-1], self.units), name="V")
+        self.recurrent_kernel = self.add_weight(shape=(self.units, self.units), name="U")
+
+    def call(self, inputs: Any, states: Any) -> tuple[Any, list[Any]]:
+        new = keras.ops.tanh(self.preactivation(inputs, states[0]))
+        return new, [new]
+
+
+def test_what_cannot_be_done_is_said() -> None:
+    model = stack(keras.layers.RNN(OneKernel(UNITS), name="own"))
+    refusals: list[tuple[dict[str, Any], str]] = [
+        ({"target": "one"}, 'a finite number, or a dict of numbers for "time", "depth" or both. Received: target='),
+        ({"target": {"height": 1.0}}, "Received: target={'height': 1.0}"),
+        ({"measure": "loss"}, "Expected one of ['variance', 'rms_singular_value', 'spectral_norm', 'spectral_radius']"),
+        ({"method": "magic"}, "Expected one of ['gradient', 'rescale']"),
+        ({"view": "inputs"}, "Expected one of ['hidden', 'joint']"),
+        ({"tolerance": 0}, "Expected a number above 0"),
+        ({"steps": -1}, "Expected an integer of at least 0"),
+        ({"target": {"depth": 1.0}}, "a layer needs as many inputs as it has units. Received: 'depth'"),
+        ({"method": "rescale"}, "that is named `recurrent_kernel`. Received: 'rescale' for `own`"),
+    ]
+    for arguments, message in refusals:
+        with pytest.raises(ValueError, match="Invalid value for argument") as caught:
+            stabilize(model, PROBE, verbose=0, **arguments)
+        assert message in str(caught.value)
+    model.trainable = False
+    with pytest.raises(ValueError, match=r"a weight that is trained. Received: \['own'\]"):
+        stabilize(model, PROBE, verbose=0)
