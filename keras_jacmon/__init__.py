@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from keras_jacmon.regularization.regularizer import JacobianRegularizer
     from keras_jacmon.report.layer_report import LayerReport
     from keras_jacmon.report.report import Report
+    from keras_jacmon.stabilization.chrono import chrono_biases
     from keras_jacmon.stabilization.stabilize import stabilize
 
 __version__ = "0.1.0"
@@ -26,6 +27,7 @@ __all__ = [
     "JacobianRegularizer",
     "LayerReport",
     "Report",
+    "chrono_biases",
     "explain",
     "measure",
     "register_jacobian",
@@ -39,6 +41,7 @@ _HOME = {
     "JacobianRegularizer": "keras_jacmon.regularization.regularizer",
     "LayerReport": "keras_jacmon.report.layer_report",
     "Report": "keras_jacmon.report.report",
+    "chrono_biases": "keras_jacmon.stabilization.chrono",
     "explain": "keras_jacmon.explanation",
     "measure": "keras_jacmon.meter",
     "register_jacobian": "keras_jacmon.jacobians.registered_forms",
