@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import tensorflow as tf
 from tensorboard.compat.proto import summary_pb2
+from tensorboard.plugins.histogram.summary_v2 import histogram_pb
 
 from keras_jacmon.dashboard.metadata import PLUGIN, TAG, pack
 from keras_jacmon.errors import invalid_argument
@@ -302,4 +303,5 @@ def _histogram(tag: str, values: npt.NDArray[Any], text: str | None) -> None:
     # TensorFlow cannot sort NaN into buckets; the scalars say that there is one.
     finite = values[np.isfinite(values)]
     if finite.size:
-        tf.summary.histogram(tag, finite, description=text)
+        # Counted by NumPy: the operations of `tf.summary.histogram` take ten times as long.
+        tf.summary.experimental.write_raw_pb(histogram_pb(tag, finite, description=text).SerializeToString())

@@ -207,8 +207,11 @@ class LayerReport:
         Raises:
             ValueError: If it is a key of `sequences` or `spectra`.
         """
-        steps = zip(self[key], self.measured(key), strict=True)
-        return np.array([mean(values[valid]) for values, valid in steps], dtype=np.float64)
+        measured = self.measured(key)
+        # inf and -inf have no mean, nor has a step without samples: NaN, and no warning of NumPy's.
+        with np.errstate(invalid="ignore"):
+            sums = np.where(measured, self[key], 0).sum(axis=1, dtype=np.float64)
+            return np.asarray(sums / measured.sum(axis=1))
 
     def extremes(self, key: str) -> tuple[float, float]:
         """Returns the least and the greatest of `over_time(key)`, over the steps that have a measured sample.
