@@ -1,40 +1,35 @@
 """The pipeline from a model and a probe to a report."""
 
 import contextlib
-import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_jacmon.cell.trajectory import UnrollInputs
-from keras_jacmon.errors import UnmeasurableError, invalid_argument, message_of, sentence
+from keras_jacmon.errors import UnmeasurableError, invalid_argument, sentence
 from keras_jacmon.jacobians.cell_jacobian import Assumptions, Choice
-from keras_jacmon.jacobians.checks import diagnose
+from keras_jacmon.jacobians.diagnosis import diagnose
 from keras_jacmon.measurement.compiled import (
     CompiledMeasurement,
     CompiledMeasurements,
     MeasurableCall,
     SequenceTensors,
 )
+from keras_jacmon.measurement.failures import explaining_failures, unmeasurable
 from keras_jacmon.measurement.plan import MeasurementPlan
+from keras_jacmon.measurement.recorded_model import RecordedModel
 from keras_jacmon.measurement.results import CallResults
-from keras_jacmon.measures.registry import MEASURES, filtered
+from keras_jacmon.measures.registry import filtered
 from keras_jacmon.model.building import build
 from keras_jacmon.model.distribution import check_distribution
-from keras_jacmon.model.guard import foreign_variables, put_back, shielded
-from keras_jacmon.model.inputs import fit_probe, hint_at_slip
-from keras_jacmon.model.internals import tensors_in
+from keras_jacmon.model.inputs import fit_probe
 from keras_jacmon.model.layers import check_model, find_recurrent_layers, select_layers
-from keras_jacmon.model.loss_gradient import LossGradients, loss_gradients
-from keras_jacmon.model.recording import Recording, record_calls
 from keras_jacmon.options import takes_options
 from keras_jacmon.report.layer_report import LayerReport
 from keras_jacmon.report.report import Report
-from keras_jacmon.traced_graph import Traced, trace
 
 
 @takes_options
@@ -70,18 +65,6 @@ def measure(
         ValueError: As for `JacobianMeter`.
     """
     return JacobianMeter(model, probe, layers=layers, targets=targets, **options)()
-
-
-class _Recorded(NamedTuple):
-    """The recording of a model's calls, known when it is traced.
-
-    Attributes:
-        calls: List of the calls.
-        recording: The recorded tensors of the model; must live as long as the graph.
-    """
-
-    calls: list[MeasurableCall]
-    recording: Recording
 
 
 class JacobianMeter:
@@ -169,7 +152,6 @@ class JacobianMeter:
         quick = filtered(plan.selection, lambda measure: measure.cost != "full")
         # True: with the slow measures; False: without. If the user names only slow ones, they are always taken.
         self._selections = {True: plan.selection} | ({False: quick} if quick not in ((), plan.selection) else {})
-        self._targets = plan.targets
         if plan.targets is not None and not getattr(model, "compiled", False):
             raise invalid_argument(
                 "targets",
@@ -178,15 +160,11 @@ class JacobianMeter:
             )
         build(model, plan.probe)
         self._layers = select_layers(find_recurrent_layers(model), plan.layers)
-        inputs = fit_probe(model, plan.probe)
-        self._inputs = keras.tree.flatten(inputs)
-        self._structure = keras.tree.map_structure(lambda _: 0, inputs)
         self._measurements = 0
         self._assumptions: dict[str, Assumptions] = {}
         self._compiled = CompiledMeasurements(model, plan.options)
         # Traced here and not at the first call, so that errors and warnings come at once.
-        self._recording = trace(self._record, self._specs(self._inputs))
-        self._loss = None if self._targets is None else trace(self._differentiate_loss, self._specs(self._tensors()))
+        self._recorded = RecordedModel(model, self._layers, fit_probe(model, plan.probe), plan.targets)
         self._calls = self._compile(on_layer, required=plan.layers is not None)
 
     @property
@@ -238,10 +216,10 @@ class JacobianMeter:
             ValueError: If the states of a sample depend on those of others, so that it has no Jacobian of its own.
         """
         with self._explaining_failures():
-            sequences = self._run(self._recording, self._inputs)
-            norms = {} if self._loss is None else self._run(self._loss, self._tensors())
-        by_name = dict(zip((call.name for call in self._recording.static.calls), sequences, strict=True))
-        report = Report({c.name: self._measure(c, by_name[c.name], norms.get(c.name), slow=slow) for c in self._calls})
+            sequences, norms = self._recorded()
+        report = Report(
+            {c.name: self._measure(c, sequences[c.name], norms.get(c.name), slow=slow) for c in self._calls}
+        )
         self._measurements += 1
         return report
 
@@ -253,7 +231,7 @@ class JacobianMeter:
         draw = tf.constant(np.int32(self._measurements))
         while True:
             measurement = self._measurement_of(call, slow=slow)
-            with self._explaining_failures(call):
+            with self._explaining_failures(call.name):
                 results = measurement(call, draw, sequence)
             remaining = self._assumptions_after(call, measurement.metadata.cell, results)
             if remaining is None:
@@ -286,48 +264,6 @@ class JacobianMeter:
         known = assumptions or self._assumptions.get(call.name, Assumptions())
         return self._compiled.of(call, self._selections[slow or not self.has_slow_measures], known)
 
-    def _tensors(self) -> list[tf.Tensor]:
-        return [*self._inputs, *([] if self._targets is None else keras.tree.flatten(self._targets))]
-
-    @staticmethod
-    def _specs(tensors: Sequence[tf.Tensor]) -> list[tf.TensorSpec]:
-        return [tf.TensorSpec(tensor.shape, tensor.dtype) for tensor in tensors]
-
-    def _run(self, traced: Traced[Any], tensors: Sequence[tf.Tensor]) -> Any:
-        """Runs a traced function of the model, and puts back the variables that Keras does not know."""
-        with put_back(foreign_variables(traced.graph.graph, self._model, [])):
-            return traced(*tensors)
-
-    def _record(self, *inputs: tf.Tensor) -> tuple[list[SequenceTensors], _Recorded]:
-        """Records the calls of the model on the probe, in the graph that is being traced."""
-        with shielded(self._model):
-            try:
-                packed = keras.tree.pack_sequence_as(self._structure, list(inputs))
-                recording = record_calls(self._model, packed, self._layers)
-            except Exception as error:
-                raise self._refusal(inputs, error) from error
-            sequences = [UnrollInputs.of(call) for call in recording.calls]
-            calls = list(map(MeasurableCall.of, recording.calls, sequences))
-        return [(part.inputs, part.states, part.mask) for part in sequences], _Recorded(calls, recording)
-
-    def _differentiate_loss(self, *tensors: tf.Tensor) -> tuple[dict[str, tf.Tensor], LossGradients]:
-        """Returns the norms of the gradient of the loss, by name of the call, in the graph that is being traced."""
-        inputs, targets = tensors[: len(self._inputs)], tensors[len(self._inputs) :]
-        with shielded(self._model):
-            loss = self._gradients_of_loss(
-                keras.tree.pack_sequence_as(self._structure, list(inputs)),
-                keras.tree.pack_sequence_as(self._targets, list(targets)),
-            )
-        return {name: MEASURES["loss_gradient"].function(gradient) for name, gradient in loss.by_call.items()}, loss
-
-    def _gradients_of_loss(self, inputs: Any, targets: Any) -> LossGradients:
-        measured = {call.layer for call in self._recording.static.calls}
-        layers = {position: item for position, item in enumerate(self._layers) if item.layer in measured}
-        # With the losses that layers add, such as activity regularizers; those of weights look for these in the scope.
-        weights = [(weight, tf.convert_to_tensor(weight.value)) for weight in self._model.trainable_variables]
-        with keras.StatelessScope(state_mapping=weights, collect_losses=True):
-            return loss_gradients(self._model, inputs, targets, layers)
-
     def _compile(self, on_layer: Callable[[str], object], *, required: bool) -> list[MeasurableCall]:
         """Traces the measurement of each recorded call and returns the calls that can be measured.
 
@@ -340,8 +276,8 @@ class JacobianMeter:
         Raises:
             UnmeasurableError: If no layer can be measured, or one that the user named cannot.
         """
-        recorded = self._recording.static
-        reasons = "; ".join(f"layer `{name}`: {reason}" for name, reason in recorded.recording.unmeasured.items())
+        recorded = self._recorded
+        reasons = "; ".join(f"layer `{name}`: {reason}" for name, reason in recorded.unmeasured.items())
         if reasons and required:
             raise invalid_argument("layers", "recurrent layers that the model calls on the probe", reasons)
         if not recorded.calls:
@@ -370,56 +306,8 @@ class JacobianMeter:
         try:
             self._measurement_of(call)
         except Exception as error:  # noqa: BLE001 - of any kind that a user's cell may raise
-            cell = call.layer.cell
-            foreign = ", ".join(f"`{name}`" for name in tensors_in(cell))
-            hint = " The cell uses tensors of the model that are neither its inputs nor its states: " if foreign else ""
-            refusal = UnmeasurableError(
-                f"The Jacobians of layer `{call.name}` ({type(cell).__name__}) cannot be taken; name the other layers "
-                f"in `layers` to leave it out.{hint}{foreign}{'.' * bool(foreign)} The reason: {message_of(error)}",
-                call.layer,
-            )
-            refusal.__cause__ = error
-            return refusal
+            return unmeasurable(call, error)
         return None
 
-    def _refusal(self, inputs: Sequence[tf.Tensor], error: Exception) -> ValueError:
-        shapes = [tuple(tensor.shape) for tensor in inputs]
-        fixed = {
-            item.name: int(keras.tree.flatten(item.layer.states)[0].shape[0])
-            for item in self._layers
-            if item.layer.stateful and item.layer.states is not None
-        }
-        expected = "a batch that the model can be called on"
-        for name, samples in fixed.items():
-            if samples != inputs[0].shape[0]:
-                expected = f"a batch of {samples} samples, as the stateful layer `{name}` was built for"
-        hint = hint_at_slip(keras.tree.pack_sequence_as(self._structure, list(inputs)))
-        return invalid_argument("probe", expected, f"shapes {shapes}{hint}. The model says: {message_of(error)}")
-
-    @contextlib.contextmanager
-    def _explaining_failures(self, call: MeasurableCall | None = None) -> Iterator[None]:
-        """Turns an error of TensorFlow into one that names the layer: of a call, or the one where TensorFlow was."""
-        try:
-            yield
-        except tf.errors.OpError as error:
-            name = None if call is None else call.name
-            where = re.search(r"forward_of_layer_(\d+)", error.message)
-            if name is None and where is not None:
-                name = self._layers[int(where[1])].name
-            culprit = "the model, outside of its recurrent layers," if name is None else f"layer `{name}`"
-            raise RuntimeError(f"Measuring {culprit} failed: {_essence(error)}") from error
-
-
-def _essence(error: tf.errors.OpError) -> str:
-    """Returns the message without its dozens of lines on the origin of the operation."""
-    lines = [line for line in error.message.splitlines() if line.strip() and not line.startswith('  File "')]
-    if re.search("only supports (the )?ND?HWC", error.message):
-        # The first words alone would send the reader to look for them in vain.
-        lines.insert(
-            0,
-            "TensorFlow has no convolution with `data_format='channels_first'` for this CPU. Expected "
-            "`data_format='channels_last'`, or a GPU. TensorFlow says:",
-        )
-    return "\n".join(
-        line for line in lines if not re.match(r"Graph execution error:|Detected at node |<stack traces", line)
-    )
+    def _explaining_failures(self, name: str | None = None) -> contextlib.AbstractContextManager[None]:
+        return explaining_failures([item.name for item in self._layers], name)

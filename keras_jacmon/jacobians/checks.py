@@ -1,135 +1,16 @@
 """Checks of the assumptions that the Jacobians rest on, at points of the trajectory."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import NamedTuple
 
-import numpy as np
 import tensorflow as tf
 
-from keras_jacmon.jacobians.cell_jacobian import Assumptions, CellJacobian
+from keras_jacmon.jacobians.cell_jacobian import CellJacobian
+from keras_jacmon.jacobians.comparison import column_differences, in_turns, largest, relative_differences, rounding
+from keras_jacmon.jacobians.diagnosis import CheckResults
 from keras_jacmon.jacobians.points import PointBatch
 from keras_jacmon.jacobians.views import View, floating_states, side_by_side, size
 from keras_jacmon.operators.formed import WrappedJacobian
 from keras_jacmon.tensors import known_sizes
-
-
-class CheckResults(NamedTuple):
-    """The results of the checks: scalars, each a relative difference that is 0 where its check does not apply.
-
-    Attributes:
-        structure_residual: Distance of a structured Jacobian, or of a registered form, from autodiff.
-        products: Distance of the products with J from those with Jᵀ.
-        columns: Distance of products with several vectors at once from those with one vector.
-        dependence: Distance of the new states of some points from those that the cell gave them among others.
-        influence: Size of the derivatives of a point by other points of its step.
-    """
-
-    structure_residual: tf.Tensor | float
-    products: tf.Tensor | float
-    columns: tf.Tensor | float
-    dependence: tf.Tensor | float
-    influence: tf.Tensor | float
-
-    @classmethod
-    def zero(cls, dtype: tf.DType) -> "CheckResults":
-        """The results of no check at all."""
-        nothing = tf.zeros([], dtype)
-        return cls(*[nothing] * len(cls._fields))
-
-    def worst(self, other: "CheckResults") -> "CheckResults":
-        """The larger of both results of each check, or NaN if one of them is NaN."""
-        return CheckResults(
-            *(tf.where(tf.math.is_nan(b) | (b > a), b, a) for a, b in zip(self, other, strict=True)),
-        )
-
-    def floats(self) -> "CheckResults":
-        """The results as numbers of Python."""
-        return CheckResults(*map(float, self))
-
-
-# Relative. Rounding in float32 leaves about 1e-6, and of the influence nothing.
-TOLERANCES = CheckResults(structure_residual=1e-3, products=1e-3, columns=1e-3, dependence=1e-3, influence=1e-6)
-
-# The gain of a step is known up to this many roundings of 1: `1 - tanh²` of a unit that saturates is little else.
-_ROUNDINGS = 16
-
-# Far below the least state or gradient that training could use.
-_NEGLIGIBLE = 1e-30
-
-# A single point may differ by itself, so a block must be checked at several of them.
-_LEAST_TURNS = 4
-
-# The multiples of a vector that are multiplied at once; different ones, so that columns that are mixed up are noticed.
-_MULTIPLES = (1.0, -2.0, 3.0)
-
-# One point in this number of points may differ.
-_POINTS_PER_OUTLIER = 200
-
-
-@dataclass(frozen=True)
-class Diagnosis:
-    """The consequence of a check that failed.
-
-    Attributes:
-        assumptions: The assumptions that remain; None if there is no Jacobian.
-        reason: The assumption that does not hold, in words.
-        consequence: The way in which the Jacobian is taken instead, in words.
-    """
-
-    assumptions: Assumptions | None
-    reason: str
-    consequence: str = ""
-
-
-def diagnose(results: CheckResults, assumptions: Assumptions) -> Diagnosis | None:
-    """Finds the assumption that fails.
-
-    Args:
-        results: Numbers of Python.
-        assumptions: The assumptions that the Jacobians rested on.
-
-    Returns:
-        The diagnosis of the most important check that failed; None if no check failed.
-    """
-    # Not the other way round: NaN fails too.
-    failed = {
-        name: f"(relative difference {result:.2g}, allowed is {tolerance:.0e})"
-        for name, result, tolerance in zip(CheckResults._fields, results, TOLERANCES, strict=True)
-        if not result <= tolerance
-    }
-    if not assumptions.independent and "influence" in failed:
-        return Diagnosis(
-            None, "The new states of a sample depend on the old states of others, so it has no Jacobian of its own"
-        )
-    difference = failed.get("dependence", failed.get("influence"))
-    if assumptions.independent and difference is not None:
-        return Diagnosis(
-            replace(assumptions, independent=False),
-            f"what its cell makes of a sample depends on the other samples of the batch {difference}",
-            "It is measured by autodiff, step by step,",
-        )
-    if "structure_residual" in failed:
-        return Diagnosis(
-            replace(assumptions, structure=False),
-            f"the structure of its Jacobian differs from autodiff {failed['structure_residual']}",
-            "It is measured by autodiff",
-        )
-    if "products" in failed:
-        return Diagnosis(
-            replace(assumptions, products=False),
-            f"products with its Jacobian, by the tape applied twice, differ from those with its transpose "
-            f"{failed['products']}",
-            "The Jacobian is formed for them",
-        )
-    if "columns" in failed:
-        return Diagnosis(
-            replace(assumptions, products=False),
-            "products of its Jacobian with several vectors at once, by `tf.vectorized_map`, differ from those with one "
-            f"vector {failed['columns']}",
-            "The Jacobian is formed by one gradient for each unit",
-        )
-    return None
 
 
 def check_points(
@@ -190,7 +71,7 @@ def _structure_differences(
         new, expected = jacobian.reference(view, points).pulled(w)
         stepped = new if list(view.outputs) == floating else stepped
         ours = operator.matvec(w, adjoint=True)
-        differences.append(relative_differences(ours, expected, sources, _rounding(w)))
+        differences.append(relative_differences(ours, expected, sources, rounding(w)))
         if isinstance(operator, WrappedJacobian):
             # Somebody else's products with several vectors, and the matrices that are made by them.
             differences.append(column_differences(operator, w, ours, adjoint=True))
@@ -218,21 +99,10 @@ def _product_differences(
         image = tf.reduce_sum(w * pushed, axis=-1, keepdims=True)
         # Nothing is known along a gradient that overflows.
         image = tf.where(tf.math.is_finite(norm), image, norm)
-        of_products.append(relative_differences(image, norm, [1], _rounding(w)))
+        of_products.append(relative_differences(image, norm, [1], rounding(w)))
         if J.is_vectorized:
             of_columns += [column_differences(J, w, pulled, adjoint=True), column_differences(J, unit, pushed)]
     return of_products, of_columns
-
-
-def column_differences(
-    J: tf.linalg.LinearOperator, vectors: tf.Tensor, products: tf.Tensor, *, adjoint: bool = False
-) -> tf.Tensor:
-    """Differences of the products with several multiples of vectors at once from the products known, `(1, points)`."""
-    multiples = tf.constant(_MULTIPLES, vectors.dtype)
-    found, expected = J.matmul(vectors[..., None] * multiples, adjoint=adjoint), products[..., None] * multiples
-    width = len(_MULTIPLES) * int(products.shape[-1])
-    found, expected = (tf.reshape(x, [-1, width]) for x in (found, expected))
-    return relative_differences(found, expected, [width], _rounding(vectors))
 
 
 def check_independence(
@@ -300,64 +170,3 @@ def _sizes(view: View, points: PointBatch) -> tuple[list[int], list[int]]:
 def _normal(points: PointBatch, n: int, seed: tf.Tensor, dtype: tf.DType) -> tf.Tensor:
     """Random vectors `(points, n)`."""
     return tf.random.stateless_normal([points.count, n], seed, dtype=dtype)
-
-
-def _rounding(w: tf.Tensor) -> tf.Tensor:
-    """The rounding error of a product with these vectors, `(points,)`."""
-    return _ROUNDINGS * np.finfo(w.dtype.as_numpy_dtype).eps * tf.norm(w, axis=-1)
-
-
-def in_turns(vectors: tf.Tensor, sizes: Sequence[int], every: int = 1) -> tf.Tensor:
-    """Vectors with one of their parts at each point and zero for the others, or with all parts if points are few.
-
-    Args:
-        vectors: Tensor `(points, n)`, with all parts.
-        sizes: Sizes of the parts, together n.
-        every: Integer, number of points after which the turn goes to the next part. Defaults to 1.
-    """
-    if len(sizes) == 1:
-        return vectors
-    count = vectors.shape[0] or tf.shape(vectors)[0]
-    part = np.repeat(np.arange(len(sizes), dtype=np.int32), sizes)
-    few = count < _LEAST_TURNS * len(sizes) * every
-    turn = tf.equal(tf.expand_dims(tf.range(count) // every % len(sizes), axis=1), part) | few
-    return tf.where(turn, vectors, tf.zeros([], vectors.dtype))
-
-
-def relative_differences(
-    found: tf.Tensor, expected: tf.Tensor, sizes: Sequence[int], negligible: tf.Tensor | float = _NEGLIGIBLE
-) -> tf.Tensor:
-    """The distance of each part of the vectors from the expected part, relative to the norm of the expected part.
-
-    Infinite where one of the two is finite and the other is not. Where both are NaN or infinite they agree: that is the
-    network's own.
-
-    Args:
-        found: Tensor `(points, n)`.
-        expected: Tensor `(points, n)`.
-        sizes: Sizes of the parts that the vectors are made of.
-        negligible: Norm up to which an error counts as none, `(points,)` or a number.
-
-    Returns:
-        `(parts, points)`.
-    """
-    parts = tf.split(tf.stack([found - expected, expected, found]) ** 2, sizes, axis=-1)
-    norms = tf.sqrt(tf.stack([tf.reduce_sum(part, axis=-1) for part in parts], axis=1))
-    error, of_expected, of_found = tf.unstack(norms)
-    zero, infinite = tf.zeros([], norms.dtype), tf.constant(np.inf, norms.dtype)
-    relative = tf.where(error <= negligible, zero, error / of_expected)
-    one, other = tf.math.is_finite(of_expected), tf.math.is_finite(of_found)
-    return tf.where(one & other, relative, tf.where(one | other, infinite, zero))
-
-
-def largest(differences: tf.Tensor) -> tf.Tensor:
-    """The largest of some differences `(..., points)`, but for one point in 200, or a single one of fewer, `(...,)`.
-
-    Where a unit stands at the kink of a ReLU or the step of a rounding, rounding errors decide on which side it is, so
-    that a right structure differs at rare points. A wrong one differs at all of them.
-    """
-    count = tf.shape(differences)[-1]
-    outliers = tf.maximum(tf.minimum(tf.maximum(count // _POINTS_PER_OUTLIER, 1), count - 1), 0)
-    # The zero is for no points at all.
-    padded = tf.pad(differences, [[0, 0]] * (differences.shape.rank - 1) + [[0, 1]])
-    return tf.math.top_k(padded, outliers + 1).values[..., -1]

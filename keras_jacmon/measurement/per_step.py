@@ -10,7 +10,8 @@ import tensorflow as tf
 
 from keras_jacmon.cell.trajectory import UnrollInputs
 from keras_jacmon.jacobians.cell_jacobian import CellJacobian
-from keras_jacmon.jacobians.checks import CheckResults, check_independence, check_points
+from keras_jacmon.jacobians.checks import check_independence, check_points
+from keras_jacmon.jacobians.diagnosis import CheckResults
 from keras_jacmon.jacobians.points import PointBatch
 from keras_jacmon.jacobians.views import View, size
 from keras_jacmon.measurement.chunks import PointSource, measure_points

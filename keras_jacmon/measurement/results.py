@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import tensorflow as tf
 
-from keras_jacmon.jacobians.checks import CheckResults
+from keras_jacmon.jacobians.diagnosis import CheckResults
 from keras_jacmon.measures.flow import FlowPlan
 
 

@@ -7,7 +7,7 @@ import keras
 import tensorflow as tf
 
 from keras_jacmon.jacobians.cell_jacobian import Assumptions
-from keras_jacmon.jacobians.checks import CheckResults, diagnose
+from keras_jacmon.jacobians.diagnosis import CheckResults, diagnose
 from keras_jacmon.measurement.compiled import MeasurableCall, SequenceTensors
 from keras_jacmon.model.distribution import own_variable
 from keras_jacmon.model.guard import foreign_variables, put_back

@@ -11,7 +11,8 @@ from keras_jacmon.cell.sampling import Sample, sample, without_values
 from keras_jacmon.cell.step import CellStep
 from keras_jacmon.cell.trajectory import UnrollInputs
 from keras_jacmon.jacobians.cell_jacobian import Assumptions, CellJacobian
-from keras_jacmon.jacobians.checks import CheckResults, check_independence, check_points
+from keras_jacmon.jacobians.checks import check_independence, check_points
+from keras_jacmon.jacobians.diagnosis import CheckResults
 from keras_jacmon.jacobians.points import PointBatch
 from keras_jacmon.jacobians.views import floating_states, side_by_side
 from keras_jacmon.measurement.compiled import SequenceTensors

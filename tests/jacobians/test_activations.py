@@ -13,7 +13,8 @@ from helpers import FEATURES, FunctionCell, normal, step_jacobians
 
 from keras_jacmon.cell.step import CellStep
 from keras_jacmon.jacobians.cell_jacobian import Assumptions, CellJacobian, Method
-from keras_jacmon.jacobians.checks import check_points, diagnose
+from keras_jacmon.jacobians.checks import check_points
+from keras_jacmon.jacobians.diagnosis import diagnose
 from keras_jacmon.jacobians.points import PointBatch
 
 if TYPE_CHECKING:

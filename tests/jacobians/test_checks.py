@@ -14,7 +14,7 @@ from helpers import BATCH, BY_ID, FEATURES, KEYS, MOMENTS, STEPS, FunctionCell, 
 from keras_jacmon import JacobianMeter, measure
 from keras_jacmon.cell.cell_graph import CellGraph
 from keras_jacmon.cell.step import CellStep
-from keras_jacmon.jacobians.checks import in_turns, largest, relative_differences
+from keras_jacmon.jacobians.comparison import in_turns, largest, relative_differences
 from keras_jacmon.structure.independence import independent_tensors
 
 Function = Callable[[Any, Any, Any], Any]

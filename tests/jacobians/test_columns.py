@@ -24,7 +24,9 @@ from helpers import (
 from keras_jacmon import JacobianMeter, JacobianRegularizer, register_jacobian
 from keras_jacmon.cell.step import CellStep
 from keras_jacmon.jacobians.cell_jacobian import Assumptions, CellJacobian
-from keras_jacmon.jacobians.checks import TOLERANCES, check_points, column_differences, diagnose
+from keras_jacmon.jacobians.checks import check_points
+from keras_jacmon.jacobians.comparison import column_differences
+from keras_jacmon.jacobians.diagnosis import TOLERANCES, diagnose
 from keras_jacmon.jacobians.points import PointBatch
 from keras_jacmon.operators.autodiff import AutodiffJacobian
 
