@@ -19,9 +19,11 @@ MAX_REPORTS = 50
 # In a process of its own, whose memory nothing else moves.
 SCRIPT = f"""
 import json, pathlib, sys, warnings
-import keras, numpy as np
+import keras, numpy as np, tensorflow as tf
 from keras_jacmon import JacobianMonitor, JacobianRegularizer
 
+tf.config.threading.set_intra_op_parallelism_threads(1)
+tf.config.threading.set_inter_op_parallelism_threads(1)
 directory, batches, held = sys.argv[1], int(sys.argv[2]), sys.argv[3] == "held"
 model = keras.Sequential([keras.Input((5, 3)), keras.layers.SimpleRNN(3, name="rnn"), keras.layers.Dense(1)])
 model.compile("sgd", "mse")

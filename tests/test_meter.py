@@ -37,10 +37,9 @@ from helpers import (
     sequential,
     variance,
 )
+from watched_points import WatchedCell, watched_points
 
 from keras_jacmon import JacobianMeter, JacobianMonitor, Report, measure
-from keras_jacmon.measurement import chunks
-from keras_jacmon.measurement import per_step as points
 from keras_jacmon.options import Options
 
 L = keras.layers
@@ -446,23 +445,21 @@ def test_the_graph_does_not_grow_with_the_steps_or_the_chunks(case_id: str) -> N
     assert size_of(50, 5000) == size_of(200, 5000)
 
 
-def test_max_bytes_bounds_the_rows_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[int] = []
-    original = chunks.measure_points
+def test_max_bytes_bounds_the_points_at_once() -> None:
+    probe = normal(8, 32, FEATURES)
+    model = sequential([L.RNN(WatchedCell(4))], probe.shape[1:])
 
-    def spy(source: Any, measures: Any, options: Any, chunk: int) -> Any:
-        seen.append(chunk)
-        return original(source, measures, options, chunk)
+    def most_at_once(max_bytes: int) -> int:
+        with watched_points() as seen:
+            measure(model, probe, measures=["variance"], max_bytes=max_bytes)
+        # Beside those of a first step, the example that the operators are planned with.
+        return max(len(points) for points in seen if len(points) != len(probe))
 
-    monkeypatch.setattr(points, "measure_points", spy)
-    model, _ = make_model(BY_ID["bare_state"], PROBE)
-    for max_bytes in (2**30, 2**20, 2**16, 1):
-        JacobianMeter(model, PROBE, measures=["variance"], max_bytes=max_bytes)
-    # A row takes some hundred bytes.
-    assert seen[0] == 2**14
-    assert 2**20 / 50_000 < seen[1] < 2**20 / 500
-    assert abs(seen[2] - seen[1] / 16) <= 1
-    assert seen[3] == 1
+    assert most_at_once(2**30) == 8 * 32
+    for max_bytes in (2**16, 2**14):
+        # A point takes some hundred bytes; chunks are of equal size.
+        assert max_bytes / 5_000 < most_at_once(max_bytes) < max_bytes / 500
+    assert most_at_once(1) == 1
 
 
 @pytest.mark.filterwarnings("ignore:.*NaN")

@@ -6,6 +6,7 @@ from typing import Any
 
 import keras
 import numpy as np
+import tensorflow as tf
 from helpers import (
     BATCH,
     BY_ID,
@@ -22,6 +23,10 @@ from helpers import (
 )
 
 from keras_jacmon import JacobianMeter, measure
+from keras_jacmon.measurement.chunks import PointSource, measure_points
+from keras_jacmon.measures.context import MeasureContext
+from keras_jacmon.measures.registry import KEYS
+from keras_jacmon.options import Options
 
 L = keras.layers
 PROBE = normal(BATCH, STEPS, FEATURES, seed=3)
@@ -49,26 +54,38 @@ def test_each_view_is_estimated_for_itself() -> None:
 
 def test_an_estimate_is_unbiased_and_knows_its_error() -> None:
     probe, layer = normal(4, 5, FEATURES), L.RNN(BareStateCell(16), name="rnn")
-    model = sequential([layer], (5, FEATURES))
-    exact = variance(reference_jacobians(layer, probe)["hidden"])
+    sequential([layer], (5, FEATURES))
+    J = tf.reshape(reference_jacobians(layer, probe)["hidden"], [-1, 16, 16])
 
-    def runs_of(max_bytes: int) -> list[Any]:
-        options: dict[str, Any] = {"measures": ["variance"], "max_entries": 1, "max_bytes": max_bytes}
-        return [measure(model, probe, seed=seed, **options)["rnn"] for seed in range(8)]
+    def runs_of(chunk: int) -> tuple[Any, Any]:
+        source = PointSource(
+            len(J),
+            lambda start, stop: {"hidden": tf.linalg.LinearOperatorFullMatrix(J[start:stop])},
+            lambda chosen: {"hidden": tf.linalg.LinearOperatorFullMatrix(tf.gather(J, chosen))},
+            None,
+        )
 
-    runs = runs_of(2**30)
-    errors = np.stack([run["variance"] - exact for run in runs])
-    standard_errors = np.stack([run.uncertainties["variance"] for run in runs])
-    assert standard_errors.shape == errors.shape
+        @tf.function(autograph=False)
+        def run(stream: Any) -> Any:
+            context = MeasureContext(Options(max_entries=1), num_points=len(J), stream=stream)
+            (found,) = measure_points(source, (KEYS["variance"],), context, chunk)
+            return found.value, found.uncertainty
+
+        runs = [run(tf.constant(1000 * k)) for k in range(8)]
+        return np.stack([value for value, _ in runs]), np.stack([uncertainty for _, uncertainty in runs])
+
+    values, standard_errors = runs_of(len(J))
+    errors = values - variance(J.numpy())
+    assert standard_errors.shape == errors.shape == (8, len(J))
     assert np.all(standard_errors > 0)
     # Points of one run may share their random vectors, runs do not.
-    means = errors.mean(axis=(1, 2))
-    assert abs(means.mean()) < 4 * means.std(ddof=1) / np.sqrt(len(runs))
+    means = errors.mean(axis=1)
+    assert abs(means.mean()) < 4 * means.std(ddof=1) / np.sqrt(len(means))
     assert 0.5 < np.sqrt(np.mean(np.square(errors / standard_errors))) < 2.0
     # The points have random vectors of their own, also where each is measured by itself.
-    for found in (runs, runs_of(1)):
-        claimed = np.mean([run.standard_error("variance") for run in found])
-        spread = np.std([run.mean("variance") for run in found], ddof=1)
+    for found, uncertainties in ((values, standard_errors), runs_of(1)):
+        claimed = np.mean(np.linalg.norm(uncertainties, axis=1) / len(J))
+        spread = np.std(found.mean(axis=1), ddof=1)
         # The spread of eight draws is within these bounds but for 2 in 1000 times; without own vectors it is 4 times.
         assert 0.3 < spread / claimed < 1.9
 

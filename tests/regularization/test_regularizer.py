@@ -6,9 +6,6 @@ import contextlib
 import functools
 import gc
 import re
-import subprocess
-import sys
-import textwrap
 from typing import TYPE_CHECKING, Any
 
 import keras
@@ -33,7 +30,8 @@ if TYPE_CHECKING:
 @pytest.fixture(autouse=True)
 def _no_leftovers() -> Iterator[None]:
     yield
-    gc.collect()
+    if list(loss_terms._SWAPPED):
+        gc.collect()
     assert not list(loss_terms._SWAPPED)
 
 
@@ -398,41 +396,6 @@ def test_a_loop_of_ones_own() -> None:
         after = held.penalty()
     assert after < 0.2 * before
     assert is_gone(model)
-
-
-# Of cached states, `test_within_the_scope_of_a_strategy` says the same.
-@pytest.mark.parametrize("states", ["fresh", pytest.param("cached", marks=pytest.mark.soak)])
-def test_two_replicas_train_as_one(states: str) -> None:
-    """The penalty counts once, and its gradient reaches the weights of each replica."""
-    script = f"""
-        import keras, numpy as np, tensorflow as tf
-        from keras_jacmon import JacobianMonitor, JacobianRegularizer
-
-        cpu = tf.config.list_physical_devices("CPU")[0]
-        tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
-        x, y = np.random.default_rng(0).normal(size=(32, 5, 3)).astype("float32"), np.ones((32, 1), "float32")
-
-        def trained(strategy):
-            keras.utils.set_random_seed(1)
-            with strategy.scope():
-                layers = [keras.Input((5, 3)), keras.layers.SimpleRNN(3), keras.layers.Dense(1)]
-                model = keras.Sequential(layers)
-                model.compile(keras.optimizers.SGD(0.05), "mse")
-            regularizer = JacobianRegularizer(1.0, 2.0, states={states!r}, refresh=3)
-            monitor = JacobianMonitor(x[:4], measures=["variance"], log_dir=None, regularizer=regularizer)
-            history = model.fit(x, y, batch_size=8, epochs=2, shuffle=False, verbose=0, callbacks=[monitor])
-            assert not model.losses
-            return history.history["loss"], [w.numpy() for w in model.trainable_variables]
-
-        one = trained(tf.distribute.get_strategy())
-        two = trained(tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]))
-        np.testing.assert_allclose(one[0], two[0], rtol=1e-4)
-        for left, right in zip(one[1], two[1]):
-            np.testing.assert_allclose(left, right, rtol=1e-3, atol=1e-5)
-    """
-    command = [sys.executable, "-c", textwrap.dedent(script)]
-    finished = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)  # noqa: S603 - our own
-    assert finished.returncode == 0, finished.stderr[-3000:]
 
 
 # What cannot be held --------------------------------------------------------------------------------

@@ -25,16 +25,20 @@ from helpers import (
     make_model,
     make_step,
     normal,
+    randomize,
+    soak_but,
+    step_jacobians,
 )
 from structure_laws import assert_structured_as_autodiff, double_precision
+from watched_points import WatchedCell, watched_points
 
 from keras_jacmon import JacobianMeter, explain, measure, register_jacobian
 from keras_jacmon.cell.cell_graph import CellGraph
 from keras_jacmon.cell.step import CellStep
-from keras_jacmon.jacobians import cell_jacobian as resolve
-from keras_jacmon.jacobians import checks as evidence
-from keras_jacmon.jacobians import linearise
-from keras_jacmon.measurement import per_step as points
+from keras_jacmon.cell.trajectory import UnrollInputs, unroll
+from keras_jacmon.jacobians.cell_jacobian import CellJacobian
+from keras_jacmon.jacobians.points import PointBatch
+from keras_jacmon.measurement.per_step import CHECKED_POINTS
 from keras_jacmon.structure import ops
 from keras_jacmon.structure.index_map import Node
 from keras_jacmon.structure.interpreter import find_structure
@@ -186,8 +190,57 @@ def layer_of(function: Callable[[Any, Any, Any], Any]) -> tuple[Any, Any]:
     return build(keras.Sequential([keras.Input((STEPS, FEATURES)), layer]), PROBE), layer
 
 
+class SideBySide(FunctionCell):
+    """A state for each function; all have the inputs and the weights in common."""
+
+    def __init__(self, functions: Sequence[Callable[[Any, Any, Any], Any]]) -> None:
+        super().__init__(functions[0])
+        self.functions = functions
+        self.state_size = [self.units] * len(functions)
+
+    def call(self, inputs: Any, states: Any) -> tuple[Any, list[Any]]:
+        x = inputs @ tf.convert_to_tensor(self.kernel)
+        new_states = [function(self, x, h) for function, h in zip(self.functions, states, strict=True)]
+        return new_states[0], new_states
+
+
+def test_cells_with_a_structure() -> None:
+    """They are unrolled as the cells are, and their structured Jacobians are those of the tape."""
+    cell, time, units = SideBySide(list(STRUCTURED.values())), 2, 4
+    cell.build((BATCH, FEATURES))
+    randomize(cell)
+    sequence = tf.constant(normal(time, BATCH, FEATURES))
+    states = [tf.constant(normal(BATCH, units, seed=k)) for k in range(len(STRUCTURED))]
+    choices = {}
+
+    @tf.function(autograph=False)
+    def run(sequence: Any, *states: Any) -> Any:
+        step = CellStep(cell, list(states))
+        jacobian = CellJacobian(step, sequence[0], states)
+        choices.update({choice.new: choice for choice in jacobian.choices("joint") if choice.new == choice.old})
+        trajectory = unroll(step, UnrollInputs(sequence, states, None), jacobian.unroll_plan())
+        joint = jacobian.operators(["joint"], PointBatch.of(trajectory))["joint"]
+        blocks = [block for k in range(len(states)) if (block := joint.block(k, k)) is not None]
+        return trajectory.states, [(block.to_dense(), block.entry_sum(), block.spread()) for block in blocks]
+
+    visited, blocks = run(sequence, *states)
+    dense = []
+    for t in range(time):
+        np.testing.assert_allclose(np.stack(visited)[:, t], states, rtol=1e-5, atol=1e-6)
+        J, states = step_jacobians(cell, sequence[t], states, ["joint"])
+        dense.append(J["joint"])
+    for k, (name, (found, entry_sum, spread)) in enumerate(zip(STRUCTURED, blocks, strict=True)):
+        assert choices[k].how == "structure", f"{name}: {choices[k].why}"
+        here = slice(k * units, (k + 1) * units)
+        expected = np.concatenate(dense)[:, here, here]
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5, err_msg=name)
+        np.testing.assert_allclose(entry_sum, expected.sum((1, 2)), rtol=1e-5, atol=1e-5, err_msg=name)
+        np.testing.assert_allclose(spread, units**2 * expected.var((1, 2)), rtol=1e-5, atol=1e-5, err_msg=name)
+
+
+@pytest.mark.soak
 @pytest.mark.parametrize("name", STRUCTURED)
-def test_cells_with_a_structure(name: str) -> None:
+def test_cells_with_a_structure_are_measured(name: str) -> None:
     model, layer = layer_of(STRUCTURED[name])
     meter = JacobianMeter(model, PROBE, measures=MOMENTS)
     (choice,) = meter.choices["rnn"]["hidden"]
@@ -198,15 +251,29 @@ def test_cells_with_a_structure(name: str) -> None:
     assert_layer(report, layer, PROBE, measures=MOMENTS)
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("name", DECEIVING)
 def test_cells_made_to_deceive(name: str) -> None:
     function, reason = DECEIVING[name]
-    model, layer = layer_of(function)
-    meter = JacobianMeter(model, PROBE, measures=MOMENTS)
-    (choice,) = meter.choices["rnn"]["hidden"]
+    cell, h = FunctionCell(function), tf.zeros((3, 4))
+    cell.build((1, FEATURES))
+    choices = []
+
+    @tf.function(autograph=False)
+    def choose(inputs: Any, h: Any) -> None:
+        choices.extend(CellJacobian(CellStep(cell, [h]), inputs, [h]).choices("hidden"))
+
+    choose.get_concrete_function(tf.zeros((3, FEATURES)), h)
+    (choice,) = choices
     assert choice.how == "autodiff"
     assert reason in choice.why
-    report = meter()["rnn"]
+
+
+# Of autodiff, `test_columns.py` says the same of more operations.
+@pytest.mark.parametrize("name", soak_but({"idle_branch", "kernel_of_inputs", "gather_by_value"}, DECEIVING))
+def test_cells_made_to_deceive_are_measured(name: str) -> None:
+    model, layer = layer_of(DECEIVING[name][0])
+    report = measure(model, PROBE, measures=MOMENTS)["rnn"]
     assert report.certificate is None
     assert_layer(report, layer, PROBE, measures=MOMENTS)
 
@@ -336,46 +403,31 @@ def test_a_wrong_structure_is_refuted_and_never_reported() -> None:
     assert meter.trace_count == 2
 
 
-def test_the_operator_that_is_tested_is_the_one_that_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first one is wrong by a hundredth; others, made in the same way, would hide that."""
-    evaluated: list[Any] = []
-    original = linearise.structured_jacobian
-
-    def wrong_at_first(*args: Any) -> Any:
-        evaluated.append(original(*args))
-        return evaluated[0].scaled_kernels(1.01) if len(evaluated) == 1 else evaluated[-1]
-
-    monkeypatch.setattr(resolve, "structured_jacobian", wrong_at_first)
-    model, layer = make_model(BY_ID["lstm"], PROBE)
+def test_the_operator_that_is_tested_is_the_one_that_is_measured() -> None:
+    """A second one, made in the same way, would hide that the first one is wrong."""
+    model, _ = layer_of(lambda c, x, h: tf.math.sinh(0.1 * (x + h @ c.U)))
     meter = JacobianMeter(model, PROBE, measures="standard")
-    # Hidden and joint view, all rows, some rows, rows to be tested, and the steps of the flow.
-    assert len(evaluated) == 1
-    with pytest.warns(UserWarning, match=f"^Layer `{layer.name}`: the structure of its Jacobian differs from autodiff"):
-        assert_layer(meter()[layer.name], layer, PROBE)
+    # Of the hidden view, all points, some points, points to be tested and the steps of the flow have one operator; the
+    # other derivative is that of autodiff.
+    assert sum(tensor.op.type == "Cosh" for tensor in tensors_of(meter.graphs[0])) == 2
 
 
-def test_every_row_has_its_turn(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: set[float] = set()
-    original = evidence.check_points
-
-    def spy(jacobian: Any, views: Sequence[str], rows: Any, *args: Any) -> Any:
-        tf.py_function(lambda x: seen.update(np.ravel(x.numpy()[:, 0]).tolist()), [rows.inputs], [])
-        return original(jacobian, views, rows, *args)
-
-    monkeypatch.setattr(points, "check_points", spy)
-    monkeypatch.setattr(points, "CHECKED_POINTS", 4)
-    probe = np.arange(21, dtype=np.float32).reshape(3, 7, 1) / 21
-    model = build(keras.Sequential([keras.Input((7, 1)), keras.layers.GRU(3)]), probe)
-    meter = JacobianMeter(model, probe, measures=["variance"])
-    everything = set(probe.ravel().tolist())
-    meter()
-    assert seen == everything
-    seen.clear()
-    meter()
-    assert len(seen) == 4
-    for _ in range(5):
+def test_every_point_has_its_turn() -> None:
+    samples, time = 4, 16
+    probe = np.arange(samples * time, dtype=np.float32).reshape(samples, time, 1) / 64
+    model = build(keras.Sequential([keras.Input((time, 1)), keras.layers.RNN(WatchedCell(3))]), probe)
+    with watched_points() as seen:
+        meter = JacobianMeter(model, probe, measures=["variance"])
         meter()
-    assert seen == everything
+        # All points are measured, and all are tested.
+        assert [len(points) for points in seen].count(probe.size) == 2
+        turns: list[Any] = []
+        for _ in range(4):
+            seen.clear()
+            meter()
+            turns += [points for points in seen if len(points) not in (samples, probe.size)]
+    assert [len(set(points)) for points in turns] == [CHECKED_POINTS] * 4
+    assert set(np.concatenate(turns)) == set(probe.ravel())
 
 
 def test_a_nan_of_the_network_is_no_disagreement() -> None:

@@ -1,0 +1,77 @@
+"""`JacobianRegularizer` with several replicas, in a process that has two devices."""
+
+from __future__ import annotations
+
+import pytest
+import two_devices
+
+DEFINITIONS = """
+    x, y = np.random.default_rng(0).normal(size=(32, 5, 3)).astype("float32"), np.ones((32, 1), "float32")
+
+    def compiled():
+        keras.utils.set_random_seed(1)
+        model = keras.Sequential([keras.Input((5, 3)), keras.layers.SimpleRNN(3), keras.layers.Dense(1)])
+        model.compile(keras.optimizers.SGD(0.05), "mse")
+        return model
+
+    def fit(model, *callbacks):
+        history = model.fit(x, y, batch_size=8, epochs=2, shuffle=False, verbose=0, callbacks=list(callbacks)).history
+        assert not model.losses
+        return history["loss"], [w.numpy() for w in model.trainable_variables]
+
+    def assert_alike(one, two):
+        np.testing.assert_allclose(one[0], two[0], rtol=1e-4)
+        for left, right in zip(one[1], two[1]):
+            np.testing.assert_allclose(left, right, rtol=1e-3, atol=1e-5)
+"""
+
+TRAIN_AS_ONE = """
+    def trained(strategy):
+        with strategy.scope():
+            model = compiled()
+        regularizer = JacobianRegularizer(1.0, 2.0, states="fresh", refresh=3)
+        return fit(model, JacobianMonitor(x[:4], measures=["variance"], log_dir=None, regularizer=regularizer))
+
+    assert_alike(trained(default), trained(mirrored))
+"""
+
+WITHIN_THE_SCOPE = """
+    def trained(strategy):
+        with strategy.scope():
+            model = compiled()
+            # A monitor that is made, and one that fits, in the scope of a strategy.
+            regularizer = JacobianRegularizer(1.0, lambda step: 2.0 + step, measure="spectral_norm", refresh=3)
+            options = {"measures": ["spectral_norm"], "log_dir": None, "on_error": "raise"}
+            observing = JacobianMonitor(x[:4], **options)
+            held = JacobianMonitor(x[:4], regularizer=regularizer, **options)
+            model.fit(x, y, batch_size=8, shuffle=False, verbose=0, callbacks=[observing])
+            if strategy is mirrored:
+                sentence = refusal(lambda: model.fit(x, y, verbose=0, callbacks=[held]))
+                assert "outside of the scope of a strategy; making and compiling" in sentence, sentence
+        found = fit(model, held)
+        assert regularizer.strength == 2.0 + 11
+        return found
+
+    assert_alike(trained(default), trained(mirrored))
+
+    workers = tf.distribute.MultiWorkerMirroredStrategy()
+    with workers.scope():
+        model = keras.Sequential([keras.Input((5, 3)), keras.layers.SimpleRNN(3)])
+    sentence = refusal(lambda: JacobianRegularizer(1.0).attached(model, x[:4]).__enter__())
+    assert "in the scope of a `MirroredStrategy` or `OneDeviceStrategy`. Received" in sentence, sentence
+"""
+
+
+@pytest.fixture(scope="module")
+def outcome() -> dict[str, str]:
+    """The tracebacks of the scripts, run in one process."""
+    return two_devices.run(DEFINITIONS, {"train as one": TRAIN_AS_ONE, "within the scope": WITHIN_THE_SCOPE})
+
+
+def test_two_replicas_train_as_one(outcome: dict[str, str]) -> None:
+    """The penalty counts once, and its gradient reaches the weights of each replica."""
+    assert outcome["train as one"] == ""
+
+
+def test_within_the_scope_of_a_strategy(outcome: dict[str, str]) -> None:
+    assert outcome["within the scope"] == ""
