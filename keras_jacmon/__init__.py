@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from keras_jacmon.jacobians.registered_forms import register_jacobian
     from keras_jacmon.jacobians.views import state_jacobian
     from keras_jacmon.meter import JacobianMeter, measure
+    from keras_jacmon.model.recurrences import Recurrence, register_recurrence
     from keras_jacmon.monitor import JacobianMonitor
     from keras_jacmon.regularization.regularizer import JacobianRegularizer
     from keras_jacmon.report.layer_report import LayerReport
@@ -26,11 +27,13 @@ __all__ = [
     "JacobianMonitor",
     "JacobianRegularizer",
     "LayerReport",
+    "Recurrence",
     "Report",
     "chrono_biases",
     "explain",
     "measure",
     "register_jacobian",
+    "register_recurrence",
     "stabilize",
     "state_jacobian",
 ]
@@ -40,11 +43,13 @@ _HOME = {
     "JacobianMonitor": "keras_jacmon.monitor",
     "JacobianRegularizer": "keras_jacmon.regularization.regularizer",
     "LayerReport": "keras_jacmon.report.layer_report",
+    "Recurrence": "keras_jacmon.model.recurrences",
     "Report": "keras_jacmon.report.report",
     "chrono_biases": "keras_jacmon.stabilization.chrono",
     "explain": "keras_jacmon.explanation",
     "measure": "keras_jacmon.meter",
     "register_jacobian": "keras_jacmon.jacobians.registered_forms",
+    "register_recurrence": "keras_jacmon.model.recurrences",
     "stabilize": "keras_jacmon.stabilization.stabilize",
     "state_jacobian": "keras_jacmon.jacobians.views",
 }

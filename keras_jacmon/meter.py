@@ -27,6 +27,7 @@ from keras_jacmon.model.building import build
 from keras_jacmon.model.distribution import check_distribution
 from keras_jacmon.model.inputs import fit_probe
 from keras_jacmon.model.layers import check_model, find_recurrent_layers, select_layers
+from keras_jacmon.model.unregistered import registration_hint
 from keras_jacmon.options import takes_options
 from keras_jacmon.report.layer_report import LayerReport
 from keras_jacmon.report.report import Report
@@ -165,6 +166,8 @@ class JacobianMeter:
         self._compiled = CompiledMeasurements(model, plan.options)
         # Traced here and not at the first call, so that errors and warnings come at once.
         self._recorded = RecordedModel(model, self._layers, fit_probe(model, plan.probe), plan.targets)
+        with self._explaining_failures():
+            self._refusals = self._recorded.refusals()
         self._calls = self._compile(on_layer, required=plan.layers is not None)
 
     @property
@@ -213,10 +216,14 @@ class JacobianMeter:
 
         Raises:
             RuntimeError: If the computation fails; the layer is named where TensorFlow tells.
-            ValueError: If the states of a sample depend on those of others, so that it has no Jacobian of its own.
+            ValueError: If the states of a sample depend on those of others, so that it has no Jacobian of its own, or
+                if a registered recurrence is not that of its layer.
         """
         with self._explaining_failures():
-            sequences, norms = self._recorded()
+            sequences, norms, refusals = self._recorded()
+        for call in self._calls:
+            if call.name in refusals:
+                raise unmeasurable(call, ValueError(refusals[call.name]))
         report = Report(
             {c.name: self._measure(c, sequences[c.name], norms.get(c.name), slow=slow) for c in self._calls}
         )
@@ -236,7 +243,7 @@ class JacobianMeter:
             remaining = self._assumptions_after(call, measurement.metadata.cell, results)
             if remaining is None:
                 return measurement.metadata.report(
-                    results, go_backwards=call.layer.go_backwards, notes=call.notes, loss_gradient=loss_gradient
+                    results, go_backwards=call.go_backwards, notes=call.notes, loss_gradient=loss_gradient
                 )
             # Assigned last: if tracing fails or is interrupted, the next measurement uses the old traces.
             self._measurement_of(call, remaining, slow=slow)
@@ -283,6 +290,7 @@ class JacobianMeter:
         if not recorded.calls:
             raise UnmeasurableError(
                 f"No recurrent layer of the model `{self._model.name}` can be measured. {sentence(reasons)}"
+                f"{registration_hint(self._model)}"
             )
         if reasons:
             warnings.warn(f"Some recurrent layers are not measured. {sentence(reasons)}", stacklevel=4)
@@ -303,6 +311,8 @@ class JacobianMeter:
 
     def _error_of(self, call: MeasurableCall) -> UnmeasurableError | None:
         """Traces the measurement of a call and returns the reason why that fails; None if it does not."""
+        if call.name in self._refusals:
+            return unmeasurable(call, ValueError(self._refusals[call.name]))
         try:
             self._measurement_of(call)
         except Exception as error:  # noqa: BLE001 - of any kind that a user's cell may raise

@@ -18,6 +18,7 @@ import tensorflow as tf
 import trainings
 from event_files import by_tag, read_summaries
 from helpers import BareStateCell, WeightedCell
+from recurrences import ScanRNN, of_scan_rnn
 from trainings import (
     BATCH,
     FEATURES,
@@ -34,7 +35,7 @@ from trainings import (
     steps_of,
 )
 
-from keras_jacmon import JacobianMonitor, measure
+from keras_jacmon import JacobianMonitor, measure, register_recurrence
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -70,7 +71,14 @@ def mixed_layers() -> list[Any]:
     ]
 
 
+def scan_layers() -> list[Any]:
+    layer = ScanRNN(3, name="scan")
+    register_recurrence(layer, of_scan_rnn)
+    return [keras.layers.Dropout(0.3), layer]
+
+
 WORLDS: Mapping[str, tuple[Callable[[], list[Any]], dict[str, Any], dict[str, Any]]] = {
+    "scan": (scan_layers, {}, {}),
     "plain": (lambda: [keras.layers.LSTM(3)], {}, {}),
     "validation": (lambda: [keras.layers.SimpleRNN(3)], {}, {"validation_split": 0.25}),
     "dropout": (dropout_layers, {}, {}),

@@ -7,7 +7,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_jacmon.cell.step import CellStep
+from keras_jacmon.cell.step import CellStep, cell_type
 from keras_jacmon.traced_graph import TracedGraph
 
 
@@ -67,4 +67,4 @@ def cell_kind(cell: Any, states: Any, specs: Sequence[tf.TensorSpec]) -> CellKin
     if written:
         return CellKind.own(cell)
     names = tuple((weight.name, tuple(weight.shape), weight.dtype) for weight in weights)
-    return CellKind((type(cell), names, graph.fingerprint()), weights)
+    return CellKind((cell_type(cell), names, graph.fingerprint()), weights)

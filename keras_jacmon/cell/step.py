@@ -7,6 +7,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from keras_jacmon.model.adapted_cell import AdaptedCell
 from keras_jacmon.model.internals import sublayers, training_argument, without_masks
 
 _HALF = (tf.float16, tf.bfloat16)
@@ -66,7 +67,7 @@ class CellStep:
         flat = keras.tree.flatten(new)
         if len(flat) != len(states):
             raise ValueError(
-                f"Cell {type(self.cell).__name__} was given {len(states)} state tensors and returned {len(flat)}. "
+                f"Cell {cell_type(self.cell).__name__} was given {len(states)} state tensors and returned {len(flat)}. "
                 "Expected as many new states as old ones."
             )
         like = [_like(value, old, self.cell) for value, old in zip(flat, states, strict=True)]
@@ -119,6 +120,11 @@ def full_precision(cell: Any) -> Iterator[None]:
             layer._dtype_policy = policy  # noqa: SLF001
 
 
+def cell_type(cell: Any) -> type:
+    """Returns the class that tells a reader what a cell is: for a registered recurrence, the class of the layer."""
+    return type(cell.layer) if isinstance(cell, AdaptedCell) else type(cell)
+
+
 def widened(tensor: Any) -> tf.Tensor:
     """Returns the tensor in float32 if it has half precision, and unchanged otherwise."""
     tensor = tf.convert_to_tensor(tensor)
@@ -130,7 +136,7 @@ def _like(value: tf.Tensor, old: tf.Tensor, cell: Any) -> tf.Tensor:
     value = tf.cast(tf.convert_to_tensor(value), old.dtype)
     if not value.shape.is_compatible_with(old.shape):
         raise ValueError(
-            f"Cell {type(cell).__name__} was given a state of shape {tuple(old.shape)} and returned one of shape "
+            f"Cell {cell_type(cell).__name__} was given a state of shape {tuple(old.shape)} and returned one of shape "
             f"{tuple(value.shape)}. Expected a state to keep its shape."
         )
     value.set_shape(old.shape)

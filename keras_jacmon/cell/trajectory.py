@@ -30,7 +30,7 @@ class UnrollInputs:
     def of(cls, call: RecurrentCall) -> "UnrollInputs":
         """Returns the inputs of a recorded call."""
         inputs, mask = widened(_swapped(call.inputs)), None if call.mask is None else _swapped(call.mask)
-        if call.layer.go_backwards:
+        if call.go_backwards:
             inputs, mask = inputs[::-1], None if mask is None else mask[::-1]
         return cls(inputs, tuple(widened(state) for state in keras.tree.flatten(call.states)), mask)
 

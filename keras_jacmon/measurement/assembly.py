@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import tensorflow as tf
 
+from keras_jacmon.cell.step import cell_type
 from keras_jacmon.cell.trajectory import UnrollInputs
 from keras_jacmon.jacobians.cell_jacobian import CellJacobian, Choice, Method
 from keras_jacmon.jacobians.dependencies import Dependencies
@@ -103,7 +104,7 @@ class CallMetadata:
         choices = {view: jacobian.choices(view) for view in views}
         columns = {view: View.of(view, states).columns(first, states) for view in views}
         return cls(
-            type(cell).__name__,
+            cell_type(cell).__name__,
             size(states[floating[0]]),
             "joint/" if len(floating) > 1 else "",
             views,

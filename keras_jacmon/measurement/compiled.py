@@ -33,7 +33,9 @@ class MeasurableCall:
 
     Attributes:
         name: String, the key of the call in reports.
-        layer: `keras.layers.RNN`.
+        layer: The recurrent layer.
+        cell: Its cell, or what stands for it.
+        go_backwards: Boolean, True if the steps run from the last position of the inputs to the first.
         states: Structure of the layer's states; only the structure counts.
         specs: Structure of `SequenceTensors`, with the `tf.TensorSpec` of each tensor.
         kind: `CellKind` of its cell.
@@ -41,7 +43,9 @@ class MeasurableCall:
     """
 
     name: str
-    layer: keras.layers.RNN
+    layer: keras.Layer
+    cell: Any
+    go_backwards: bool
     states: Any
     specs: Any
     kind: CellKind
@@ -56,16 +60,14 @@ class MeasurableCall:
 
         mask = None if sequence.mask is None else spec(sequence.mask)
         specs = (spec(sequence.inputs), tuple(map(spec, sequence.states)), mask)
-        cell = call.layer.cell
-        if registered_form(cell) is None:
+        if registered_form(call.cell) is None:
             first = tf.TensorSpec(sequence.inputs.shape[1:], sequence.inputs.dtype)
-            kind = cell_kind(cell, call.states, [first, *specs[1]])
+            kind = cell_kind(call.cell, call.states, [first, *specs[1]])
         else:
             # A form may read from the cell what its step does not.
-            kind = CellKind.own(cell)
-        return cls(
-            call.name, call.layer, keras.tree.map_structure(lambda _: 0, call.states), specs, kind, _notes_of(call)
-        )
+            kind = CellKind.own(call.cell)
+        states = keras.tree.map_structure(lambda _: 0, call.states)
+        return cls(call.name, call.layer, call.cell, call.go_backwards, states, specs, kind, _notes_of(call))
 
 
 class CompiledMeasurement(NamedTuple):
@@ -127,7 +129,7 @@ class CompiledMeasurements:
         def run(
             draw: tf.Tensor, sequence: SequenceTensors, weights: list[tf.Tensor]
         ) -> tuple[CallResults, CallMetadata]:
-            step = CellStep(call.layer.cell, call.states, list(zip(call.kind.weights, weights, strict=True)))
+            step = CellStep(call.cell, call.states, list(zip(call.kind.weights, weights, strict=True)))
             with shielded(self._model):
                 metadata, results = measure_call(
                     step, UnrollInputs(*sequence), measures, self._options, assumptions=assumptions, draw=draw

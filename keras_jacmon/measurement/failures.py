@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import tensorflow as tf
 
+from keras_jacmon.cell.step import cell_type
 from keras_jacmon.errors import UnmeasurableError, message_of
 from keras_jacmon.measurement.compiled import MeasurableCall
 from keras_jacmon.model.internals import tensors_in
@@ -40,12 +41,11 @@ def unmeasurable(call: MeasurableCall, error: Exception) -> UnmeasurableError:
         call: The call.
         error: What tracing its measurement raised.
     """
-    cell = call.layer.cell
-    foreign = ", ".join(f"`{name}`" for name in tensors_in(cell))
+    foreign = ", ".join(f"`{name}`" for name in tensors_in(call.cell))
     hint = " The cell uses tensors of the model that are neither its inputs nor its states: " if foreign else ""
     refusal = UnmeasurableError(
-        f"The Jacobians of layer `{call.name}` ({type(cell).__name__}) cannot be taken; name the other layers "
-        f"in `layers` to leave it out.{hint}{foreign}{'.' * bool(foreign)} The reason: {message_of(error)}",
+        f"The Jacobians of layer `{call.name}` ({cell_type(call.cell).__name__}) cannot be taken; name the other "
+        f"layers in `layers` to leave it out.{hint}{foreign}{'.' * bool(foreign)} The reason: {message_of(error)}",
         call.layer,
     )
     refusal.__cause__ = error

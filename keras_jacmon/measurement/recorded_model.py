@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import keras
 import tensorflow as tf
 
+from keras_jacmon.cell.outputs import OutputDifferences, compare_outputs, differing
 from keras_jacmon.cell.trajectory import UnrollInputs
 from keras_jacmon.errors import invalid_argument, message_of
 from keras_jacmon.measurement.compiled import MeasurableCall, SequenceTensors
@@ -24,10 +25,12 @@ class _Recorded(NamedTuple):
     Attributes:
         calls: List of the calls.
         recording: The recorded tensors of the model; must live as long as the graph.
+        refusals: Dict by name of a call, the reason why the steps of its registered recurrence cannot be taken.
     """
 
     calls: list[MeasurableCall]
     recording: Recording
+    refusals: dict[str, str]
 
 
 class RecordedModel:
@@ -58,15 +61,24 @@ class RecordedModel:
         """Reasons why some layers have no recorded call, by name of the layer."""
         return self._recording.static.recording.unmeasured
 
-    def __call__(self) -> tuple[dict[str, SequenceTensors], dict[str, tf.Tensor]]:
+    def refusals(self) -> dict[str, str]:
+        """Returns the reasons why registered recurrences cannot be used now, by name of the call."""
+        static = self._recording.static
+        if all(call.returned is None for call in static.recording.calls):
+            return {}
+        _, differences = self._run(self._recording, self._inputs)
+        return static.refusals | differing(differences)
+
+    def __call__(self) -> tuple[dict[str, SequenceTensors], dict[str, tf.Tensor], dict[str, str]]:
         """Runs the model with the weights of this moment.
 
         Returns:
-            Two dicts by name of the call: what the layer receives, and the norms of the gradient of the loss, if any.
+            Three dicts by name of the call: what the layer receives, the norms of the gradient of the loss, if any, and
+            the reasons why registered recurrences are not those of their layers.
         """
-        sequences = self._run(self._recording, self._inputs)
+        sequences, differences = self._run(self._recording, self._inputs)
         norms = {} if self._loss is None else self._run(self._loss, self._tensors())
-        return dict(zip((call.name for call in self.calls), sequences, strict=True)), norms
+        return dict(zip((call.name for call in self.calls), sequences, strict=True)), norms, differing(differences)
 
     def _tensors(self) -> list[tf.Tensor]:
         return [*self._inputs, *keras.tree.flatten(self._targets)]
@@ -76,7 +88,9 @@ class RecordedModel:
         with put_back(foreign_variables(traced.graph.graph, self._model, [])):
             return traced(*tensors)
 
-    def _record(self, *inputs: tf.Tensor) -> tuple[list[SequenceTensors], _Recorded]:
+    def _record(
+        self, *inputs: tf.Tensor
+    ) -> tuple[tuple[list[SequenceTensors], dict[str, OutputDifferences]], _Recorded]:
         """Records the calls of the model on the probe, in the graph that is being traced."""
         with shielded(self._model):
             try:
@@ -86,7 +100,9 @@ class RecordedModel:
                 raise self._refusal(inputs, error) from error
             sequences = [UnrollInputs.of(call) for call in recording.calls]
             calls = list(map(MeasurableCall.of, recording.calls, sequences))
-        return [(part.inputs, part.states, part.mask) for part in sequences], _Recorded(calls, recording)
+            differences, refusals = compare_outputs(recording.calls)
+        tensors = [(part.inputs, part.states, part.mask) for part in sequences]
+        return (tensors, differences), _Recorded(calls, recording, refusals)
 
     def _differentiate_loss(self, *tensors: tf.Tensor) -> tuple[dict[str, tf.Tensor], LossGradients]:
         """Returns the norms of the gradient of the loss, by name of the call, in the graph that is being traced."""
@@ -111,7 +127,7 @@ class RecordedModel:
         fixed = {
             item.name: int(keras.tree.flatten(item.layer.states)[0].shape[0])
             for item in self._layers
-            if item.layer.stateful and item.layer.states is not None
+            if item.adapter is None and item.layer.stateful and item.layer.states is not None
         }
         expected = "a batch that the model can be called on"
         for name, samples in fixed.items():

@@ -8,6 +8,8 @@ import keras
 
 from keras_jacmon.errors import did_you_mean, invalid_argument
 from keras_jacmon.model.internals import sublayers
+from keras_jacmon.model.recurrences import Adapter, registered_adapter
+from keras_jacmon.model.unregistered import registration_hint
 
 
 @dataclass(frozen=True)
@@ -16,11 +18,13 @@ class RecurrentLayer:
 
     Attributes:
         name: String, unique within a model.
-        layer: `keras.layers.RNN`.
+        layer: `keras.layers.RNN`, or a layer with a registered recurrence.
+        adapter: The registered adapter of the layer. Defaults to None, for `keras.layers.RNN`.
     """
 
     name: str
-    layer: keras.layers.RNN
+    layer: Any
+    adapter: Adapter | None = None
 
 
 def check_model(model: Any) -> None:
@@ -37,7 +41,7 @@ def check_model(model: Any) -> None:
 
 
 def find_recurrent_layers(model: keras.Layer) -> tuple[RecurrentLayer, ...]:
-    """Finds every `keras.layers.RNN`, subclasses included, at any depth of a built model.
+    """Finds every `keras.layers.RNN`, subclasses included, and every layer with a registered recurrence, at any depth.
 
     Args:
         model: Built Keras model or layer.
@@ -49,18 +53,21 @@ def find_recurrent_layers(model: keras.Layer) -> tuple[RecurrentLayer, ...]:
     Raises:
         ValueError: If the model has no recurrent layer.
     """
-    found: dict[str, keras.layers.RNN] = {}
+    found: dict[str, RecurrentLayer] = {}
     for layer in sublayers(model):
-        if isinstance(layer, keras.layers.RNN):
-            found[_unique(_path(layer, model), found)] = layer
+        adapter = registered_adapter(layer)
+        if adapter or isinstance(layer, keras.layers.RNN):
+            name = _unique(_path(layer, model), found)
+            found[name] = RecurrentLayer(name, layer, adapter)
     if not found:
         raise invalid_argument(
             "model",
             "a model with at least one recurrent layer (`keras.layers.RNN` or a subclass)",
             f"model={model.name} ({type(model).__name__}) "
-            f"with the layers {sorted({type(layer).__name__ for layer in sublayers(model)[1:]})}",
+            f"with the layers {sorted({type(layer).__name__ for layer in sublayers(model)[1:]})}"
+            + (f".{hint}" if (hint := registration_hint(model)) else ""),
         )
-    return tuple(RecurrentLayer(name, layer) for name, layer in found.items())
+    return tuple(found.values())
 
 
 def as_list(wanted: Iterable[str | keras.Layer] | str | keras.Layer | None) -> list[str | keras.Layer] | None:

@@ -9,10 +9,12 @@ import keras
 import tensorflow as tf
 
 from keras_jacmon.errors import invalid_argument, message_of
+from keras_jacmon.model.adapted_cell import AdaptedCall, hidden_place
 from keras_jacmon.model.internals import training_argument
 from keras_jacmon.model.layers import RecurrentLayer
-from keras_jacmon.model.recording import call_names, shadowing
-from keras_jacmon.tensors import known_sizes
+from keras_jacmon.model.packing import like_original
+from keras_jacmon.model.recording import call_names, in_graph, shadowing
+from keras_jacmon.tensors import as_points, known_sizes
 from keras_jacmon.traced_graph import TracedGraph, trace
 
 
@@ -107,24 +109,63 @@ class _ZeroAdder:
         self._tape, self._graph = tape, graph
         self.layers: list[str] = []
         self.zeros: list[tf.Tensor] = []
+        self._is_adapting = False
 
-    def __call__(
+    def inner_loop(
         self,
         item: RecurrentLayer,
         loop: Callable[..., Any],
-        sequences: tf.Tensor,
+        inputs: tf.Tensor,
         states: Any,
         mask: Any,
         **kwargs: Any,
     ) -> Any:
-        if sequences.graph is not self._graph:
-            return loop(sequences, states, mask, **kwargs)
-        with _adding_cell(item.layer, sequences.shape[2:], states) as cell:
-            zero = tf.zeros([*known_sizes(sequences)[:2], cell.units], sequences.dtype)
+        if inputs.graph is not self._graph:
+            return loop(inputs, states, mask, **kwargs)
+        with _adding_cell(item.layer, inputs.shape[2:], states) as cell:
+            zero = tf.zeros([*known_sizes(inputs)[:2], cell.units], inputs.dtype)
             self._tape.watch(zero)
             self.layers.append(item.name)
             self.zeros.append(zero)
-            return loop(cell.widened(sequences, zero), states, mask, **kwargs)
+            return loop(cell.widened(inputs, zero), states, mask, **kwargs)
+
+    def call(self, item: RecurrentLayer, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Calls a layer with a registered recurrence, whose first output then depends on zeros as its steps do."""
+        returned = call(*args, **kwargs)
+        if item.adapter is None or self._is_adapting or not in_graph(self._graph, (args, kwargs)):
+            return returned
+        self._is_adapting = True
+        try:
+            adapted = AdaptedCall.of(item.layer, item.adapter, args, kwargs)
+            linked = self._linked(item, keras.tree.flatten(returned)[0], adapted)
+        finally:
+            self._is_adapting = False
+        return keras.tree.pack_sequence_as(returned, [linked, *keras.tree.flatten(returned)[1:]])
+
+    def _linked(self, item: RecurrentLayer, returned: Any, adapted: AdaptedCall) -> tf.Tensor:
+        hidden = adapted.states[hidden_place(adapted.states)]
+        zero = tf.zeros([*known_sizes(adapted.inputs)[:2], hidden.shape[1:].num_elements()], hidden.dtype)
+        self._tape.watch(zero)
+        self.layers.append(item.name)
+        self.zeros.append(zero)
+        return _linked(tf.convert_to_tensor(returned), adapted, adapted.outputs(zero))
+
+
+def _linked(returned: tf.Tensor, adapted: AdaptedCall, outputs: tf.Tensor) -> tf.Tensor:
+    """Returns what a layer returned, with the derivatives of the outputs of its steps."""
+    time, batch, *_ = known_sizes(outputs)
+    stepped = like_original(as_points(outputs), returned)
+    stepped = tf.reshape(stepped, [time, batch, *stepped.shape[1:]])
+    fixed = tf.stop_gradient(returned)
+    if returned.shape.rank == stepped.shape.rank - 1:
+        return fixed + stepped[-1] - tf.stop_gradient(stepped[-1])
+    by_position = tf.transpose(stepped, [1, 0, *range(2, stepped.shape.rank)])
+    if adapted.go_backwards:
+        # Keras returns the outputs in the order of the steps, a scan in the order of the positions.
+        turned = by_position[:, ::-1]
+        is_turned = tf.reduce_max(tf.abs(turned - fixed)) < tf.reduce_max(tf.abs(by_position - fixed))
+        by_position = tf.where(is_turned, turned, by_position)
+    return fixed + by_position - tf.stop_gradient(by_position)
 
 
 @contextlib.contextmanager
@@ -158,7 +199,7 @@ class _AddingCell:
 
     def __init__(self, cell: Any, features: tf.TensorShape, states: Any) -> None:
         flat = [tf.convert_to_tensor(state) for state in keras.tree.flatten(states)]
-        self._hidden = next(place for place, state in enumerate(flat) if state.dtype.is_floating)
+        self._hidden = hidden_place(flat)
         self._features = features
         self._cell = cell
         self.units = int(flat[self._hidden].shape[1:].num_elements())

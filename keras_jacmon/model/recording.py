@@ -3,15 +3,18 @@
 import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import keras
 import tensorflow as tf
 
+from keras_jacmon.errors import message_of
+from keras_jacmon.model.adapted_cell import AdaptedCall
 from keras_jacmon.model.internals import tensors_in, training_argument, without_fused_kernels
 from keras_jacmon.model.layers import RecurrentLayer
 from keras_jacmon.model.masks import made_step_by_step
+from keras_jacmon.model.packing import real_form
 from keras_jacmon.traced_graph import TracedGraph, trace
 
 
@@ -21,21 +24,28 @@ class RecurrentCall:
 
     Attributes:
         name: String, the key of the call in reports.
-        layer: `keras.layers.RNN`.
+        layer: `keras.layers.RNN`, or a layer with a registered recurrence.
+        cell: The cell of the layer, or the `AdaptedCell` of its recurrence.
         inputs: Tensor `(batch, time, ...)`, the sequence.
-        states: Structure of tensors `(batch, ...)`, the initial states as the layer holds them.
+        states: Structure of tensors `(batch, ...)`, the initial states as the cell takes them.
         mask: Boolean tensor `(batch, time)`, False at the steps to skip; None without a mask.
         is_stepped_by_hand: Boolean, True if the model also calls the cell outside of the layer. Defaults to False.
+        go_backwards: Boolean, True if the steps run from the last position of the inputs to the first.
         has_lost_mask: Boolean, True if the layer below received a mask and this one did not. Defaults to False.
+        returned: Tensor that a layer with a registered recurrence returned, `(batch, time, ...)` or, of the last step
+            alone, `(batch, ...)`. Defaults to None, for `keras.layers.RNN`.
     """
 
     name: str
-    layer: keras.layers.RNN
+    layer: keras.Layer
+    cell: Any
     inputs: tf.Tensor
     states: Any
     mask: tf.Tensor | None
+    go_backwards: bool
     is_stepped_by_hand: bool = False
     has_lost_mask: bool = False
+    returned: tf.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -58,7 +68,8 @@ def record_calls(model: keras.Layer, inputs: Any, layers: Sequence[RecurrentLaye
     """Runs the model on the probe, inside the graph that is being traced, and records its recurrent calls.
 
     A call is recorded where Keras calls the `inner_loop` of the layer. Its arguments are the sequence as the cell sees
-    it, the initial states as tensors (from a stateful layer, from the caller, or zeros) and the mask.
+    it, the initial states as tensors (from a stateful layer, from the caller, or zeros) and the mask. Of a layer with a
+    registered recurrence these are what its adapter returns for the arguments of its `call`.
 
     Only the operations that these arguments depend on are replayed in the graph. The layers after the last recurrent
     one, for instance, are left out.
@@ -71,13 +82,13 @@ def record_calls(model: keras.Layer, inputs: Any, layers: Sequence[RecurrentLaye
     Returns:
         `Recording`.
     """
-    observable = {position: item for position, item in enumerate(layers) if _has_inner_loop_of_keras(item)}
+    observable = {position: item for position, item in enumerate(layers) if item.adapter or _has_inner_loop(item)}
 
     def run(*flat: tf.Tensor) -> tuple[list[list[tf.Tensor]], _Recorder]:
         recorder = _Recorder(tf.compat.v1.get_default_graph())
         with shadowing(model, observable, recorder), _watching(observable.values(), recorder):
             model(keras.tree.pack_sequence_as(inputs, list(flat)), **training_argument(model))
-        recorder.leave_out_changed_cells()
+        recorder.leave_out_unmeasurable()
         return [_tensors(call) for call in recorder.calls], recorder
 
     flat = keras.tree.flatten(inputs)
@@ -87,7 +98,7 @@ def record_calls(model: keras.Layer, inputs: Any, layers: Sequence[RecurrentLaye
     replayed = iter(graph.replay(graph.outputs, dict(zip([i.name for i in graph.inputs], flat, strict=True))))
     names = call_names(call.name for call in recorder.calls)
     calls = tuple(
-        _with_tensors(name, call, replayed, is_stepped_by_hand=id(call.layer.cell) in recorder.stepped_by_hand)
+        _with_tensors(name, call, replayed, is_stepped_by_hand=id(call.cell) in recorder.stepped_by_hand)
         for name, call in zip(names, recorder.calls, strict=True)
     )
     recorded = {call.name for call in recorder.calls}
@@ -96,7 +107,7 @@ def record_calls(model: keras.Layer, inputs: Any, layers: Sequence[RecurrentLaye
 
 
 class _Recorder:
-    """Records the calls of `inner_loop` in one graph, and the layers that are called in others.
+    """Records the recurrent calls in one graph, and the layers that are called in others.
 
     Args:
         graph: `tf.Graph`, in which calls can be observed.
@@ -108,6 +119,7 @@ class _Recorder:
         masked: Set of the names of tensors, the sequences that calls with a mask have made.
         changed: Dict by layer name, the names of attributes of its cell, of layers that are left out: their cells used
             other tensors of the model, and hold none any more.
+        refused: Dict by layer name, the reason why its registered recurrence cannot be used.
     """
 
     def __init__(self, graph: tf.Graph) -> None:
@@ -117,11 +129,13 @@ class _Recorder:
         self.stepped_by_hand: set[int] = set()
         self.masked: set[str] = set()
         self.changed: dict[str, list[str]] = {}
+        self.refused: dict[str, str] = {}
+        self._is_adapting = False
         self._inside = 0
         # By layer name, the attributes of cells that use tensors of the model beside their inputs and states.
         self._attributes: dict[str, list[str]] = {}
 
-    def __call__(
+    def inner_loop(
         self, item: RecurrentLayer, loop: Callable[..., Any], inputs: tf.Tensor, states: Any, mask: Any, **kwargs: Any
     ) -> Any:
         if inputs.graph is self._graph:
@@ -129,7 +143,10 @@ class _Recorder:
             initial = keras.tree.map_structure(lambda state: tf.identity(tf.convert_to_tensor(state)), states)
             steps = _as_mask(mask)
             lost = steps is None and made_step_by_step(inputs, self.masked)
-            self.calls.append(RecurrentCall(item.name, item.layer, inputs, initial, steps, has_lost_mask=lost))
+            cell, backwards = item.layer.cell, item.layer.go_backwards
+            self.calls.append(
+                RecurrentCall(item.name, item.layer, cell, inputs, initial, steps, backwards, has_lost_mask=lost)
+            )
         else:
             self.hidden.add(item.name)
         given = [tf.convert_to_tensor(x) for x in keras.tree.flatten([inputs, states, mask]) if x is not None]
@@ -148,6 +165,25 @@ class _Recorder:
             self._attributes[item.name] = attributes
         return last, sequence, new
 
+    def call(self, item: RecurrentLayer, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Calls a layer with a registered recurrence, and records what its adapter says of the call."""
+        returned = call(*args, **kwargs)
+        if item.adapter is None or self._is_adapting:
+            # The adapter of an outer layer calls this one.
+            return returned
+        if not in_graph(self._graph, (args, kwargs)):
+            self.hidden.add(item.name)
+            return returned
+        self._is_adapting = True
+        try:
+            adapted = AdaptedCall.of(item.layer, item.adapter, args, kwargs)
+            self.calls.append(_adapted_call(item, adapted, returned))
+        except Exception as error:  # noqa: BLE001 - of any kind that a user's adapter may raise
+            self.refused[item.name] = message_of(error).splitlines()[0]
+        finally:
+            self._is_adapting = False
+        return returned
+
     def _uses_others(self, older: set[str], given: list[tf.Tensor]) -> bool:
         """Tells if operations that are not among the older ones use tensors of older ones, beside those given."""
         # What the graph captured from outside, such as a weight or a constant, is there at any time.
@@ -157,12 +193,14 @@ class _Recorder:
         new = [operation for operation in self._graph.get_operations() if operation.name not in older]
         return any(t.op.name in older and id(t) not in known for operation in new for t in operation.inputs)
 
-    def leave_out_changed_cells(self) -> None:
-        """Drops the calls of cells that used other tensors of the model, and hold none any more: they step otherwise.
+    def leave_out_unmeasurable(self) -> None:
+        """Drops the calls of layers whose adapter failed at one of them, and of cells that step otherwise now.
 
-        A cell that still holds them is refused when its step is traced.
+        These are cells that used other tensors of the model, and hold none any more. A cell that still holds them is
+        refused when its step is traced.
         """
-        cells = {call.name: call.layer.cell for call in self.calls}
+        self.calls = [call for call in self.calls if call.name not in self.refused]
+        cells = {call.name: call.cell for call in self.calls}
         self.changed = {
             name: attributes
             for name, attributes in self._attributes.items()
@@ -187,7 +225,8 @@ def _watching(layers: Iterable[RecurrentLayer], recorder: _Recorder) -> Iterator
 
         return call
 
-    cells = {id(item.layer.cell): item.layer.cell for item in layers if isinstance(item.layer.cell, keras.Layer)}
+    held = [item.layer.cell for item in layers if item.adapter is None]
+    cells = {id(cell): cell for cell in held if isinstance(cell, keras.Layer)}
     # A cell whose `call` is an attribute of its own keeps it.
     watched = [cell for cell in cells.values() if "call" not in vars(cell)]
     try:
@@ -199,14 +238,37 @@ def _watching(layers: Iterable[RecurrentLayer], recorder: _Recorder) -> Iterator
             vars(cell).pop("call", None)
 
 
-def _has_inner_loop_of_keras(item: RecurrentLayer) -> bool:
+def in_graph(graph: tf.Graph, tensors: Any) -> bool:
+    """Returns True if all tensors of a structure that belong to a graph belong to this one."""
+    return all(leaf.graph is graph for leaf in keras.tree.flatten(tensors) if tf.is_symbolic_tensor(leaf))
+
+
+def _adapted_call(item: RecurrentLayer, adapted: AdaptedCall, returned: Any) -> RecurrentCall:
+    return RecurrentCall(
+        item.name,
+        item.layer,
+        adapted.cell,
+        adapted.inputs,
+        adapted.states,
+        adapted.mask,
+        adapted.go_backwards,
+        returned=real_form(tf.convert_to_tensor(keras.tree.flatten(returned)[0])),
+    )
+
+
+def _has_inner_loop(item: RecurrentLayer) -> bool:
     return type(item.layer).inner_loop.__module__.startswith("keras.")
 
 
 def _reason(item: RecurrentLayer, recorder: _Recorder) -> str:
     """Returns the reason why no call of a layer was recorded."""
-    if not _has_inner_loop_of_keras(item):
-        return f"its class {type(item.layer).__name__} overrides `inner_loop`, so how it steps its cell is not known"
+    if item.name in recorder.refused:
+        return f"the recurrence that is registered for it cannot be used: {recorder.refused[item.name]}"
+    if not item.adapter and not _has_inner_loop(item):
+        return (
+            f"its class {type(item.layer).__name__} overrides `inner_loop`, so how it steps its cell is not known; "
+            "`keras_jacmon.register_recurrence` can say it"
+        )
     if item.name in recorder.changed:
         attributes = ", ".join(f"`{name}`" for name in recorder.changed[item.name])
         return (
@@ -223,21 +285,22 @@ def _reason(item: RecurrentLayer, recorder: _Recorder) -> str:
 
 
 def _tensors(call: RecurrentCall) -> list[tf.Tensor]:
-    return [call.inputs, *keras.tree.flatten(call.states), *([] if call.mask is None else [call.mask])]
+    optional = [tensor for tensor in (call.mask, call.returned) if tensor is not None]
+    return [call.inputs, *keras.tree.flatten(call.states), *optional]
 
 
 def _with_tensors(
     name: str, call: RecurrentCall, tensors: Iterator[tf.Tensor], *, is_stepped_by_hand: bool
 ) -> RecurrentCall:
     """Returns the call with a name of its own and with other tensors, in the order of `_tensors`."""
-    return RecurrentCall(
-        name,
-        call.layer,
-        next(tensors),
-        keras.tree.map_structure(lambda _: next(tensors), call.states),
-        None if call.mask is None else next(tensors),
-        is_stepped_by_hand,
-        call.has_lost_mask,
+    return replace(
+        call,
+        name=name,
+        inputs=next(tensors),
+        states=keras.tree.map_structure(lambda _: next(tensors), call.states),
+        mask=None if call.mask is None else next(tensors),
+        returned=None if call.returned is None else next(tensors),
+        is_stepped_by_hand=is_stepped_by_hand,
     )
 
 
@@ -265,9 +328,21 @@ def call_names(layers: Iterable[str]) -> list[str]:
     return names
 
 
+class Observer(Protocol):
+    """An object that is called in the place of the loops of recurrent layers."""
+
+    def inner_loop(
+        self, item: RecurrentLayer, loop: Callable[..., Any], inputs: tf.Tensor, states: Any, mask: Any, **kwargs: Any
+    ) -> Any:
+        """Stands in for the `inner_loop` of a `keras.layers.RNN`, which is `loop`."""
+
+    def call(self, item: RecurrentLayer, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Stands in for the `call` of a layer with a registered recurrence, which is `call`."""
+
+
 @contextlib.contextmanager
-def shadowing(model: keras.Layer, layers: Mapping[int, RecurrentLayer], around: Callable[..., Any]) -> Iterator[None]:
-    """Shadows `inner_loop` on the layers' instances while the model is traced.
+def shadowing(model: keras.Layer, layers: Mapping[int, RecurrentLayer], observer: Observer) -> Iterator[None]:
+    """Shadows `inner_loop`, or `call` where a recurrence is registered, on the layers' instances.
 
     The names of the operations of the layer at position 2 contain `forward_of_layer_2`. So the name of an operation
     that fails at run time tells the layer.
@@ -275,25 +350,30 @@ def shadowing(model: keras.Layer, layers: Mapping[int, RecurrentLayer], around: 
     Args:
         model: Keras model.
         layers: Mapping from positions to layers.
-        around: Function that is called instead of `inner_loop`, as
-            `around(item, inner_loop, sequences, initial_state, mask, **kwargs)`.
+        observer: `Observer`.
     """
 
-    def shadow(position: int, item: RecurrentLayer) -> Callable[..., Any]:
-        original = item.layer.inner_loop
+    def shadow(position: int, item: RecurrentLayer) -> tuple[str, Callable[..., Any]]:
+        name = "call" if item.adapter else "inner_loop"
+        original = getattr(item.layer, name)
 
         def inner_loop(sequences: Any, initial_state: Any, mask: Any, **kwargs: Any) -> Any:
             with tf.name_scope(f"forward_of_layer_{position}"):
-                return around(item, original, sequences, initial_state, mask, **kwargs)
+                return observer.inner_loop(item, original, sequences, initial_state, mask, **kwargs)
 
-        return inner_loop
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with tf.name_scope(f"forward_of_layer_{position}"):
+                return observer.call(item, original, *args, **kwargs)
+
+        return name, call if item.adapter else inner_loop
 
     with without_fused_kernels(model):
+        shadows = {position: shadow(position, item) for position, item in layers.items()}
         try:
-            for position, item in layers.items():
+            for position, (name, shadowed) in shadows.items():
                 # Without Keras' `__setattr__`: a locked layer tracks nothing new.
-                vars(item.layer)["inner_loop"] = shadow(position, item)
+                vars(layers[position].layer)[name] = shadowed
             yield
         finally:
-            for item in layers.values():
-                vars(item.layer).pop("inner_loop", None)
+            for position, (name, _) in shadows.items():
+                vars(layers[position].layer).pop(name, None)

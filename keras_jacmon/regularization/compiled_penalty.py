@@ -144,7 +144,7 @@ class CompiledPenalty:
 
     def _penalty(self, weights: list[tf.Tensor]) -> PointPenalty:
         given = list(zip(self._call.kind.weights, weights, strict=True))
-        step = CellStep(self._call.layer.cell, self._call.states, given)
+        step = CellStep(self._call.cell, self._call.states, given)
         return PointPenalty(step, self._config, self._view, self._assumptions)
 
 
@@ -192,7 +192,7 @@ def view_of(name: str, call: MeasurableCall) -> str:
         raise ValueError(f"None of its {len(states)} states is floating-point, so there is no derivative.")
     name = "hidden" if name == "joint" and len(floating) == 1 else name
     first = tf.TensorSpec(inputs.shape[1:], inputs.dtype)
-    dependencies = find_dependencies(CellStep(call.layer.cell, call.states), first, states)
+    dependencies = find_dependencies(CellStep(call.cell, call.states), first, states)
     connected = {
         "hidden": dependencies.depends[0][0],
         "joint": any(map(any, dependencies.depends)),

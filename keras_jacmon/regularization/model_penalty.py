@@ -10,6 +10,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from keras_jacmon.cell.outputs import OutputDifferences, compare_outputs, differing
 from keras_jacmon.cell.trajectory import UnrollInputs
 from keras_jacmon.measurement.compiled import MeasurableCall, SequenceTensors
 from keras_jacmon.model.distribution import own_variable
@@ -30,10 +31,12 @@ class _Calls:
     Attributes:
         calls: List of the recorded calls.
         recording: The recording; must live as long as the graph.
+        refusals: Dict by name of a call, the reason why the steps of its registered recurrence cannot be taken.
     """
 
     calls: list[MeasurableCall]
     recording: Recording
+    refusals: dict[str, str]
 
 
 class ModelPenalty:
@@ -101,10 +104,16 @@ class ModelPenalty:
         Returns:
             A list of sentences on assumptions that do not hold, and a boolean: True if Jacobians are taken in another
             way from now on. Every graph that contains a penalty must then be traced anew.
+
+        Raises:
+            ValueError: If a registered recurrence is not that of its layer.
         """
         self._turn.assign_add(1)
         with put_back(foreign_variables(self._recording.graph.graph, self._model, [])):
-            sequences = self._recording()
+            sequences, differences = self._recording()
+        for key, reason in (self._recording.static.refusals | differing(differences)).items():
+            with _naming(key):
+                raise ValueError(f"The reason: {reason}")
         names = [call.name for call in self._recording.static.calls]
         by_name = dict(zip(names, sequences, strict=True))
         results = {key: call.refresh(by_name[key]) for key, call in self.calls.items() if call.holds}
@@ -140,13 +149,17 @@ class ModelPenalty:
         """Returns the penalty with the present weights."""
         return sum(call.to_log() for call in self.calls.values())
 
-    def _record(self, layers: Sequence[RecurrentLayer]) -> tuple[list[SequenceTensors], _Calls]:
+    def _record(
+        self, layers: Sequence[RecurrentLayer]
+    ) -> tuple[tuple[list[SequenceTensors], dict[str, OutputDifferences]], _Calls]:
         """Records the calls of some layers on the probe, in the graph that is being traced."""
         with shielded(self._model):
             recording = record_calls(self._model, self._inputs, layers)
             sequences = [UnrollInputs.of(call) for call in recording.calls]
             calls = list(map(MeasurableCall.of, recording.calls, sequences))
-        return [(part.inputs, part.states, part.mask) for part in sequences], _Calls(calls, recording)
+            differences, refusals = compare_outputs(recording.calls)
+        tensors = [(part.inputs, part.states, part.mask) for part in sequences]
+        return (tensors, differences), _Calls(calls, recording, refusals)
 
     def _target_of(self, call: str, layer: str) -> tf.Variable | None:
         """Returns the target of a call: its own, or the target of its layer, or the target of all others."""

@@ -74,7 +74,7 @@ def chrono_biases(
 
 def _bias_of(item: RecurrentLayer, trained: list[keras.Variable]) -> Any:
     """Returns the bias of the gates of an LSTM or a GRU; None for a subclass, which may use its gates otherwise."""
-    if type(item.layer.cell) not in (keras.layers.LSTMCell, keras.layers.GRUCell):
+    if item.adapter or type(item.layer.cell) not in (keras.layers.LSTMCell, keras.layers.GRUCell):
         return None
     return next((weight for weight in trained if weight is item.layer.cell.bias), None)
 
