@@ -35,6 +35,8 @@ def run(script: str, cwd: Path, *arguments: str) -> str:
 def test_every_example_is_tested() -> None:
     assert {path.name for path in EXAMPLES.glob("*.py")} == {
         "digits.py",
+        "lru.py",
+        "min_gru.py",
         "quickstart.py",
         "recall.py",
         "seed_check.py",
@@ -97,6 +99,12 @@ def test_digits(arguments: list[str], tmp_path: Path) -> None:
     assert [line.split()[:2] for line in printed.splitlines()[1:]] == [
         [gain, held] for gain in ("0.5", "1.5") for held in ("without", "with")
     ]
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("script", ["min_gru.py", "lru.py"])
+def test_layers_with_a_loop_of_their_own(script: str, tmp_path: Path) -> None:
+    assert "% of new " in run(script, tmp_path)
 
 
 @pytest.mark.soak
