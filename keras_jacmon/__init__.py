@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from keras_jacmon.report.report import Report
     from keras_jacmon.stabilization.chrono import chrono_biases
     from keras_jacmon.stabilization.stabilize import stabilize
+    from keras_jacmon.stabilization.suggest import suggest
 
 __version__ = "0.1.0"
 
@@ -36,6 +37,7 @@ __all__ = [
     "register_recurrence",
     "stabilize",
     "state_jacobian",
+    "suggest",
 ]
 
 _HOME = {
@@ -52,6 +54,7 @@ _HOME = {
     "register_recurrence": "keras_jacmon.model.recurrences",
     "stabilize": "keras_jacmon.stabilization.stabilize",
     "state_jacobian": "keras_jacmon.jacobians.views",
+    "suggest": "keras_jacmon.stabilization.suggest",
 }
 
 

@@ -15,21 +15,30 @@ TIME, DEPTH = "time", "depth"
 
 Target = float | Mapping[str, float]
 
+# The measure that is a logarithm, and that has no derivative here.
+GROWTH = "growth"
 
-def targets_of(target: Target) -> dict[str, float]:
+
+def targets_of(target: Target | None, measure: str) -> dict[str, float]:
     """Returns the targets by direction; a number is the target through time.
 
     Args:
-        target: Number, or mapping from `"time"` and `"depth"` to numbers.
+        target: Number, or mapping from `"time"` and `"depth"` to numbers; None for the value of a layer that keeps its
+            gradient.
+        measure: String, the name of the measure.
 
     Raises:
-        ValueError: If it is neither, or a number is not finite.
+        ValueError: If it is neither, a number is not finite, or the measure has no depth.
     """
+    if target is None:
+        target = 0.0 if measure == GROWTH else 1.0
     by_direction = dict(target.items()) if isinstance(target, Mapping) else {TIME: target}
     known = bool(by_direction) and set(by_direction) <= {TIME, DEPTH}
     if not known or not all(_is_number(value) for value in by_direction.values()):
         expected = 'a finite number, or a dict of numbers for "time", "depth" or both'
         raise invalid_argument("target", expected, f"target={target!r}")
+    if measure == GROWTH and DEPTH in by_direction:
+        raise invalid_argument("target", 'a target for "time" alone, which the growth is of', f"target={target!r}")
     return {direction: float(value) for direction, value in by_direction.items()}
 
 

@@ -7,19 +7,17 @@ import keras
 import numpy as np
 
 from keras_jacmon.errors import invalid_argument
-from keras_jacmon.stabilization.goals import DEPTH, TIME, Goal, Standing
+from keras_jacmon.stabilization.goals import DEPTH, GROWTH, TIME, Goal, Standing
+from keras_jacmon.stabilization.secant import Secant
 
 # The names that Keras gives the kernels of its cells, for each direction.
 KERNELS = {TIME: "recurrent_kernel", DEPTH: "kernel"}
 
 # A kernel is not multiplied, or divided, by more in a round: the states move with it.
-_MOST_GAIN = 4.0
+MOST_GAIN = 4.0
 
 # The power of the gain in the measure of a linear cell, where it is not 1.
 _DEGREES = {"variance": 2.0}
-
-# The slope of log(measure) over log(gain) is taken to be the power, times a number in this range.
-_SLOPES = 0.2, 2.0
 
 
 class Rescale:
@@ -37,16 +35,15 @@ class Rescale:
     def __init__(
         self, weights: Mapping[str, Sequence[keras.Variable]], goals: Mapping[str, Sequence[Goal]], measure: str
     ) -> None:
-        degree = _DEGREES.get(measure, 1.0)
         self._kernels = []
         for layer, of_layer in goals.items():
             for direction in dict.fromkeys(goal.direction for goal in of_layer):
                 chosen = [goal for goal in of_layer if goal.direction == direction]
                 kernels = [weight for weight in weights[layer] if weight.name == KERNELS[direction]]
-                if not kernels or chosen[0].target <= 0:
+                if not kernels or (measure != GROWTH and chosen[0].target <= 0):
                     expected = '"gradient" for a target of 0 or less, and for a layer without a weight that is named '
                     raise invalid_argument("method", f"{expected}`{KERNELS[direction]}`", f"'rescale' for `{layer}`")
-                self._kernels.append(_Kernel(kernels, chosen, degree))
+                self._kernels.append(_Kernel(kernels, chosen, measure))
 
     def advance(self, standing: Standing, updates: int) -> None:  # noqa: ARG002 - one round is one update
         """Multiplies each kernel once."""
@@ -55,18 +52,18 @@ class Rescale:
 
 
 class _Kernel:
-    """The kernels of a layer in one direction, and the last point of their way.
+    """The kernels of a layer in one direction.
 
     Args:
         weights: Sequence of variables; all are multiplied by the same numbers.
         goals: Sequence of the goals that they serve, one for each call of the layer.
-        degree: Float, the power of the gain in the measure of a linear cell.
+        measure: String, the name of the measure.
     """
 
-    def __init__(self, weights: Sequence[keras.Variable], goals: Sequence[Goal], degree: float) -> None:
-        self._weights, self._goals, self._degree = weights, goals, degree
-        self._log_target = math.log(goals[0].target)
-        self._last: tuple[float, float] | None = None
+    def __init__(self, weights: Sequence[keras.Variable], goals: Sequence[Goal], measure: str) -> None:
+        self._weights, self._goals, self._is_logarithm = weights, goals, measure == GROWTH
+        self._log_target = self._log(goals[0].target)
+        self._secant = Secant(_DEGREES.get(measure, 1.0), math.log(MOST_GAIN))
 
     def advance(self, values: Mapping[str, float]) -> None:
         """Multiplies the kernels.
@@ -75,17 +72,12 @@ class _Kernel:
             values: Mapping by name of a goal, the present measure.
         """
         value = float(np.mean([values[goal.name] for goal in self._goals]))
-        # An overflow asks for less, and a measure of zero for more than any number.
-        log_value = -math.inf if value <= 0 else math.inf if math.isnan(value) else math.log(value)
-        most = math.log(_MOST_GAIN)
-        step = min(max((self._log_target - log_value) / self._slope(log_value), -most), most)
-        self._last = step, log_value
+        factor = math.exp(self._secant.step(self._log(value) - self._log_target))
         for weight in self._weights:
-            weight.assign(weight * math.exp(step))
+            weight.assign(weight * factor)
 
-    def _slope(self, log_value: float) -> float:
-        """The slope of the logarithm of the measure over that of the gain, by the last two rounds."""
-        if self._last is None or not self._last[0] or not math.isfinite(log_value - self._last[1]):
-            return self._degree
-        least, most = (bound * self._degree for bound in _SLOPES)
-        return min(max((log_value - self._last[1]) / self._last[0], least), most)
+    def _log(self, value: float) -> float:
+        """The logarithm of a measure; the growth is one already."""
+        if self._is_logarithm:
+            return value
+        return -math.inf if value <= 0 else math.log(value)

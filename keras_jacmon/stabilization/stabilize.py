@@ -17,7 +17,7 @@ from keras_jacmon.model.inputs import fit_probe, read_probe
 from keras_jacmon.model.layers import check_model, find_recurrent_layers, select_layers
 from keras_jacmon.options import LARGEST_SEED
 from keras_jacmon.stabilization.best_weights import BestWeights, changeable_weights
-from keras_jacmon.stabilization.goals import Standing, Target, goals_in, measured_keys, targets_of, view_of
+from keras_jacmon.stabilization.goals import GROWTH, Standing, Target, goals_in, measured_keys, targets_of, view_of
 from keras_jacmon.stabilization.gradient import Gradient, penalty_config, penalty_of
 from keras_jacmon.stabilization.history import History
 from keras_jacmon.stabilization.method import Method
@@ -47,8 +47,8 @@ class _Settings:
 
     def __post_init__(self) -> None:
         for name, value, known in (
-            ("measure", self.measure, list(DIFFERENTIABLE)),
             ("method", self.method, list(_ROUNDS)),
+            ("measure", self.measure, [*DIFFERENTIABLE, *([GROWTH] if self.method == "rescale" else [])]),
             ("view", self.view, ["hidden", "joint"]),
         ):
             if value not in known:
@@ -63,7 +63,7 @@ class _Settings:
 def stabilize(
     model: keras.Layer,
     probe: Any,
-    target: Target = 1.0,
+    target: Target | None = None,
     measure: str = "spectral_radius",
     method: Literal["gradient", "rescale"] = "gradient",
     *,
@@ -99,9 +99,10 @@ def stabilize(
         probe: A batch of model inputs, as for `JacobianMeter`.
         target: Number that the measure should have through time; or a dict of numbers for `"time"`, `"depth"`, or
             both. Depth is the view of the inputs, `dh_t/dx_t`; its spectral radius is that of the layers with as many
-            inputs as units. For deep stacks the article proposes `{"time": 0.5, "depth": 0.5}`. Defaults to 1.0.
-        measure: String, `"spectral_radius"`, `"variance"`, `"rms_singular_value"` or `"spectral_norm"`. Defaults to
-            `"spectral_radius"`.
+            inputs as units. For deep stacks the article proposes `{"time": 0.5, "depth": 0.5}`. Defaults to None: 1,
+            or a growth of 0.
+        measure: String, `"spectral_radius"`, `"variance"`, `"rms_singular_value"` or `"spectral_norm"`; with
+            `"rescale"` also `"growth"`. Defaults to `"spectral_radius"`.
         method: String. `"gradient"`: an optimizer changes all trainable weights of the layers. `"rescale"`: the
             recurrent kernels, and for the depth the input kernels, are multiplied by a number each, all gates by the
             same one, without an optimizer. Defaults to `"gradient"`.
@@ -129,7 +130,7 @@ def stabilize(
         L. Herranz-Celotti, J. Rouat, "Stabilizing RNN Gradients through Pre-training", arXiv 2308.12075.
     """
     settings = _Settings(
-        targets_of(target),
+        targets_of(target, measure),
         measure,
         method,
         view,
