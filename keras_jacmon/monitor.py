@@ -26,7 +26,7 @@ from keras_jacmon.watching.announcements import Announcements
 from keras_jacmon.watching.arguments import check_arguments, check_name, is_in_epochs, read_logs
 from keras_jacmon.watching.callback_list import misplaced, neighbours
 from keras_jacmon.watching.failures import Failures
-from keras_jacmon.watching.log_values import PENALTY, LogValues
+from keras_jacmon.watching.log_values import PENALTY, STRENGTH, LogValues
 from keras_jacmon.watching.progress import MeasurementProgress
 from keras_jacmon.watching.schedule import Schedule, batches_per_iteration, iterations_of
 from keras_jacmon.watching.traced_model import TracedModel
@@ -76,7 +76,8 @@ class JacobianMonitor(keras.callbacks.Callback):
             time and lets the training go on. What is invalid when the first `fit` begins is always raised. Defaults to
             `"warn"`.
         regularizer: `JacobianRegularizer` for the measured layers while `fit` runs. Its penalty, not scaled by the
-            strength, is `jac_penalty` in `logs` and event files, with the present weights. Defaults to None.
+            strength, is `jac_penalty` in `logs` and event files, with the present weights, and a strength that is
+            `"auto"`, which needs `targets`, is `jac_strength`. Defaults to None.
         name: String of letters, digits and `_.-`, for a training with several monitors, such as one on training and one
             on validation data. It stands before the keys in `logs` (`valid_lstm_jac_variance`) and before the tags, and
             the event files go to `<log_dir>/jacobian/<name>`. Defaults to None, no name; among monitors with the same
@@ -298,7 +299,7 @@ class JacobianMonitor(keras.callbacks.Callback):
         if self._schedule.is_due_after_epoch():
             self._measure(last=epoch + 1 == (self.params or {}).get("epochs"))
         if logs is not None:
-            self._log_values.add_to(logs, self._penalty(), self._name)
+            self._log_values.add_to(logs, self._held_values(), self._name)
 
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
         """Measures after the last batch, takes the penalty out of the losses and closes the event file."""
@@ -346,18 +347,19 @@ class JacobianMonitor(keras.callbacks.Callback):
     def _write(self, report: Report, step: int, changes: Sequence[Change]) -> None:
         """Writes a report to the event file."""
         if self._writer is not None:
-            penalty = self._penalty()
-            scalars = {} if penalty is None else {PENALTY: penalty}
+            scalars = self._held_values()
             sentences = [change.sentence(step) for change in changes]
             at = self._epochs if self._in_epochs else step
             self._attempt("Writing the event file", self._writer.write, report, at, scalars, sentences)
 
-    def _penalty(self) -> float | None:
-        """Returns the penalty with the present weights, NaN if it cannot be computed; None without a regularizer."""
-        if self._traced.held is None:
-            return None
-        value = self._attempt("Evaluating the penalty", self._traced.held.penalty)
-        return float("nan") if value is None else float(value)
+    def _held_values(self) -> dict[str, float]:
+        """Returns the penalty with the present weights, NaN if it cannot be computed, and a strength that is chosen."""
+        held = self._traced.held
+        if held is None:
+            return {}
+        value = self._attempt("Evaluating the penalty", held.penalty)
+        penalty = {PENALTY: float("nan") if value is None else float(value)}
+        return penalty if held.strength is None else penalty | {STRENGTH: held.strength}
 
     def _warn_of_unused_penalty(self) -> None:
         """Warns after the first epoch if the training does not look at the penalty."""

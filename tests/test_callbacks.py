@@ -169,12 +169,12 @@ def test_a_training_that_never_reads_the_losses_is_warned_of(kind: Any) -> None:
         "add `sum(self.losses)` to the loss, or call `super().compute_loss(...)`."
     )
     with pytest.warns(UserWarning, match=re.escape(sentence)) as caught:
-        fit(model, quick_monitor(regularizer=JacobianRegularizer()), epochs=2, validation_data=(X, Y))
+        fit(model, quick_monitor(regularizer=JacobianRegularizer(1.0, 0.01)), epochs=2, validation_data=(X, Y))
     assert len(user_warnings(caught)) == 1
 
 
 def test_a_training_step_of_ones_own_that_reads_the_losses() -> None:
-    regularizer = JacobianRegularizer(lambda step: 1.0 + step, view="joint")
+    regularizer = JacobianRegularizer(lambda step: 1.0 + step, 0.01, view="joint")
     model, monitor = OwnStep(reads=True), quick_monitor(regularizer=regularizer)
     model.compile("sgd", "mse")
     fit(model, monitor)
@@ -188,7 +188,7 @@ def test_a_training_step_of_ones_own_that_reads_the_losses() -> None:
 def test_a_probe_whose_steps_are_all_masked_is_warned_of() -> None:
     model = compiled(keras.layers.Masking(), rnn())
     monitor = JacobianMonitor(
-        np.zeros_like(PROBE), log_dir=None, measures="variance", regularizer=JacobianRegularizer()
+        np.zeros_like(PROBE), log_dir=None, measures="variance", regularizer=JacobianRegularizer(1.0, 0.01)
     )
     with pytest.warns(UserWarning, match="Layer `rnn`") as caught:
         history = fit(model, monitor, epochs=2).history

@@ -1,7 +1,7 @@
 """Gradients of the compiled loss by the hidden states of recurrent layers."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,9 @@ from keras_jacmon.model.packing import like_original
 from keras_jacmon.model.recording import call_names, in_graph, shadowing
 from keras_jacmon.tensors import as_points, known_sizes
 from keras_jacmon.traced_graph import TracedGraph, trace
+
+# A power of two, so that it rounds nothing.
+_SCALE = 1024.0
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,38 @@ def loss_gradients(
     graph = TracedGraph(traced, specs)
     replayed = graph.replay(graph.outputs, dict(zip([i.name for i in graph.inputs], flat, strict=True)))
     return LossGradients(dict(zip(traced.static, replayed, strict=True)), graph)
+
+
+def gradients_by_weights(
+    model: keras.Model, inputs: Any, targets: Any, weights: Sequence[keras.Variable]
+) -> list[tf.Tensor]:
+    """Differentiates the loss that the model is compiled with by some of its trained weights, in the present graph.
+
+    The model is called as at inference, so without dropout.
+
+    Args:
+        model: Compiled Keras model.
+        inputs: Structure of tensors `(batch, ...)`, the probe as the model takes it.
+        targets: Structure of tensors `(batch, ...)`, the targets of the probe.
+        weights: Sequence of the weights.
+
+    Returns:
+        List of tensors, the gradient by each weight; zero where the loss does not depend on it.
+
+    Raises:
+        ValueError: If the loss cannot be computed from these targets.
+    """
+    values = [tf.convert_to_tensor(weight.value) for weight in weights]
+    # With the losses that layers add, such as activity regularizers; those of weights look for these in the scope.
+    scope = keras.StatelessScope(state_mapping=list(zip(weights, values, strict=True)), collect_losses=True)
+    with tf.GradientTape(watch_accessed_variables=False) as tape:
+        tape.watch(values)
+        with scope:
+            outputs = model(inputs, **training_argument(model))
+            # In half precision small gradients would be zero.
+            loss = _SCALE * tf.cast(_loss(model, inputs, targets, outputs), tf.float32)
+    gradients = tape.gradient(loss, values, unconnected_gradients="zero")
+    return [gradient / tf.cast(_SCALE, gradient.dtype) for gradient in gradients]
 
 
 def _loss(model: keras.Model, inputs: Any, targets: Any, outputs: Any) -> tf.Tensor:

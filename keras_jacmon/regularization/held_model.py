@@ -13,6 +13,7 @@ from keras_jacmon.model.building import build
 from keras_jacmon.model.distribution import check_distribution, check_outside_of_scopes
 from keras_jacmon.model.inputs import fit_probe
 from keras_jacmon.model.layers import RecurrentLayer, check_model, find_recurrent_layers, select_layers
+from keras_jacmon.regularization.auto_strength import AutoStrength
 from keras_jacmon.regularization.loss_terms import LossTerms, Term
 from keras_jacmon.regularization.model_penalty import ModelPenalty
 from keras_jacmon.regularization.penalty_config import PenaltyConfig
@@ -30,9 +31,10 @@ class RegularizedModel:
         config: `PenaltyConfig`, the settings of the penalty.
         targets: Dict from the name of a layer or a call to its target; the key None is the target of all others.
         strength: `ScheduledNumber`, the factor of the penalty.
+        targets_of_probe: Tensors, the targets of the probe's samples; None if they are not known.
 
     Raises:
-        ValueError: If a layer is unknown, or the penalty cannot be computed.
+        ValueError: If a layer is unknown, or the penalty or its strength cannot be computed.
     """
 
     def __init__(
@@ -44,6 +46,7 @@ class RegularizedModel:
         config: PenaltyConfig,
         targets: Mapping[str | None, ScheduledNumber],
         strength: ScheduledNumber,
+        targets_of_probe: Any,
     ) -> None:
         check_model(model)
         check_distribution(model)
@@ -52,11 +55,12 @@ class RegularizedModel:
         found = select_layers(find_recurrent_layers(model), layers)
         carriers = _trained_weights(model, found)
         self._numbers = (strength, *targets.values())
-        self._config = config
+        self._model, self._config, self._strength = model, config, strength
+        self._inputs, self._targets_of_probe = fit_probe(model, probe), targets_of_probe
         self._refreshed: int | None = None
         self._penalty = ModelPenalty(
             model,
-            fit_probe(model, probe),
+            self._inputs,
             [item for item in found if id(item.layer) in carriers],
             config,
             {name: target.variable for name, target in targets.items()},
@@ -68,6 +72,7 @@ class RegularizedModel:
             model,
             [(carriers[id(call.layer)], _scaled(call, strength.variable)) for call in self._penalty.calls.values()],
         )
+        self._auto = self._auto_strength() if strength.is_auto else None
 
     def attach(self, *, to_fit: bool = False) -> None:
         """Puts the penalty into the losses of the model, unless it is there; also in the middle of `fit`.
@@ -91,17 +96,26 @@ class RegularizedModel:
         for number in self._numbers:
             number.follow(step)
         self._penalty.begin(step)
+        is_due = self._strength.is_auto and self._auto is None
         if self._refreshed is None or not 0 <= step - self._refreshed < self._config.refresh:
             self._refreshed = step
             notes, changed = self._penalty.refresh()
             _warn(notes)
             if changed:
                 self._terms.trace_anew()
+            is_due = self._strength.is_auto
+        if is_due:
+            self._choose_strength()
 
     @property
     def is_used(self) -> bool:
         """Boolean, True if a training has read the losses of the model with the penalty, or there is no penalty."""
         return self._terms.is_used or not self._penalty.calls
+
+    @property
+    def strength(self) -> float | None:
+        """Float, the strength that was chosen last; None if it is not chosen but given."""
+        return self._strength.value if self._strength.is_auto else None
 
     @property
     def trace_count(self) -> int:
@@ -125,6 +139,28 @@ class RegularizedModel:
             if layer is not None and key in layer.values:
                 layers[name] = dataclasses.replace(layer, targets={key: call.target})
         return Report(layers)
+
+    def _choose_strength(self) -> None:
+        self._auto = self._auto or self._auto_strength()
+        scale = 1.0 if self._config.scale == "log" else self._penalty.typical_target
+        chosen = self._auto(scale) if self._penalty.calls else None
+        if chosen is not None:
+            self._strength.choose(chosen)
+
+    def _auto_strength(self) -> AutoStrength:
+        """Traces the gradient of the loss, which a strength is chosen by."""
+        if self._targets_of_probe is None or not getattr(self._model, "compiled", False):
+            raise invalid_argument(
+                "strength",
+                "a number, or 'auto' for a compiled model and with `targets` beside the probe, since 'auto' compares "
+                "the penalty with the loss: `JacobianMonitor(x, targets=y, regularizer=...)`",
+                f"strength='auto' for the model `{self._model.name}`, "
+                + ("which is not compiled" if self._targets_of_probe is not None else "without targets"),
+            )
+        layers = {id(call.layer): call.layer for call in self._penalty.calls.values()}
+        weights = [weight for layer in layers.values() for weight in layer.trainable_variables]
+        with self._terms.left_out():
+            return AutoStrength(self._model, self._inputs, self._targets_of_probe, weights, self._penalty.value)
 
     def _check_targets(self, found: Sequence[RecurrentLayer], targets: Sequence[str]) -> None:
         """Refuses targets for layers that the model does not have."""

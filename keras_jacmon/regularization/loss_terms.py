@@ -69,7 +69,7 @@ class LossTerms:
         self.attached = False
         # True if a training has read the terms.
         self.is_used = False
-        self._is_broken = False
+        self._is_broken, self._is_left_out = False, False
         # By name, the function that Keras had traced without the terms, and the one traced with them and no others.
         self.traced: dict[str, tuple[Any, Any]] = {}
 
@@ -104,6 +104,15 @@ class LossTerms:
                     variable.regularizer = summed.own
         _SWAPPED[self._model].remove(self)
 
+    @contextlib.contextmanager
+    def left_out(self) -> Iterator[None]:
+        """Makes the terms zero in what is traced meanwhile."""
+        self._is_left_out = True
+        try:
+            yield
+        finally:
+            self._is_left_out = False
+
     def give_up(self, error: Exception) -> None:
         """Leaves the terms out of all later losses, with a warning, because they cannot be computed."""
         self._is_broken = True
@@ -118,7 +127,7 @@ class LossTerms:
 
         def guarded() -> tf.Tensor:
             self.is_used = self.is_used or (self._model in _SWAPPED and _SWAPPED[self._model].is_training)
-            if not self._is_broken:
+            if not (self._is_broken or self._is_left_out):
                 try:
                     return term()
                 except Exception as error:  # noqa: BLE001 - whatever it is, the training goes on

@@ -138,6 +138,15 @@ class ModelPenalty:
                 )
         return notes, changed
 
+    @property
+    def typical_target(self) -> float:
+        """Float, the mean target of the calls."""
+        return float(np.mean([call.target for call in self.calls.values()]))
+
+    def value(self) -> tf.Tensor:
+        """Returns the penalty with the present weights, a scalar that a tape can differentiate."""
+        return tf.add_n([call() for call in self.calls.values()])
+
     def begin(self, step: int) -> None:
         """Prepares the batch after `step` batches: other random vectors, and fresh states at other points."""
         # Of numbers of Python TensorFlow keeps a copy on the device, for ever.

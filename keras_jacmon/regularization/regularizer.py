@@ -9,10 +9,10 @@ from typing import Any, Literal
 import keras
 
 from keras_jacmon.errors import invalid_argument
-from keras_jacmon.model.inputs import read_probe
+from keras_jacmon.model.inputs import read_probe, read_targets
 from keras_jacmon.regularization.held_model import RegularizedModel
 from keras_jacmon.regularization.penalty_config import PenaltyConfig
-from keras_jacmon.regularization.schedule import Schedule, ScheduledNumber, schedule_from_config
+from keras_jacmon.regularization.schedule import AUTO, Schedule, ScheduledNumber, schedule_from_config
 
 
 @keras.saving.register_keras_serializable(package="keras_jacmon")
@@ -26,8 +26,8 @@ class JacobianRegularizer:
     Example:
 
     ```python
-    regularizer = keras_jacmon.JacobianRegularizer(target=1.0, strength=1e-2)
-    monitor = keras_jacmon.JacobianMonitor(x[:32], regularizer=regularizer)
+    regularizer = keras_jacmon.JacobianRegularizer(target=1.0)
+    monitor = keras_jacmon.JacobianMonitor(x[:32], targets=y[:32], regularizer=regularizer)
     model.fit(x, y, epochs=10, callbacks=[monitor])
     ```
 
@@ -35,7 +35,12 @@ class JacobianRegularizer:
         target: Number of at least 0 that the measure should have, or a dict of such numbers by layer, named as in
             reports; layers that are not named have no penalty. A number may also be a schedule: one of
             `keras.optimizers.schedules`, or a function from the number of batches so far. Defaults to 1.0.
-        strength: Number of at least 0, or a schedule, the factor of the penalty. Defaults to 0.01.
+        strength: Number of at least 0, or a schedule, the factor of the penalty; or `"auto"` for a factor that is
+            chosen before the first batch, and again every `refresh` batches: the norm of the penalty's gradient by the
+            trained weights of the recurrent layers is a tenth of that of the loss's gradient, on the probe and its
+            targets. As the measure comes nearer to its target than it has been, this share falls in proportion. The
+            factor is in `logs` as `jac_strength`. It needs the targets of the probe and a compiled model. Defaults to
+            `"auto"`.
         measure: String, `"variance"`, `"rms_singular_value"`, `"spectral_norm"` or `"spectral_radius"`. XLA cannot
             compile the last one. Defaults to `"variance"`.
         view: String, `"hidden"`, `"joint"` or `"inputs"`. For a cell with one state, the joint view is the hidden one.
@@ -68,7 +73,7 @@ class JacobianRegularizer:
     def __init__(
         self,
         target: Schedule | Mapping[str, Schedule] = 1.0,
-        strength: Schedule = 1e-2,
+        strength: Schedule | Literal["auto"] = AUTO,
         *,
         measure: str = "variance",
         view: str = "hidden",
@@ -93,7 +98,7 @@ class JacobianRegularizer:
             vectors=vectors,
             seed=seed,
         )
-        self._strength = ScheduledNumber("strength", strength, 0.0)
+        self._strength = ScheduledNumber("strength", strength, 0.0, allows_auto=True)
         by_layer = _by_layer(target)
         if not by_layer:
             raise invalid_argument("target", "a target for at least one layer", f"target={target}")
@@ -102,11 +107,14 @@ class JacobianRegularizer:
 
     @property
     def strength(self) -> float:
-        """The factor of the penalty; a new value holds from the next batch on, without a new trace."""
+        """The factor of the penalty; a new value holds from the next batch on, without a new trace.
+
+        With `"auto"` it is the factor that was chosen last, and 0 before the first one.
+        """
         return self._strength.value
 
     @strength.setter
-    def strength(self, value: Schedule) -> None:
+    def strength(self, value: Schedule | Literal["auto"]) -> None:
         self._strength.set(value)
 
     @property
@@ -127,7 +135,12 @@ class JacobianRegularizer:
             target.set(by_layer[layer])
 
     def prepare(
-        self, model: keras.Layer, probe: Any, layers: Iterable[str | keras.Layer] | str | keras.Layer | None = None
+        self,
+        model: keras.Layer,
+        probe: Any,
+        layers: Iterable[str | keras.Layer] | str | keras.Layer | None = None,
+        *,
+        targets: Any = None,
     ) -> RegularizedModel:
         """Traces the penalty of a model, without attaching it.
 
@@ -135,6 +148,7 @@ class JacobianRegularizer:
             model: Keras model.
             probe: The arrays that `read_probe` returned.
             layers: Names of recurrent layers, or layers. Defaults to None, for all.
+            targets: The tensors that `read_targets` returned, for `strength="auto"`. Defaults to None, for none.
 
         Returns:
             The `RegularizedModel`.
@@ -143,7 +157,13 @@ class JacobianRegularizer:
             ValueError: If a layer is unknown, or the penalty cannot be computed.
         """
         return RegularizedModel(
-            model, probe, layers, config=self._config, targets=self._targets, strength=self._strength
+            model,
+            probe,
+            layers,
+            config=self._config,
+            targets=self._targets,
+            strength=self._strength,
+            targets_of_probe=targets,
         )
 
     @contextlib.contextmanager
@@ -153,13 +173,14 @@ class JacobianRegularizer:
         probe: Any,
         *,
         layers: Iterable[str | keras.Layer] | str | keras.Layer | None = None,
+        targets: Any = None,
     ) -> Iterator[RegularizedModel]:
         """Adds the penalty to the losses of a model in a custom training loop, one that adds up `model.losses`.
 
         Example:
 
         ```python
-        with regularizer.attached(model, x[:32]) as held:
+        with regularizer.attached(model, x[:32], targets=y[:32]) as held:
             for step, (x, y) in enumerate(data):
                 held.begin(step)
                 train_step(x, y)        # a `tf.function` must be traced in here, not before
@@ -169,15 +190,19 @@ class JacobianRegularizer:
             model: Keras model.
             probe: A batch of model inputs, as for `JacobianMonitor`.
             layers: Names of recurrent layers, or layers. Defaults to None, for all.
+            targets: Targets of the probe's samples, for `strength="auto"`. Defaults to None, for none.
 
         Yields:
-            The `RegularizedModel`. Call `begin(step)` before each batch: it follows the schedules, and takes other
-            states every `refresh` batches. `penalty()` is the present penalty, unscaled.
+            The `RegularizedModel`. Call `begin(step)` before each batch: it follows the schedules, and every `refresh`
+            batches it takes other states, and chooses a strength that is `"auto"`. `penalty()` is the present penalty,
+            unscaled.
 
         Raises:
             ValueError: If a layer is unknown, or the penalty cannot be computed.
         """
-        held = self.prepare(model, read_probe(probe), layers)
+        arrays = read_probe(probe)
+        wanted = None if targets is None else read_targets(targets, arrays)
+        held = self.prepare(model, arrays, layers, targets=wanted)
         held.attach()
         try:
             yield held

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import keras
 import numpy as np
@@ -13,34 +13,49 @@ from keras_jacmon.model.distribution import own_variable
 # A number, or a function from the number of batches so far to one.
 Schedule = float | Callable[[int], Any]
 
+# In place of a number: it is chosen while the model trains.
+AUTO: Literal["auto"] = "auto"
+
 
 class ScheduledNumber:
     """A number in a variable, which follows a schedule if there is one.
 
     Args:
         name: String, the argument that it comes from.
-        value: A number, or a callable from the number of batches so far to a number.
+        value: A number, or a callable from the number of batches so far to a number; or `"auto"`.
         least: Number, the smallest value that is valid.
+        allows_auto: Boolean, True if `"auto"` is valid. Defaults to False.
 
     Attributes:
-        value: Float, the number.
+        value: Float, the number; 0 with `"auto"` until one is chosen.
+        is_auto: Boolean, True if the number is chosen by `choose`.
         variable: `tf.Variable` with the number, a float32 scalar, for graphs.
 
     Raises:
         ValueError: If the value is not a finite number of at least `least`.
     """
 
-    def __init__(self, name: str, value: Schedule, least: float) -> None:
+    def __init__(
+        self, name: str, value: Schedule | Literal["auto"], least: float, *, allows_auto: bool = False
+    ) -> None:
         self._name, self._least = name, least
+        self._allows_auto, self.is_auto = allows_auto, False
         self._schedule: Callable[[int], Any] | None = None
         self.variable = own_variable(0.0)
         self.value = 0.0
         self.set(value)
 
-    def set(self, value: Schedule) -> None:
-        """Takes a new number, or a new schedule at its beginning."""
-        self._assign(value(0) if callable(value) else value)
+    def set(self, value: Schedule | Literal["auto"]) -> None:
+        """Takes a new number, or a new schedule at its beginning; `"auto"` keeps the number until one is chosen."""
+        is_auto = self._allows_auto and isinstance(value, str) and value == AUTO
+        if not is_auto:
+            self._assign(value(0) if callable(value) else value)
+        self.is_auto = is_auto
         self._schedule = value if callable(value) else None
+
+    def choose(self, value: float) -> None:
+        """Takes a number that was chosen for `"auto"`."""
+        self._assign(value)
 
     def follow(self, step: int) -> None:
         """Takes the value that the schedule has after `step` batches."""
@@ -48,7 +63,9 @@ class ScheduledNumber:
             self._assign(self._schedule(step))
 
     def config(self) -> Any:
-        """Returns the number, or the schedule as Keras serializes it."""
+        """Returns the number, or `"auto"`, or the schedule as Keras serializes it."""
+        if self.is_auto:
+            return AUTO
         return self.value if self._schedule is None else keras.saving.serialize_keras_object(self._schedule)
 
     def _assign(self, value: Any) -> None:
@@ -62,10 +79,11 @@ class ScheduledNumber:
             number = math.nan
         if isinstance(value, bool) or not (math.isfinite(number) and number >= self._least):
             expected = "a positive number, since it has a logarithm" if self._least else "a number of at least 0"
+            expected += ", or 'auto'" if self._allows_auto else ""
             raise invalid_argument(self._name, expected, f"{self._name}={value}")
         return number
 
 
-def schedule_from_config(config: Any) -> Schedule:
-    """Makes the number or the schedule that `ScheduledNumber.config` returned."""
+def schedule_from_config(config: Any) -> Any:
+    """Makes the number, `"auto"` or the schedule that `ScheduledNumber.config` returned."""
     return keras.saving.deserialize_keras_object(config) if isinstance(config, Mapping) else config

@@ -1,13 +1,14 @@
 """Numbers of the newest reports that go into the `logs` of each epoch."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from keras_jacmon.report.chosen import names_in_logs
 from keras_jacmon.report.report import Report
 
-# Its key in the logs and its tag in TensorBoard.
-PENALTY = "jac_penalty"
+# Their keys in the logs and their tags in TensorBoard.
+PENALTY, STRENGTH = "jac_penalty", "jac_strength"
 
 
 @dataclass
@@ -33,13 +34,13 @@ class LogValues:
         """Makes all values NaN: old ones under a new epoch would be wrong, and `CSVLogger` wants the same keys."""
         self._scalars = dict.fromkeys(self._scalars, float("nan"))
 
-    def add_to(self, logs: dict[str, Any], penalty: float | None, name: str | None) -> None:
+    def add_to(self, logs: dict[str, Any], held: Mapping[str, float], name: str | None) -> None:
         """Adds the values to the logs of an epoch.
 
         Args:
             logs: Dict that Keras hands from callback to callback.
-            penalty: Float, the penalty with the present weights; None without a regularizer.
+            held: Mapping from keys to the numbers of a regularizer; empty without one.
             name: String, the name of the monitor, which stands before each key; None for no name.
         """
-        values = self._scalars if penalty is None else self._scalars | {PENALTY: penalty}
+        values = {**self._scalars, **held}
         logs.update(values if name is None else {f"{name}_{key}": value for key, value in values.items()})

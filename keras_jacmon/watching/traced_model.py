@@ -55,7 +55,9 @@ class TracedModel:
             meter = self._meter_of(model, line)
             if self.regularizer is not None:
                 line.begin("the penalty")
-                self.held = self.regularizer.prepare(model, self.plan.probe, self.plan.layers)
+                self.held = self.regularizer.prepare(
+                    model, self.plan.probe, self.plan.layers, targets=self.plan.targets
+                )
         self.meter = meter
         # Building a model may have made variables.
         self._traced_for = _identity(model)

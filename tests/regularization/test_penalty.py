@@ -289,7 +289,7 @@ def test_every_step_and_sample_has_its_turn(rows: int, steps: int) -> None:
     model = keras.Sequential([keras.Input((steps, 1)), keras.layers.SimpleRNN(2)])
     # Each input says which one it is.
     probe = np.arange(3 * steps, dtype="float32").reshape(3, steps, 1)
-    with JacobianRegularizer(rows=rows, refresh=1).attached(model, probe) as held:
+    with JacobianRegularizer(1.0, 0.01, rows=rows, refresh=1).attached(model, probe) as held:
         (call,) = held._penalty.calls.values()
         seen = []
         for step in range(3 * steps):
@@ -298,7 +298,7 @@ def test_every_step_and_sample_has_its_turn(rows: int, steps: int) -> None:
     assert all(len(points) == len(set(points)) <= rows for points in seen)
     assert len({len(points) for points in seen}) == 1
     assert set(np.concatenate(seen)) == set(probe.ravel())
-    with JacobianRegularizer(rows=rows, refresh=1).attached(model, probe) as held:
+    with JacobianRegularizer(1.0, 0.01, rows=rows, refresh=1).attached(model, probe) as held:
         (call,) = held._penalty.calls.values()
         for step, points in enumerate(seen[:2]):
             held.begin(step)

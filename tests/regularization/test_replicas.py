@@ -29,8 +29,11 @@ TRAIN_AS_ONE = """
     def trained(strategy):
         with strategy.scope():
             model = compiled()
-        regularizer = JacobianRegularizer(1.0, 2.0, states="fresh", refresh=3)
-        return fit(model, JacobianMonitor(x[:4], measures=["variance"], log_dir=None, regularizer=regularizer))
+        regularizer = JacobianRegularizer(1.0, "auto", states="fresh", refresh=3)
+        options = {"measures": ["variance"], "log_dir": None, "on_error": "raise"}
+        found = fit(model, JacobianMonitor(x[:4], targets=y[:4], regularizer=regularizer, **options))
+        assert regularizer.strength > 0
+        return found
 
     assert_alike(trained(default), trained(mirrored))
 """
