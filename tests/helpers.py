@@ -365,15 +365,20 @@ def soak_but(default: Container[str], names: Iterable[str]) -> list[Any]:
     return [pytest.param(name, marks=[] if name in default else [pytest.mark.soak]) for name in names]
 
 
-def each_case(*, soak: Container[str] = ()) -> Any:
-    """The mark of a test that runs for every case; those named in `soak`, and those alike, are in that tier alone."""
+def cases_of(cases: Iterable[Case], *, soak: Container[str] = ()) -> list[Any]:
+    """The cases as parameters of a test; those named in `soak`, and those alike, are in that tier alone."""
 
     def marks(case: Case) -> list[Any]:
         if case.id in soak or case.id in ALIKE:
             return [pytest.mark.soak]
         return [pytest.mark.fast] if case.id in FAST else []
 
-    return pytest.mark.parametrize("case", [pytest.param(case, id=case.id, marks=marks(case)) for case in CASES])
+    return [pytest.param(case, id=case.id, marks=marks(case)) for case in cases]
+
+
+def each_case(*, soak: Container[str] = ()) -> Any:
+    """The mark of a test that runs for every case."""
+    return pytest.mark.parametrize("case", cases_of(CASES, soak=soak))
 
 
 BY_ID: Mapping[str, Case] = {case.id: case for case in CASES}

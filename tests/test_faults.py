@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from event_files import by_tag, read_summaries
-from helpers import randomize
+from helpers import randomize, soak_but
 from trainings import (
     FEATURES,
     PROBE,
@@ -410,7 +410,7 @@ def test_a_full_disk_warns_once_and_training_goes_on(tmp_path: Path) -> None:
     assert np.isfinite(history["rnn_jac_variance"]).all()
 
 
-@pytest.mark.parametrize("what", ["directory", "directory, and made again", "file"])
+@pytest.mark.parametrize("what", soak_but({"directory", "file"}, ["directory", "directory, and made again", "file"]))
 def test_a_log_directory_that_is_removed_warns_once(tmp_path: Path, what: str) -> None:
     monitor, directory = monitor_of(log_dir=tmp_path), tmp_path / "jacobian"
 

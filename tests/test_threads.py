@@ -28,7 +28,12 @@ def make(layer: type[Any], log_dir: Path, *, held: bool) -> tuple[Any, JacobianM
     model.compile("adam", "mse")
     regularizer = JacobianRegularizer(1.0, 1.0, refresh=3) if held else None
     monitor = JacobianMonitor(
-        X[:4], log_dir=log_dir, measures="fast", update_freq="batch", on_error="raise", regularizer=regularizer
+        X[:4],
+        log_dir=log_dir,
+        measures=["variance", "flow"],
+        update_freq="batch",
+        on_error="raise",
+        regularizer=regularizer,
     )
     return model, monitor
 

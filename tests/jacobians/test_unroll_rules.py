@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import tensorflow as tf
-from helpers import CASES, FEATURES, Case, FunctionCell, call_cell, make_step, normal, randomize
+from helpers import CASES, FEATURES, Case, FunctionCell, call_cell, cases_of, make_step, normal, randomize
 from structure_laws import double_precision
 
 from keras_jacmon.cell.step import CellStep
@@ -157,7 +157,7 @@ def test_what_is_computed_by_itself_is_what_the_cell_computes(name: str) -> None
 GATES = {"lstm": 4, "gru_reset_after": 3, "gru_reset_before": 3, "simple_rnn": 1}
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case.id != "while_loop"], ids=str)
+@pytest.mark.parametrize("case", cases_of([case for case in CASES if case.id != "while_loop"]))
 def test_cells_of_all_kinds_are_unrolled_as_they_are(case: Case) -> None:
     cell, inputs, states = make_step(case, rows=SAMPLES)
     states = tf.nest.map_structure(lambda s: tf.cast(s, tf.float64) if s.dtype.is_floating else s, states)

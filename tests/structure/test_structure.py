@@ -22,6 +22,7 @@ from helpers import (
     WeightedCell,
     assert_layer,
     build,
+    cases_of,
     make_model,
     make_step,
     normal,
@@ -70,7 +71,7 @@ def _float64() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("_float64")
-@pytest.mark.parametrize("case", SEEN_THROUGH, ids=str)
+@pytest.mark.parametrize("case", cases_of(SEEN_THROUGH))
 def test_structured_is_autodiff_in_float64(case: Case) -> None:
     cell, inputs, states = make_step(case)
     inputs = tf.cast(inputs, tf.float64)
