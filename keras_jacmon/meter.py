@@ -99,8 +99,9 @@ class JacobianMeter:
         max_rows: Integer, maximum number of (step, sample) points for spectral norm, spectral radius and condition
             number, spread evenly in time; None for all points. Defaults to 64.
         spectra: Integer, maximum number of (step, sample) points for whole spectra. Defaults to 16.
-        flow_vectors: Integer of at least 2, number of random orthonormal vectors per sample for the flow. As many as
-            there are units give its exact value; so few units that this is cheap get them anyway. Defaults to 3.
+        flow_vectors: Integer of at least 2, number of random orthonormal vectors per sample for the flow and the
+            sensitivity. As many as there are units give the exact value; so few units that this is cheap get them
+            anyway. Defaults to 3.
         exact_flow: Boolean. If True, the flow is the spectral norm of the products, which are formed with n² entries
             for each sample (for tens of units); otherwise it is estimated from random vectors. Defaults to False.
         exponents: Integer, maximum number of Lyapunov exponents, from the largest on. Defaults to 8.

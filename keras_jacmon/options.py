@@ -41,7 +41,7 @@ class Options:
     tolerance: float = _option(1e-2, "relative tolerance of the iterative measures")
     max_rows: int | None = _option(64, "maximum number of (step, sample) points for expensive measures; none for all")
     spectra: int = _option(16, "maximum number of (step, sample) points for whole spectra")
-    flow_vectors: int = _option(3, "random vectors per sample for the flow")
+    flow_vectors: int = _option(3, "random vectors per sample for flow and sensitivity")
     exact_flow: bool = _option(False, "form the products of the flow instead of estimating them")  # noqa: FBT003
     exponents: int = _option(8, "maximum number of Lyapunov exponents")
     warmup: int | None = _option(None, "steps that the exponents leave out; none for a tenth of the sequence")

@@ -33,6 +33,8 @@ class CellGraph(TracedGraph):
         step_inputs: Tensor of the graph `(points, ...)`, the inputs.
         states: List of tensors of the graph `(points, ...)`, the old states.
         new_states: List of tensors of the graph `(points, ...)`, the new states.
+        weights: Dict by position among the cell's weights, the tensor of the graph that stands for a weight; of the
+            weights that the step reads.
         shapes: Dict by name of a tensor, its shape in a copy of the graph for a fixed number of points; None where
             TensorFlow does not know the rank.
 
@@ -57,8 +59,15 @@ class CellGraph(TracedGraph):
                 raise NotImplementedError(f"its operation `{operation.type}` may do something else each time it runs")
         weights = [(weight, weight.value) for weight in getattr(step.cell, "weights", ())]
         # In a scope of Keras the value of a variable may be a tensor.
-        self._names = {id(v.handle if isinstance(v, tf.Variable) else v): weight.name for weight, v in weights}
-        self._names |= {id(tensor): weight.name for weight, tensor in step.weights}
+        read = [(weight, v.handle if isinstance(v, tf.Variable) else v) for weight, v in weights]
+        self._names = {id(tensor): weight.name for weight, tensor in [*read, *step.weights]}
+        inner = {id(outer): name for name, outer in self.captures.items()}
+        by_name = {tensor.name: tensor for operation in self.operations for tensor in operation.outputs}
+        self.weights = {
+            place: by_name[inner[id(tensor)]]
+            for place, (_, tensor) in enumerate(step.weights or read)
+            if id(tensor) in inner
+        }
         self.shapes = self._static_shapes()
 
     def source_of(self, tensor: tf.Tensor) -> str:

@@ -75,6 +75,16 @@ class CellStep:
         same = {id(value): state for value, state in zip(flat, like, strict=True)}
         return [same.get(id(value), tf.convert_to_tensor(value)) for value in keras.tree.flatten(output)], like
 
+    def with_weights(self, weights: "Sequence[tuple[keras.Variable, tf.Tensor]]") -> "CellStep":
+        """Returns the step of the same cell with tensors in place of its weights, in pairs."""
+        return CellStep(self.cell, self._structure, weights)
+
+    def with_tensors(self) -> "CellStep":
+        """Returns the step with a tensor in place of each weight of a Keras layer, the present value."""
+        if self.weights or not isinstance(self.cell, keras.Layer):
+            return self
+        return self.with_weights([(weight, tf.convert_to_tensor(weight.value)) for weight in self.cell.weights])
+
     def written(self) -> "list[keras.Variable]":
         """Returns the Keras variables that the last step wrote to, except for the states of random generators."""
         weights = {id(weight): weight for layer in sublayers(self.cell) for weight in layer.weights}

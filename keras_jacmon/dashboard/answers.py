@@ -94,7 +94,8 @@ def in_words(header: Mapping[str, Any]) -> str:
         after = f" after {verdict['horizon']:.0f} of {header['time']} steps"
     # Only a step that stands out is named.
     worst = "" if verdict["worst_step"] is None else f", worst at step {verdict['worst_step']}"
-    return f"{verdict['state']}{after}, growth {verdict['growth']:+.2g}{worst}"
+    sensitive = ", but sensitive to the recurrent weights" if verdict.get("is_sensitive") else ""
+    return f"{verdict['state']}{sensitive}{after}, growth {verdict['growth']:+.2g}{worst}"
 
 
 def _badness(verdict: Mapping[str, Any] | None) -> list[Any]:

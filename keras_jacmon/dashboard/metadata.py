@@ -63,6 +63,9 @@ MEASURES = {
     "horizon": Measure(reference=float("inf"), unit="steps"),
     "lyapunov": Measure(reference=0.0, unit="nats per step", linear=True),
     "kaplan_yorke": Measure(reference=None),
+    "sensitivity": Measure(reference=None, unit="state per unit of weight"),
+    "relative_sensitivity": Measure(reference=None, unit="relative change per unit of weight"),
+    "state_norm": Measure(reference=None, unit="unit of state"),
     "loss_gradient": Measure(reference=None, unit="loss per unit of state"),
 }
 

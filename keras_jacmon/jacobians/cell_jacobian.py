@@ -158,6 +158,11 @@ class CellJacobian:
             self._weights_only = weights_only_values(self._structure)
             self._kernels = kernels_of(self._structure, self._weights_only, states[floating_states(states)[0]].dtype)
 
+    @property
+    def graph(self) -> CellGraph | None:
+        """The graph of the cell's step; None if it is not understood."""
+        return None if self._structure is None else self._structure.graph
+
     def unroll_plan(self) -> UnrollPlan | None:
         """A plan for unrolling the cell at a lower cost; None if nothing is known of its graph."""
         if self._structure is None:

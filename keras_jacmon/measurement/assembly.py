@@ -14,11 +14,22 @@ from keras_jacmon.cell.trajectory import UnrollInputs
 from keras_jacmon.jacobians.cell_jacobian import CellJacobian, Choice, Method
 from keras_jacmon.jacobians.dependencies import Dependencies
 from keras_jacmon.jacobians.views import View, floating_states, size
-from keras_jacmon.measurement.results import CallResults, MeasuredArray, PlannedFlow
+from keras_jacmon.measurement.results import CallResults, MeasuredArray, PlannedFlow, PlannedSensitivity
 from keras_jacmon.measures.flow import FlowPlan
 from keras_jacmon.measures.gains import Gains, by_span, gains_by_span
-from keras_jacmon.measures.kinds import Exponents, Flow, Loss, OverTime, PerStep, Spectrum, SuggestionInput, WholeFlow
-from keras_jacmon.measures.registry import KEYS, Quantity, Selection
+from keras_jacmon.measures.kinds import (
+    Exponents,
+    Flow,
+    Loss,
+    OverTime,
+    PerStep,
+    Sensitivity,
+    Spectrum,
+    SuggestionInput,
+    WholeFlow,
+)
+from keras_jacmon.measures.registry import KEYS, Quantity, Selection, views_of
+from keras_jacmon.measures.sensitivity import Sensitivities
 from keras_jacmon.measures.suggestions import suggestion_inputs
 from keras_jacmon.options import Options
 from keras_jacmon.report.layer_report import LayerReport
@@ -58,6 +69,9 @@ class CallMetadata:
             False.
         quantities: The measured quantities, in the order of `CallResults.arrays`. Defaults to none.
         of_flows: The measured quantities that are read off a flow. Defaults to none.
+        of_sensitivity: The measured quantities that are read off the sensitivity. Defaults to none.
+        sensitivity_plans: Dict by view, the vectors at the last state. Defaults to none.
+        recurrent_weights: Tuple of strings, the names of the recurrent weights. Defaults to none.
     """
 
     cell: str
@@ -73,6 +87,9 @@ class CallMetadata:
     has_structure: bool = False
     quantities: Selection = ()
     of_flows: Selection = ()
+    of_sensitivity: Selection = ()
+    sensitivity_plans: dict[str, FlowPlan] = dataclasses.field(default_factory=dict)
+    recurrent_weights: tuple[str, ...] = ()
 
     @classmethod
     def of(
@@ -120,6 +137,23 @@ class CallMetadata:
             },
         )
 
+    def with_sensitivity(self, quantities: Selection, planned: PlannedSensitivity) -> "CallMetadata":
+        """Returns the metadata with the quantities that are read off the sensitivity, or with a note on why not.
+
+        Args:
+            quantities: The quantities that the user selected.
+            planned: The sensitivity to be measured.
+        """
+        if planned.weights is None:
+            missing = [f"the sensitivity is left out: {planned.missing}"] if planned.missing else []
+            return dataclasses.replace(self, notes=(*self.notes, *missing))
+        return dataclasses.replace(
+            self,
+            of_sensitivity=quantities,
+            sensitivity_plans=dict(zip(views_of(quantities), planned.plans, strict=True)),
+            recurrent_weights=planned.weights.names,
+        )
+
     @property
     def flows(self) -> tuple[PlannedFlow, ...]:
         """The flows to be measured, each once, in the order of `CallResults.flows`."""
@@ -155,7 +189,7 @@ class CallMetadata:
             _found(quantity, array, results.mask.numpy(), order)
             for quantity, array in zip(self.quantities, results.arrays, strict=True)
         ]
-        everything += self._read_off_flows(results)
+        everything += [*self._read_off_flows(results), *self._read_off_sensitivity(results)]
         if loss_gradient is not None:
             norms = loss_gradient.numpy()
             everything.append(_Found(KEYS["loss_gradient"], np.where(mask, norms, norms.dtype.type(np.nan)), None))
@@ -178,7 +212,7 @@ class CallMetadata:
             spectra={key: f.value for key, f in shown.items() if isinstance(measures[key].kind, Spectrum)},
             spectra_at=_places(results.spectra_at, len(mask), go_backwards=go_backwards),
             joint=self.joint,
-            suggestion_inputs=self._suggestion_inputs(everything, mask),
+            suggestion_inputs=self._suggestion_inputs(everything, mask) | _weight_size(results),
             go_backwards=go_backwards,
             notes=(*self.notes, *notes),
             methods={key: self._method(found) for key, found in shown.items()},
@@ -211,6 +245,19 @@ class CallMetadata:
             found.append(_Found(quantity, measure.function(gains[planned].log_gain), error))
         return found
 
+    def _read_off_sensitivity(self, results: CallResults) -> list[_Found]:
+        """Returns the values of the quantities that are read off the sensitivity."""
+        mask = results.mask.numpy()
+        mask = None if mask.all() else mask
+        found = []
+        for (view, plan), result in zip(self.sensitivity_plans.items(), results.sensitivities, strict=True):
+            known = Sensitivities.of(result.numbers.numpy(), result.state_norm.numpy(), mask, plan)
+            for quantity in self.of_sensitivity:
+                if quantity.view == view:
+                    value, error = quantity.measure.function(known)
+                    found.append(_Found(quantity, value, None if plan.is_exact else error))
+        return found
+
     def _suggestion_inputs(self, everything: Iterable[_Found], mask: Any) -> dict[str, float]:
         """Returns the numbers from which the suggestions of a verdict are computed."""
         known = {found.quantity: found.value[mask] for found in everything if found.value.shape == mask.shape}
@@ -226,6 +273,9 @@ class CallMetadata:
         if isinstance(measure.kind, Flow) and self._flow_of(found.quantity).plan.is_exact:
             options = dataclasses.replace(options, exact_flow=True)
         how = measure.how(options, columns, uncertain=found.uncertainty is not None)
+        if isinstance(measure.kind, Sensitivity) and measure.uncertainty is not None:
+            how = "exact" if found.uncertainty is None else how
+            return f"{how}, by {', '.join(f'`{name}`' for name in self.recurrent_weights)}"
         if measure.uncertainty == "residual" and found.uncertainty is not None:
             unreached = found.uncertainty > self.options.tolerance * found.value
             total = np.sum(~np.isnan(found.value))
@@ -254,6 +304,13 @@ class CallMetadata:
                     "would"
                 )
         return notes
+
+
+def _weight_size(results: CallResults) -> dict[str, float]:
+    """Returns the root mean square of the recurrent weights, if their sensitivity was measured."""
+    if not results.sensitivities:
+        return {}
+    return {"weight_size": float(results.sensitivities[0].weight_size.numpy())}
 
 
 def _flow_plan(

@@ -18,10 +18,17 @@ from keras_jacmon.jacobians.views import floating_states, size
 from keras_jacmon.measurement.assembly import CallMetadata
 from keras_jacmon.measurement.over_time import SequenceMeasurement, measure_sequence
 from keras_jacmon.measurement.per_step import StepMeasurement, in_segments
-from keras_jacmon.measurement.results import CallResults, MeasuredArray, PlannedFlow
+from keras_jacmon.measurement.results import (
+    CallResults,
+    MeasuredArray,
+    PlannedFlow,
+    PlannedSensitivity,
+    SensitivityResults,
+)
+from keras_jacmon.measurement.sensitivity import measure_sensitivity, plan_sensitivity
 from keras_jacmon.measurement.subsampling import UNKNOWN_SAMPLES, Subsample, choose_places
 from keras_jacmon.measures.context import MeasureContext
-from keras_jacmon.measures.kinds import Exponents, Flow
+from keras_jacmon.measures.kinds import Exponents, Flow, Sensitivity
 from keras_jacmon.measures.registry import KEYS, Selection, filtered, of_kind, views_of
 from keras_jacmon.measures.suggestions import with_suggestion_measures
 from keras_jacmon.options import Options
@@ -72,17 +79,22 @@ def measure_call(
     of_points = filtered(with_inputs, lambda measure: not measure.kind.over_time)
     if dependencies.carried and KEYS["joint/flow"] in selection:
         selection = (*selection, KEYS["joint/flow_of_all"])
-    exponents = of_kind(selection, Exponents)
+    exponents, of_sensitivity = of_kind(selection, Exponents), of_kind(selection, Sensitivity)
+    sensitivity = PlannedSensitivity(None, "")
+    if of_sensitivity:
+        sensitivity = plan_sensitivity(jacobian, sequence.states, views_of(of_sensitivity), options)
     metadata = dataclasses.replace(
-        metadata,
+        metadata.with_sensitivity(of_sensitivity, sensitivity),
         has_structure=jacobian.has_structure(views_of(selection)),
         quantities=(*of_points, *exponents),
         of_flows=of_kind(selection, Flow),
     )
+    # The sensitivity is led through all states, whatever its view.
+    used = [*views_of(selection), *["joint" for _ in metadata.sensitivity_plans if metadata.joint]]
     measurement = StepMeasurement(
         jacobian,
         of_points,
-        tuple(views_of(selection)),
+        tuple(dict.fromkeys(used)),
         MeasureContext(options, _dtype(sequence), sequence.inputs.shape[:2].num_elements()),
         bytes_allowed=options.max_bytes // _SHARE_OF_DERIVATIVES,
         bytes_per_point=dependencies.bytes_per_point,
@@ -90,7 +102,8 @@ def measure_call(
         independent=assumptions.independent,
         samples=known_sizes(sequence.inputs)[1],
     )
-    return metadata, _Call(step, sequence, jacobian.unroll_plan(), measurement, metadata.flows).results(exponents)
+    call = _Call(step, sequence, jacobian.unroll_plan(), measurement, metadata.flows, sensitivity)
+    return metadata, call.results(exponents)
 
 
 @dataclass(frozen=True)
@@ -103,6 +116,7 @@ class _Call:
         unroll_plan: The plan that `unroll` follows; None for a plain loop.
         measurement: The measurement of single points.
         flows: Tuple of the flows to be measured.
+        sensitivity: The sensitivity to be measured.
     """
 
     step: CellStep
@@ -110,6 +124,7 @@ class _Call:
     unroll_plan: UnrollPlan | None
     measurement: StepMeasurement
     flows: tuple[PlannedFlow, ...]
+    sensitivity: PlannedSensitivity
 
     def results(self, exponents: Selection) -> CallResults:
         """Measures single points, and then the products over time: the flows, and the exponents."""
@@ -127,10 +142,11 @@ class _Call:
             checks,
             tuple(arrays),
         )
-        if not (exponents or self.flows):
-            return results
-        numbers, found = self._over_time(exponents, steps, points, results)
-        return results._replace(arrays=(*results.arrays, *found), flows=tuple(numbers))
+        if exponents or self.flows:
+            whole, done = self._whole(steps, results)
+            numbers, found = measure_sequence(whole, exponents, measurement.context, points and points.after(done))
+            results = results._replace(arrays=(*results.arrays, *found), flows=tuple(numbers))
+        return results._replace(sensitivities=self._sensitivities(steps, results))
 
     def _at_points(
         self, subsample: Subsample, steps: int
@@ -159,14 +175,15 @@ class _Call:
 
         return *in_segments(sequence, steps, measurement, measure_segment), None
 
-    def _over_time(
-        self, exponents: Selection, steps: int, points: PointBatch | None, results: CallResults
-    ) -> tuple[list[tf.Tensor], list[MeasuredArray]]:
-        """Measures the products over time, after everything else, so that the two do not hold memory together."""
+    def _whole(self, steps: int, results: CallResults) -> tuple[SequenceMeasurement, list[tf.Tensor]]:
+        """Returns the sequence for measures over time, which begin after the results so far, and these results.
+
+        So the two do not hold memory together.
+        """
         sequence, measurement = self.sequence, self.measurement
         options = measurement.context.options
         most = options.max_bytes // _SHARE_OF_SEQUENCES // measurement.bytes_per_point // _samples(sequence)
-        done = [results.mask, *results.checks]
+        done = [results.mask, *results.checks, *results.flows]
         done += [tensor for array in results.arrays for tensor in (array.value, array.uncertainty)]
         with tf.control_dependencies([tensor.op for tensor in done]):
             begin = tuple(map(tf.identity, sequence.states))
@@ -179,7 +196,16 @@ class _Call:
             max(1, min(steps, most)),
             self.flows,
         )
-        return measure_sequence(whole, exponents, measurement.context, points and points.after(done))
+        return whole, done
+
+    def _sensitivities(self, steps: int, results: CallResults) -> tuple[SensitivityResults, ...]:
+        """Measures the sensitivity of the last state, in each view."""
+        weights, context = self.sensitivity.weights, self.measurement.context
+        if weights is None:
+            return ()
+        whole, _ = self._whole(steps, results)
+        max_bytes = context.options.max_bytes // _SHARE_OF_SEQUENCES
+        return tuple(measure_sensitivity(whole, weights, plan, context, max_bytes) for plan in self.sensitivity.plans)
 
 
 def _most_steps(sequence: UnrollInputs, unroll_plan: UnrollPlan | None, max_bytes: int) -> int:
@@ -207,4 +233,7 @@ def _of_views(measures: Selection, views: Sequence[str], *, several: bool) -> Se
     if not several:
         wanted = {("hidden" if view == "joint" else view, measure) for view, measure in measures}
         measures = tuple(quantity for quantity in KEYS.values() if quantity in wanted)
-    return tuple(quantity for quantity in measures if quantity.view in views)
+    # The last state has a sensitivity even if it is made from other states alone.
+    return tuple(
+        q for q in measures if q.view in views or (q.view == "hidden" and isinstance(q.measure.kind, Sensitivity))
+    )

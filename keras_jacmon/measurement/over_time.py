@@ -110,7 +110,7 @@ def _at_once(
 ) -> tuple[list[tf.Tensor], dict[str, Any]]:
     flows = measurement.flows
     views = {*carry.exponents, *(planned.view for planned in flows)}
-    steps = _steps(measurement, measurement.sequence, points, views, context)
+    steps = steps_of(measurement, measurement.sequence, points, views, context)
     numbers = [
         _flow_segment(steps[planned.view], start, planned.plan, context)[0]
         for planned, start in zip(flows, carry.flows, strict=True)
@@ -130,12 +130,12 @@ def _forwards(
     measurement: SequenceMeasurement, carry: _Carry, warmup: int | tf.Tensor, context: MeasureContext
 ) -> tuple[list[tf.TensorArray], dict[str, Any]]:
     """Returns the states at the beginning of each segment, and the exponents of the whole sequence by view."""
-    initial, count = measurement.sequence.states, _segment_count(measurement)
+    initial, count = measurement.sequence.states, segment_count(measurement)
 
     def body(index: tf.Tensor, states: list[tf.Tensor], starts: Any, exponents: Any) -> tuple[Any, ...]:
-        part, trajectory = _segment(measurement, index, states)
+        part, trajectory = segment_at(measurement, index, states)
         starts = [array.write(index, state) for array, state in zip(starts, states, strict=True)]
-        steps = _steps(measurement, part, PointBatch.of(trajectory), set(exponents), context)
+        steps = steps_of(measurement, part, PointBatch.of(trajectory), set(exponents), context)
         exponents = {view: _exponents(steps[view], known, warmup, context) for view, known in exponents.items()}
         return index + 1, list(trajectory.last), starts, exponents
 
@@ -153,12 +153,12 @@ def _backwards(
     measurement: SequenceMeasurement, carry: _Carry, starts: list[tf.TensorArray], context: MeasureContext
 ) -> list[tf.Tensor]:
     """Returns what `flow_segment` does for the whole sequence, for each flow; unrolls each segment once more."""
-    count, flows = _segment_count(measurement), measurement.flows
+    count, flows = segment_count(measurement), measurement.flows
 
     def body(index: tf.Tensor, carries: Any, arrays: Any) -> tuple[Any, ...]:
-        part, trajectory = _segment(measurement, index, [array.read(index) for array in starts])
+        part, trajectory = segment_at(measurement, index, [array.read(index) for array in starts])
         views = {planned.view for planned in flows}
-        steps = _steps(measurement, part, PointBatch.of(trajectory), views, context)
+        steps = steps_of(measurement, part, PointBatch.of(trajectory), views, context)
         found = [
             _flow_segment(steps[planned.view], known, planned.plan, context)
             for planned, known in zip(flows, carries, strict=True)
@@ -177,11 +177,12 @@ def _backwards(
     return [tf.reshape(array.concat(), [time, numbers, samples]) for array in arrays]
 
 
-def _segment_count(measurement: SequenceMeasurement) -> tf.Tensor:
+def segment_count(measurement: SequenceMeasurement) -> tf.Tensor:
+    """Returns the number of segments."""
     return -(-tf.shape(measurement.sequence.inputs)[0] // measurement.most_steps)
 
 
-def _segment(
+def segment_at(
     measurement: SequenceMeasurement, index: tf.Tensor, states: Sequence[tf.Tensor]
 ) -> tuple[UnrollInputs, Trajectory]:
     """Returns one segment that begins with the given states, and its trajectory."""
@@ -204,7 +205,7 @@ def _exponents(
     return lyapunov.lyapunov_segment(steps, carry, warmup=warmup, qr_every=context.options.qr_every)
 
 
-def _steps(
+def steps_of(
     measurement: SequenceMeasurement, part: UnrollInputs, points: PointBatch, views: set[str], context: MeasureContext
 ) -> dict[str, Steps]:
     """Returns the Jacobians of each step of a part of the sequence, by view; `points` are the points of that part."""

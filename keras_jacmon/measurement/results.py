@@ -5,6 +5,7 @@ from typing import NamedTuple
 import tensorflow as tf
 
 from keras_jacmon.jacobians.diagnosis import CheckResults
+from keras_jacmon.jacobians.recurrent_weights import RecurrentWeights
 from keras_jacmon.measures.flow import FlowPlan
 
 
@@ -41,6 +42,34 @@ class PlannedFlow(NamedTuple):
     plan: FlowPlan
 
 
+class PlannedSensitivity(NamedTuple):
+    """The sensitivity of the last state to be measured.
+
+    Attributes:
+        weights: The recurrent weights; None if there are none, or if they cannot be told.
+        missing: String, the reason why there are none; empty if there are.
+        plans: Tuple of the vectors at the last state, one for each view.
+    """
+
+    weights: RecurrentWeights | None
+    missing: str
+    plans: tuple[FlowPlan, ...] = ()
+
+
+class SensitivityResults(NamedTuple):
+    """The sensitivity of the last state to the recurrent weights.
+
+    Attributes:
+        numbers: Float64 tensor `(time, 2, samples)`; see `measures.sensitivity`.
+        state_norm: Float64 tensor `(samples,)`, the norm of the last state.
+        weight_size: Float64 scalar, the root mean square of the entries of the weights.
+    """
+
+    numbers: tf.Tensor
+    state_norm: tf.Tensor
+    weight_size: tf.Tensor
+
+
 class CallResults(NamedTuple):
     """The results of one call.
 
@@ -51,6 +80,7 @@ class CallResults(NamedTuple):
         checks: Results of the checks of the assumptions.
         arrays: The values of each quantity, in the order of `CallMetadata.quantities`.
         flows: For each flow, in the order of `CallMetadata.flows`, its numbers `(time, numbers, samples)`.
+        sensitivities: For each view, in the order of `PlannedSensitivity.plans`.
     """
 
     mask: tf.Tensor
@@ -59,3 +89,4 @@ class CallResults(NamedTuple):
     checks: CheckResults
     arrays: tuple[MeasuredArray, ...]
     flows: tuple[tf.Tensor, ...] = ()
+    sensitivities: tuple[SensitivityResults, ...] = ()

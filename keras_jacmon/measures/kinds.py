@@ -80,10 +80,12 @@ class OverTime(Kind):
     """A function of products of Jacobians over time.
 
     Attributes:
+        preset_view: String, the view of such a measure in the presets.
         reduction: Name in the report's `REDUCTIONS` of the way to one number over the samples; None for no number.
     """
 
     over_time: ClassVar[bool] = True
+    preset_view: ClassVar[str] = "joint"
 
     reduction: str | None = "mean"
 
@@ -109,6 +111,25 @@ class Exponents(OverTime):
     """
 
     may_be_undecided: bool = False
+
+
+@dataclass(frozen=True)
+class Sensitivity(OverTime):
+    """A function of the sensitivity of the last state to the recurrent weights.
+
+    The measure's `function` maps `Sensitivities` to NumPy arrays, `(spans, samples)` or `(samples,)`: the values and
+    their standard errors, which are None for exact values. The derivatives pass all states whatever the view; the view
+    says which of the last states count.
+    """
+
+    preset_view: ClassVar[str] = "hidden"
+
+
+@dataclass(frozen=True)
+class SensitiveState(Sensitivity):
+    """A function of the same argument that comes with every measure of this kind."""
+
+    selectable: ClassVar[bool] = False
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,19 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from keras_jacmon.errors import did_you_mean, invalid_argument
-from keras_jacmon.measures import eigen, lyapunov, moments, spectrum
-from keras_jacmon.measures.kinds import Exponents, Flow, Kind, Loss, PerStep, Spectrum, WholeFlow
+from keras_jacmon.measures import eigen, lyapunov, moments, sensitivity, spectrum
+from keras_jacmon.measures.kinds import (
+    Exponents,
+    Flow,
+    Kind,
+    Loss,
+    OverTime,
+    PerStep,
+    SensitiveState,
+    Sensitivity,
+    Spectrum,
+    WholeFlow,
+)
 from keras_jacmon.options import VIEWS, Options
 from keras_jacmon.report.curve import growth, horizon
 
@@ -24,6 +35,10 @@ def _estimate(*_: object) -> str:
 
 def _backwards(options: Options, _: int) -> str:
     return "exact" if options.exact_flow else f"{options.flow_vectors} random vectors"
+
+
+def _by_vectors(options: Options, _: int) -> str:
+    return f"{options.flow_vectors} random vectors"
 
 
 def _qr(options: Options, columns: int) -> str:
@@ -268,6 +283,42 @@ MEASURES = {
             method=_qr,
         ),
         Measure(
+            "sensitivity",
+            Sensitivity(reduction="whole"),
+            lambda found: (found.by_span, found.standard_error),
+            definition="`‖d s_T / dθ‖` for the recurrent weights θ, which multiply the states, as they act in the last "
+            "k = 1, 2, ... steps; its square without bias, from 3 random orthonormal vectors (`flow_vectors`)",
+            unit="state per unit of weight",
+            reference="",
+            reading="how far the last state moves when the recurrent weights do, and how much of this the last 1, 2, "
+            "... steps do",
+            cost="full",
+            method=_by_vectors,
+            uncertainty="standard error",
+        ),
+        Measure(
+            "relative_sensitivity",
+            Sensitivity(reduction="relative"),
+            sensitivity.relative,
+            definition="`‖d s_T / dθ‖ / ‖s_T‖`; in all: the root mean squares over the samples divided by each other",
+            unit="relative change per unit of weight",
+            reference="",
+            reading="the relative change of the last state when each recurrent weight moves by one at random",
+            cost="full",
+            method=_by_vectors,
+            uncertainty="standard error",
+        ),
+        Measure(
+            "state_norm",
+            SensitiveState(reduction="root_mean_square"),
+            lambda found: (found.state_norm, None),
+            definition="`‖s_T‖`; comes with the sensitivity",
+            unit="unit of state",
+            reference="",
+            reading="the size of the last state",
+            cost="full",
+        ),
+        Measure(
             "loss_gradient",
             Loss(),
             moments.norms_by_step,
@@ -333,14 +384,18 @@ KEYS = {key_of(view, m.name): Quantity(view, m) for view in VIEWS for m in MEASU
 _NAMES = [key for key, (_, measure) in KEYS.items() if measure.kind.selectable]
 
 
+def _preset_views(measure: Measure, views: tuple[str, ...]) -> tuple[str, ...]:
+    if isinstance(measure.kind, OverTime):
+        return (measure.kind.preset_view,)
+    return _SQUARE if measure.needs_square else views
+
+
 def _preset(costs: tuple[str, ...], views: tuple[str, ...]) -> tuple[str, ...]:
-    """The measures of some costs in some views; products over time of the joint view alone, which is the true step."""
+    """The measures of some costs in some views; those over time of one view alone."""
     return tuple(
         key
         for key, (view, measure) in KEYS.items()
-        if key in _NAMES
-        and measure.cost in costs
-        and view in (("joint",) if measure.kind.over_time else _SQUARE if measure.needs_square else views)
+        if key in _NAMES and measure.cost in costs and view in _preset_views(measure, views)
     )
 
 
@@ -354,7 +409,7 @@ PRESETS = {
 def select_measures(names: Iterable[str] | str | None) -> Selection:
     """Selects the measures of these names, in the order of the registry.
 
-    Growth and horizon bring the flow that they are read off.
+    Growth and horizon bring the flow that they are read off, and measures of the sensitivity each other.
 
     Args:
         names: Names of measures, `"variance"` of the hidden view, `"joint/variance"` of the joint one, and of presets;
@@ -373,6 +428,8 @@ def select_measures(names: Iterable[str] | str | None) -> Selection:
         raise invalid_argument("measures", expected, f"{names}{''.join(hints)}")
     wanted = {key for name in names for key in PRESETS.get(name, (name,))}
     wanted |= {key_of(KEYS[key].view, "flow") for key in wanted if isinstance(KEYS[key].measure.kind, Flow)}
+    sensitive = {KEYS[key].view for key in wanted if isinstance(KEYS[key].measure.kind, Sensitivity)}
+    wanted |= {key for key, (view, m) in KEYS.items() if view in sensitive and isinstance(m.kind, Sensitivity)}
     return tuple(quantity for key, quantity in KEYS.items() if key in wanted)
 
 

@@ -36,8 +36,10 @@ class LayerReport:
             except for one in twenty. None without such a structure. Defaults to None.
         sequences: Dict of float arrays, the measures of whole sequences: `"flow"` `(span, batch)`, in nats, the natural
             logarithm of the gain over the last 1, 2, ... steps; `"lyapunov"` `(exponent, batch)`, in nats per step;
-            `"growth"` (nats per step), `"horizon"` (steps) and `"kaplan_yorke"` (dimensionless), `(batch,)`. Their
-            standard errors are among the `uncertainties`. Defaults to none.
+            `"growth"` (nats per step), `"horizon"` (steps) and `"kaplan_yorke"` (dimensionless), `(batch,)`;
+            `"sensitivity"` `(span, batch)`, to the weights as they act in the last 1, 2, ... steps, and
+            `"relative_sensitivity"` and `"state_norm"`, `(batch,)`. Their standard errors are among the
+            `uncertainties`. Defaults to none.
         spectra: Dict of arrays `(point, value)`, dimensionless, `"eigenvalues"` (complex) and `"singular_values"`, the
             largest first. Defaults to none.
         spectra_at: Integer array `(point, 2)`, the step and the sample of each spectrum. Defaults to none.
@@ -52,7 +54,9 @@ class LayerReport:
             `"3 random vectors"`. Defaults to none, read as `"exact"`.
         reductions: Dict of strings, by key of `sequences` the reduction to one number over the samples: `"mean"`,
             `"first"` (the mean of the first value of each sample), `"growth"` or `"horizon"` (of the flow's mean over
-            the samples). A key without one has no number. Defaults to none.
+            the samples), `"root_mean_square"`, `"whole"` (the root mean square at each sample's longest span) or
+            `"relative"` (the root mean square of the sensitivity over that of the last state). A key without one has no
+            number. Defaults to none.
         may_be_infinite: Frozenset of the keys of `values` in which inf is a regular value. Defaults to none.
         targets: Dict of floats, by key of `values` the target of a `JacobianRegularizer` at this moment. Defaults to
             none.
@@ -180,14 +184,21 @@ class LayerReport:
         """Returns the standard error of `mean(key)` if it is an estimate, and 0 if it is exact.
 
         Args:
-            key: String, a key of `values`.
+            key: String, a key of `values`; or the sensitivity, or the relative one: then the standard error of its
+                number in `scalars()`.
 
         Returns:
             Float, in the unit of the measure.
 
         Raises:
-            ValueError: If it is a key of `sequences` or `spectra`.
+            ValueError: If it is another key of `sequences` or `spectra`.
         """
+        reduction = REDUCTIONS.get(self.reductions.get(key, ""))
+        if reduction is not None and reduction.error is not None:
+            sources = reduction.source_keys(key)
+            if sources[0] not in self.uncertainties:
+                return 0.0
+            return reduction.error(self.uncertainties[sources[0]], *(self.sequences[source] for source in sources))
         measured = self.measured(key)
         if key not in self.estimated:
             return 0.0
@@ -238,12 +249,14 @@ class LayerReport:
         Returns:
             Dict of floats: the means of the `values`, and the `sequences` after their `reductions`: growth and horizon
             of the flow's mean over the samples, as in the verdict; of the Lyapunov exponents the mean of the largest,
-            as `lyapunov_1`; means over the samples of the others.
+            as `lyapunov_1`; of the sensitivity root mean squares; means over the samples of the others.
         """
         found = {key: self.mean(key) for key in self.values}
         for key, name in self.reductions.items():
             reduction = REDUCTIONS[name]
-            found[key + reduction.suffix] = reduction.reduce(self.sequences[reduction.source_key(key)])
+            found[key + reduction.suffix] = reduction.reduce(
+                *(self.sequences[source] for source in reduction.source_keys(key))
+            )
         return found
 
     def judge(self, fall: float = FALL, rise: float = RISE) -> Verdict | None:
@@ -267,12 +280,18 @@ class LayerReport:
         return judge(
             self.sequences[key],
             self.mask,
-            self.suggestion_inputs,
+            self.suggestion_inputs | self._relative_sensitivity(),
             log_gain_of_all=self.sequences.get(f"{self.joint}flow_of_all"),
             go_backwards=self.go_backwards,
             fall=fall,
             rise=rise,
         )
+
+    def _relative_sensitivity(self) -> dict[str, float]:
+        """Returns that of the hidden state, or else of all states; nothing if it was not measured."""
+        scalars = self.scalars()
+        keys = [key for key in ("relative_sensitivity", "joint/relative_sensitivity") if key in scalars]
+        return {"relative_sensitivity": scalars[keys[0]]} if keys else {}
 
     def why_no_verdict(self) -> str:
         """Returns the reason why `judge` returns None; `""` if there is a verdict."""

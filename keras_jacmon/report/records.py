@@ -80,7 +80,7 @@ def _check_words(layer: LayerReport) -> None:
         if not all(isinstance(word, str) for word in words):
             raise TypeError(f"{name} are not all text")
     known = layer.reductions.keys() <= layer.sequences.keys() and set(layer.reductions.values()) <= set(REDUCTIONS)
-    if not known or any(
-        REDUCTIONS[name].source_key(key) not in layer.sequences for key, name in layer.reductions.items()
+    if not known or not all(
+        set(REDUCTIONS[name].source_keys(key)) <= layer.sequences.keys() for key, name in layer.reductions.items()
     ):
         raise TypeError(f"reductions do not fit: {layer.reductions}")

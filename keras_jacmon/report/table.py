@@ -50,7 +50,9 @@ def _sequences(layer: LayerReport) -> Iterator[Line]:
         reduction = REDUCTIONS[name]
         samples = reduction.samples(layer.sequences[key])
         extremes = (samples.min(), samples.max()) if samples.size else (np.nan, np.nan)
-        remark = _remark(reduction.remark, _method(layer, key))
+        estimate = reduction.error is not None and key in layer.estimated
+        error = f"± {layer.standard_error(key):.2g}" if estimate else ""
+        remark = _remark(reduction.remark, error, _method(layer, key))
         key_of_number = key + reduction.suffix
         yield (key_of_number, _number(scalars[key_of_number]), *map(_number, extremes), remark)
 

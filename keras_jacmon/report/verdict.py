@@ -20,6 +20,9 @@ _LEAST_EXCESS, _OUTLIER = math.log(1.5), 7.0
 # A threshold beyond the probe is worth a word within so many times its length.
 _SOON = 5
 
+# The relative change of the last state that a step of the training may make.
+_SMALL_CHANGE = 0.1
+
 # A recurrent kernel is not suggested to be multiplied, or divided, by more.
 _MOST_GAIN = 4.0
 
@@ -47,6 +50,12 @@ class Verdict:
         suggestions: Tuple of sentences about possible changes, each with the measured numbers that it rests on.
         growth_of_all: Float, nats per step: the growth of a gradient that arrives at all states, also at those that are
             carried on and that the output never feels; None if there are none.
+        sensitivity: Float, dimensionless: the relative change of the last state over that of the recurrent weights,
+            when these change at random; their root mean square times `relative_sensitivity`. None if it was not
+            measured.
+        is_sensitive: Boolean, True if the state is `"stable"` and the sensitivity has exploded: it is at the upper
+            threshold of the flow, 100, or above. Then a random change of the weights by 1 % of their size changes the
+            last state by as much as its own size.
 
     Example:
 
@@ -70,10 +79,13 @@ class Verdict:
     worst_gain: float | None
     suggestions: tuple[str, ...]
     growth_of_all: float | None = None
+    sensitivity: float | None = None
+    is_sensitive: bool = False
 
     def __str__(self) -> str:
+        state = f"{self.state}, but sensitive to the recurrent weights" if self.is_sensitive else self.state
         head = (
-            f"{self.state}: {self.growth:+.3g} nats per step, gain {self.gain:.3g} over {self.length:.4g} steps, "
+            f"{state}: {self.growth:+.3g} nats per step, gain {self.gain:.3g} over {self.length:.4g} steps, "
             f"horizon {self._horizon()}"
         )
         if self.worst_step is not None:
@@ -130,12 +142,14 @@ def judge(
         suggestion_inputs: Mapping of floats, all dimensionless; each may be missing. `variance`: the mean hidden
             variance. `kernel_gain`: the factor of the recurrent kernel that would bring it to 1. `forget`: the
             geometric mean of the forget gates. `step_gain`: the geometric mean of the root mean square singular values.
+            `weight_size`: the root mean square of the recurrent weights. `relative_sensitivity`: that of the last state
+            to them, in all.
         log_gain_of_all: Float array like `log_gain`, of a gradient that arrives at all states, felt or not. Defaults to
             None, if the output feels all of them.
         go_backwards: Boolean, True if the layer runs from the last position of the input to the first. Defaults to
             False.
         fall: Float in (0, 1): a gain of this or less has vanished. Defaults to 0.01.
-        rise: Float above 1: a gain of this or more has exploded. Defaults to 100.
+        rise: Float above 1: a gain of this or more has exploded, and so has a sensitivity. Defaults to 100.
 
     Returns:
         `Verdict`; None if there is no sample with a step, or NaN instead of a flow.
@@ -157,7 +171,24 @@ def judge(
     suggestions = () if state == "stable" else _suggestions(state, suggestion_inputs, length, slope)
     expected = _expected_horizon(curve, slope, fall, rise) if state == "stable" else horizon
     of_all = None if log_gain_of_all is None else float(growth(mean_curve(log_gain_of_all)))
-    return Verdict(state, slope, horizon, expected, gain, length, worst_step, worst_gain, suggestions, of_all)
+    sensitivity = _sensitivity(suggestion_inputs)
+    is_sensitive = state == "stable" and sensitivity is not None and sensitivity >= rise
+    if is_sensitive:
+        suggestions = _weight_suggestions(suggestion_inputs)
+    return Verdict(
+        state,
+        slope,
+        horizon,
+        expected,
+        gain,
+        length,
+        worst_step,
+        worst_gain,
+        suggestions,
+        of_all,
+        sensitivity,
+        is_sensitive,
+    )
 
 
 def _is_known(log_gain: FloatArray, mask: npt.NDArray[np.bool_]) -> bool:
@@ -262,3 +293,26 @@ def _held_gain(inputs: Mapping[str, float], growth: float) -> str:
         f" that is {gain:.3g} now (geometric mean) while the flow has a gain of {math.exp(growth):.3g} in a step, and "
         f"{math.exp(-growth):.3g} times as much would make that 1"
     )
+
+
+def _sensitivity(inputs: Mapping[str, float]) -> float | None:
+    """Returns the relative change of the last state over that of the recurrent weights; None if it is not known."""
+    found = inputs.get("relative_sensitivity", math.nan) * inputs.get("weight_size", math.nan)
+    return None if math.isnan(found) else found
+
+
+def _weight_suggestions(inputs: Mapping[str, float]) -> tuple[str, ...]:
+    """Returns the sentences for recurrent weights to which the last state is too sensitive."""
+    size, relative = inputs["weight_size"], inputs["relative_sensitivity"]
+    step = _SMALL_CHANGE / relative
+    smaller = (
+        f"train the recurrent weights with a smaller learning rate: a random change by 1 % of their size ({size:.3g}, "
+        f"root mean square) changes the last state by {size * relative:.3g} % of its own, although no gradient "
+        f"explodes. A change by {_SMALL_CHANGE:.0%} takes steps of {step:.2g} in each weight; a step of Adam is as "
+        "large as the learning rate"
+    )
+    other = (
+        "or reparametrize them so that equal steps change a long memory less, such as the logarithm of the time that a "
+        "unit remembers (Zucchet and Orvieto, arXiv 2405.21064)"
+    )
+    return smaller, other

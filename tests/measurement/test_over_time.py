@@ -154,6 +154,7 @@ def test_slow_measures_can_be_left_out() -> None:
     assert meter.has_slow_measures
     full, quick = meter(), meter(slow=False)
     slow = {"lyapunov", "kaplan_yorke", "spectral_radius", "condition_number", "singular_values", "eigenvalues"}
+    slow |= {"sensitivity", "relative_sensitivity", "state_norm"}
 
     def keys(report: Any) -> set[str]:
         return {*report["rnn"].values, *report["rnn"].sequences, *report["rnn"].spectra}

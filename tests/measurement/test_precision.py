@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 PROBE = normal(4, 20, 6, seed=3)
 MEASURES = ["variance", "rms_singular_value", "spectral_norm", "flow"]
 MEASURES += [f"joint/{name}" for name in MEASURES]
+MEASURES += ["relative_sensitivity"]
 
 
 def model_of(policy: str, units: int) -> Any:
@@ -68,5 +69,10 @@ def assert_close(found: Report, expected: Report, policy: str) -> None:
             # Both spectral norms have a tolerance of their own, of 0.01.
             allowed = 2e-2 if key.endswith("spectral_norm") else tolerance
             np.testing.assert_allclose(found[name][key], values, rtol=allowed, err_msg=f"{name} {key}")
-        for key, flow in layer.sequences.items():
-            np.testing.assert_allclose(found[name][key], flow, atol=2 * tolerance, err_msg=f"{policy} {name} {key}")
+        for key, values in layer.sequences.items():
+            # Flows are logarithms.
+            relative = 0 if key.endswith("flow") else 2 * tolerance
+            absolute = 2 * tolerance if key.endswith("flow") else 0
+            np.testing.assert_allclose(
+                found[name][key], values, rtol=relative, atol=absolute, err_msg=f"{policy} {name} {key}"
+            )

@@ -30,7 +30,7 @@ def test_presets_nest() -> None:
     fast, standard, full = (set(PRESETS[name]) for name in ("fast", "standard", "full"))
     assert fast < standard < full
     # Each measure that can be asked for has a preset.
-    assert {key.rpartition("/")[-1] for key in full} == set(MEASURES) - {"loss_gradient", "flow_of_all"}
+    assert {key.rpartition("/")[-1] for key in full} == set(MEASURES) - {"loss_gradient", "flow_of_all", "state_norm"}
 
 
 def test_what_can_be_held_is_what_has_a_derivative() -> None:
