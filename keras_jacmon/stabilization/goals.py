@@ -8,6 +8,7 @@ import numpy as np
 
 from keras_jacmon.errors import invalid_argument
 from keras_jacmon.measures.registry import key_of
+from keras_jacmon.report.reductions import FloatArray
 from keras_jacmon.report.report import Report
 
 # The directions of a gradient's way through a stack of layers; in depth it passes the view of the inputs.
@@ -15,8 +16,8 @@ TIME, DEPTH = "time", "depth"
 
 Target = float | Mapping[str, float]
 
-# The measure that is a logarithm, and that has no derivative here.
-GROWTH = "growth"
+# The measures of products over time, which are logarithms. Of the growth there is no derivative here.
+GROWTH, LYAPUNOV = "growth", "lyapunov"
 
 
 def targets_of(target: Target | None, measure: str) -> dict[str, float]:
@@ -31,14 +32,15 @@ def targets_of(target: Target | None, measure: str) -> dict[str, float]:
         ValueError: If it is neither, a number is not finite, or the measure has no depth.
     """
     if target is None:
-        target = 0.0 if measure == GROWTH else 1.0
+        target = 0.0 if measure in (GROWTH, LYAPUNOV) else 1.0
     by_direction = dict(target.items()) if isinstance(target, Mapping) else {TIME: target}
     known = bool(by_direction) and set(by_direction) <= {TIME, DEPTH}
     if not known or not all(_is_number(value) for value in by_direction.values()):
         expected = 'a finite number, or a dict of numbers for "time", "depth" or both'
         raise invalid_argument("target", expected, f"target={target!r}")
-    if measure == GROWTH and DEPTH in by_direction:
-        raise invalid_argument("target", 'a target for "time" alone, which the growth is of', f"target={target!r}")
+    if measure in (GROWTH, LYAPUNOV) and DEPTH in by_direction:
+        expected = f'a target for "time" alone, which the measure `{measure}` is of'
+        raise invalid_argument("target", expected, f"target={target!r}")
     return {direction: float(value) for direction, value in by_direction.items()}
 
 
@@ -73,13 +75,26 @@ class Goal:
 
     def value(self, report: Report) -> float:
         """Returns the mean of the measure in a report of the same model."""
-        return report[self.call].mean(self.key)
+        return float(np.mean(self._numbers(report))) if self._is_of_exponents else report[self.call].mean(self.key)
+
+    def distance(self, report: Report) -> float:
+        """Returns the distance of the mean from the target; of exponents the root mean square of their distances."""
+        return math.sqrt(self.loss(report)) if self._is_of_exponents else abs(self.value(report) - self.target)
 
     def loss(self, report: Report) -> float:
         """Returns the mean over the points of `(measure - target)²`; inf if that is no number."""
         with np.errstate(over="ignore", invalid="ignore"):
-            loss = float(np.mean((report[self.call].valid(self.key).astype(np.float64) - self.target) ** 2))
+            loss = float(np.mean((self._numbers(report).astype(np.float64) - self.target) ** 2))
         return math.inf if math.isnan(loss) else loss
+
+    @property
+    def _is_of_exponents(self) -> bool:
+        return self.key.endswith(LYAPUNOV)
+
+    def _numbers(self, report: Report) -> FloatArray:
+        """The values of all points, or all exponents of all samples."""
+        layer = report[self.call]
+        return layer[self.key] if self._is_of_exponents else layer.valid(self.key)
 
 
 @dataclass(frozen=True)
@@ -89,7 +104,7 @@ class Standing:
     Attributes:
         loss: Float, the mean over the goals of the mean `(measure - target)²`.
         values: Dict by name of a goal, the mean of its measure.
-        is_within: Boolean, True if each mean is within the tolerance of its target.
+        is_within: Boolean, True if the distance of each goal is within the tolerance.
         report: `Report` that it was read off.
     """
 
@@ -102,7 +117,7 @@ class Standing:
     def of(cls, report: Report, goals: Sequence[Goal], tolerance: float) -> "Standing":
         """Reads the distance off a report."""
         values = {goal.name: goal.value(report) for goal in goals}
-        within = all(abs(values[goal.name] - goal.target) <= tolerance for goal in goals)
+        within = all(goal.distance(report) <= tolerance for goal in goals)
         return cls(float(np.mean([goal.loss(report) for goal in goals])), values, within, report)
 
 

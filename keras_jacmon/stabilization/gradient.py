@@ -1,8 +1,8 @@
-"""Gradient descent on `(measure - target)²`, by the penalties of the regularizer."""
+"""Gradient descent on `(measure - target)²`, where the measure is one of a step by the penalties of the regularizer."""
 
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import keras
 import tensorflow as tf
@@ -14,55 +14,21 @@ from keras_jacmon.regularization.penalty_config import PenaltyConfig
 from keras_jacmon.stabilization.goals import Goal, Standing
 
 
-class Gradient:
-    """Updates weights by a Keras optimizer, with the penalties of all goals as the loss.
+class Loss(Protocol):
+    """A function of the weights of a model."""
 
-    Args:
-        penalties: Sequence of `ModelPenalty`, one for each direction.
-        weights: Sequence of the weights that change.
-        optimizer: Keras optimizer, used by nothing else.
-    """
+    def renew(self) -> None:
+        """Takes other points of the trajectories, with the present weights."""
 
-    def __init__(
-        self,
-        penalties: Sequence[ModelPenalty],
-        weights: Sequence[keras.Variable],
-        optimizer: keras.optimizers.Optimizer,
-    ) -> None:
-        self._penalties, self._weights, self._optimizer = penalties, weights, optimizer
-        # Weights may be mirrored or of half precision. What an optimizer changes is a copy that is neither.
-        self._copies = [_copy_of(weight) for weight in weights]
-        self._step = 0
+    def begin(self, step: int) -> None:
+        """Prepares the update after `step` updates."""
 
-    def advance(self, standing: Standing, updates: int) -> None:  # noqa: ARG002 - as every method
-        """Takes new points of the trajectories, and updates the weights there."""
-        if self._step:
-            for penalty in self._penalties:
-                penalty.refresh()
-        for _ in range(updates):
-            gradients = self._gradients()
-            self._optimizer.apply(gradients, self._copies)
-            for weight, copy in zip(self._weights, self._copies, strict=True):
-                weight.assign(copy)
-            self._step += 1
-
-    def _gradients(self) -> list[tf.Tensor]:
-        for penalty in self._penalties:
-            penalty.begin(self._step)
-        with tf.GradientTape() as tape:
-            loss = tf.add_n([call() for penalty in self._penalties for call in penalty.calls.values()])
-        values = [weight.value for weight in self._weights]
-        gradients = tape.gradient(loss, values, unconnected_gradients="zero")
-        return [
-            tf.cast(tf.convert_to_tensor(gradient), copy.dtype)
-            for gradient, copy in zip(gradients, self._copies, strict=True)
-        ]
+    def __call__(self) -> tf.Tensor:
+        """Returns the loss, a scalar with derivatives by the weights."""
 
 
-def penalty_of(
-    model: keras.Layer, inputs: Any, layers: Sequence[RecurrentLayer], goals: Sequence[Goal], config: PenaltyConfig
-) -> ModelPenalty:
-    """Traces the penalty of the goals in one direction, and warns of assumptions that do not hold.
+class PenaltyLoss:
+    """The penalties of the goals in one direction, as a loss.
 
     Args:
         model: A built Keras model.
@@ -74,10 +40,76 @@ def penalty_of(
     Raises:
         ValueError: If the penalty cannot be computed, or has no gradient.
     """
-    penalty = ModelPenalty(model, inputs, layers, config, {goal.call: own_variable(goal.target) for goal in goals})
-    for note in penalty.notes:
-        warnings.warn(note, stacklevel=6)
-    return penalty
+
+    def __init__(
+        self,
+        model: keras.Layer,
+        inputs: Any,
+        layers: Sequence[RecurrentLayer],
+        goals: Sequence[Goal],
+        config: PenaltyConfig,
+    ) -> None:
+        targets: dict[str | None, tf.Variable] = {goal.call: own_variable(goal.target) for goal in goals}
+        self._penalty = ModelPenalty(model, inputs, layers, config, targets)
+        for note in self._penalty.notes:
+            warnings.warn(note, stacklevel=6)
+
+    def renew(self) -> None:
+        """Takes other points of the trajectories, with the present weights."""
+        self._penalty.refresh()
+
+    def begin(self, step: int) -> None:
+        """Prepares the update: other random vectors."""
+        self._penalty.begin(step)
+
+    def __call__(self) -> tf.Tensor:
+        """Returns the mean of the penalties."""
+        return tf.add_n([call() for call in self._penalty.calls.values()])
+
+
+class Gradient:
+    """Updates weights by a Keras optimizer.
+
+    Args:
+        losses: Sequence of `Loss`; their sum is minimized.
+        weights: Sequence of the weights that change.
+        optimizer: Keras optimizer, used by nothing else.
+    """
+
+    def __init__(
+        self,
+        losses: Sequence[Loss],
+        weights: Sequence[keras.Variable],
+        optimizer: keras.optimizers.Optimizer,
+    ) -> None:
+        self._losses, self._weights, self._optimizer = losses, weights, optimizer
+        # Weights may be mirrored or of half precision. What an optimizer changes is a copy that is neither.
+        self._copies = [_copy_of(weight) for weight in weights]
+        self._step = 0
+
+    def advance(self, standing: Standing, updates: int) -> None:  # noqa: ARG002 - as every method
+        """Takes new points of the trajectories, and updates the weights there."""
+        if self._step:
+            for loss in self._losses:
+                loss.renew()
+        for _ in range(updates):
+            gradients = self._gradients()
+            self._optimizer.apply(gradients, self._copies)
+            for weight, copy in zip(self._weights, self._copies, strict=True):
+                weight.assign(copy)
+            self._step += 1
+
+    def _gradients(self) -> list[tf.Tensor]:
+        for loss in self._losses:
+            loss.begin(self._step)
+        with tf.GradientTape() as tape:
+            total = tf.add_n([loss() for loss in self._losses])
+        values = [weight.value for weight in self._weights]
+        gradients = tape.gradient(total, values, unconnected_gradients="zero")
+        return [
+            tf.cast(tf.convert_to_tensor(gradient), copy.dtype)
+            for gradient, copy in zip(gradients, self._copies, strict=True)
+        ]
 
 
 def penalty_config(measure: str, view: str, rows: int, seed: int) -> PenaltyConfig:

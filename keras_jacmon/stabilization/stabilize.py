@@ -17,8 +17,19 @@ from keras_jacmon.model.inputs import fit_probe, read_probe
 from keras_jacmon.model.layers import check_model, find_recurrent_layers, select_layers
 from keras_jacmon.options import LARGEST_SEED
 from keras_jacmon.stabilization.best_weights import BestWeights, changeable_weights
-from keras_jacmon.stabilization.goals import GROWTH, Standing, Target, goals_in, measured_keys, targets_of, view_of
-from keras_jacmon.stabilization.gradient import Gradient, penalty_config, penalty_of
+from keras_jacmon.stabilization.flossing import ExponentsLoss
+from keras_jacmon.stabilization.goals import (
+    GROWTH,
+    LYAPUNOV,
+    TIME,
+    Standing,
+    Target,
+    goals_in,
+    measured_keys,
+    targets_of,
+    view_of,
+)
+from keras_jacmon.stabilization.gradient import Gradient, Loss, PenaltyLoss, penalty_config
 from keras_jacmon.stabilization.history import History
 from keras_jacmon.stabilization.method import Method
 from keras_jacmon.stabilization.rescale import Rescale
@@ -28,7 +39,14 @@ from keras_jacmon.stabilization.result import StabilizeResult
 _CHECKED_POINTS = 32
 
 # Updates between two checks, and the most of them: an update of a rescaling is a whole round.
-_ROUNDS = {"gradient": (10, 500), "rescale": (1, 20)}
+_ROUNDS = {"gradient": (10, 500), "rescale": (1, 20), "flossing": (10, 500)}
+
+# The measures that each method knows, its default first.
+_MEASURES = {
+    "gradient": ["spectral_radius", *(name for name in DIFFERENTIABLE if name != "spectral_radius"), LYAPUNOV],
+    "rescale": ["spectral_radius", *(name for name in DIFFERENTIABLE if name != "spectral_radius"), GROWTH],
+    "flossing": [LYAPUNOV],
+}
 
 
 @dataclass(frozen=True)
@@ -43,19 +61,25 @@ class _Settings:
     patience: int
     steps: int
     rows: int
+    exponents: int
     seed: int
 
     def __post_init__(self) -> None:
         for name, value, known in (
             ("method", self.method, list(_ROUNDS)),
-            ("measure", self.measure, [*DIFFERENTIABLE, *([GROWTH] if self.method == "rescale" else [])]),
+            ("measure", self.measure, _MEASURES.get(self.method, [])),
             ("view", self.view, ["hidden", "joint"]),
         ):
             if value not in known:
                 raise invalid_argument(name, f"one of {known}", f"{name}={value!r}")
         if isinstance(self.tolerance, bool) or not isinstance(self.tolerance, (int, float)) or not self.tolerance > 0:
             raise invalid_argument("tolerance", "a number above 0", f"tolerance={self.tolerance!r}")
-        for name, number, least in (("patience", self.patience, 1), ("steps", self.steps, 0), ("rows", self.rows, 1)):
+        for name, number, least in (
+            ("patience", self.patience, 1),
+            ("steps", self.steps, 0),
+            ("rows", self.rows, 1),
+            ("exponents", self.exponents, 1),
+        ):
             check_whole(name, number, least)
         check_whole("seed", self.seed, 0, LARGEST_SEED)
 
@@ -64,8 +88,8 @@ def stabilize(
     model: keras.Layer,
     probe: Any,
     target: Target | None = None,
-    measure: str = "spectral_radius",
-    method: Literal["gradient", "rescale"] = "gradient",
+    measure: str | None = None,
+    method: Literal["gradient", "rescale", "flossing"] = "gradient",
     *,
     view: Literal["joint", "hidden"] = "joint",
     layers: Iterable[str | keras.Layer] | str | keras.Layer | None = None,
@@ -73,6 +97,7 @@ def stabilize(
     patience: int = 3,
     steps: int | None = None,
     rows: int = 8,
+    exponents: int = 16,
     optimizer: Any = None,
     seed: int = 0,
     verbose: int = 1,
@@ -100,12 +125,14 @@ def stabilize(
         target: Number that the measure should have through time; or a dict of numbers for `"time"`, `"depth"`, or
             both. Depth is the view of the inputs, `dh_t/dx_t`; its spectral radius is that of the layers with as many
             inputs as units. For deep stacks the article proposes `{"time": 0.5, "depth": 0.5}`. Defaults to None: 1,
-            or a growth of 0.
+            or 0 for growth and exponents.
         measure: String, `"spectral_radius"`, `"variance"`, `"rms_singular_value"` or `"spectral_norm"`; with
-            `"rescale"` also `"growth"`. Defaults to `"spectral_radius"`.
+            `"rescale"` also `"growth"`; `"lyapunov"` for `"gradient"` and `"flossing"`, which are then the same.
+            Defaults to None, `"spectral_radius"`, or `"lyapunov"` for `"flossing"`.
         method: String. `"gradient"`: an optimizer changes all trainable weights of the layers. `"rescale"`: the
             recurrent kernels, and for the depth the input kernels, are multiplied by a number each, all gates by the
-            same one, without an optimizer. Defaults to `"gradient"`.
+            same one, without an optimizer. `"flossing"`: the optimizer brings the leading Lyapunov exponents to the
+            target, through the QR decompositions and the states. Defaults to `"gradient"`.
         view: String, the view through time: `"joint"`, all states together, or `"hidden"`. For a cell with one state,
             the joint view is the hidden one. Defaults to `"joint"`.
         layers: Names of recurrent layers, or layers. Defaults to None, all of them.
@@ -117,6 +144,9 @@ def stabilize(
             check. A check measures up to 32 points, always the same ones. Defaults to 8.
         optimizer: Keras optimizer, or its name or configuration, for `"gradient"`. A copy of it is used. Defaults to
             None, `keras.optimizers.Adam(1e-3)`.
+        exponents: Integer, number of leading Lyapunov exponents, as far as a layer has them. The first tenth of the
+            steps of the probe is left out. Of them the root mean square distance from the target is compared with
+            `tolerance`. Defaults to 16.
         seed: Integer, the seed of the random vectors. Defaults to 0.
         verbose: Integer, 1 for a progress bar, 0 for silence. Defaults to 1.
 
@@ -128,7 +158,10 @@ def stabilize(
 
     References:
         L. Herranz-Celotti, J. Rouat, "Stabilizing RNN Gradients through Pre-training", arXiv 2308.12075.
+        R. Engelken, "Gradient flossing: improving gradient descent through dynamic control of Jacobians", arXiv
+        2312.17306.
     """
+    measure = _MEASURES.get(method, [""])[0] if measure is None else measure
     settings = _Settings(
         targets_of(target, measure),
         measure,
@@ -138,6 +171,7 @@ def stabilize(
         patience,
         _ROUNDS.get(method, (0, 0))[1] if steps is None else steps,
         rows,
+        exponents,
         seed,
     )
     begin = time.monotonic()
@@ -177,6 +211,7 @@ class _Stabilizer:
             measures=[*measured_keys(settings.targets, settings.measure, settings.view), "joint/growth"],
             seed=settings.seed,
             max_rows=_CHECKED_POINTS,
+            exponents=settings.exponents,
         )
         report = self._meter()
         goals = goals_in(report, settings.targets, settings.measure, settings.view)
@@ -218,18 +253,21 @@ class _Stabilizer:
         if settings.method == "rescale":
             goals = {layer: goals for layer, goals in self._by_layer.items() if goals}
             return Rescale(self._weights, goals, settings.measure)
-        penalties = [
-            penalty_of(
-                self._model,
-                self._inputs,
-                self._layers,
-                [goal for goal in self.goals if goal.direction == direction],
-                penalty_config(settings.measure, view_of(direction, settings.view), settings.rows, settings.seed),
-            )
-            for direction in dict.fromkeys(goal.direction for goal in self.goals)
-        ]
         weights = [weight for item in self._layers for weight in self._weights[item.name]]
-        return Gradient(penalties, weights, _own_optimizer(optimizer))
+        return Gradient(self._losses(), weights, _own_optimizer(optimizer))
+
+    def _losses(self) -> list[Loss]:
+        settings, of_model = self._settings, (self._model, self._inputs, self._layers)
+        if settings.measure == LYAPUNOV:
+            target = settings.targets[TIME]
+            return [ExponentsLoss(*of_model, count=settings.exponents, target=target, seed=settings.seed)]
+        losses: list[Loss] = []
+        for direction in dict.fromkeys(goal.direction for goal in self.goals):
+            goals = [goal for goal in self.goals if goal.direction == direction]
+            view = view_of(direction, settings.view)
+            config = penalty_config(settings.measure, view, settings.rows, settings.seed)
+            losses.append(PenaltyLoss(*of_model, goals, config))
+        return losses
 
 
 def _own_optimizer(optimizer: Any) -> keras.optimizers.Optimizer:

@@ -13,7 +13,7 @@ from trainings import assert_equal, values_of
 
 from keras_jacmon import chrono_biases, measure
 
-UNITS = 3000
+UNITS = 1000
 
 
 def forget_biases(layer: Any) -> Any:

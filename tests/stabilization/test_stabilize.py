@@ -181,8 +181,8 @@ def test_what_cannot_be_done_is_said() -> None:
     refusals: list[tuple[dict[str, Any], str]] = [
         ({"target": "one"}, 'a finite number, or a dict of numbers for "time", "depth" or both. Received: target='),
         ({"target": {"height": 1.0}}, "Received: target={'height': 1.0}"),
-        ({"measure": "loss"}, "Expected one of ['variance', 'rms_singular_value', 'spectral_norm', 'spectral_radius']"),
-        ({"method": "magic"}, "Expected one of ['gradient', 'rescale']"),
+        ({"measure": "loss"}, "Expected one of ['spectral_radius', 'variance', 'rms_singular_value', 'spectral_norm',"),
+        ({"method": "magic"}, "Expected one of ['gradient', 'rescale', 'flossing']"),
         ({"view": "inputs"}, "Expected one of ['hidden', 'joint']"),
         ({"tolerance": 0}, "Expected a number above 0"),
         ({"steps": -1}, "Expected an integer of at least 0"),

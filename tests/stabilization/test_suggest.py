@@ -19,7 +19,8 @@ PROBE = normal(4, STEPS, 3, seed=3)
 
 def test_what_a_suggestion_predicts_comes_true() -> None:
     keras.utils.set_random_seed(4)
-    lstm, gru = (make(6, return_sequences=True) for make in (keras.layers.LSTM, keras.layers.GRU))
+    lstm = keras.layers.LSTM(6, return_sequences=True, name="lstm")
+    gru = keras.layers.GRU(6, return_sequences=True, name="gru")
     rnn = keras.layers.SimpleRNN(6, recurrent_initializer=keras.initializers.Orthogonal(2.0))
     model = keras.Sequential([keras.Input((STEPS, 3)), lstm, gru, rnn])
     before = values_of(model.variables)

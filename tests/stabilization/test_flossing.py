@@ -1,0 +1,49 @@
+"""Lyapunov exponents as a loss: the gradient through QR and states, and exponents that it brings to zero."""
+
+from __future__ import annotations
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from helpers import normal
+
+from keras_jacmon import stabilize
+from keras_jacmon.model.layers import find_recurrent_layers
+from keras_jacmon.stabilization.flossing import ExponentsLoss
+
+STEPS, UNITS = 12, 4
+PROBE = normal(2, STEPS, 2, seed=3)
+
+
+def test_the_gradient_is_that_of_finite_differences() -> None:
+    keras.utils.set_random_seed(3)
+    layer = keras.layers.SimpleRNN(UNITS, dtype="float64", return_sequences=True)
+    model = keras.Sequential([keras.Input((STEPS, 2), dtype="float64"), layer])
+    probe = tf.constant(PROBE, tf.float64)
+    loss = ExponentsLoss(model, probe, find_recurrent_layers(model), count=3, target=0.1, seed=0)
+    with tf.GradientTape() as tape:
+        value = loss()
+    gradients = tape.gradient(value, [weight.value for weight in layer.weights])
+    for weight, gradient in zip(layer.weights, gradients, strict=True):
+        direction = np.random.default_rng(5).normal(size=weight.shape)
+        start, ends = weight.numpy(), []
+        for sign in (1, -1):
+            weight.assign(start + sign * 1e-5 * direction)
+            ends.append(float(loss()))
+        weight.assign(start)
+        np.testing.assert_allclose(np.sum(gradient * direction), (ends[0] - ends[1]) / 2e-5, rtol=1e-4, atol=1e-7)
+
+
+def test_flossing_brings_the_leading_exponents_to_zero() -> None:
+    keras.utils.set_random_seed(3)
+    rnn = keras.layers.SimpleRNN(UNITS, recurrent_initializer=keras.initializers.Orthogonal(0.4), name="rnn")
+    model = keras.Sequential([keras.Input((STEPS, 2)), rnn])
+    optimizer = keras.optimizers.Adam(0.03)
+    result = stabilize(model, PROBE, method="flossing", exponents=3, optimizer=optimizer, verbose=0)
+    assert result.converged
+    before, after = (np.mean(np.square(report["rnn"]["lyapunov"])) for report in (result.before, result.after))
+    assert before > 100 * after
+    assert result.after["rnn"]["lyapunov"].shape == (3, 2)
+    with pytest.raises(ValueError, match=r"Expected one of \['lyapunov'\]"):
+        stabilize(model, PROBE, measure="variance", method="flossing")
