@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any
 import keras
 import numpy as np
 import tensorflow as tf
+from helpers import BATCH, FEATURES, Case, make_step, normal, randomize
 
 from keras_jacmon import Recurrence
+from keras_jacmon.model.adapted_cell import AdaptedCall
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -125,8 +127,8 @@ class ConvolutionSSM(Weighted):
 
     def call(self, x: Any) -> Any:
         steps = np.arange(x.shape[1])
-        powers = ops.power(self.decay(), np.maximum(steps[:, None] - steps, 0)[..., None].astype(np.float32))
-        kernel = powers * np.tril(np.ones((len(steps), len(steps)), np.float32))[..., None]
+        powers = ops.power(self.decay(), np.maximum(steps[:, None] - steps, 0)[..., None].astype(self.compute_dtype))
+        kernel = powers * np.tril(np.ones((len(steps), len(steps)), self.compute_dtype))[..., None]
         return ops.einsum("tsn,bsn->btn", kernel, x @ ops.convert_to_tensor(self.kernel))
 
 
@@ -194,7 +196,7 @@ def of_lru(layer: Any, x: Any) -> Recurrence:
         h = layer.eigenvalues * states[0] + layer.driven(x)
         return tf.math.real(h) @ ops.convert_to_tensor(layer.recurrent_kernel), [h]
 
-    return Recurrence(x, [tf.cast(layer.zeros(x), tf.complex64)], step)
+    return Recurrence(x, [tf.complex(layer.zeros(x), layer.zeros(x))], step)
 
 
 class TimedRNN(Weighted):
@@ -249,6 +251,23 @@ LOOPS = [
     Loop("lru", LRU, of_lru),
     Loop("timed_rnn", TimedRNN, of_timed_rnn),
 ]
+
+
+def make_cell_step(case: Case | Loop) -> tuple[Any, Any, Any]:
+    """A built cell with inputs and random states for one step; of a loop, the cell that its adapter makes it."""
+    if isinstance(case, Case):
+        return make_step(case)
+    keras.utils.set_random_seed(5)
+    layer, x = case.make(3), tf.constant(normal(BATCH, 2, FEATURES, seed=3))
+    inputs: Any = x
+    if case.id == "timed_rnn":
+        inputs = {"x": x, "spans": tf.abs(x[..., :1]), "context": tf.constant(normal(BATCH, 3, seed=5))}
+    layer(inputs)
+    randomize(layer)
+    inputs = tf.nest.map_structure(lambda leaf: tf.cast(leaf, layer.compute_dtype), inputs)
+    adapted = AdaptedCall.of(layer, case.adapter, [inputs], {})
+    states = [tf.constant(normal(*state.shape, seed=11), state.dtype) for state in adapted.states]
+    return adapted.cell, adapted.inputs[:, 0], states
 
 
 def real_parts(states: Any) -> list[Any]:

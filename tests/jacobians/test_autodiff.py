@@ -20,6 +20,7 @@ from helpers import (
     normal,
     step_jacobians,
 )
+from recurrences import LOOPS, Loop, make_cell_step
 
 from keras_jacmon import state_jacobian
 from keras_jacmon.operators.autodiff import AutodiffJacobian
@@ -46,6 +47,16 @@ def test_the_laws_of_an_operator(case: Case) -> None:
         # The hidden view is a block of the joint one.
         if view == "joint":
             assert_products_with_basis_vectors(J, expected)
+
+
+@pytest.mark.parametrize("loop", LOOPS, ids=str)
+def test_the_laws_of_an_operator_of_a_registered_recurrence(loop: Loop) -> None:
+    cell, inputs, states = make_cell_step(loop)
+    jacobians, _ = step_jacobians(cell, inputs, states)
+    for view, expected in jacobians.items():
+        J = state_jacobian(cell, inputs, states, view=view)
+        np.testing.assert_allclose(J.to_dense().numpy(), expected, **TOLERANCE, strict=True)
+        assert_products(J, expected)
 
 
 def assert_products(J: Any, expected: NDArray[np.floating[Any]]) -> None:

@@ -10,10 +10,12 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from helpers import MEASURES, RTOL, normal, randomize
-from recurrences import LOOPS, MinGRU, ScanRNN, jacobians_by_hand, of_min_gru, of_scan_rnn
+from helpers import MEASURES, QUICK, RTOL, WeightedCell, assert_layer, normal, randomize
+from recurrences import LOOPS, ConvolutionSSM, MinGRU, ScanRNN, jacobians_by_hand, of_min_gru, of_scan_rnn
 
 from keras_jacmon import JacobianMeter, JacobianRegularizer, Recurrence, measure, register_recurrence
+from keras_jacmon.cell.outputs import OutputDifferences
+from keras_jacmon.model.layers import find_recurrent_layers
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -73,6 +75,58 @@ def test_each_recurrence_is_measured_as_a_cell_is() -> None:
         assert found.cell == type(layer).__name__
     methods = {choice.how.value for views in meter.choices.values() for choice in views["hidden"]}
     assert methods == {"structure"}
+
+
+@pytest.mark.parametrize("go_backwards", [False, True])
+def test_the_gradient_of_the_loss_by_the_states_is_that_of_a_loop(go_backwards: bool) -> None:  # noqa: FBT001 - a parameter of the test
+    layer = Directed(UNITS, go_backwards=go_backwards, name="loop")
+    register_recurrence(layer, of_directed)
+    model = sequential(layer, L.Dense(1))
+    model.compile("sgd", "mse")
+    targets = normal(BATCH, STEPS, 1, seed=6)
+    found = JacobianMeter(model, PROBE, targets=targets, measures="variance")()["loop"]["loss_gradient"]
+    with tf.GradientTape() as tape:
+        zeros, h, outputs = [tf.zeros((BATCH, UNITS)) for _ in range(STEPS)], tf.zeros((BATCH, UNITS)), []
+        tape.watch(zeros)
+        order = range(STEPS)[::-1] if go_backwards else range(STEPS)
+        for t in order:
+            z, c = layer.gates(PROBE[:, t])
+            h = (1 - z) * h + z * c + zeros[t]
+            outputs.append(h)
+        loss = model.compute_loss(PROBE, targets, model.layers[-1](tf.stack(outputs, axis=1)))
+    expected = [BATCH * np.linalg.norm(gradient, axis=-1) for gradient in tape.gradient(loss, zeros)]
+    np.testing.assert_allclose(found, np.stack(expected), rtol=1e-4)
+
+
+def test_half_precision_is_measured_in_single_precision() -> None:
+    def made(policy: str) -> Any:
+        layers = [MinGRU(UNITS, name="gru", dtype=policy), ConvolutionSSM(UNITS, name="ssm", dtype=policy)]
+        return measure(sequential(*layers), PROBE, measures="variance")
+
+    half, single = made("mixed_float16"), made("float32")
+    for name in ("gru", "ssm"):
+        np.testing.assert_allclose(half[name].mean("variance"), single[name].mean("variance"), rtol=1e-3)
+
+
+class NestedCell(WeightedCell):
+    """A cell of `keras.layers.RNN` whose states are nested."""
+
+    def __init__(self) -> None:
+        super().__init__(UNITS)
+        self.state_size = [UNITS, UNITS]
+
+    def get_initial_state(self, batch_size: int | None = None) -> list[Any]:
+        return [{"fast": tf.zeros((batch_size, UNITS))}, [tf.ones((batch_size, UNITS))]]
+
+    def call(self, inputs: Any, states: Any) -> tuple[Any, list[Any]]:
+        h, m = states[0]["fast"], states[1][0]
+        new = tf.tanh(self.preactivation(inputs, h) + m)
+        return new, [{"fast": new}, [0.5 * m + h]]
+
+
+def test_nested_states_of_a_cell() -> None:
+    layer = L.RNN(NestedCell(), name="rnn")
+    assert_layer(measure(sequential(layer), PROBE, measures=QUICK)["rnn"], layer, PROBE, measures=QUICK)
 
 
 # What is refused -----------------------------------------------------------------------------------------------------
@@ -154,6 +208,21 @@ def test_what_is_no_recurrence_of_the_layer_is_refused() -> None:
     }
 
 
+@pytest.mark.fast
+@pytest.mark.parametrize(
+    ("relative", "first"),
+    [
+        ([1e-7, 1e-6, 2e-5, 4e-4, 8e-3], None),
+        ([1e-7, 1e-6, 2e-5, 4e-3, 8e-2], 3),
+        ([1e-7, float("inf"), 0.0], 1),
+        ([0.1], 0),
+    ],
+)
+def test_rounding_may_grow_and_an_error_may_not_appear(relative: list[float], first: int | None) -> None:
+    said = OutputDifferences(tf.constant(relative), tf.constant(3.5e-4)).sentence()
+    assert said is None if first is None else f"is step {first}, counted from 0" in str(said)
+
+
 def test_arguments_of_the_registration_are_checked() -> None:
     with pytest.raises(ValueError, match=re.escape("Expected a class of Keras layers, or a layer. Received: layer=3")):
         register_recurrence(3, of_min_gru)
@@ -202,24 +271,29 @@ class Directed(MinGRU):
         return super().get_config() | {"units": self.units, "go_backwards": self.go_backwards}
 
 
+def of_directed(layer: Any, x: Any) -> Recurrence:
+    return dataclasses.replace(of_min_gru(layer, x), go_backwards=layer.go_backwards)
+
+
 def test_they_are_found_in_wrappers_and_nested_models_and_by_their_exact_class() -> None:
-    def of_directed(layer: Any, x: Any) -> Recurrence:
-        return dataclasses.replace(of_min_gru(layer, x), go_backwards=layer.go_backwards)
+    def names() -> set[str]:
+        return {item.name for item in find_recurrent_layers(model)}
 
     inner = keras.Sequential([keras.Input((STEPS, 2 * UNITS)), MinGRU(UNITS, name="deep")], name="inner")
     both = L.Bidirectional(Directed(UNITS, name="gru"), name="both")
     model = sequential(both, inner, Directed(UNITS, name="subclass"))
-    assert set(measure(model, PROBE, measures="variance").layers) == {"inner/deep"}
+    assert names() == {"inner/deep"}
     for layer in (both.forward_layer, both.backward_layer):
         register_recurrence(layer, of_directed)
-    report = measure(model, PROBE, measures="variance")
-    assert set(report.layers) == {"both/forward_gru", "both/backward_gru", "inner/deep"}
+    assert names() == {"both/forward_gru", "both/backward_gru", "inner/deep"}
+    report = measure(model, PROBE, measures="variance", layers=["both/forward_gru", "both/backward_gru"])
     for name, layer in (("forward", both.forward_layer), ("backward", both.backward_layer)):
         z, _ = layer.gates(PROBE)
         expected = MEASURES["variance"](tf.linalg.diag(1 - tf.transpose(z, [1, 0, 2])).numpy())
         np.testing.assert_allclose(report[f"both/{name}_gru"]["variance"], expected, rtol=1e-5)
     register_recurrence(both.forward_layer, None)
-    assert "both/forward_gru" not in measure(model, PROBE, measures="variance").layers
+    register_recurrence(MinGRU, None)
+    assert names() == {"both/backward_gru"}
 
 
 def test_a_mask_of_the_recurrence_skips_steps() -> None:
