@@ -80,7 +80,7 @@ class ExponentsLoss:
 
     def _exponents(self, call: RecurrentCall) -> tuple[tf.Tensor, CellJacobian]:
         """Returns the exponents of a call, `(k, samples)`, and the Jacobian, which must live as long as the graph."""
-        sequence, step = UnrollInputs.of(call), CellStep(call.layer.cell, call.states)
+        sequence, step = UnrollInputs.of(call), CellStep(call.cell, call.states)
         jacobian = CellJacobian(step, sequence.inputs[0], sequence.states)
         view = "joint" if len(floating_states(sequence.states)) > 1 else "hidden"
         points = PointBatch.of(unroll(step, sequence, jacobian.unroll_plan()))

@@ -100,7 +100,7 @@ class _Change:
             return None
         if name == _KERNEL:
             return cls(found[0], None)
-        place = _KEEPING_GATES.get(type(item.layer.cell))
+        place = None if item.adapter else _KEEPING_GATES.get(type(item.layer.cell))
         if place is None:
             return None
         units = item.layer.cell.units

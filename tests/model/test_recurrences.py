@@ -75,6 +75,9 @@ def test_each_recurrence_is_measured_as_a_cell_is() -> None:
         assert found.cell == type(layer).__name__
     methods = {choice.how.value for views in meter.choices.values() for choice in views["hidden"]}
     assert methods == {"structure"}
+    # A diagonal costs as much as a forward pass.
+    for name in ("min_gru", "convolution_ssm"):
+        assert [choice.why for choice in meter.choices[name]["hidden"]] == ["a diagonal"]
 
 
 @pytest.mark.parametrize("go_backwards", [False, True])
