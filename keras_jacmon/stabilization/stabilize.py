@@ -39,7 +39,7 @@ from keras_jacmon.stabilization.result import StabilizeResult
 _CHECKED_POINTS = 32
 
 # Updates between two checks, and the most of them: an update of a rescaling is a whole round.
-_ROUNDS = {"gradient": (10, 500), "rescale": (1, 20), "flossing": (10, 500)}
+_ROUNDS = {"gradient": (5, 500), "rescale": (1, 20), "flossing": (10, 500)}
 
 # The measures that each method knows, its default first.
 _MEASURES = {
@@ -138,7 +138,7 @@ def stabilize(
         layers: Names of recurrent layers, or layers. Defaults to None, all of them.
         tolerance: Float above 0. It ends when the mean of the measure over the points of each layer is within this
             distance of its target, `patience` times in a row. Defaults to 0.08.
-        patience: Integer, number of checks. A check follows 10 updates, or one rescaling. Defaults to 3.
+        patience: Integer, number of checks. A check follows 5 updates, 10 of flossing, or one rescaling. Defaults to 3.
         steps: Integer, maximum number of updates. Defaults to None, 500, or 20 rescalings.
         rows: Integer, number of (step, sample) points of a layer in an update of `"gradient"`; they change with each
             check. A check measures up to 32 points, always the same ones. Defaults to 8.

@@ -1,0 +1,124 @@
+"""What `stabilize` reaches, and in how many seconds, beside one step of a script that rebuilds the model each time.
+
+Prints Markdown tables.
+
+    python benchmarks/stabilize.py                        # every table, some ten minutes
+    python benchmarks/stabilize.py radius --only lstm     # one kind of layer
+    python benchmarks/stabilize.py flossing
+"""
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+import keras_jacmon
+from keras_jacmon.model.layers import find_recurrent_layers
+from keras_jacmon.stabilization.flossing import ExponentsLoss
+
+UNITS, STEPS, BATCH, FEATURES = 128, 30, 16, 3
+DEPTHS, TARGETS = (2, 5), (1.0, 0.5)
+# As published: units, exponents, and steps; the first tenth of the probe is left out.
+FLOSSED_UNITS, EXPONENTS, WINDOW, UPDATES = 80, 75, 61, 500
+
+Maker = Callable[[], keras.layers.RNN]
+KINDS: dict[str, Maker] = {
+    "lstm": lambda: keras.layers.LSTM(UNITS, return_sequences=True),
+    "gru": lambda: keras.layers.GRU(UNITS, return_sequences=True),
+    "relu": lambda: keras.layers.SimpleRNN(UNITS, activation="relu", return_sequences=True),
+    "sigmoid": lambda: keras.layers.SimpleRNN(UNITS, activation="sigmoid", return_sequences=True),
+}
+
+
+def stack(make: Maker, depth: int) -> tuple[keras.Model, Any]:
+    """Makes a stack of equal layers, and a probe."""
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential([keras.Input((STEPS, FEATURES)), *[make() for _ in range(depth)], keras.layers.Dense(1)])
+    return model, np.random.default_rng(0).normal(size=(BATCH, STEPS, FEATURES)).astype("float32")
+
+
+def loop_step(model: keras.Model, probe: Any, target: float) -> float:
+    """Returns the seconds of one step of a loop: each layer made anew, its joint Jacobian and radius by tapes."""
+    begin = time.perf_counter()
+    values = tf.convert_to_tensor(probe)
+    for layer in model.layers[:-1]:
+        cell = type(layer.cell).from_config(layer.cell.get_config())
+        cell.build((BATCH, values.shape[-1]))
+        cell.set_weights(layer.cell.get_weights())
+        sizes = cell.state_size if isinstance(cell.state_size, (list, tuple)) else [cell.state_size]
+        point = tf.random.normal((BATCH, sum(sizes)))
+        with tf.GradientTape() as outer:
+            with tf.GradientTape() as tape:
+                tape.watch(point)
+                _, states = cell(values[:, 0], tf.split(point, sizes, axis=1))
+                new = tf.concat(tf.nest.flatten(states), axis=1)
+            J = tape.batch_jacobian(new, point)
+            loss = tf.reduce_mean((tf.reduce_max(tf.abs(tf.linalg.eigvals(J)), axis=1) - target) ** 2)
+        outer.gradient(loss, cell.trainable_variables)
+        values = layer(values)
+    return time.perf_counter() - begin
+
+
+def radius(only: str | None) -> None:
+    """Prints the radii that are reached, for each kind of layer, depth and target."""
+    print("\n| layer | depth | target | before | after | all within 0.08 | updates | seconds | a step of the loop |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
+    for kind, make in KINDS.items():
+        for depth in DEPTHS if only in (None, kind) else ():
+            for target in TARGETS:
+                model, probe = stack(make, depth)
+                step = loop_step(model, probe, target)
+                result = keras_jacmon.stabilize(model, probe, target, verbose=0)
+                before, after = (
+                    ", ".join(f"{goal.value(report):.2f}" for goal in result.goals)
+                    for report in (result.before, result.after)
+                )
+                print(
+                    f"| {kind} | {depth} | {target} | {before} | {after} | {'yes' if result.converged else 'no'} | "
+                    f"{result.history['updates'][-1]} | {result.seconds:.0f} | {step:.2f} s |",
+                    flush=True,
+                )
+
+
+def flossing(_: str | None) -> None:
+    """Prints the mean squared exponent of a random tanh network along the updates, and the time of an update."""
+    print("\n| updates | mean squared exponent | milliseconds of an update |\n| --- | --- | --- |")
+    keras.utils.set_random_seed(0)
+    layer = keras.layers.SimpleRNN(
+        FLOSSED_UNITS,
+        kernel_initializer=keras.initializers.RandomNormal(0.0, 1.0),
+        recurrent_initializer=keras.initializers.RandomNormal(0.0, FLOSSED_UNITS**-0.5),
+        bias_initializer=keras.initializers.RandomUniform(0.0, 0.1),
+    )
+    model = keras.Sequential([keras.Input((WINDOW, 1)), layer])
+    bits = np.random.default_rng(0).integers(0, 2, size=(1, WINDOW, 1)).astype("float32")
+    layers = find_recurrent_layers(model)
+    loss = ExponentsLoss(model, tf.constant(bits), layers, count=EXPONENTS, target=0.0, seed=0)
+    optimizer, weights = keras.optimizers.Adam(1e-3), model.trainable_variables
+    times: list[float] = []
+    for update in range(UPDATES + 1):
+        begin = time.perf_counter()
+        with tf.GradientTape() as tape:
+            value = loss()
+        optimizer.apply(tape.gradient(value, [weight.value for weight in weights]), weights)
+        times.append(time.perf_counter() - begin)
+        if update % 100 == 0:
+            print(f"| {update} | {float(value):.5f} | {1e3 * np.median(times):.0f} |", flush=True)
+
+
+TABLES = {"radius": radius, "flossing": flossing}
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tables", nargs="*", choices=[*TABLES, []], default=[])
+    parser.add_argument("--only", choices=list(KINDS))
+    arguments = parser.parse_args()
+    print(f"TensorFlow {tf.__version__}, Keras {keras.__version__}, {os.cpu_count()} cores", file=sys.stderr)
+    for name in arguments.tables or TABLES:
+        TABLES[name](arguments.only)
