@@ -198,7 +198,7 @@ def without_structure() -> None:
 
 def over_time() -> None:
     """Presets and measures over time of an LSTM, by units."""
-    wanted = ("fast", "standard", "joint/flow", "joint/lyapunov")
+    wanted = ("fast", "standard", "joint/flow", "joint/lyapunov", "sensitivity")
     head(
         f"LSTM, {BATCH} samples x {STEPS} steps; multiples of a forward pass, but for itself",
         "units", "forward pass", *(f"`{name}`" for name in wanted),

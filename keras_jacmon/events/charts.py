@@ -19,6 +19,9 @@ LEAST, GREATEST = "least", "greatest"
 # Charts of a layer, beyond which there are no margins and no histograms.
 _CHARTS = 10
 
+# Measures whose number is no mean over the samples.
+_OF_ALL_SAMPLES = ("sensitivity", "relative_sensitivity", "state_norm")
+
 # A histogram takes as many bytes as ten scalars, and the Jacobian tab has the quantiles.
 _HISTOGRAMS = 2
 
@@ -69,7 +72,8 @@ def description(key: str, layer: LayerReport) -> str:
     unit = f" In {measure.unit}." if measure.unit else ""
     keeps = "" if measure.reference is None else f" A layer that keeps its gradient has {measure.reference:g}."
     spread = " The runs `min` and `max` are the least and greatest step." if key in layer.values else ""
-    return f"{key} of {layer.cell} with {layer.units} units, mean over the probe.{unit}{keeps}{spread}"
+    how = "over the probe" if key.rpartition("/")[2] in _OF_ALL_SAMPLES else "mean over the probe"
+    return f"{key} of {layer.cell} with {layer.units} units, {how}.{unit}{keeps}{spread}"
 
 
 def layout(layers: Mapping[str, Charts]) -> bytes:

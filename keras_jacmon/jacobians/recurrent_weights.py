@@ -95,6 +95,11 @@ class RecurrentWeights:
         """The number of entries of all recurrent weights."""
         return sum(int(tensor.shape.num_elements()) for tensor in self.tensors)
 
+    @property
+    def outputs(self) -> int:
+        """The number of results of the `products` at each point."""
+        return sum(int(operation.inputs[1].shape[1]) for operation in self.products)
+
     def size(self) -> tf.Tensor:
         """The root mean square of the entries, a float64 scalar."""
         squares = [tf.reduce_sum(tf.square(tf.cast(tensor, tf.float64))) for tensor in self.tensors]

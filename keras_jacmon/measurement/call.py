@@ -204,8 +204,12 @@ class _Call:
         if weights is None:
             return ()
         whole, _ = self._whole(steps, results)
+        bytes_per_point = self.measurement.bytes_per_point
         max_bytes = context.options.max_bytes // _SHARE_OF_SEQUENCES
-        return tuple(measure_sensitivity(whole, weights, plan, context, max_bytes) for plan in self.sensitivity.plans)
+        return tuple(
+            measure_sensitivity(whole, weights, plan, context, max_bytes=max_bytes, bytes_per_point=bytes_per_point)
+            for plan in self.sensitivity.plans
+        )
 
 
 def _most_steps(sequence: UnrollInputs, unroll_plan: UnrollPlan | None, max_bytes: int) -> int:

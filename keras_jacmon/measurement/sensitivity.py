@@ -31,6 +31,9 @@ _MOST_STEPS = 128
 # Of the sums: as they were, what is added, and what they become.
 _COPIES = 3
 
+# Of each derivative by a product: one number in single precision, and two in double precision.
+_BYTES_OF_FACTORS = 20
+
 # Relative error at which derivatives that were taken of all points at once count as wrong.
 _TOLERANCE = 1e-3
 
@@ -68,7 +71,9 @@ def measure_sensitivity(
     weights: RecurrentWeights,
     plan: FlowPlan,
     context: MeasureContext,
+    *,
     max_bytes: int,
+    bytes_per_point: int,
 ) -> SensitivityResults:
     """Measures the sensitivity of the last state, in the graph that is being traced.
 
@@ -77,26 +82,31 @@ def measure_sensitivity(
         weights: The recurrent weights of the cell.
         plan: The vectors at the last state.
         context: Settings of the measures.
-        max_bytes: Integer, memory for the sums.
+        max_bytes: Integer, memory for the points of a segment, and for the sums.
+        bytes_per_point: Integer, memory for one evaluation of the cell with its derivative at a point.
 
     Returns:
         The numbers of each step, the norms of the last state, and the size of the weights.
     """
-    time = measurement.sequence.inputs.shape[0]
-    most = min(measurement.most_steps, _MOST_STEPS)
-    at_once = time is not None and time <= most
-    pass_ = _Pass(replace(measurement, most_steps=most), weights, plan, context, at_once)
-    samples = known_sizes(measurement.sequence.inputs)[1]
+    sequence = measurement.sequence
+    time, samples = sequence.inputs.shape[0], known_sizes(sequence.inputs)[1]
+    points = max_bytes // (bytes_per_point + _BYTES_OF_FACTORS * plan.vectors * weights.outputs)
+    at_once = time is not None and time <= min(points, _MOST_STEPS)
+    most = time if at_once else min(measurement.most_steps, _MOST_STEPS)
+    whole = _Pass(replace(measurement, most_steps=most), weights, plan, context, at_once)
+    chunk = max_bytes // max(1, whole.bytes_of_sums)
+    if at_once:
+        # Fewer samples at a time rather than several segments, which need sums.
+        chunk = min(chunk, points // time)
     vectors = start_flow(samples, plan, context.seeds(_PURPOSE), context.dtype).vectors
-    chunk = max(1, max_bytes // pass_.bytes_per_sample) if pass_.bytes_per_sample else None
-    if chunk is None or (isinstance(samples, int) and samples <= chunk):
-        numbers, norms = pass_.of_samples(measurement.sequence, vectors)
+    if isinstance(samples, int) and samples <= chunk:
+        numbers, norms = whole.of_samples(sequence, vectors)
     else:
-        numbers, norms = _in_chunks(pass_, measurement.sequence, vectors, chunk)
+        numbers, norms = _in_chunks(whole, sequence, vectors, max(1, chunk))
     return SensitivityResults(numbers, norms, weights.size())
 
 
-def _in_chunks(pass_: "_Pass", sequence: UnrollInputs, vectors: tf.Tensor, chunk: int) -> tuple[tf.Tensor, tf.Tensor]:
+def _in_chunks(whole: "_Pass", sequence: UnrollInputs, vectors: tf.Tensor, chunk: int) -> tuple[tf.Tensor, tf.Tensor]:
     """Measures some samples after others."""
     samples = tf.shape(sequence.inputs)[1]
     count = -(-samples // chunk)
@@ -105,7 +115,7 @@ def _in_chunks(pass_: "_Pass", sequence: UnrollInputs, vectors: tf.Tensor, chunk
         here = slice(index * chunk, tf.minimum((index + 1) * chunk, samples))
         mask = None if sequence.mask is None else sequence.mask[:, here]
         part = UnrollInputs(sequence.inputs[:, here], tuple(state[here] for state in sequence.states), mask)
-        numbers, norms = pass_.of_samples(part, vectors[here])
+        numbers, norms = whole.of_samples(part, vectors[here])
         found = (tf.transpose(numbers, [2, 0, 1]), norms)
         return index + 1, [array.write(index, value) for array, value in zip(arrays, found, strict=True)]
 
@@ -137,7 +147,7 @@ class _Pass:
     at_once: bool
 
     @property
-    def bytes_per_sample(self) -> int:
+    def bytes_of_sums(self) -> int:
         """The memory for the sums of a sample; 0 if none are kept."""
         kept = sum(map(_entries, self._shapes))
         return _COPIES * tf.float64.size * self.plan.vectors * kept

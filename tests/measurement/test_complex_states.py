@@ -44,11 +44,12 @@ class ModulusRNN(keras.layers.Layer):
         return output
 
 
-def step_in_float64(layer: ModulusRNN) -> Callable[[NDArray[np.float64], NDArray[np.float64]], NDArray[np.float64]]:
-    """One step of real and imaginary parts side by side, `(samples, 2 units)`."""
-    B, A = (
-        (weight[0] + 1j * weight[1]).astype(np.complex128) for weight in map(np.asarray, (layer.into, layer.kernel))
-    )
+def step_in_float64(
+    layer: ModulusRNN, kernel: NDArray[np.float64] | None = None
+) -> Callable[[NDArray[np.float64], NDArray[np.float64]], NDArray[np.float64]]:
+    """One step of real and imaginary parts side by side, `(samples, 2 units)`; with another kernel if it is given."""
+    weights = map(np.asarray, (layer.into, layer.kernel if kernel is None else kernel))
+    B, A = ((weight[0] + 1j * weight[1]).astype(np.complex128) for weight in weights)
 
     def step(x: NDArray[np.float64], s: NDArray[np.float64]) -> NDArray[np.float64]:
         h = s[:, :UNITS] + 1j * s[:, UNITS:]
@@ -72,6 +73,23 @@ def jacobians_in_float64(layer: ModulusRNN) -> NDArray[np.float64]:
     return np.stack(found)
 
 
+def sensitivity_in_float64(layer: ModulusRNN) -> NDArray[np.float64]:
+    """The norms of the derivative of the last state by the kernel, `(samples,)`, by central differences."""
+    kernel, squares = np.asarray(layer.kernel), np.zeros(BATCH)
+    for place in np.ndindex(kernel.shape):
+        last = []
+        for sign in (1, -1):
+            changed = kernel.astype(np.float64)
+            changed[place] += sign * 1e-6
+            step = step_in_float64(layer, changed)
+            s = np.concatenate([np.ones((BATCH, UNITS)), 0.5 * np.ones((BATCH, UNITS))], axis=1)
+            for t in range(STEPS):
+                s = step(PROBE[:, t].astype(np.float64), s)
+            last.append(s)
+        squares += np.sum(((last[0] - last[1]) / 2e-6) ** 2, axis=1)
+    return np.sqrt(squares)
+
+
 def test_complex_states_have_the_values_of_a_loop_in_float64() -> None:
     layer = ModulusRNN(name="modulus")
     register_recurrence(layer, lambda layer, x: Recurrence(x, layer.initial(x), layer.step))
@@ -80,8 +98,11 @@ def test_complex_states_have_the_values_of_a_loop_in_float64() -> None:
     model = keras.Sequential([keras.Input((STEPS, FEATURES)), layer, real])
     randomize(model)
     names = ["variance", "rms_singular_value", "spectral_norm", "spectral_radius", "flow", "lyapunov"]
-    meter = JacobianMeter(model, PROBE, measures=names, exact_flow=True, exponents=2 * UNITS, warmup=0, tolerance=1e-4)
+    exact = {"exact_flow": True, "exponents": 2 * UNITS, "warmup": 0, "tolerance": 1e-4, "flow_vectors": 2 * UNITS}
+    meter = JacobianMeter(model, PROBE, measures=[*names, "sensitivity"], **exact)
     report = meter()["modulus"]
+    assert report.methods["sensitivity"] == "exact, by `kernel`"
+    np.testing.assert_allclose(report["sensitivity"][-1], sensitivity_in_float64(layer), rtol=1e-4)
     assert report.units == 2 * UNITS
     assert {choice.how.value for choice in meter.choices["modulus"]["hidden"]} == {"structure"}
     J = jacobians_in_float64(layer)
