@@ -47,7 +47,7 @@ def dependencies(cell: Any) -> Dependencies:
 
 
 @pytest.mark.fast
-@pytest.mark.filterwarnings("ignore:.build\\(\\). was called on layer 'seed_cell'")
+@pytest.mark.filterwarnings("ignore:.build\\(\\). was called on layer 'seed_cell")
 @pytest.mark.parametrize(
     ("cell", "outputs", "carried"),
     [
