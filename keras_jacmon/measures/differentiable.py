@@ -144,8 +144,7 @@ def _leading_row(rows: tf.Tensor) -> tf.Tensor:
     return tf.gather(power, column, axis=1, batch_dims=1)
 
 
-# By the names of the registry. Measures over time, such as the flow and the Lyapunov exponents, are functions of whole
-# trajectories and not of points: they belong in a table of their own, of functions of `Steps`.
+# By the names of the registry. Measures of whole trajectories are in `differentiable_over_time`.
 DIFFERENTIABLE: dict[str, Callable[[tf.linalg.LinearOperator, Directions], tf.Tensor]] = {
     "variance": variance,
     "rms_singular_value": rms_singular_value,

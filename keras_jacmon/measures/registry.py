@@ -224,6 +224,7 @@ MEASURES = {
             cost="standard",
             method=_backwards,
             uncertainty="standard error",
+            differentiable=True,
         ),
         Measure(
             "flow_of_all",
@@ -248,6 +249,7 @@ MEASURES = {
             reading="how fast a gradient grows (> 0) or falls (< 0)",
             cost="standard",
             method=_backwards,
+            differentiable=True,
         ),
         Measure(
             "horizon",
@@ -270,6 +272,7 @@ MEASURES = {
             reading="how fast nearby states part (> 0, chaos) or meet (< 0, forgetting), in the leading directions",
             cost="full",
             method=_qr,
+            differentiable=True,
         ),
         Measure(
             "kaplan_yorke",

@@ -15,6 +15,7 @@ from keras_jacmon.model.guard import foreign_variables, put_back, shielded
 from keras_jacmon.regularization.loss_terms import SCOPE
 from keras_jacmon.regularization.penalty_config import PenaltyConfig
 from keras_jacmon.regularization.point_penalty import Moment, NewPoints, PenaltyPoints, PointPenalty
+from keras_jacmon.regularization.sequence_penalty import SequencePenalty
 from keras_jacmon.traced_graph import Traced, trace
 
 if TYPE_CHECKING:
@@ -142,10 +143,11 @@ class CompiledPenalty:
         specs = tf.nest.map_structure(_spec_of, (found.points, found.leading))
         return found, _Refresh(PointSpecs(*specs), jacobian)
 
-    def _penalty(self, weights: list[tf.Tensor]) -> PointPenalty:
+    def _penalty(self, weights: list[tf.Tensor]) -> PointPenalty | SequencePenalty:
         given = list(zip(self._call.kind.weights, weights, strict=True))
         step = CellStep(self._call.cell, self._call.states, given)
-        return PointPenalty(step, self._config, self._view, self._assumptions)
+        kind = SequencePenalty if self._config.is_over_time else PointPenalty
+        return kind(step, self._config, self._view, self._assumptions)
 
 
 class CompiledPenalties:

@@ -51,6 +51,13 @@ class RegularizedModel:
         check_model(model)
         check_distribution(model)
         check_outside_of_scopes()
+        if config.is_over_time and getattr(model, "compiled", False) and model.jit_compile and not model.run_eagerly:
+            raise invalid_argument(
+                "measure",
+                "a measure of single steps, or a model compiled with `jit_compile=False`, since XLA cannot "
+                "differentiate a measure of whole trajectories",
+                f"measure={config.measure} for the model `{model.name}`",
+            )
         build(model, probe)
         found = select_layers(find_recurrent_layers(model), layers)
         carriers = _trained_weights(model, found)
@@ -142,7 +149,7 @@ class RegularizedModel:
 
     def _choose_strength(self) -> None:
         self._auto = self._auto or self._auto_strength()
-        scale = 1.0 if self._config.scale == "log" else self._penalty.typical_target
+        scale = 1.0 if self._config.scale == "log" else abs(self._penalty.typical_target)
         chosen = self._auto(scale) if self._penalty.calls else None
         if chosen is not None:
             self._strength.choose(chosen)

@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 from keras_jacmon.errors import check_whole, invalid_argument
 from keras_jacmon.measures.differentiable import DIFFERENTIABLE
+from keras_jacmon.measures.differentiable_over_time import DIFFERENTIABLE_OVER_TIME
 from keras_jacmon.measures.registry import MEASURES
 from keras_jacmon.options import LARGEST_SEED, VIEWS
 
@@ -48,14 +49,21 @@ class PenaltyConfig:
         """
         return {"hidden": "", "joint": joint}.get(self.view, f"{self.view}/") + self.measure
 
+    @property
+    def is_over_time(self) -> bool:
+        """Boolean, True if the measure is one of whole trajectories."""
+        return self.measure in DIFFERENTIABLE_OVER_TIME
+
     def __post_init__(self) -> None:
-        if self.measure not in DIFFERENTIABLE:
-            expected = f"a measure with one value for each step and sample and a derivative: {list(DIFFERENTIABLE)}"
+        held = [*DIFFERENTIABLE, *DIFFERENTIABLE_OVER_TIME]
+        if self.measure not in held:
+            expected = f"a measure with a derivative: {held}"
             known = f"{self.measure!r}, which is none of them" if self.measure in MEASURES else repr(self.measure)
             raise invalid_argument("measure", expected, f"measure={known}")
         choices: tuple[tuple[str, Any, tuple[Any, ...]], ...] = (
-            ("view", self.view, VIEWS),
-            ("scale", self.scale, ("linear", "log")),
+            ("view", self.view, ("hidden", "joint") if self.is_over_time else VIEWS),
+            # A flow, a growth and an exponent are logarithms.
+            ("scale", self.scale, ("linear",) if self.is_over_time else ("linear", "log")),
             ("side", self.side, ("both", "at_most", "at_least")),
             ("states", self.states, ("cached", "fresh")),
             ("through_states", self.through_states, (True, False)),

@@ -248,8 +248,7 @@ class _Distances:
             lambda: self._mean_where(points, leading, finite),
             lambda: tf.zeros([], points.inputs.dtype),
         )
-        # Of the type of Keras' own losses, but not of half precision.
-        return tf.cast(total, tf.float64 if keras.config.floatx() == "float64" else tf.float32)
+        return of_loss_type(total)
 
     def _mean_where(self, points: PointBatch, leading: tf.Tensor | None, finite: tf.Tensor) -> tf.Tensor:
         # A point that is not finite would make the whole gradient NaN, even with a weight of zero.
@@ -264,6 +263,11 @@ class _Distances:
         distances = self(PointBatch(mended(points.inputs), tuple(map(mended, points.states))), leading)
         shares = tf.cast(finite, distances.dtype)
         return tf.reduce_sum(shares * distances) / tf.maximum(tf.reduce_sum(shares), 1)
+
+
+def of_loss_type(value: tf.Tensor) -> tf.Tensor:
+    """Returns a value in the type of Keras' own losses, but not in half precision."""
+    return tf.cast(value, tf.float64 if keras.config.floatx() == "float64" else tf.float32)
 
 
 def squared_distance(draws: tf.Tensor, target: tf.Tensor, config: PenaltyConfig) -> tf.Tensor:

@@ -41,8 +41,10 @@ class JacobianRegularizer:
             targets. As the measure comes nearer to its target than it has been, this share falls in proportion. The
             factor is in `logs` as `jac_strength`. It needs the targets of the probe and a compiled model. Defaults to
             `"auto"`.
-        measure: String, `"variance"`, `"rms_singular_value"`, `"spectral_norm"` or `"spectral_radius"`. XLA cannot
-            compile the last one. Defaults to `"variance"`.
+        measure: String, `"variance"`, `"rms_singular_value"`, `"spectral_norm"` or `"spectral_radius"`, which XLA
+            cannot compile; or a measure of whole trajectories: `"flow"` over all steps, `"growth"` or `"lyapunov"`, the
+            8 largest exponents, for models compiled with `jit_compile=False`. The targets of these may be negative.
+            Defaults to `"variance"`.
         view: String, `"hidden"`, `"joint"` or `"inputs"`. For a cell with one state, the joint view is the hidden one.
             Defaults to `"hidden"`.
         scale: String, `"linear"`, or `"log"` for `(log(measure) - log(target))²`, which pulls more gently at values
@@ -58,7 +60,7 @@ class JacobianRegularizer:
         refresh: Integer, the number of batches after which other points are taken. Defaults to 50.
         rows: Integer, the maximum number of (step, sample) points of a call, the same number of samples at each step;
             the samples rotate from refresh to refresh. If a sequence has more steps than this, the steps rotate too.
-            Defaults to 128.
+            A measure of whole trajectories takes those of `rows // steps` samples, at least one. Defaults to 128.
         vectors: Integer, the number of random vectors that multiply a block of J without structure (see `explain`) that
             has more rows than this; other vectors at each batch. On a linear scale and with both sides, the gradient
             of the penalty on the variance is unbiased. For the RMS singular value, the logarithm and one side, its
@@ -103,6 +105,8 @@ class JacobianRegularizer:
         if not by_layer:
             raise invalid_argument("target", "a target for at least one layer", f"target={target}")
         least = math.ulp(0.0) if scale == "log" else 0.0
+        if self._config.is_over_time:
+            least = -math.inf
         self._targets = {layer: ScheduledNumber("target", value, least) for layer, value in by_layer.items()}
 
     @property

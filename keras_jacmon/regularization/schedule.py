@@ -78,7 +78,9 @@ class ScheduledNumber:
         except (TypeError, ValueError):
             number = math.nan
         if isinstance(value, bool) or not (math.isfinite(number) and number >= self._least):
-            expected = "a positive number, since it has a logarithm" if self._least else "a number of at least 0"
+            expected = {0.0: "a number of at least 0", -math.inf: "a finite number"}.get(
+                self._least, "a positive number, since it has a logarithm"
+            )
             expected += ", or 'auto'" if self._allows_auto else ""
             raise invalid_argument(self._name, expected, f"{self._name}={value}")
         return number

@@ -14,6 +14,7 @@ from keras_jacmon import JacobianRegularizer, Report, measure
 from keras_jacmon.measures import eigen
 from keras_jacmon.measures.context import MeasureContext
 from keras_jacmon.measures.differentiable import DIFFERENTIABLE
+from keras_jacmon.measures.differentiable_over_time import DIFFERENTIABLE_OVER_TIME
 from keras_jacmon.measures.kinds import Spectrum
 from keras_jacmon.measures.registry import MEASURES, PRESETS
 from keras_jacmon.options import Options
@@ -34,9 +35,10 @@ def test_presets_nest() -> None:
 
 
 def test_what_can_be_held_is_what_has_a_derivative() -> None:
-    assert {name for name, measure in MEASURES.items() if measure.differentiable} == set(DIFFERENTIABLE)
+    held = {*DIFFERENTIABLE, *DIFFERENTIABLE_OVER_TIME}
+    assert {name for name, measure in MEASURES.items() if measure.differentiable} == held
     for name in MEASURES:
-        if name in DIFFERENTIABLE:
+        if name in held:
             JacobianRegularizer(measure=name)
         else:
             with pytest.raises(ValueError, match=r"variance.*rms_singular_value.*spectral_norm"):
