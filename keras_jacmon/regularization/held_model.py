@@ -51,11 +51,10 @@ class RegularizedModel:
         check_model(model)
         check_distribution(model)
         check_outside_of_scopes()
-        if config.is_over_time and getattr(model, "compiled", False) and model.jit_compile and not model.run_eagerly:
+        if not config.suits_xla and getattr(model, "compiled", False) and model.jit_compile and not model.run_eagerly:
             raise invalid_argument(
                 "measure",
-                "a measure of single steps, or a model compiled with `jit_compile=False`, since XLA cannot "
-                "differentiate a measure of whole trajectories",
+                "a measure that XLA can differentiate, or a model compiled with `jit_compile=False`",
                 f"measure={config.measure} for the model `{model.name}`",
             )
         build(model, probe)

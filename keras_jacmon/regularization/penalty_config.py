@@ -54,6 +54,11 @@ class PenaltyConfig:
         """Boolean, True if the measure is one of whole trajectories."""
         return self.measure in DIFFERENTIABLE_OVER_TIME
 
+    @property
+    def suits_xla(self) -> bool:
+        """Boolean, True if XLA can compile the measure and its gradient."""
+        return not self.is_over_time and self.measure != "spectral_radius"
+
     def __post_init__(self) -> None:
         held = [*DIFFERENTIABLE, *DIFFERENTIABLE_OVER_TIME]
         if self.measure not in held:

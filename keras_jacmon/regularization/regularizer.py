@@ -41,10 +41,10 @@ class JacobianRegularizer:
             targets. As the measure comes nearer to its target than it has been, this share falls in proportion. The
             factor is in `logs` as `jac_strength`. It needs the targets of the probe and a compiled model. Defaults to
             `"auto"`.
-        measure: String, `"variance"`, `"rms_singular_value"`, `"spectral_norm"` or `"spectral_radius"`, which XLA
-            cannot compile; or a measure of whole trajectories: `"flow"` over all steps, `"growth"` or `"lyapunov"`, the
-            8 largest exponents, for models compiled with `jit_compile=False`. The targets of these may be negative.
-            Defaults to `"variance"`.
+        measure: String, `"variance"`, `"rms_singular_value"`, `"spectral_norm"` or `"spectral_radius"`; or a
+            measure of whole trajectories, whose target may be negative: `"flow"` over all steps, `"growth"` or
+            `"lyapunov"`, the 8 largest exponents. XLA cannot compile the radius and the measures of trajectories: give
+            `jit_compile=False` to `compile`. Defaults to `"variance"`.
         view: String, `"hidden"`, `"joint"` or `"inputs"`. For a cell with one state, the joint view is the hidden one.
             Defaults to `"hidden"`.
         scale: String, `"linear"`, or `"log"` for `(log(measure) - log(target))²`, which pulls more gently at values

@@ -89,7 +89,8 @@ def test_trajectories_that_overflow_have_no_penalty_and_no_gradient() -> None:
 
 
 @pytest.mark.fast
-def test_xla_is_refused_before_the_training() -> None:
+@pytest.mark.parametrize("name", ["growth", "spectral_radius"])
+def test_xla_is_refused_before_the_training(name: str) -> None:
     model = compiled(jit_compile=True)
     with pytest.raises(ValueError, match="a model compiled with `jit_compile=False`"):
-        JacobianRegularizer(0.0, 1.0, measure="growth").prepare(model, PROBE)
+        JacobianRegularizer(0.0, 1.0, measure=name).prepare(model, PROBE)
