@@ -1,5 +1,6 @@
 """Operators for the views of a cell's Jacobian, by a plan that gives each block its method."""
 
+import contextlib
 import enum
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -143,6 +144,8 @@ class CellJacobian:
         whole = assumptions.structure and assumptions.independent
         self._form = registered_form(step.cell) if whole else None
         self._structure: Structure | None = None
+        # Kept, since a graph must live as long as its copies.
+        self._unstructured: CellGraph | None = None
         self._reason = "its certificate failed"
         if not assumptions.independent:
             self._reason = "its samples are not independent of each other"
@@ -158,10 +161,14 @@ class CellJacobian:
             self._weights_only = weights_only_values(self._structure)
             self._kernels = kernels_of(self._structure, self._weights_only, states[floating_states(states)[0]].dtype)
 
-    @property
     def graph(self) -> CellGraph | None:
-        """The graph of the cell's step; None if it is not understood."""
-        return None if self._structure is None else self._structure.graph
+        """The graph of the cell's step, also where its structure is not relied on; None if it cannot be traced."""
+        if self._structure is not None:
+            return self._structure.graph
+        if self._unstructured is None:
+            with contextlib.suppress(NotImplementedError):
+                self._unstructured = CellGraph(self.step, self._example.inputs, self._example.states)
+        return self._unstructured
 
     def unroll_plan(self) -> UnrollPlan | None:
         """A plan for unrolling the cell at a lower cost; None if nothing is known of its graph."""

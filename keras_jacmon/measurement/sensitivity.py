@@ -51,7 +51,7 @@ def plan_sensitivity(
     """
     if not jacobian.assumptions.independent:
         return PlannedSensitivity(None, "its samples are not independent of each other")
-    weights = RecurrentWeights.of(jacobian.step, jacobian.graph)
+    weights = RecurrentWeights.of(jacobian.step, jacobian.graph())
     if not weights.step.weights:
         return PlannedSensitivity(None, "the cell has no weights of Keras that could be read")
     if weights.has_branch:

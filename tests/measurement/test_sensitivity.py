@@ -9,8 +9,12 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from helpers import BATCH, BY_ID, FEATURES, WeightedCell, build, normal
+from sequences import in_graph
 
 from keras_jacmon import JacobianMeter, Report, measure
+from keras_jacmon.cell.step import CellStep
+from keras_jacmon.jacobians.cell_jacobian import Assumptions, CellJacobian
+from keras_jacmon.jacobians.recurrent_weights import RecurrentWeights
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -228,3 +232,18 @@ def test_where_it_cannot_be_measured_a_note_says_why(case_id: str, reason: str) 
         found = measure(model, PROBE, measures=["variance", "sensitivity"])["rnn"]
     assert list(found) == ["variance"]
     assert found.notes[-1] == f"the sensitivity is left out: {reason}"
+
+
+@pytest.mark.fast
+def test_the_recurrent_weights_are_the_same_without_trust_in_the_structure() -> None:
+    cell = L.GRUCell(3)
+    cell.build((None, FEATURES))
+
+    def found(*, structure: bool) -> tf.Tensor:
+        x, states = tf.zeros((BATCH, FEATURES)), [tf.zeros((BATCH, 3))]
+        jacobian = CellJacobian(CellStep(cell, states), x, states, Assumptions(structure=structure))
+        weights = RecurrentWeights.of(jacobian.step, jacobian.graph())
+        assert weights.names == ("recurrent_kernel",)
+        return tf.constant(len(weights.products))
+
+    assert in_graph(lambda: [found(structure=True), found(structure=False)]) == [1, 1]
