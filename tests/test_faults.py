@@ -273,14 +273,6 @@ def test_nan_is_logged_as_nan_and_named() -> None:
     assert steps_of(monitor) == [0, 8]
 
 
-def test_nan_warns_once() -> None:
-    model = compiled()
-    model.set_weights([np.full_like(weight, np.nan) for weight in model.get_weights()])
-    with pytest.warns(UserWarning, match="Layer `rnn` has NaN") as caught:
-        fit(model, monitor_of())
-    assert len(user_warnings(caught)) == 1
-
-
 def test_infinite_values_do_not_raise_even_if_errors_do() -> None:
     model = compiled()
     model.set_weights([np.full_like(weight, np.inf) for weight in model.get_weights()])
