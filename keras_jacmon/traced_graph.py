@@ -357,6 +357,19 @@ def _rule_of(operation: tf.Operation) -> Any:
     return _with_dense_kernel if _transposes(operation, "SparseTensorDenseMatMul") else None
 
 
+def function_graph(graph: Any, name: str) -> Any:
+    """Returns the graph of a function that an operation calls.
+
+    Args:
+        graph: Graph that the operation stands in. A branch that is differentiated twice is known to a graph around it
+            alone.
+        name: String, the name of the function.
+    """
+    while (function := graph._get_function(name)) is None:  # noqa: SLF001 - there is no other way
+        graph = graph.outer_graph
+    return function.graph
+
+
 def _without_call(
     graph: Any, call: tf.Operation, known: Mapping[str, tf.Tensor]
 ) -> tuple[list[tf.Tensor], list[CustomGradient]]:
@@ -370,7 +383,7 @@ def _without_call(
     Returns:
         As for `_laid_out`, the counterparts of the call's outputs.
     """
-    body = graph._get_function(call.get_attr("f").name).graph  # noqa: SLF001 - there is no other way
+    body = function_graph(graph, call.get_attr("f").name)
     results, gradients = _laid_out(body, *(known[tensor.name] for tensor in call.inputs))
     # A function that was differentiated has more outputs, those that its derivative takes.
     return results[: len(call.outputs)], gradients

@@ -8,7 +8,7 @@ import tensorflow as tf
 
 from keras_jacmon.cell.step import CellStep
 from keras_jacmon.jacobians.views import floating_states, size
-from keras_jacmon.traced_graph import CALLS, trace
+from keras_jacmon.traced_graph import CALLS, function_graph, trace
 
 # Operations that call Python.
 _PYTHON = frozenset({"EagerPyFunc", "PyFunc", "PyFuncStateless"})
@@ -146,7 +146,7 @@ def _ancestors(operations: Sequence[tf.Operation], results: Sequence[tf.Tensor])
 def _bodies(operation: tf.Operation) -> list[Any]:
     """The graphs of the functions that an operation calls: a branch, a loop or a `tf.function`."""
     names = [attribute.name for attribute in operation.op_def.attr if attribute.type == "func"]
-    return [operation.graph._get_function(operation.get_attr(name).name).graph for name in names]  # noqa: SLF001 - there is no other way
+    return [function_graph(operation.graph, operation.get_attr(name).name) for name in names]
 
 
 def _side_effect(step: CellStep, operations: Sequence[tf.Operation], new: Sequence[tf.Tensor]) -> str | None:

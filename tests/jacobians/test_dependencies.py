@@ -69,3 +69,18 @@ def test_the_states_of_the_output_and_those_that_it_never_feels(
 ) -> None:
     found = dependencies(cell)
     assert (found.outputs, found.carried) == (outputs, carried)
+
+
+class BranchingCell(keras.layers.SimpleRNNCell):
+    """A step that is doubled where all states together are positive."""
+
+    def call(self, inputs: Any, states: Any, training: Any = None) -> tuple[Any, list[Any]]:
+        new_h, _ = super().call(inputs, states, training)
+        new_h = tf.cond(tf.reduce_sum(new_h) > 0, lambda: new_h, lambda: 2.0 * new_h)
+        return new_h, [new_h]
+
+
+@pytest.mark.fast
+def test_a_branch_may_be_differentiated_twice() -> None:
+    """The derivative of a branch stands in a graph of its own, which does not know the functions that it calls."""
+    assert dependencies(BranchingCell(3)).depends == ((True,),)
