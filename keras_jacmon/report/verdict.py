@@ -290,8 +290,8 @@ def _held_gain(inputs: Mapping[str, float], growth: float) -> str:
         return ""
     return (
         f'train with `JacobianRegularizer({gain * math.exp(-growth):.3g}, measure="rms_singular_value", view="joint")` '
-        f"in a monitor that has the probe's `targets`: that is {gain:.3g} now (geometric mean) while the flow has a gain "
-        f"of {math.exp(growth):.3g} in a step, and {math.exp(-growth):.3g} times as much would make that 1"
+        f"in a monitor that has the probe's `targets`: that is {gain:.3g} now (geometric mean) while the flow has a "
+        f"gain of {math.exp(growth):.3g} in a step, and {math.exp(-growth):.3g} times as much would make that 1"
     )
 
 
