@@ -129,7 +129,9 @@ class LossTerms:
             self.is_used = self.is_used or (self._model in _SWAPPED and _SWAPPED[self._model].is_training)
             if not (self._is_broken or self._is_left_out):
                 try:
-                    return term()
+                    # Not before the batch is there: a failure on the way would end the data of the epoch.
+                    with tf.control_dependencies(_sources_of_data()):
+                        return term()
                 except Exception as error:  # noqa: BLE001 - whatever it is, the training goes on
                     self.give_up(error)
             return tf.zeros([])
@@ -154,6 +156,14 @@ class LossTerms:
     def in_earlier_fit(self) -> bool:
         """True if they were attached for the time of a `fit` that is not the present one."""
         return self.in_fit and getattr(self._model, "history", None) is not self._history
+
+
+def _sources_of_data() -> list[tf.Operation]:
+    """Returns the operations of the present graph that bring the batch and other arguments; none outside of one."""
+    if tf.executing_eagerly():
+        return []
+    operations = tf.compat.v1.get_default_graph().get_operations()
+    return [operation for operation in operations if operation.type in ("IteratorGetNext", "Placeholder")]
 
 
 class _SwappedFunctions:
