@@ -330,7 +330,8 @@ class TinyMamba(keras.layers.Dense):
 
 
 def test_layers_that_look_recurrent_are_named_where_none_is_measured() -> None:
-    loops = [ScanRNN(UNITS, name="scan"), L.Reshape((1, UNITS)), Frozen(name="frozen"), TinyMamba(2, name="m")]
+    frozen = Frozen(name="frozen")
+    loops = [ScanRNN(UNITS, name="scan"), L.Reshape((1, UNITS)), frozen, TinyMamba(2, name="m")]
     model = sequential(*loops)
     register_recurrence(ScanRNN, None)
     with pytest.raises(ValueError, match="look recurrent") as caught:
@@ -338,8 +339,8 @@ def test_layers_that_look_recurrent_are_named_where_none_is_measured() -> None:
     _, _, hint = str(caught.value).partition("'TinyMamba']. ")
     assert hint == (
         "These layers look recurrent: `scan` (ScanRNN, since its code uses `scan`); `frozen` (Frozen, since it holds "
-        "the cell `gru_cell`); `m` (TinyMamba, since its name says so). Register the recurrence of a layer to have it "
-        "measured:\n\n"
+        f"the cell `{frozen.inner.name}`); `m` (TinyMamba, since its name says so). Register the recurrence of a layer to "
+        "have it measured:\n\n"
         "    def recurrence(layer, x):  # step(inputs_t, states) -> (output_t, new_states)\n"
         "        return keras_jacmon.Recurrence(inputs=x, states=[initial_state], step=step)\n"
         "    keras_jacmon.register_recurrence(ScanRNN, recurrence)\n"
