@@ -339,8 +339,8 @@ def test_layers_that_look_recurrent_are_named_where_none_is_measured() -> None:
     _, _, hint = str(caught.value).partition("'TinyMamba']. ")
     assert hint == (
         "These layers look recurrent: `scan` (ScanRNN, since its code uses `scan`); `frozen` (Frozen, since it holds "
-        f"the cell `{frozen.inner.name}`); `m` (TinyMamba, since its name says so). Register the recurrence of a layer to "
-        "have it measured:\n\n"
+        f"the cell `{frozen.inner.name}`); `m` (TinyMamba, since its name says so). Register the recurrence of a layer "
+        "to have it measured:\n\n"
         "    def recurrence(layer, x):  # step(inputs_t, states) -> (output_t, new_states)\n"
         "        return keras_jacmon.Recurrence(inputs=x, states=[initial_state], step=step)\n"
         "    keras_jacmon.register_recurrence(ScanRNN, recurrence)\n"
