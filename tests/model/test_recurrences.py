@@ -10,15 +10,19 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from event_files import read_summaries
 from helpers import MEASURES, QUICK, RTOL, WeightedCell, assert_layer, normal, randomize
 from recurrences import LOOPS, ConvolutionSSM, MinGRU, ScanRNN, jacobians_by_hand, of_min_gru, of_scan_rnn
 
-from keras_jacmon import JacobianMeter, JacobianRegularizer, Recurrence, measure, register_recurrence
+from keras_jacmon import JacobianMeter, JacobianRegularizer, Recurrence, explain, measure, register_recurrence
 from keras_jacmon.cell.outputs import OutputDifferences
+from keras_jacmon.dashboard.metadata import TAG
+from keras_jacmon.events.writer import EventWriter
 from keras_jacmon.model.layers import find_recurrent_layers
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
 L = keras.layers
 BATCH, STEPS, FEATURES, UNITS = 3, 5, 2, 3
@@ -345,6 +349,21 @@ def test_layers_that_look_recurrent_are_named_where_none_is_measured() -> None:
         "        return keras_jacmon.Recurrence(inputs=x, states=[initial_state], step=step)\n"
         "    keras_jacmon.register_recurrence(ScanRNN, recurrence)\n"
     )
+
+
+def test_its_report_goes_where_that_of_a_cell_goes(tmp_path: Path) -> None:
+    model = sequential(MinGRU(UNITS, name="gru"))
+    report = measure(model, PROBE, measures=["variance", "flow", "growth"])
+    writer = EventWriter(tmp_path / "logs")
+    writer.write(report, 0)
+    writer.close()
+    tags = {summary.tag for summary in read_summaries(tmp_path / "logs")}
+    assert {"gru/variance", "gru/growth"} <= tags
+    assert any(tag.startswith("gru/") and tag.endswith(TAG) for tag in tags)
+    report.to_html(tmp_path / "page.html")
+    assert "MinGRU" in (tmp_path / "page.html").read_text("utf-8")
+    assert report.verdict["gru"].growth == pytest.approx(report["gru"].scalars()["growth"])
+    assert "a diagonal" in str(explain(model, PROBE))
 
 
 # In a training -------------------------------------------------------------------------------------------------------
