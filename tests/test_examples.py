@@ -39,7 +39,7 @@ def test_every_example_is_tested() -> None:
         "min_gru.py",
         "quickstart.py",
         "recall.py",
-        "seed_check.py",
+        "reproduce_seed.py",
     }
 
 
@@ -84,9 +84,9 @@ def test_the_notebook(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 # Its numbers are also those of `test_simple_rnn_of_64_units` in `measurement/test_ground_truths.py`.
 @pytest.mark.soak
-def test_seed_check(tmp_path: Path) -> None:
-    printed = run("seed_check.py", tmp_path)
-    assert [line.split()[0] for line in printed.splitlines() if " mean " in line] == ["relu", "linear"]
+def test_reproduce_seed(tmp_path: Path) -> None:
+    printed = run("reproduce_seed.py", tmp_path, "--fast")
+    assert [line.split()[1] for line in printed.splitlines() if "±" in line] == ["relu", "linear"]
 
 
 ONE_SEED = ["--seeds", "1"]
