@@ -18,12 +18,14 @@ if TYPE_CHECKING:
     from keras_jacmon.report.layer_report import LayerReport
     from keras_jacmon.report.report import Report
     from keras_jacmon.stabilization.chrono import chrono_biases
+    from keras_jacmon.stabilization.episodes import FlossingEpisodes
     from keras_jacmon.stabilization.stabilize import stabilize
     from keras_jacmon.stabilization.suggest import suggest
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "FlossingEpisodes",
     "JacobianMeter",
     "JacobianMonitor",
     "JacobianRegularizer",
@@ -41,6 +43,7 @@ __all__ = [
 ]
 
 _HOME = {
+    "FlossingEpisodes": "keras_jacmon.stabilization.episodes",
     "JacobianMeter": "keras_jacmon.meter",
     "JacobianMonitor": "keras_jacmon.monitor",
     "JacobianRegularizer": "keras_jacmon.regularization.regularizer",
