@@ -161,7 +161,7 @@ class OwnLoss(OwnStep):
         return tf.reduce_mean((y - y_pred) ** 2)
 
 
-@pytest.mark.parametrize("kind", [OwnStep, OwnLoss])
+@pytest.mark.parametrize("kind", [OwnStep, pytest.param(OwnLoss, marks=pytest.mark.soak)])
 def test_a_training_that_never_reads_the_losses_is_warned_of(kind: Any) -> None:
     model = kind(reads=False)
     model.compile("sgd", "mse")

@@ -35,6 +35,7 @@ from helpers import (
     reference_jacobians,
     reference_values,
     sequential,
+    soak_but,
     variance,
 )
 from watched_points import WatchedCell, watched_points
@@ -61,7 +62,8 @@ WITH_SPECTRAL_NORM = {
 
 
 # Of loops, the operator is held inside of a graph in `test_autodiff.py`.
-@each_case(soak={"while_loop"})
+# Convolutions are held in two dimensions, and stacks by one of them.
+@each_case(soak={"while_loop", "map_fn", "conv_lstm_1d", "counter_first", "stacked_seed_cell_simple_rnn"})
 def test_every_cell_equals_the_loop(case: Case) -> None:
     probe = make_probe(case)
     model, layer = make_model(case, probe)
@@ -174,7 +176,8 @@ def test_the_joint_view_of_one_state_is_the_hidden_one() -> None:
 
 
 @pytest.mark.parametrize(
-    ("max_rows", "max_bytes", "go_backwards"), [(7, 2**30, True), (40, 20_000, False), (1000, 2**30, False)]
+    ("max_rows", "max_bytes", "go_backwards"),
+    [(7, 2**30, True), (40, 20_000, False), pytest.param(1000, 2**30, False, marks=pytest.mark.soak)],
 )
 def test_expensive_measures_at_some_rows(max_rows: int, max_bytes: int, go_backwards: bool) -> None:  # noqa: FBT001 - pytest passes it by name
     steps = 30
@@ -431,7 +434,7 @@ def operations(graph: Any) -> int:
     )
 
 
-@pytest.mark.parametrize("case_id", ["simple_rnn", "bare_state"])
+@pytest.mark.parametrize("case_id", soak_but({"simple_rnn"}, ["simple_rnn", "bare_state"]))
 def test_the_graph_does_not_grow_with_the_steps_or_the_chunks(case_id: str) -> None:
     layer = BY_ID[case_id].make()
     inputs = keras.Input((None, FEATURES))

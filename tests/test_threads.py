@@ -25,7 +25,7 @@ X, Y = normal(32, 5, 3, seed=1), normal(32, 1, seed=2)
 def make(layer: type[Any], log_dir: Path, *, held: bool) -> tuple[Any, JacobianMonitor]:
     keras.utils.set_random_seed(1)
     model = keras.Sequential([keras.Input((5, 3)), layer(3, name="rnn"), keras.layers.Dense(1)])
-    model.compile("adam", "mse")
+    model.compile("sgd", "mse")
     regularizer = JacobianRegularizer(1.0, 1.0, refresh=3) if held else None
     monitor = JacobianMonitor(
         X[:4],

@@ -203,7 +203,7 @@ def test_masked_steps_are_left_out(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:`TensorBoard` stands after")
-@pytest.mark.parametrize("tensorboard_freq", [5, "epoch"])
+@pytest.mark.parametrize("tensorboard_freq", [5, pytest.param("epoch", marks=pytest.mark.soak)])
 def test_another_tensorboard_callback_swallows_nothing(tmp_path: Path, tensorboard_freq: int | str) -> None:
     def tensorboard(directory: str) -> Any:
         return keras.callbacks.TensorBoard(tmp_path / directory, update_freq=tensorboard_freq)

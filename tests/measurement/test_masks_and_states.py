@@ -22,6 +22,7 @@ from helpers import (
     normal,
     reference_jacobians,
     sequential,
+    soak_but,
     variance,
 )
 
@@ -37,7 +38,7 @@ MASK = IDS != 0
 # Masks -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case_id", ["lstm", "stacked_lstm_gru", "seed_cell"])
+@pytest.mark.parametrize("case_id", soak_but({"lstm", "seed_cell"}, ["lstm", "stacked_lstm_gru", "seed_cell"]))
 def test_padded_steps_of_an_embedding_are_left_out(case_id: str) -> None:
     go_backwards = case_id == "lstm"
     keras.utils.set_random_seed(1)
@@ -60,7 +61,9 @@ def test_padded_steps_of_a_masking_layer_are_left_out() -> None:
     assert_layer(measure(model, probe, measures=QUICK)["gru"], layer, probe, mask=MASK, measures=QUICK)
 
 
-@pytest.mark.parametrize("case_id", ["conv_lstm_1d", "unequal_states", "matrix_state"])
+@pytest.mark.parametrize(
+    "case_id", soak_but({"unequal_states", "matrix_state"}, ["conv_lstm_1d", "unequal_states", "matrix_state"])
+)
 def test_a_mask_given_by_hand(case_id: str) -> None:
     case = BY_ID[case_id]
     probe = make_probe(case, batch=len(MASK), steps=MASK.shape[1])
@@ -74,7 +77,7 @@ def test_a_mask_given_by_hand(case_id: str) -> None:
 MASKED = {"lstm": BY_ID["lstm"], "conv": Case("conv", lambda **kw: L.ConvLSTM1D(2, 2, padding="same", **kw), (3, 1))}
 
 
-@pytest.mark.parametrize(("name", "steps"), [("lstm", 5), ("conv", 5), ("conv", 1)])
+@pytest.mark.parametrize(("name", "steps"), [("lstm", 5), pytest.param("conv", 5, marks=pytest.mark.soak), ("conv", 1)])
 def test_a_mask_that_skips_everything(name: str, steps: int) -> None:
     case = MASKED[name]
     probe = make_probe(case, batch=2, steps=steps)
@@ -129,7 +132,7 @@ def test_a_step_that_is_masked_in_every_sample_has_no_mean() -> None:
 # Initial states --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case_id", ["lstm", "stacked_lstm_gru", "conv_lstm_1d"])
+@pytest.mark.parametrize("case_id", soak_but({"stacked_lstm_gru"}, ["lstm", "stacked_lstm_gru", "conv_lstm_1d"]))
 def test_a_stateful_layer_starts_from_a_copy_of_its_states(case_id: str) -> None:
     probe = make_probe(BY_ID[case_id])
     model, layer = make_model(BY_ID[case_id], probe, stateful=True)
@@ -226,7 +229,9 @@ def test_a_mask_that_is_not_handed_on_is_noted() -> None:
     assert report["below"].notes == report["top"].notes == ()
 
 
-@pytest.mark.parametrize(("dtype", "rounding"), [("float32", 1e-5), ("mixed_float16", 1e-3)])
+@pytest.mark.parametrize(
+    ("dtype", "rounding"), [pytest.param("float32", 1e-5, marks=pytest.mark.soak), ("mixed_float16", 1e-3)]
+)
 def test_a_stateful_layer_that_is_called_twice_goes_on_where_it_stopped(dtype: str, rounding: float) -> None:
     """Its states are tensors of the model then, and still its own."""
 

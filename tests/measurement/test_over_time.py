@@ -38,11 +38,12 @@ def products(J: NDArray[Any], *, backwards: bool) -> NDArray[np.float64]:
 @pytest.mark.parametrize(
     ("case_id", "go_backwards", "max_bytes"),
     [
-        ("lstm", False, 2**30),
         ("lstm", True, 3000),
-        ("gru_reset_before", False, 3000),
-        ("bare_state", True, 2**30),
         ("partly_mixing", False, 2**30),
+        *(
+            pytest.param(*other, marks=pytest.mark.soak)
+            for other in (("lstm", False, 2**30), ("gru_reset_before", False, 3000), ("bare_state", True, 2**30))
+        ),
     ],
 )
 def test_the_flow_is_that_of_the_products(case_id: str, go_backwards: bool, max_bytes: int) -> None:  # noqa: FBT001 - pytest passes it by name
@@ -171,7 +172,7 @@ def test_slow_measures_can_be_left_out() -> None:
 
 @pytest.mark.parametrize(
     ("case_id", "go_backwards", "max_bytes"),
-    [("lstm", False, 2**30), ("lstm", True, 3000), ("bare_state", True, 2**30)],
+    [pytest.param("lstm", False, 2**30, marks=pytest.mark.soak), ("lstm", True, 3000), ("bare_state", True, 2**30)],
 )
 def test_spectra_are_those_of_the_dense_jacobians(case_id: str, go_backwards: bool, max_bytes: int) -> None:  # noqa: FBT001 - pytest passes it by name
     layer = BY_ID[case_id].make(go_backwards=go_backwards)

@@ -14,7 +14,9 @@ L = keras.layers
 PROBE = normal(BATCH, STEPS, FEATURES, seed=3)
 
 
-@pytest.mark.parametrize("make", [L.SimpleRNN, L.LSTM, L.GRU], ids=["simple_rnn", "lstm", "gru"])
+@pytest.mark.parametrize(
+    "make", [L.LSTM, *(pytest.param(make, marks=pytest.mark.soak) for make in (L.SimpleRNN, L.GRU))]
+)
 def test_both_directions_are_layers_of_their_own(make: Any) -> None:
     wrapper = L.Bidirectional(make(3, return_sequences=True, name="rnn"), name="both")
     model = sequential([wrapper])

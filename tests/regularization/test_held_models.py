@@ -106,8 +106,7 @@ def test_a_cell_that_mixes_samples_has_no_penalty_and_one_warning() -> None:
     ("states", "run_eagerly"),
     [
         ("cached", False),
-        ("fresh", True),
-        *(pytest.param(*p, marks=pytest.mark.soak) for p in (("cached", True), ("fresh", False))),
+        *(pytest.param(*p, marks=pytest.mark.soak) for p in (("cached", True), ("fresh", True), ("fresh", False))),
     ],
 )
 def test_what_a_cell_writes_is_put_back(states: Any, run_eagerly: bool) -> None:  # noqa: FBT001 - pytest passes it by name

@@ -71,7 +71,9 @@ def _float64() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("_float64")
-@pytest.mark.parametrize("case", [*cases_of(SEEN_THROUGH), *LOOPS], ids=str)
+@pytest.mark.parametrize(
+    "case", [*cases_of(SEEN_THROUGH, soak={"conv_lstm_2d", "stacked_seed_cell_simple_rnn"}), *LOOPS], ids=str
+)
 def test_structured_is_autodiff_in_float64(case: Case | Loop) -> None:
     cell, inputs, states = make_cell_step(case)
     inputs = tf.cast(inputs, tf.float64)
@@ -273,7 +275,7 @@ def test_cells_made_to_deceive(name: str) -> None:
 
 
 # Of autodiff, `test_columns.py` says the same of more operations.
-@pytest.mark.parametrize("name", soak_but({"idle_branch", "kernel_of_inputs", "gather_by_value"}, DECEIVING))
+@pytest.mark.parametrize("name", soak_but({"idle_branch", "kernel_of_inputs"}, DECEIVING))
 def test_cells_made_to_deceive_are_measured(name: str) -> None:
     model, layer = layer_of(DECEIVING[name][0])
     report = measure(model, PROBE, measures=MOMENTS)["rnn"]
@@ -642,8 +644,14 @@ def test_inputs_are_projected_beforehand_and_what_the_steps_computed_is_kept(mak
     assert at_once == [((samples * time, features), (features, width))] * parts
 
 
-@pytest.mark.parametrize("go_backwards", [False, True])
-@pytest.mark.parametrize("case_id", ["lstm", "bare_state"])
+@pytest.mark.parametrize(
+    ("case_id", "go_backwards"),
+    [
+        ("lstm", True),
+        ("bare_state", False),
+        *(pytest.param(*other, marks=pytest.mark.soak) for other in (("lstm", False), ("bare_state", True))),
+    ],
+)
 def test_a_long_sequence_is_measured_in_segments(case_id: str, go_backwards: bool) -> None:  # noqa: FBT001 - pytest passes it by name
     probe = normal(BATCH, 11, FEATURES)
     layer = BY_ID[case_id].make(go_backwards=go_backwards)
