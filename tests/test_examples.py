@@ -39,6 +39,7 @@ def test_every_example_is_tested() -> None:
         "min_gru.py",
         "quickstart.py",
         "recall.py",
+        "reproduce_mean_field.py",
         "reproduce_seed.py",
     }
 
@@ -87,6 +88,12 @@ def test_the_notebook(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_reproduce_seed(tmp_path: Path) -> None:
     printed = run("reproduce_seed.py", tmp_path, "--fast")
     assert [line.split()[1] for line in printed.splitlines() if "±" in line] == ["relu", "linear"]
+
+
+def test_reproduce_mean_field(tmp_path: Path) -> None:
+    printed = run("reproduce_mean_field.py", tmp_path, "--fast", "--figure", "mean_field.png")
+    assert sum(line.startswith("| ") for line in printed.splitlines()) == 2 + 2 * 10
+    assert (tmp_path / "mean_field.png").read_bytes().startswith(b"\x89PNG")
 
 
 ONE_SEED = ["--seeds", "1"]
