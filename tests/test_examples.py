@@ -39,8 +39,10 @@ def test_every_example_is_tested() -> None:
         "min_gru.py",
         "quickstart.py",
         "recall.py",
+        "reproduce_flossing.py",
         "reproduce_mean_field.py",
         "reproduce_seed.py",
+        "temporal_order.py",
     }
 
 
@@ -125,3 +127,24 @@ def test_recall_one_seed(tmp_path: Path) -> None:
 @pytest.mark.soak
 def test_recall_five_seeds(tmp_path: Path) -> None:
     assert "of 5 recall it" in run("recall.py", tmp_path)
+
+
+@pytest.mark.soak
+def test_temporal_order(tmp_path: Path) -> None:
+    printed = run("temporal_order.py", tmp_path, "--fast")
+    assert "| LSTM | 20 | chrono | stable |" in printed
+
+
+@pytest.mark.soak
+def test_temporal_order_is_rescued(tmp_path: Path) -> None:
+    arguments = ["--layer", "GRU", "--length", "120", "--cure", "none", "chrono", *ONE_SEED]
+    printed = run("temporal_order.py", tmp_path, *arguments)
+    assert re.findall(r"(\w+) \| (\w+) \| [-+.\d |]+ (\d) of 1", printed) == [
+        ("none", "vanishing", "0"),
+        ("chrono", "stable", "1"),
+    ]
+
+
+@pytest.mark.soak
+def test_reproduce_flossing(tmp_path: Path) -> None:
+    assert "| copy | 1 | 1 of 1 |" in run("reproduce_flossing.py", tmp_path, "--fast")
