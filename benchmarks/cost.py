@@ -145,7 +145,10 @@ def head(title: str, *cells: str) -> None:
 def ratios_to_forward(layer: keras.layers.RNN, probe: tf.Tensor, meters: Sequence[JacobianMeter]) -> list[float]:
     """Returns the median time of a forward pass, and the times of the meters as multiples of it. All take turns."""
     function = tf.function(partial(layer, training=False))
-    calls: list[Callable[[], object]] = [lambda: function(probe).numpy(), *meters]
+    calls: list[Callable[[], object]] = [
+        lambda: function(probe).numpy(),
+        *(partial(meter, suggestions=False) for meter in meters),
+    ]
     times: list[list[float]] = [[] for _ in calls]
     for turn in range(WARM_UP + TURNS):
         for call, found in zip(calls, times, strict=True):
@@ -250,7 +253,11 @@ def during_fit() -> None:
             meter = JacobianMeter(model, x[:BATCH], measures=measures)
             batch = statistics.median(without for without, _ in pairs) / batches
             ratio = statistics.median(found / without for without, found in pairs)
-            row(f"`{measures}`, {name}", f"{ratio:.3f}", f"{median_seconds(meter, 5) / batch:.1f}")
+            row(
+                f"`{measures}`, {name}",
+                f"{ratio:.3f}",
+                f"{median_seconds(partial(meter, suggestions=False), 5) / batch:.1f}",
+            )
 
 
 def stack(kind: str, depth: int) -> keras.Model:

@@ -1,10 +1,13 @@
 """What `stabilize` reaches, and in how many seconds, beside one step of a script that rebuilds the model each time.
 
+And whether the suggestions of a verdict come true.
+
 Prints Markdown tables.
 
     python benchmarks/stabilize.py                        # every table, some ten minutes
     python benchmarks/stabilize.py radius --only lstm     # one kind of layer
     python benchmarks/stabilize.py flossing
+    python benchmarks/stabilize.py suggestions
 """
 
 import argparse
@@ -20,12 +23,17 @@ import tensorflow as tf
 
 import keras_jacmon
 from keras_jacmon.model.layers import find_recurrent_layers
+from keras_jacmon.report.suggestion import Suggestion
+from keras_jacmon.report.verdict import Verdict
 from keras_jacmon.stabilization.flossing import ExponentsLoss
 
 UNITS, STEPS, BATCH, FEATURES = 128, 30, 16, 3
 DEPTHS, TARGETS = (2, 5), (1.0, 0.5)
 # As published: units, exponents, and steps; the first tenth of the probe is left out.
 FLOSSED_UNITS, EXPONENTS, WINDOW, UPDATES = 80, 75, 61, 500
+# A prediction has come true if the growth differs from it by at most this share of the change that it promises.
+TRUE_WITHIN = 0.1
+SUGGESTED_UNITS, LENGTHS = 64, (50, 200)
 
 Maker = Callable[[], keras.layers.RNN]
 KINDS: dict[str, Maker] = {
@@ -33,6 +41,21 @@ KINDS: dict[str, Maker] = {
     "gru": lambda: keras.layers.GRU(UNITS, return_sequences=True),
     "relu": lambda: keras.layers.SimpleRNN(UNITS, activation="relu", return_sequences=True),
     "sigmoid": lambda: keras.layers.SimpleRNN(UNITS, activation="sigmoid", return_sequences=True),
+}
+
+SUGGESTED: dict[str, Maker] = {
+    "lstm": lambda: keras.layers.LSTM(SUGGESTED_UNITS, name="rnn"),
+    "gru": lambda: keras.layers.GRU(SUGGESTED_UNITS, name="rnn"),
+    "tanh": lambda: keras.layers.SimpleRNN(SUGGESTED_UNITS, name="rnn"),
+    "relu": lambda: keras.layers.SimpleRNN(SUGGESTED_UNITS, activation="relu", name="rnn"),
+}
+
+INITIALIZERS: dict[str, keras.initializers.Initializer] = {
+    "orthogonal": keras.initializers.Orthogonal(seed=0),
+    "glorot": keras.initializers.GlorotUniform(seed=0),
+    "he": keras.initializers.HeNormal(seed=0),
+    "0.1 orthogonal": keras.initializers.Orthogonal(0.1, seed=0),
+    "2 orthogonal": keras.initializers.Orthogonal(2.0, seed=0),
 }
 
 
@@ -112,12 +135,77 @@ def flossing(_: str | None) -> None:
             print(f"| {update} | {float(value):.5f} | {1e3 * np.median(times):.0f} |", flush=True)
 
 
-TABLES = {"radius": radius, "flossing": flossing}
+def suggestions(only: str | None) -> None:
+    """Prints each suggestion, its prediction and what is measured after `apply`, on the probe and on other samples."""
+    print(
+        "\n| layer | initialization | steps | before | suggestion | predicted | measured | on other samples | after |"
+        "\n| --- | --- | --- | --- | --- | --- | --- | --- | --- |"
+    )
+    rows = [
+        (kind, name, steps, row)
+        for kind in SUGGESTED
+        if only in (None, kind)
+        for steps in LENGTHS
+        for name, row in suggestions_of(kind, steps).items()
+    ]
+    for kind, name, steps, (before, suggestion, after, other) in rows:
+        print(f"| {kind} | {name} | {steps} | {before.state} {before.growth:+.3f} |", end="")
+        if suggestion is None:
+            print(" | | | | |" if before.state == "stable" else " none that helps | | | | |")
+            continue
+        change = suggestion.change
+        what = f"{'add' if change.entries else 'multiply by'} {change.amount:.3g}, `{change.names[0]}`"
+        print(
+            f" {what} | {suggestion.predicted:+.4f} | {after.growth:+.4f} | {other.growth:+.4f} | "
+            f"{after.state}; {other.state} |"
+        )
+    made = [row for *_, row in rows if row[1] is not None]
+    unstable = [row for *_, row in rows if row[0].state != "stable"]
+    print(f"\n{len(rows)} starts, {len(unstable)} of them not stable, {len(made)} with a suggestion.")
+    for place, where in ((2, "on the probe"), (3, "on other samples")):
+        true = sum(is_true(row[1], row[place]) for row in made)
+        worse = sum(row[place].state != "stable" and abs(row[place].growth) > abs(row[0].growth) for row in made)
+        stable = sum(row[place].state == "stable" for row in made)
+        print(f"- {where}: {true} of {len(made)} predictions come true, {stable} are stable afterwards, {worse} worse")
+
+
+def suggestions_of(kind: str, steps: int) -> dict[str, Any]:
+    """Returns by initialization the verdict before, the suggestion, and the verdicts after on two sets of samples."""
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential([keras.Input((steps, FEATURES)), SUGGESTED[kind]()])
+    first = model.get_weights()
+    rng = np.random.default_rng(0)
+    meter, other = (
+        keras_jacmon.JacobianMeter(
+            model, rng.normal(size=(BATCH, steps, FEATURES)).astype("float32"), measures=["joint/growth"]
+        )
+        for _ in range(2)
+    )
+    found: dict[str, Any] = {}
+    for name, initializer in INITIALIZERS.items():
+        model.set_weights(first)
+        kernel = model.layers[0].cell.recurrent_kernel
+        kernel.assign(initializer(kernel.shape))
+        before = meter().verdict["rnn"]
+        suggestion = next(iter(before.suggestions), None)
+        if suggestion is not None:
+            suggestion.apply(model)
+        after = [one(suggestions=False).verdict["rnn"] for one in (meter, other)]
+        found[name] = (before, suggestion, *after)
+    return found
+
+
+def is_true(suggestion: Suggestion, after: Verdict) -> bool:
+    """Returns True if the growth differs from the prediction by at most a tenth of the change that it promises."""
+    return abs(after.growth - suggestion.predicted) <= TRUE_WITHIN * abs(suggestion.predicted - suggestion.growth)
+
+
+TABLES = {"radius": radius, "flossing": flossing, "suggestions": suggestions}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tables", nargs="*", choices=[*TABLES, []], default=[])
-    parser.add_argument("--only", choices=list(KINDS))
+    parser.add_argument("--only", choices=sorted({*KINDS, *SUGGESTED}))
     arguments = parser.parse_args()
     print(f"TensorFlow {tf.__version__}, Keras {keras.__version__}, {os.cpu_count()} cores", file=sys.stderr)
     for name in arguments.tables or TABLES:

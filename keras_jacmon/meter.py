@@ -1,6 +1,7 @@
 """The pipeline from a model and a probe to a report."""
 
 import contextlib
+import dataclasses
 import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -9,7 +10,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_jacmon.errors import UnmeasurableError, invalid_argument, sentence
+from keras_jacmon.errors import UnmeasurableError, invalid_argument, message_of, sentence
 from keras_jacmon.jacobians.cell_jacobian import Assumptions, Choice
 from keras_jacmon.jacobians.diagnosis import diagnose
 from keras_jacmon.measurement.compiled import (
@@ -22,6 +23,7 @@ from keras_jacmon.measurement.failures import explaining_failures, unmeasurable
 from keras_jacmon.measurement.plan import MeasurementPlan
 from keras_jacmon.measurement.recorded_model import RecordedModel
 from keras_jacmon.measurement.results import CallResults
+from keras_jacmon.measurement.trials import Trials, applied, changes_of, copies_with, search, why_not_on_copies
 from keras_jacmon.measures.registry import filtered
 from keras_jacmon.model.building import build
 from keras_jacmon.model.distribution import check_distribution
@@ -31,6 +33,8 @@ from keras_jacmon.model.unregistered import registration_hint
 from keras_jacmon.options import takes_options
 from keras_jacmon.report.layer_report import LayerReport
 from keras_jacmon.report.report import Report
+from keras_jacmon.report.suggestion import Change
+from keras_jacmon.report.verdict import Verdict
 
 
 @takes_options
@@ -42,7 +46,10 @@ def measure(
     targets: Any = None,
     **options: Any,
 ) -> Report:
-    """Measures the state-to-state Jacobians of a model once.
+    """Measures the state-to-state Jacobians of a model once, and tries changes of layers that are not stable.
+
+    The changes are the `suggestions` of a verdict. They are tried on copies of the weights; where copies do not reach a
+    cell, on the model, whose weights are put back.
 
     Example:
 
@@ -65,7 +72,8 @@ def measure(
     Raises:
         ValueError: As for `JacobianMeter`.
     """
-    return JacobianMeter(model, probe, layers=layers, targets=targets, **options)()
+    meter = JacobianMeter(model, probe, layers=layers, targets=targets, **options)
+    return meter.measured(slow=True, trials=Trials.ON_MODEL)
 
 
 class JacobianMeter:
@@ -200,7 +208,7 @@ class JacobianMeter:
         """Dict by key of dicts by view: the list of `Choice`, one for each block of the Jacobian."""
         return {call.name: self._measurement_of(call).metadata.choices for call in self._calls}
 
-    def __call__(self, *, slow: bool = True) -> Report:
+    def __call__(self, *, slow: bool = True, suggestions: bool = True) -> Report:
         """Measures with the weights of this moment.
 
         Where a Jacobian rests on a structure that was found in the cell, points are compared with autodiff: as many as
@@ -211,6 +219,9 @@ class JacobianMeter:
         Args:
             slow: Boolean. If False, the measures that only the preset `"full"` has are left out, unless there are no
                 others. Defaults to True.
+            suggestions: Boolean, True to try changes of each layer that is not stable, on copies of its weights and
+                with the inputs that it received. Up to 16 further measurements of such a layer are made, without the
+                slow measures. Defaults to True.
 
         Returns:
             The report, in plain NumPy.
@@ -220,27 +231,34 @@ class JacobianMeter:
             ValueError: If the states of a sample depend on those of others, so that it has no Jacobian of its own, or
                 if a registered recurrence is not that of its layer.
         """
+        return self.measured(slow=slow, trials=Trials.ON_COPIES if suggestions else Trials.NONE)
+
+    def measured(self, *, slow: bool, trials: Trials) -> Report:
+        """Measures as a call of the meter does; for internal use.
+
+        Args:
+            slow: Boolean, as in a call.
+            trials: `Trials`, the place where changes of layers that are not stable are tried.
+        """
         with self._explaining_failures():
             sequences, norms, refusals = self._recorded()
         for call in self._calls:
             if call.name in refusals:
                 raise unmeasurable(call, ValueError(refusals[call.name]))
-        report = Report(
-            {c.name: self._measure(c, sequences[c.name], norms.get(c.name), slow=slow) for c in self._calls}
-        )
+        layers = {c.name: self._measure(c, sequences[c.name], norms.get(c.name), slow=slow) for c in self._calls}
+        if trials is not Trials.NONE:
+            layers = {c.name: self._with_suggestions(c, layers[c.name], sequences[c.name], trials) for c in self._calls}
         self._measurements += 1
-        return report
+        return Report(layers)
 
     def _measure(
         self, call: MeasurableCall, sequence: SequenceTensors, loss_gradient: tf.Tensor | None, *, slow: bool
     ) -> LayerReport:
         """Measures one call, once more for each check that fails."""
-        # Of numbers of Python TensorFlow keeps a copy on the device, for ever.
-        draw = tf.constant(np.int32(self._measurements))
         while True:
             measurement = self._measurement_of(call, slow=slow)
             with self._explaining_failures(call.name):
-                results = measurement(call, draw, sequence)
+                results = measurement(self._draw(), sequence, call.kind.values())
             remaining = self._assumptions_after(call, measurement.metadata.cell, results)
             if remaining is None:
                 return measurement.metadata.report(
@@ -249,6 +267,48 @@ class JacobianMeter:
             # Assigned last: if tracing fails or is interrupted, the next measurement uses the old traces.
             self._measurement_of(call, remaining, slow=slow)
             self._assumptions[call.name] = remaining
+
+    def _draw(self) -> tf.Tensor:
+        # Of numbers of Python TensorFlow keeps a copy on the device, for ever.
+        return tf.constant(np.int32(self._measurements))
+
+    def _with_suggestions(
+        self, call: MeasurableCall, layer: LayerReport, sequence: SequenceTensors, trials: Trials
+    ) -> LayerReport:
+        """Returns the report of a call with suggestions if it is not stable, or with a note on why there are none."""
+        before = layer.judge()
+        if before is None or before.state == "stable":
+            return layer
+        reason = why_not_on_copies(call, self._calls)
+        if reason and trials is not Trials.ON_MODEL:
+            why = f"no change was tried, because {reason}: `keras_jacmon.suggest` tries on the model itself"
+            return dataclasses.replace(layer, notes=(*layer.notes, why))
+
+        def verdict_with(change: Change) -> Verdict | None:
+            return self._changed(call, change, sequence, on_model=bool(reason)).judge()
+
+        changes = changes_of(call, self._measurement_of(call).metadata.jacobian, self._model)
+        names = " and ".join(f"`{name}`" for change in changes for name in change.names)
+        try:
+            found = search(call.name, changes, before, verdict_with)
+            why = f"no change of {names} that was tried makes the verdict much better"
+        except Exception as error:  # noqa: BLE001 - of any kind that a user's cell may raise for other weights
+            found, why = (), f"a change of {names} could not be tried: {message_of(error)}"
+        if not changes:
+            why = "no change was tried: it has no trained weight that is known to multiply its states"
+        return dataclasses.replace(layer, suggestions=found, notes=layer.notes if found else (*layer.notes, why))
+
+    def _changed(
+        self, call: MeasurableCall, change: Change, sequence: SequenceTensors, *, on_model: bool
+    ) -> LayerReport:
+        """Measures a call with changed weights, without the slow measures, and keeps nothing of it."""
+        measurement = self._measurement_of(call, slow=False)
+        if on_model:
+            with applied(self._model, change):
+                results = measurement(self._draw(), self._recorded()[0][call.name], call.kind.values())
+        else:
+            results = measurement(self._draw(), sequence, copies_with(call, change))
+        return measurement.metadata.report(results, go_backwards=call.go_backwards)
 
     def _assumptions_after(self, call: MeasurableCall, cell: str, results: CallResults) -> Assumptions | None:
         """Returns the assumptions that remain after a check that failed, and warns of it; None if none failed."""

@@ -41,7 +41,9 @@ class JacobianMonitor(keras.callbacks.Callback):
     Measures the state-to-state Jacobians `ds_t/ds_{t-1}` on a probe batch before the first batch of a training, then
     every `update_freq`, and at its end; writes them to TensorBoard event files and adds some means to the `logs`
     of each epoch, where `History`, the progress line and the callbacks that stand *after* this one see them. The
-    training itself stays as it is, to the bit, unless a regularizer is given.
+    training itself stays as it is, to the bit, unless a regularizer is given. With the first report and at the end of a
+    training, changes of layers that are not stable are tried on copies of their weights; those that help are the
+    `suggestions` of the verdict.
 
     Example:
 
@@ -303,7 +305,8 @@ class JacobianMonitor(keras.callbacks.Callback):
 
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
         """Measures after the last batch, takes the penalty out of the losses and closes the event file."""
-        if self._schedule.is_due_at_end():
+        stable = not self.reports or all(v.state == "stable" for v in self.reports[-1][1].verdict.values())
+        if self._schedule.is_due_at_end(needs_trials=not stable):
             self._measure(last=True)
         self._traced.let_go()
         if self._writer is not None:
@@ -325,9 +328,13 @@ class JacobianMonitor(keras.callbacks.Callback):
             raise RuntimeError("JacobianMonitor has no model yet. Call `set_model(model)` before `on_train_begin()`.")
         again = self._schedule.is_measured
         slow = self._schedule.next_is_slow(last=last, has_slow=meter.has_slow_measures)
+        # Trials take several measurements of a layer.
+        suggestions = last or not self.reports
         visible = bool(self._announcements.verbose) or (self.params or {}).get("verbose") == 1
         with self._progress.shown(slow=slow, visible=visible):
-            report = self._attempt("Measuring the Jacobians", partial(self._traced.report, meter, slow=slow))
+            report = self._attempt(
+                "Measuring the Jacobians", partial(self._traced.report, meter, slow=slow, suggestions=suggestions)
+            )
         if report is None:
             self._log_values.forget()
             return

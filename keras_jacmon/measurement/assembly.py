@@ -25,12 +25,10 @@ from keras_jacmon.measures.kinds import (
     PerStep,
     Sensitivity,
     Spectrum,
-    SuggestionInput,
     WholeFlow,
 )
 from keras_jacmon.measures.registry import KEYS, Quantity, Selection, views_of
 from keras_jacmon.measures.sensitivity import Sensitivities
-from keras_jacmon.measures.suggestions import suggestion_inputs
 from keras_jacmon.options import Options
 from keras_jacmon.report.layer_report import LayerReport
 
@@ -212,7 +210,7 @@ class CallMetadata:
             spectra={key: f.value for key, f in shown.items() if isinstance(measures[key].kind, Spectrum)},
             spectra_at=_places(results.spectra_at, len(mask), go_backwards=go_backwards),
             joint=self.joint,
-            suggestion_inputs=self._suggestion_inputs(everything, mask) | _weight_size(results),
+            weight_size=_weight_size(results),
             go_backwards=go_backwards,
             notes=(*self.notes, *notes),
             methods={key: self._method(found) for key, found in shown.items()},
@@ -258,13 +256,6 @@ class CallMetadata:
                     found.append(_Found(quantity, value, None if plan.is_exact else error))
         return found
 
-    def _suggestion_inputs(self, everything: Iterable[_Found], mask: Any) -> dict[str, float]:
-        """Returns the numbers from which the suggestions of a verdict are computed."""
-        known = {found.quantity: found.value[mask] for found in everything if found.value.shape == mask.shape}
-        helpers = {q.measure.name: value for q, value in known.items() if isinstance(q.measure.kind, SuggestionInput)}
-        gains = known.get(KEYS[f"{self.joint}rms_singular_value"], [])
-        return suggestion_inputs(helpers, known.get(KEYS["variance"], []), gains)
-
     def _method(self, found: _Found) -> str:
         """Describes the method behind the values, and counts the values that did not reach the tolerance."""
         view, measure = found.quantity
@@ -306,11 +297,9 @@ class CallMetadata:
         return notes
 
 
-def _weight_size(results: CallResults) -> dict[str, float]:
-    """Returns the root mean square of the recurrent weights, if their sensitivity was measured."""
-    if not results.sensitivities:
-        return {}
-    return {"weight_size": float(results.sensitivities[0].weight_size.numpy())}
+def _weight_size(results: CallResults) -> float | None:
+    """Returns the root mean square of the recurrent weights; None if their sensitivity was not measured."""
+    return float(results.sensitivities[0].weight_size.numpy()) if results.sensitivities else None
 
 
 def _flow_plan(

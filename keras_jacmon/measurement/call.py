@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import keras
 import tensorflow as tf
 
 from keras_jacmon.cell.step import CellStep
@@ -30,7 +29,6 @@ from keras_jacmon.measurement.subsampling import UNKNOWN_SAMPLES, Subsample, cho
 from keras_jacmon.measures.context import MeasureContext
 from keras_jacmon.measures.kinds import Exponents, Flow, Sensitivity
 from keras_jacmon.measures.registry import KEYS, Selection, filtered, of_kind, views_of
-from keras_jacmon.measures.suggestions import with_suggestion_measures
 from keras_jacmon.options import Options
 from keras_jacmon.tensors import known_sizes
 
@@ -74,9 +72,7 @@ def measure_call(
     selection = _of_views(measures, metadata.views, several=bool(metadata.joint))
     inputs_are_square = metadata.columns.get("inputs") == metadata.units
     selection = tuple(q for q in selection if q.view != "inputs" or inputs_are_square or not q.measure.needs_square)
-    # A subclass may use its gates in another way.
-    with_inputs = with_suggestion_measures(selection, forgets=type(step.cell) is keras.layers.LSTMCell)
-    of_points = filtered(with_inputs, lambda measure: not measure.kind.over_time)
+    of_points = filtered(selection, lambda measure: not measure.kind.over_time)
     if dependencies.carried and KEYS["joint/flow"] in selection:
         selection = (*selection, KEYS["joint/flow_of_all"])
     exponents, of_sensitivity = of_kind(selection, Exponents), of_kind(selection, Sensitivity)

@@ -1,5 +1,6 @@
 """Compiled measurements: one for each kind of call, which calls of this kind share."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -86,11 +87,11 @@ class CompiledMeasurement(NamedTuple):
         """The metadata of all calls of this kind."""
         return self.function.static
 
-    def __call__(self, call: MeasurableCall, draw: tf.Tensor, sequence: SequenceTensors) -> CallResults:
-        """Measures a call with the present weights of its cell."""
+    def __call__(self, draw: tf.Tensor, sequence: SequenceTensors, weights: Sequence[tf.Tensor]) -> CallResults:
+        """Measures a call with the given weights of its cell, in the order of its kind."""
         # Keras' variables are shielded while tracing; a `tf.Variable` that a custom cell writes to is put back here.
         with put_back(self.foreign):
-            results: CallResults = self.function(draw, sequence, call.kind.values())
+            results: CallResults = self.function(draw, sequence, list(weights))
         return results
 
 

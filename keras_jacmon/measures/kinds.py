@@ -44,13 +44,6 @@ class PerStep(Kind):
 
 
 @dataclass(frozen=True)
-class SuggestionInput(PerStep):
-    """A function of the Jacobian of one step that suggestions are computed from, and that no report shows."""
-
-    selectable: ClassVar[bool] = False
-
-
-@dataclass(frozen=True)
 class Spectrum(Kind):
     """Several values of the Jacobian of one step, the largest first.
 

@@ -44,6 +44,3 @@ class JacobianOperator(tf.linalg.LinearOperator):
 
     def block(self, output: int, old: int) -> "JacobianOperator | None":
         """The derivative of one new state by one old state, by their positions; None if there is no structure."""
-
-    def scaled_kernels(self, gain: float) -> "JacobianOperator | None":
-        """The operator with all kernels multiplied by a number; None if the kernels are not known one by one."""

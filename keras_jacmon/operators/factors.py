@@ -143,10 +143,6 @@ class Kernel:
         with graph_of(self.matrix):
             return tf.reshape(take(self.matrix, slots.ravel()), [self.matrix.shape[0], *slots.shape])
 
-    def scaled(self, gain: float) -> "Kernel":
-        """The kernel times a number."""
-        return Kernel(gain * self.matrix)
-
 
 @dataclass(frozen=True)
 class Order:

@@ -126,16 +126,6 @@ class StructuredJacobian(JacobianOperator):
             **{**self._given, "points": count, "kernels": kernels, "outer": outer, "inner": inner}
         )
 
-    def scaled_kernels(self, gain: float) -> "StructuredJacobian | None":
-        """The operator with all kernels multiplied by a number; None for a chain, which has products of kernels."""
-        if self._is_chain or self._sorts:
-            return None
-        if gain == -1 and not any(node in self._sources for _, node in self._outer):
-            # All entries change their sign, and nothing else.
-            return self
-        kernels = {product: kernel.scaled(gain) for product, kernel in self._kernels.items()} if gain else {}
-        return StructuredJacobian(**{**self._given, "kernels": kernels})
-
     def block(self, output: int, old: int) -> "StructuredJacobian":
         """The derivative of one new state by one old one; the same operator each time."""
         return self._block(output, Node.state(old))

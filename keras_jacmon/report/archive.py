@@ -15,7 +15,7 @@ from keras_jacmon.errors import invalid_argument, message_of
 from keras_jacmon.report import files
 
 # Raised with each change of the records' fields: a file of another format is refused.
-_FORMAT = 3
+_FORMAT = 4
 
 # The member of a file that holds everything except the arrays, and the names of the arrays.
 _REST = "report"

@@ -23,7 +23,7 @@ def as_html(layers: "Mapping[str, LayerReport]") -> str:
     for name, layer in layers.items():
         verdict = layer.judge()
         words = str(verdict).partition("\n")[0] if verdict else "not judged"
-        advice = "".join(f"<br>{html.escape(sentence)}" for sentence in verdict.suggestions) if verdict else ""
+        advice = "".join(f"<br>{html.escape(sentence)}" for sentence in verdict.advice) if verdict else ""
         scalars = layer.scalars()
         cells = [f"{scalars[key]:.4g}" if key in scalars else "" for key in keys]
         numbers = "".join(f"<td>{cell}</td>" for cell in cells)

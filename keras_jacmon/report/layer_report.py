@@ -10,6 +10,7 @@ import numpy.typing as npt
 from keras_jacmon.errors import did_you_mean, invalid_argument
 from keras_jacmon.report.curve import FALL, RISE
 from keras_jacmon.report.reductions import REDUCTIONS, FloatArray, mean
+from keras_jacmon.report.suggestion import Suggestion
 from keras_jacmon.report.verdict import Verdict, judge
 
 
@@ -45,8 +46,8 @@ class LayerReport:
         spectra_at: Integer array `(point, 2)`, the step and the sample of each spectrum. Defaults to none.
         joint: String, the prefix of the keys of the joint view: `"joint/"`, or `""` for a cell with one state. Defaults
             to `""`.
-        suggestion_inputs: Dict of floats that the verdict's suggestions are computed from; see `verdict.judge`.
-            Defaults to none.
+        suggestions: Tuple of `Suggestion`, the changes that were tried and make the verdict better. Defaults to none.
+        weight_size: Float, the root mean square of the recurrent weights. Defaults to None, not measured.
         go_backwards: Boolean, True if the layer reads its input from the end. Defaults to False.
         notes: Tuple of sentences that a reader of the numbers must know, such as a state without influence. Defaults to
             none.
@@ -85,7 +86,8 @@ class LayerReport:
     spectra: dict[str, npt.NDArray[np.inexact]] = field(default_factory=dict)
     spectra_at: npt.NDArray[np.int64] = field(default_factory=lambda: np.empty((0, 2), np.int64))
     joint: str = ""
-    suggestion_inputs: dict[str, float] = field(default_factory=dict)
+    suggestions: tuple[Suggestion, ...] = ()
+    weight_size: float | None = None
     go_backwards: bool = False
     notes: tuple[str, ...] = ()
     methods: dict[str, str] = field(default_factory=dict)
@@ -262,7 +264,7 @@ class LayerReport:
     def judge(self, fall: float = FALL, rise: float = RISE) -> Verdict | None:
         """Judges whether a gradient vanishes or explodes on its way through the probe, and what could be done.
 
-        Rests on the joint flow over each sample's real length.
+        Rests on the joint flow over each sample's real length. The suggestions were tried with the default thresholds.
 
         Args:
             fall: Float in (0, 1), the gain at which a gradient has vanished. Defaults to 0.01.
@@ -280,18 +282,19 @@ class LayerReport:
         return judge(
             self.sequences[key],
             self.mask,
-            self.suggestion_inputs | self._relative_sensitivity(),
+            suggestions=self.suggestions,
+            relative_sensitivity=self._relative_sensitivity(),
+            weight_size=self.weight_size,
             log_gain_of_all=self.sequences.get(f"{self.joint}flow_of_all"),
             go_backwards=self.go_backwards,
             fall=fall,
             rise=rise,
         )
 
-    def _relative_sensitivity(self) -> dict[str, float]:
-        """Returns that of the hidden state, or else of all states; nothing if it was not measured."""
+    def _relative_sensitivity(self) -> float | None:
+        """Returns that of the hidden state, or else of all states; None if it was not measured."""
         scalars = self.scalars()
-        keys = [key for key in ("relative_sensitivity", "joint/relative_sensitivity") if key in scalars]
-        return {"relative_sensitivity": scalars[keys[0]]} if keys else {}
+        return scalars.get("relative_sensitivity", scalars.get("joint/relative_sensitivity"))
 
     def why_no_verdict(self) -> str:
         """Returns the reason why `judge` returns None; `""` if there is a verdict."""

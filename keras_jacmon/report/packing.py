@@ -34,7 +34,7 @@ def packed(name: str, layer: LayerReport, *, positions: int = 256, order: int = 
         "samples": samples,
         "order": order,
         "number": number,
-        "verdict": None if verdict is None else dataclasses.asdict(verdict),
+        "verdict": None if verdict is None else dataclasses.asdict(verdict) | {"suggestions": list(verdict.advice)},
         "notes": list(layer.notes),
         "targets": layer.targets,
     }

@@ -9,17 +9,22 @@ import numpy.typing as npt
 
 from keras_jacmon.report.layer_report import LayerReport
 from keras_jacmon.report.reductions import REDUCTIONS
+from keras_jacmon.report.suggestion import Suggestion
 
 # A report with a value of the right type in each field.
-_TYPES = LayerReport("", 0, {}, np.ones((0, 0), bool), certificate=0.0)
+_TYPES = LayerReport("", 0, {}, np.ones((0, 0), bool), certificate=0.0, weight_size=0.0)
+
+# The fields that may be None instead.
+_OPTIONAL = ("certificate", "weight_size")
 
 # A point is a step and a sample.
 _POINT = 2
 
 
 def to_record(layer: LayerReport) -> dict[str, Any]:
-    """Returns the fields of a report by name."""
-    return {field.name: getattr(layer, field.name) for field in dataclasses.fields(LayerReport)}
+    """Returns the fields of a report by name, with a dict for each suggestion."""
+    fields = {field.name: getattr(layer, field.name) for field in dataclasses.fields(LayerReport)}
+    return {**fields, "suggestions": tuple(map(dataclasses.asdict, layer.suggestions))}
 
 
 def from_record(record: Mapping[str, Any]) -> LayerReport:
@@ -28,22 +33,22 @@ def from_record(record: Mapping[str, Any]) -> LayerReport:
     Raises:
         TypeError: If fields are missing, unknown, of another type, or do not fit together.
     """
-    layer = LayerReport(**record)
+    suggestions = tuple(map(Suggestion.of_record, record.get("suggestions", ())))
+    layer = LayerReport(**{**record, "suggestions": suggestions})
     _check_types(layer)
     _check_arrays(layer)
     _check_words(layer)
     if not layer.uncertainties.keys() >= layer.estimated & layer.values.keys():
         raise TypeError("estimated are values without an uncertainty")
-    for name, numbers in (("suggestion_inputs", layer.suggestion_inputs), ("targets", layer.targets)):
-        if not all(isinstance(number, (int, float)) for number in numbers.values()):
-            raise TypeError(f"{name} are not all numbers")
+    if not all(isinstance(number, (int, float)) for number in layer.targets.values()):
+        raise TypeError("targets are not all numbers")
     return layer
 
 
 def _check_types(layer: LayerReport) -> None:
     for name, value in to_record(layer).items():
         expected = type(getattr(_TYPES, name))
-        if not isinstance(value, expected) and not (name == "certificate" and value is None):
+        if not isinstance(value, expected) and not (name in _OPTIONAL and value is None):
             raise TypeError(f"{name} is of type {type(value).__name__} and not {expected.__name__}")
 
 

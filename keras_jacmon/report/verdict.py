@@ -1,4 +1,4 @@
-"""Verdict on a gradient's way through a layer, and suggestions with the numbers they rest on."""
+"""Verdict on a gradient's way through a layer, with the suggestions that were tried."""
 
 import math
 from collections.abc import Mapping
@@ -9,9 +9,7 @@ import numpy.typing as npt
 
 from keras_jacmon.report.curve import FALL, RISE, State, added, fate, growth, mean_curve, nan_mean
 from keras_jacmon.report.reductions import FloatArray
-
-# The suggested forget bias leaves this part of a cell state at the end of the sequence.
-_RETAINED = 0.5
+from keras_jacmon.report.suggestion import Suggestion
 
 # A step stands out if the logarithm of its gain differs from the median by so much, and by so many times the median
 # difference: of normal numbers, three in a million do.
@@ -22,9 +20,6 @@ _SOON = 5
 
 # The relative change of the last state that a step of the training may make.
 _SMALL_CHANGE = 0.1
-
-# A recurrent kernel is not suggested to be multiplied, or divided, by more.
-_MOST_GAIN = 4.0
 
 
 @dataclass(frozen=True)
@@ -47,7 +42,8 @@ class Verdict:
         worst_step: Integer, the position in the input at which most is lost, or, of an exploding flow, most is gained;
             None if no step stands out from the others.
         worst_gain: Float, dimensionless: the gain at that step, geometric mean over the samples; None without one.
-        suggestions: Tuple of sentences about possible changes, each with the measured numbers that it rests on.
+        suggestions: Tuple of `Suggestion`, changes that make the verdict better, each of which was tried. Empty for a
+            stable layer, and where none was found or tried: a note of the layer's report says why.
         growth_of_all: Float, nats per step: the growth of a gradient that arrives at all states, also at those that are
             carried on and that the output never feels; None if there are none.
         sensitivity: Float, dimensionless: the relative change of the last state over that of the recurrent weights,
@@ -56,6 +52,7 @@ class Verdict:
         is_sensitive: Boolean, True if the state is `"stable"` and the sensitivity has exploded: it is at the upper
             threshold of the flow, 100, or above. Then a random change of the weights by 1 % of their size changes the
             last state by as much as its own size.
+        remarks: Tuple of sentences about the training of recurrent weights to which the last state is sensitive.
 
     Example:
 
@@ -77,10 +74,11 @@ class Verdict:
     length: float
     worst_step: int | None
     worst_gain: float | None
-    suggestions: tuple[str, ...]
+    suggestions: tuple[Suggestion, ...]
     growth_of_all: float | None = None
     sensitivity: float | None = None
     is_sensitive: bool = False
+    remarks: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         state = f"{self.state}, but sensitive to the recurrent weights" if self.is_sensitive else self.state
@@ -92,7 +90,12 @@ class Verdict:
             head += f", worst at step {self.worst_step} (gain {self.worst_gain:.3g})"
         if self.growth_of_all is not None:
             head += f"; of all states, felt or not: {self.growth_of_all:+.3g} nats per step"
-        return "\n".join([head, *(f"  - {line}" for line in self.suggestions)])
+        return "\n".join([head, *(f"  - {line}" for line in self.advice)])
+
+    @property
+    def advice(self) -> tuple[str, ...]:
+        """Tuple of sentences: the suggestions and the remarks."""
+        return (*map(str, self.suggestions), *self.remarks)
 
     def _horizon(self) -> str:
         if math.isfinite(self.horizon):
@@ -126,8 +129,10 @@ class Verdicts(dict[str, Verdict]):
 def judge(
     log_gain: FloatArray,
     mask: npt.NDArray[np.bool_],
-    suggestion_inputs: Mapping[str, float],
     *,
+    suggestions: tuple[Suggestion, ...] = (),
+    relative_sensitivity: float | None = None,
+    weight_size: float | None = None,
     log_gain_of_all: FloatArray | None = None,
     go_backwards: bool = False,
     fall: float = FALL,
@@ -139,11 +144,10 @@ def judge(
         log_gain: Float array `(spans, samples)`, the natural logarithms of the gains over the last 1, 2, ... steps; NaN
             beyond a sample's length.
         mask: Boolean array `(time, samples)`, False at steps that are skipped.
-        suggestion_inputs: Mapping of floats, all dimensionless; each may be missing. `variance`: the mean hidden
-            variance. `kernel_gain`: the factor of the recurrent kernel that would bring it to 1. `forget`: the
-            geometric mean of the forget gates. `step_gain`: the geometric mean of the root mean square singular values.
-            `weight_size`: the root mean square of the recurrent weights. `relative_sensitivity`: that of the last state
-            to them, in all.
+        suggestions: Tuple of `Suggestion`, for a layer that is not stable. Defaults to none.
+        relative_sensitivity: Float, dimensionless, of the last state to the recurrent weights, in all. Defaults to
+            None, not measured.
+        weight_size: Float, the root mean square of the recurrent weights. Defaults to None, not measured.
         log_gain_of_all: Float array like `log_gain`, of a gradient that arrives at all states, felt or not. Defaults to
             None, if the output feels all of them.
         go_backwards: Boolean, True if the layer runs from the last position of the input to the first. Defaults to
@@ -168,13 +172,10 @@ def judge(
     (state, horizon), slope = fate(curve, fall, rise), float(growth(curve))
     gain, length = _whole_gain(log_gain)
     worst_step, worst_gain = _worst(_by_position(log_gain, mask, go_backwards=go_backwards), state)
-    suggestions = () if state == "stable" else _suggestions(state, suggestion_inputs, length, slope)
     expected = _expected_horizon(curve, slope, fall, rise) if state == "stable" else horizon
     of_all = None if log_gain_of_all is None else float(growth(mean_curve(log_gain_of_all)))
-    sensitivity = _sensitivity(suggestion_inputs)
+    sensitivity, remarks = _sensitivity(relative_sensitivity, weight_size)
     is_sensitive = state == "stable" and sensitivity is not None and sensitivity >= rise
-    if is_sensitive:
-        suggestions = _weight_suggestions(suggestion_inputs)
     return Verdict(
         state,
         slope,
@@ -184,10 +185,11 @@ def judge(
         length,
         worst_step,
         worst_gain,
-        suggestions,
+        () if state == "stable" else suggestions,
         of_all,
         sensitivity,
         is_sensitive,
+        remarks if is_sensitive else (),
     )
 
 
@@ -253,58 +255,16 @@ def _by_position(log_gain: FloatArray, mask: npt.NDArray[np.bool_], *, go_backwa
     return nan_mean(local, axis=1)
 
 
-def _suggestions(state: State, inputs: Mapping[str, float], steps: float, growth: float) -> tuple[str, ...]:
-    """Returns the sentences for a flow of a mean length in steps and a growth in nats per step."""
-    found = [_kernel_suggestion(state, inputs), _forget_suggestion(state, inputs, steps), _held_gain(inputs, growth)]
-    return tuple(sentence for sentence in found if sentence)
+def _sensitivity(relative: float | None, size: float | None) -> tuple[float | None, tuple[str, ...]]:
+    """Returns the relative change of the last state over that of the recurrent weights, and sentences for a large one.
 
-
-def _kernel_suggestion(state: State, inputs: Mapping[str, float]) -> str:
-    gain = inputs.get("kernel_gain", math.nan)
-    # A gain that makes a vanishing flow vanish faster, as a hidden variance above 1 would ask for, is no help. With a
-    # gain far from 1 the states would differ from the measured ones.
-    if not 1 / _MOST_GAIN <= gain <= _MOST_GAIN or (gain > 1) != (state == "vanishing"):
-        return ""
-    return (
-        f"multiply the recurrent kernel by {gain:.3g}: with states and slopes of activations as they are on this "
-        f"probe, that brings the variance of the hidden view from {inputs['variance']:.3g} to 1"
-    )
-
-
-def _forget_suggestion(state: State, inputs: Mapping[str, float], steps: float) -> str:
-    forget = inputs.get("forget", math.nan)
-    target = _RETAINED ** (1 / steps)
-    if state != "vanishing" or not 0 < forget < target:
-        return ""
-    shift = math.log(target / (1 - target)) - math.log(forget / (1 - forget))
-    return (
-        f"raise the forget bias by {shift:.3g}: the forget gates let {forget:.3g} of the cell state through in a "
-        f"step (geometric mean), so {forget**steps:.2g} in {steps:.0f}; {target:.3g} would leave {_RETAINED:.2g}"
-    )
-
-
-def _held_gain(inputs: Mapping[str, float], growth: float) -> str:
-    gain = inputs.get("step_gain", math.nan)
-    # With a larger change the states would differ from the measured ones.
-    if not abs(growth) < math.log(_MOST_GAIN) or not gain > 0:
-        return ""
-    return (
-        f'train with `JacobianRegularizer({gain * math.exp(-growth):.3g}, measure="rms_singular_value", view="joint")` '
-        f"in a monitor that has the probe's `targets`: that is {gain:.3g} now (geometric mean) while the flow has a "
-        f"gain of {math.exp(growth):.3g} in a step, and {math.exp(-growth):.3g} times as much would make that 1"
-    )
-
-
-def _sensitivity(inputs: Mapping[str, float]) -> float | None:
-    """Returns the relative change of the last state over that of the recurrent weights; None if it is not known."""
-    found = inputs.get("relative_sensitivity", math.nan) * inputs.get("weight_size", math.nan)
-    return None if math.isnan(found) else found
-
-
-def _weight_suggestions(inputs: Mapping[str, float]) -> tuple[str, ...]:
-    """Returns the sentences for recurrent weights to which the last state is too sensitive."""
-    size, relative = inputs["weight_size"], inputs["relative_sensitivity"]
-    step = _SMALL_CHANGE / relative
+    Args:
+        relative: Float, the sensitivity relative to the last state; None or NaN if it is not known.
+        size: Float, the root mean square of the recurrent weights; None if it is not known.
+    """
+    if relative is None or size is None or math.isnan(relative * size):
+        return None, ()
+    step = _SMALL_CHANGE / relative if relative else math.inf
     smaller = (
         f"train the recurrent weights with a smaller learning rate: a random change by 1 % of their size ({size:.3g}, "
         f"root mean square) changes the last state by {size * relative:.3g} % of its own, although no gradient "
@@ -315,4 +275,4 @@ def _weight_suggestions(inputs: Mapping[str, float]) -> tuple[str, ...]:
         "or reparametrize them so that equal steps change a long memory less, such as the logarithm of the time that a "
         "unit remembers (Zucchet and Orvieto, arXiv 2405.21064)"
     )
-    return smaller, other
+    return size * relative, (smaller, other)

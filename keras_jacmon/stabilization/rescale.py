@@ -7,14 +7,11 @@ import keras
 import numpy as np
 
 from keras_jacmon.errors import invalid_argument
+from keras_jacmon.measurement.secant import MOST_GAIN, Secant
 from keras_jacmon.stabilization.goals import DEPTH, GROWTH, TIME, Goal, Standing
-from keras_jacmon.stabilization.secant import Secant
 
 # The names that Keras gives the kernels of its cells, for each direction.
 KERNELS = {TIME: "recurrent_kernel", DEPTH: "kernel"}
-
-# A kernel is not multiplied, or divided, by more in a round: the states move with it.
-MOST_GAIN = 4.0
 
 # The power of the gain in the measure of a linear cell, where it is not 1.
 _DEGREES = {"variance": 2.0}

@@ -213,7 +213,7 @@ class _Stabilizer:
             max_rows=_CHECKED_POINTS,
             exponents=settings.exponents,
         )
-        report = self._meter()
+        report = self._meter(suggestions=False)
         goals = goals_in(report, settings.targets, settings.measure, settings.view)
         self._by_layer = {item.name: [goal for goal in goals if goal.is_of(item.name)] for item in self._layers}
         self.goals = [goal for of_layer in self._by_layer.values() for goal in of_layer]
@@ -239,7 +239,7 @@ class _Stabilizer:
                 count = min(_ROUNDS[settings.method][0], settings.steps - updates)
                 method.advance(standing, count)
                 updates += count
-                standing = Standing.of(self._meter(), self.goals, settings.tolerance)
+                standing = Standing.of(self._meter(suggestions=False), self.goals, settings.tolerance)
                 best.offer(standing)
                 within = within + 1 if standing.is_within else 0
                 history.add(updates, standing)

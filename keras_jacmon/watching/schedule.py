@@ -24,12 +24,13 @@ class Schedule:
     _batch: int = field(default=-1, init=False)
     _measured_at: int | None = field(default=None, init=False)
     _measured_slow: bool = field(default=True, init=False)
+    _measured_last: bool = field(default=False, init=False)
     _measurements: int = field(default=0, init=False)
 
     def begin(self) -> None:
         """Starts a new count."""
         self.start, self.done, self._batch = None, 0, -1
-        self._measured_at, self._measured_slow, self._measurements = None, True, 0
+        self._measured_at, self._measured_slow, self._measured_last, self._measurements = None, True, False, 0
 
     def begin_epoch(self) -> None:
         """Follows the numbering of Keras, which counts batches from 0 in each epoch."""
@@ -56,14 +57,20 @@ class Schedule:
             self._measured_at = None
         return (by_hand or self.every == "epoch") and not self.is_measured
 
-    def is_due_at_end(self) -> bool:
-        """Returns True if the last batch is not measured yet, with the slow measures."""
-        return self._measurements > 0 and not (self.is_measured and self._measured_slow)
+    def is_due_at_end(self, *, needs_trials: bool) -> bool:
+        """Returns True if the last batch is not measured yet, with the slow measures and with what the end asks for.
+
+        Args:
+            needs_trials: Boolean, True if changes of a layer are to be tried at the end, which only a measurement that
+                is known to be the last one does.
+        """
+        is_complete = self._measured_slow and (self._measured_last or not needs_trials)
+        return self._measurements > 0 and not (self.is_measured and is_complete)
 
     def next_is_slow(self, *, last: bool, has_slow: bool) -> bool:
         """Counts the next measurement, and returns True if it includes the slow measures."""
         slow = last or self._measurements % self.slow_every == 0
-        self._measured_at, self._measured_slow = self.done, slow or not has_slow
+        self._measured_at, self._measured_slow, self._measured_last = self.done, slow or not has_slow, last
         self._measurements += 1
         return slow
 

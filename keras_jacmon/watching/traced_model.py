@@ -62,14 +62,15 @@ class TracedModel:
         # Building a model may have made variables.
         self._traced_for = _identity(model)
 
-    def report(self, meter: JacobianMeter, *, slow: bool) -> Report:
+    def report(self, meter: JacobianMeter, *, slow: bool, suggestions: bool) -> Report:
         """Returns a new report, with the targets of the regularizer if there is one.
 
         Args:
             meter: `JacobianMeter` of the model.
             slow: Boolean, True to include the slow measures.
+            suggestions: Boolean, True to try changes of layers that are not stable.
         """
-        report = meter(slow=slow)
+        report = meter(slow=slow, suggestions=suggestions)
         return report if self.held is None else self.held.with_targets(report)
 
     def let_go(self) -> None:

@@ -22,7 +22,7 @@ PARTS = ("mean", "low", "high", "least", "greatest")
 def test_what_is_packed_comes_back(positions: int) -> None:
     before = packed("lstm", make_layer(), positions=positions, order=3, number=17)
     after = unpack(pack(before))
-    assert after.header == {**before.header, "verdict": {**before.header["verdict"], "suggestions": []}}
+    assert after.header == {**before.header, "verdict": {**before.header["verdict"], "remarks": []}}
     assert (after.header["layer"], after.header["order"], after.header["number"]) == ("lstm", 3, 17)
     for curves, found in ((before.curves, after.curves), (before.flows, after.flows)):
         assert list(found) == list(curves)

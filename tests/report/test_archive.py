@@ -18,6 +18,8 @@ from helpers import normal
 
 from keras_jacmon import JacobianMonitor, LayerReport, Report, measure
 from keras_jacmon.report import archive
+from keras_jacmon.report.records import to_record
+from keras_jacmon.report.suggestion import Change, Suggestion
 
 
 def odd_report() -> Report:
@@ -36,7 +38,8 @@ def odd_report() -> Report:
         {"eigenvalues": np.array([[1 + 2j, np.nan]], np.complex64)},
         np.array([[2, 1]]),
         "joint/",
-        {"variance": float("inf"), "kernel_gain": 0.1},
+        (Suggestion("lstm", Change(("a/b", "a/c"), 0.1), -np.inf, -0.1, "vanishing", "stable"),),
+        0.5,
         go_backwards=True,
         notes=("a note", 'with "quotes" and ünïcode'),
         reductions={"joint/growth": "growth"},
@@ -205,7 +208,8 @@ def test_what_is_no_report_is_refused(tmp_path: Path) -> None:
         {"spectra_at": np.array([[0.5, 1.0]])},
         {"uncertainties": {}},
         {"notes": (3,)},
-        {"suggestion_inputs": {"variance": "much"}},
+        {"suggestions": ({"layer": "lstm"},)},
+        {"weight_size": "much"},
         {"targets": {"variance": "much"}},
         {"reductions": {"joint/growth": "sum"}},
         {"reductions": {"growth": "mean"}},
@@ -215,7 +219,7 @@ def test_what_is_no_report_is_refused(tmp_path: Path) -> None:
 )
 def test_what_does_not_fit_together_is_refused(wrong: dict[str, Any], tmp_path: Path) -> None:
     layer = next(iter(odd_report().layers.values()))
-    record = {field.name: getattr(layer, field.name) for field in dataclasses.fields(LayerReport)} | wrong
+    record = to_record(layer) | wrong
     archive.write(tmp_path / "report", {"lstm": record})
     with pytest.raises(ValueError, match="Expected a report of this version"):
         Report.load(tmp_path / "report")

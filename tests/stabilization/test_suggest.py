@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import keras
 import numpy as np
 import pytest
-from helpers import normal
-from trainings import assert_equal, values_of
+from helpers import FunctionCell, normal
+from trainings import AtBatch, assert_equal, compiled, fit, quick_monitor, values_of
 
-from keras_jacmon import JacobianMeter, stabilize, suggest
-from keras_jacmon.stabilization.secant import Secant
+from keras_jacmon import JacobianMeter, measure, stabilize, suggest
+from keras_jacmon.measurement.trials import search
+from keras_jacmon.report.suggestion import Change, Suggestion
+from keras_jacmon.report.verdict import Verdict, judge
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 STEPS = 60
 PROBE = normal(4, STEPS, 3, seed=3)
@@ -21,46 +27,95 @@ def test_what_a_suggestion_predicts_comes_true() -> None:
     keras.utils.set_random_seed(4)
     lstm = keras.layers.LSTM(6, return_sequences=True, name="lstm")
     gru = keras.layers.GRU(6, return_sequences=True, name="gru")
-    rnn = keras.layers.SimpleRNN(6, recurrent_initializer=keras.initializers.Orthogonal(2.0))
-    model = keras.Sequential([keras.Input((STEPS, 3)), lstm, gru, rnn])
+    tiny = keras.initializers.Orthogonal(0.05)
+    relu = keras.layers.SimpleRNN(6, activation="relu", recurrent_initializer=tiny, return_sequences=True, name="relu")
+    rnn = keras.layers.SimpleRNN(6, recurrent_initializer=keras.initializers.Orthogonal(2.0), return_sequences=True)
+    # Of its weights one multiplies the states, and it has a name of its own.
+    own = keras.layers.RNN(FunctionCell(lambda cell, x, h: keras.ops.relu(x + h @ cell.V), 6), name="own")
+    model = keras.Sequential([keras.Input((STEPS, 3)), lstm, gru, relu, rnn, own])
     before = values_of(model.variables)
-    found = suggest(model, PROBE)
-    assert_equal(values_of(model.variables), before)
-    for name in ("lstm", "gru"):
-        assert [suggestion.weight for suggestion in found[name]] == ["bias", "recurrent_kernel"]
     meter = JacobianMeter(model, PROBE, measures=["joint/growth"])
     verdicts = meter().verdict
-    for layer, suggestions in found.items():
-        assert bool(suggestions) == (verdicts[layer].state != "stable")
-        for suggestion in suggestions:
+    assert_equal(values_of(model.variables), before)
+    changed = {"lstm": "bias", "gru": "bias", "relu": "recurrent_kernel", "own": "second_kernel"}
+    for layer, verdict in verdicts.items():
+        assert bool(verdict.suggestions) == (verdict.state != "stable")
+        for suggestion in verdict.suggestions:
             suggestion.apply(model)
-            verdict = meter().verdict[layer]
-            np.testing.assert_allclose(verdict.growth, suggestion.predicted, rtol=1e-2, atol=1e-4)
-            assert verdict.state == suggestion.predicted_state
-            assert abs(suggestion.predicted) < abs(verdicts[layer].growth)
-            assert f"{verdicts[layer].state} -> {verdict.state}" in str(suggestion)
+            after = meter(suggestions=False).verdict[layer]
+            np.testing.assert_allclose(after.growth, suggestion.predicted, rtol=1e-5)
+            assert (after.state, suggestion.growth) == (suggestion.predicted_state, verdict.growth)
+            assert f"vanishing -> {after.state}" in str(suggestion).replace("exploding ->", "vanishing ->")
+            assert f"  - {suggestion}" in str(verdict)
             for variable, value in zip(model.variables, before, strict=True):
                 variable.assign(value)
-    assert {found[name][0].predicted_state for name in ("lstm", "gru")} == {"stable"}
+    found = {layer: verdicts[layer].suggestions[0] for layer in changed}
+    assert {layer: suggestion.change.names for layer, suggestion in found.items()} == {
+        layer: (name,) for layer, name in changed.items()
+    }
+    assert {suggestion.predicted_state for suggestion in found.values()} == {"stable"}
     lstm.trainable = False
-    with pytest.raises(ValueError, match="a model whose layer `lstm` has a `bias` that is trained"):
-        found["lstm"][0].apply(model)
+    with pytest.raises(ValueError, match=r"a model with the weights `.*lstm_cell/bias`, once each and trained"):
+        found["lstm"].apply(model)
+    report = meter()
+    assert report.verdict["lstm"].suggestions == ()
+    assert "it has no trained weight that is known to multiply its states" in report["lstm"].notes[-1]
 
 
-def test_the_secant_turns_back_where_the_number_moves_away() -> None:
-    secant, x = Secant(1.0, 1.5), 0.0
-    for _ in range(8):
-        x += secant.step(x**3 - 2)
-    assert abs(x - 2 ** (1 / 3)) < 1e-2
-    # It has no zero, and is largest at 1.
-    secant, x = Secant(1.0, 1.5), 0.0
-    places = []
-    for _ in range(12):
-        x += secant.step(-1 - (x - 1) ** 2 if x < 5 else math.nan)
-        places.append(x)
-    assert max(map(abs, places)) < 5
-    assert Secant(1.0, 1.5).step(-math.inf) == 1.5
-    assert Secant(1.0, 1.5).step(math.nan) == -1.5
+def test_where_copies_do_not_reach_a_cell_the_model_is_changed_outside_of_a_training_alone() -> None:
+    keras.utils.set_random_seed(4)
+    # The second call receives what the first one makes of the weights.
+    small = keras.initializers.Orthogonal(0.1)
+    rnn = keras.layers.SimpleRNN(3, activation="relu", recurrent_initializer=small, return_sequences=True, name="rnn")
+    inputs = keras.Input((STEPS, 3))
+    model = keras.Model(inputs, rnn(rnn(inputs)))
+    before = values_of(model.variables)
+    meter = JacobianMeter(model, PROBE, measures=["joint/growth"])
+    report = meter()
+    for name in ("rnn", "rnn:1"):
+        assert report.verdict[name].suggestions == ()
+        assert report[name].notes[-1].startswith("no change was tried, because its weights act in several calls")
+        assert report[name].notes[-1].endswith("`keras_jacmon.suggest` tries on the model itself")
+    found = suggest(model, PROBE)
+    assert_equal(values_of(model.variables), before)
+    assert found == {name: layer.suggestions for name, layer in measure(model, PROBE).items()}
+    (suggestion,) = found["rnn:1"]
+    suggestion.apply(model)
+    np.testing.assert_allclose(meter(suggestions=False).verdict["rnn:1"].growth, suggestion.predicted, rtol=1e-5)
+
+
+def test_a_training_tries_changes_with_its_first_report_and_its_last() -> None:
+    model = compiled()
+    model.layers[0].cell.recurrent_kernel.assign(model.layers[0].cell.recurrent_kernel * 1e-3)
+    monitor = quick_monitor(measures=["growth"], on_error="raise")
+    # The end is not known when the third epoch ends.
+    fit(model, AtBatch(20, lambda: setattr(model, "stop_training", True)), monitor, epochs=5)
+    verdicts = [report.verdict["rnn"] for _, report in monitor.reports]
+    assert [verdict.state for verdict in verdicts] == ["vanishing"] * 4
+    assert [len(verdict.suggestions) for verdict in verdicts] == [1, 0, 0, 1]
+
+
+@pytest.mark.fast
+def test_what_does_not_help_is_not_suggested() -> None:
+    def verdict(growth: float) -> Verdict | None:
+        return judge(growth * np.arange(1.0, 61)[:, None], np.ones((60, 1), bool))
+
+    def searched(growth_with: Callable[[float], float]) -> tuple[Suggestion, ...]:
+        before = verdict(-1.0)
+        assert before is not None
+        return search("rnn", [Change(("kernel",), 0.0)], before, lambda change: verdict(growth_with(change.amount)))
+
+    (suggestion,) = searched(lambda factor: math.log(factor) - 1)
+    assert abs(math.log(suggestion.change.amount) - 1) < 1 / 60
+    # No factor changes it, each makes it worse, all give NaN, the best one helps little, or turns it around.
+    for growth_with in (
+        lambda _: -1.0,
+        lambda factor: -1 - abs(math.log(factor)),
+        lambda _: math.nan,
+        lambda factor: -0.8 - (math.log(factor) - 1) ** 2,
+        lambda factor: 1.1 if factor > 1 else -1.0,
+    ):
+        assert searched(growth_with) == ()
 
 
 def test_rescaling_brings_the_growth_to_zero() -> None:

@@ -2,6 +2,9 @@
 
 import math
 
+# A kernel is not multiplied, or divided, by more in a round: the states move with it.
+MOST_GAIN = 4.0
+
 # The measured slope counts as far as it is in this range, as multiples of the expected one.
 _SLOPES = 0.2, 2.0
 
