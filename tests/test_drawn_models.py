@@ -94,7 +94,7 @@ def train(drawn: DrawnModel, *callbacks: Any) -> dict[str, NDArray[Any]]:
     keras.utils.set_random_seed(1)
     model, x, batch = drawn.make(), drawn.inputs(seed=1, batches=3), len(drawn.mask)
     y = normal(*model(x[:batch]).shape, seed=2)
-    model.compile("adam", "mse")
+    model.compile(keras.optimizers.SGD(0.01, momentum=0.9), "mse")
     history = model.fit(x, np.tile(y, (3, *[1] * (y.ndim - 1))), batch_size=batch, verbose=0, callbacks=list(callbacks))
     layers = model._flatten_layers()
     attributes = [value for layer in layers for value in vars(layer).values()]

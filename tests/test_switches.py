@@ -14,42 +14,45 @@ SCRIPT = """
     import keras, numpy as np, tensorflow as tf
     from keras_jacmon import JacobianMonitor, JacobianRegularizer
 
-    switches = {
-        "check_numerics": tf.debugging.enable_check_numerics,
-        "numpy_behavior": tf.experimental.numpy.experimental_enable_numpy_behavior,
-        "determinism": tf.config.experimental.enable_op_determinism,
-        "no_soft_placement": lambda: tf.config.set_soft_device_placement(False),
-        "whole_tracebacks": keras.config.disable_traceback_filtering,
-        "eager_functions": lambda: tf.config.run_functions_eagerly(True),
-        "float16": lambda: keras.config.set_floatx("float16"),
-        "bfloat16": lambda: keras.config.set_floatx("bfloat16"),
-    }
-    keras.utils.set_random_seed(0)
-    for switch in sys.argv[1:]:
-        switches[switch]()
+    def train():
+        keras.utils.set_random_seed(0)
+        # Masked steps are NaN in a report.
+        x, y = np.random.normal(size=(16, 5, 3)), np.random.normal(size=(16, 1))
+        x[::2, 3:] = 0
+        # Not orthogonal, which Keras cannot initialize in bfloat16.
+        rnn = keras.layers.SimpleRNN(3, recurrent_initializer="glorot_uniform", name="rnn")
+        model = keras.Sequential([keras.Input((5, 3)), keras.layers.Masking(), rnn, keras.layers.Dense(1)])
+        model.compile("sgd", "mse")
+        monitor = JacobianMonitor(
+            x[:4], log_dir=None, measures="variance", on_error="raise", regularizer=JacobianRegularizer(1.0, 1.0)
+        )
+        history = model.fit(x, y, batch_size=4, verbose=0, callbacks=[monitor]).history
+        assert len(monitor.reports) == 2
+        assert np.isfinite(history["rnn_jac_variance"]).all() and history["jac_penalty"][0] > 0, history
+
     warnings.filterwarnings("error", category=UserWarning)
     warnings.filterwarnings("ignore", message=".*run_functions_eagerly")
-    # Masked steps are NaN in a report.
-    x, y = np.random.normal(size=(16, 5, 3)), np.random.normal(size=(16, 1))
-    x[::2, 3:] = 0
-    # Not orthogonal, which Keras cannot initialize in bfloat16.
-    rnn = keras.layers.SimpleRNN(3, recurrent_initializer="glorot_uniform", name="rnn")
-    model = keras.Sequential([keras.Input((5, 3)), keras.layers.Masking(), rnn, keras.layers.Dense(1)])
-    model.compile("sgd", "mse")
-    monitor = JacobianMonitor(
-        x[:4], log_dir=None, measures="variance", on_error="raise", regularizer=JacobianRegularizer(1.0, 1.0)
-    )
-    history = model.fit(x, y, batch_size=4, verbose=0, callbacks=[monitor]).history
-    assert len(monitor.reports) == 2
-    assert np.isfinite(history["rnn_jac_variance"]).all() and history["jac_penalty"][0] > 0, history
+    floatx, *others = sys.argv[1:]
+    keras.config.set_floatx(floatx)
+    tf.config.run_functions_eagerly("eager" in others)
+    train()
+    if "switches" in others:
+        keras.config.set_floatx("float32")
+        tf.config.run_functions_eagerly(False)
+        tf.debugging.enable_check_numerics()
+        tf.experimental.numpy.experimental_enable_numpy_behavior()
+        tf.config.experimental.enable_op_determinism()
+        tf.config.set_soft_device_placement(False)
+        keras.config.disable_traceback_filtering()
+        train()
 """
 
 
 @pytest.mark.parametrize(
     ("switches", "flags"),
     [
-        ("check_numerics numpy_behavior determinism no_soft_placement whole_tracebacks", ""),
-        ("float16 eager_functions", ""),
+        # One after the other in one process, since TensorFlow takes seconds to start.
+        ("float16 eager switches", ""),
         pytest.param("float16", "--tf_xla_auto_jit=2", marks=pytest.mark.soak),
         pytest.param("bfloat16", "", marks=pytest.mark.soak),
     ],

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 PICTURES = os.environ.get("JACMON_PICTURES")
 
 # Without the Rust data server and with it; below a prefix and not.
-SERVERS = [("false", ""), ("true", "/some/where"), *([("false", "/some/where"), ("true", "")] if REQUIRED else [])]
+PLAIN, PREFIXED = ("false", ""), ("true", "/some/where")
+SERVERS = [PLAIN, PREFIXED, ("false", "/some/where"), ("true", "")] if REQUIRED else [PREFIXED]
 
 REPORTS = make_reports(**{"calm": 0.0, "worst": -1.0, HOSTILE: -0.5})
 SPAN, COLUMNS, LENGTH = 20, 3, 20
@@ -79,7 +80,7 @@ def test_the_tab_shows_the_numbers_of_the_report(browser: Any, servers: Any, fas
 
 
 def test_everything_that_can_be_done(browser: Any, servers: Any) -> None:
-    seen = visit(browser, f"{servers['false', '']}#keras_jacmon")
+    seen = visit(browser, f"{servers[SERVERS[0]]}#keras_jacmon")
     main, content = seen.content.locator("main"), seen.content
 
     def measured(layer: str, step: int) -> None:
@@ -121,7 +122,7 @@ def test_everything_that_can_be_done(browser: Any, servers: Any) -> None:
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_it_fits_every_screen(browser: Any, servers: Any, theme: str) -> None:
-    seen = visit(browser, f"{servers['true', '/some/where']}?darkMode={str(theme == 'dark').lower()}#keras_jacmon")
+    seen = visit(browser, f"{servers[PREFIXED]}?darkMode={str(theme == 'dark').lower()}#keras_jacmon")
     body = seen.content.locator("body")
     assert ("dark" in body.get_attribute("class").split()) == (theme == "dark")
     for width in (1440, 1024, 390):
@@ -136,7 +137,7 @@ def test_it_fits_every_screen(browser: Any, servers: Any, theme: str) -> None:
 
 def test_custom_scalars_have_a_group_for_each_layer(browser: Any, servers: Any) -> None:
     page = browser.new_page()
-    page.goto(f"{servers['true', '/some/where']}#custom_scalars")
+    page.goto(f"{servers[PREFIXED]}#custom_scalars")
     # Of the first layer, which is open.
     page.locator("tf-custom-scalar-margin-chart-card").nth(1).wait_for(timeout=60_000)
     titles = page.locator("tf-category-paginated-view .heading .category-name").all_text_contents()

@@ -110,13 +110,13 @@ BRANCHING: dict[str, Function] = {
 @pytest.mark.parametrize(
     ("name", "masked"),
     [
-        ("conditional_product", True),
+        ("mean_of_the_batch", True),
         *(
             # Of what the next test holds, the fallback is the same.
             pytest.param(name, masked, marks=pytest.mark.soak)
             for name in BRANCHING
             for masked in (False, True)
-            if (name, masked) != ("conditional_product", True)
+            if (name, masked) != ("mean_of_the_batch", True)
         ),
     ],
 )
@@ -328,7 +328,7 @@ ODD_GRADIENTS: dict[str, Function] = {
 }
 
 
-@pytest.mark.parametrize("name", ODD_GRADIENTS)
+@pytest.mark.parametrize("name", soak_but({"recomputed", "local response"}, ODD_GRADIENTS))
 def test_odd_gradients(name: str) -> None:
     model, layer = model_of(ODD_GRADIENTS[name], PROBE)
     assert_layer(measure(model, PROBE, measures=MOMENTS)["rnn"], layer, PROBE, measures=MOMENTS)

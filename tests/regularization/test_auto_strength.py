@@ -63,14 +63,15 @@ def test_the_gradient_of_the_penalty_is_a_tenth_of_that_of_the_loss() -> None:
         assert (held.strength, regularizer.strength) == (None, 0.5)
 
 
-def test_it_is_chosen_alike_in_eager_and_in_compiled_trainings() -> None:
+@pytest.mark.parametrize("jit_compile", [False, pytest.param(True, marks=pytest.mark.soak)])
+def test_it_is_chosen_alike_in_eager_and_in_compiled_trainings(*, jit_compile: bool) -> None:
     def strengths(**arguments: Any) -> list[float]:
         keras.utils.set_random_seed(8)
         monitor = holding(JacobianRegularizer(refresh=3), targets=TARGETS)
         found: list[float] = fit(compiled(**arguments), monitor, epochs=2).history["jac_strength"]
         return found
 
-    once = strengths(jit_compile=True)
+    once = strengths(jit_compile=jit_compile)
     assert once[0] != once[1]
     assert min(once) > 0
     np.testing.assert_allclose(strengths(run_eagerly=True), once, rtol=1e-3)
