@@ -11,6 +11,7 @@ compiled with `tf.function` and have run before: `meter()` divided by a forward 
 import argparse
 import collections
 import contextlib
+import itertools
 import os
 import statistics
 import subprocess
@@ -260,11 +261,11 @@ def during_fit() -> None:
             )
 
 
-def stack(kind: str, depth: int) -> keras.Model:
-    """A compiled stack of LSTMs with 64 units, in both directions if asked; 100 steps of 8 features."""
+def stack(kind: str, depth: int, units: int = 64) -> keras.Model:
+    """A compiled stack of LSTMs, in both directions if asked; 100 steps of 8 features."""
     x = inputs = keras.Input((START_STEPS, 8))
     for level in range(depth):
-        layer = keras.layers.LSTM(64, return_sequences=level < depth - 1)
+        layer = keras.layers.LSTM(units, return_sequences=level < depth - 1)
         x = (keras.layers.Bidirectional(layer) if kind == "bidirectional" else layer)(x)
     model = keras.Model(inputs, keras.layers.Dense(1)(x))
     model.compile("adam", "mse")
@@ -272,16 +273,21 @@ def stack(kind: str, depth: int) -> keras.Model:
 
 
 def start() -> None:
-    """Seconds until `fit` has run its first batch, with a monitor and without, each time with a fresh model."""
+    """Seconds until `fit` has run its first batch, with a monitor and without, each time with a fresh model.
+
+    A process keeps the measurements that it compiled for models of other cells and sizes. So each model of the first
+    kind of row has a size that no other has; of the second kind, an equal model has been measured before.
+    """
     head(
-        f"Until the end of the first batch of `fit`, LSTM of 64 units, {START_STEPS} steps, {BATCH} samples",
+        f"Until the end of the first batch of `fit`, LSTM, {START_STEPS} steps, {BATCH} samples",
         "layers", "`fit` alone", "with `standard` / alone", "with `fast` / alone",
     )  # fmt: skip
     x, y = noise(BATCH, START_STEPS, 8), noise(BATCH, 1)
+    sizes = itertools.count(64)
 
-    def seconds(kind: str, depth: int, measures: str | None) -> float:
+    def seconds(kind: str, depth: int, measures: str | None, units: int) -> float:
         keras.backend.clear_session()
-        model = stack(kind, depth)
+        model = stack(kind, depth, units)
         monitors = [] if measures is None else [JacobianMonitor(x, log_dir=None, measures=measures)]
         clock = Clock()
         begin = time.perf_counter()
@@ -289,23 +295,34 @@ def start() -> None:
         return clock.begin - begin
 
     # What a process pays once.
-    seconds("forward", 1, "fast")
+    seconds("forward", 1, "fast", next(sizes))
     for kind, depth in (("forward", 1), ("forward", 5), ("bidirectional", 6)):
-        turns = [
-            [seconds(kind, depth, measures) for measures in (None, "standard", "fast")] for _ in range(START_TURNS)
+        turns = []
+        for units in itertools.islice(sizes, START_TURNS):
+            turns.append([seconds(kind, depth, measures, units) for measures in (None, "standard", "fast")])
+        _start_row(f"{depth} {kind}", turns)
+        # The last size once more.
+        again = [
+            [seconds(kind, depth, measures, units) for measures in (None, "standard", "fast")]
+            for _ in range(START_TURNS)
         ]
-        alone = statistics.median(turn[0] for turn in turns)
-        ratios = [statistics.median(turn[place] / turn[0] for turn in turns) for place in (1, 2)]
-        row(f"{depth} {kind}", f"{alone:.1f} s", *(f"{ratio:.2f}" for ratio in ratios))
+        _start_row(f"{depth} {kind}, again", again)
     head("A meter and its first report", "calls", "`standard`", "`full`")
     for kind, depth in (("forward", 1), ("bidirectional", 6)):
-        spent = []
+        spent, units = [], next(sizes)
         for measures in ("standard", "full"):
-            model = stack(kind, depth)
+            model = stack(kind, depth, units)
             begin = time.perf_counter()
             JacobianMeter(model, x, measures=measures)()
             spent.append(time.perf_counter() - begin)
         row(depth * (1 + (kind == "bidirectional")), *(f"{found:.1f} s" for found in spent))
+
+
+def _start_row(name: str, turns: list[list[float]]) -> None:
+    """Prints the medians of turns: the seconds alone, and the ratios of the others to them."""
+    alone = statistics.median(turn[0] for turn in turns)
+    ratios = [statistics.median(turn[place] / turn[0] for turn in turns) for place in (1, 2)]
+    row(name, f"{alone:.1f} s", *(f"{ratio:.2f}" for ratio in ratios))
 
 
 def operations() -> None:

@@ -287,7 +287,7 @@ class JacobianMeter:
         def verdict_with(change: Change) -> Verdict | None:
             return self._changed(call, change, sequence, on_model=bool(reason)).judge()
 
-        changes = changes_of(call, self._measurement_of(call).metadata.jacobian, self._model)
+        changes = changes_of(call, self._measurement_of(call).metadata.recurrent_places, self._model)
         names = " and ".join(f"`{name}`" for change in changes for name in change.names)
         try:
             found = search(call.name, changes, before, verdict_with)

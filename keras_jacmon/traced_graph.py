@@ -109,6 +109,12 @@ def unchecked() -> Iterator[None]:
             op_callbacks.add_op_callback(callback)
 
 
+def chosen_device() -> str | None:
+    """Returns the device of the scopes of `tf.device` around the caller, which a trace writes into its operations."""
+    device: str | None = context.context().device_name
+    return device
+
+
 class _GradientRule:
     """The gradient of an operation of `tf.custom_gradient`, traced once.
 

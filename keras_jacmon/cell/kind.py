@@ -18,10 +18,13 @@ class CellKind:
     Attributes:
         key: Hashable, equal for cells of the same kind.
         weights: Tuple of the variables of Keras that the step is given as tensors.
+        is_self_contained: Boolean, True if the step reads nothing but what it is given. Then equal keys mean equal
+            kinds for as long as the process lives, also when the cell is gone. Defaults to False.
     """
 
     key: Hashable
     weights: "tuple[keras.Variable, ...]"
+    is_self_contained: bool = False
 
     @classmethod
     def own(cls, cell: Any) -> "CellKind":
@@ -67,4 +70,4 @@ def cell_kind(cell: Any, states: Any, specs: Sequence[tf.TensorSpec]) -> CellKin
     if written:
         return CellKind.own(cell)
     names = tuple((weight.name, tuple(weight.shape), weight.dtype) for weight in weights)
-    return CellKind((cell_type(cell), names, graph.fingerprint()), weights)
+    return CellKind((cell_type(cell), names, graph.fingerprint()), weights, is_self_contained=not graph.captures)

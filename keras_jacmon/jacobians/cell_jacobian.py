@@ -144,7 +144,6 @@ class CellJacobian:
         whole = assumptions.structure and assumptions.independent
         self._form = registered_form(step.cell) if whole else None
         self._structure: Structure | None = None
-        # Kept, since a graph must live as long as its copies.
         self._unstructured: CellGraph | None = None
         self._reason = "its certificate failed"
         if not assumptions.independent:
@@ -169,6 +168,12 @@ class CellJacobian:
             with contextlib.suppress(NotImplementedError):
                 self._unstructured = CellGraph(self.step, self._example.inputs, self._example.states)
         return self._unstructured
+
+    @property
+    def graphs(self) -> tuple[CellGraph, ...]:
+        """The graphs of the cell's step so far. They must live as long as what was computed by copies of them."""
+        found = (self._structure.graph if self._structure is not None else None, self._unstructured)
+        return tuple(graph for graph in found if graph is not None)
 
     def unroll_plan(self) -> UnrollPlan | None:
         """A plan for unrolling the cell at a lower cost; None if nothing is known of its graph."""

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import tensorflow as tf
 
+from keras_jacmon.cell.cell_graph import CellGraph
 from keras_jacmon.cell.step import cell_type
 from keras_jacmon.cell.trajectory import UnrollInputs
 from keras_jacmon.jacobians.cell_jacobian import CellJacobian, Choice, Method
@@ -59,7 +60,6 @@ class CallMetadata:
         views: Tuple of the views that the cell has.
         choices: Dict by view of lists: the method that was chosen for each block.
         notes: Tuple of sentences that a reader of the numbers must know.
-        jacobian: The Jacobians of the cell. They must live as long as the graphs that use their operators.
         columns: Dict by view, the number of columns of its Jacobians.
         options: The settings of the measurement.
         flow_plans: Dict by view, the vectors that its flow begins with.
@@ -70,6 +70,9 @@ class CallMetadata:
         of_sensitivity: The measured quantities that are read off the sensitivity. Defaults to none.
         sensitivity_plans: Dict by view, the vectors at the last state. Defaults to none.
         recurrent_weights: Tuple of strings, the names of the recurrent weights. Defaults to none.
+        recurrent_places: Tuple of integers, the positions of the weights that multiply states among those that the step
+            is given; None, the default, if they are not known.
+        graphs: Tuple of the graphs of the cell's step, which must live as long as the measurement. Defaults to none.
     """
 
     cell: str
@@ -78,7 +81,6 @@ class CallMetadata:
     views: tuple[str, ...]
     choices: dict[str, list[Choice]]
     notes: tuple[str, ...]
-    jacobian: CellJacobian
     columns: dict[str, int]
     options: Options
     flow_plans: dict[str, FlowPlan]
@@ -88,6 +90,8 @@ class CallMetadata:
     of_sensitivity: Selection = ()
     sensitivity_plans: dict[str, FlowPlan] = dataclasses.field(default_factory=dict)
     recurrent_weights: tuple[str, ...] = ()
+    recurrent_places: tuple[int, ...] | None = None
+    graphs: tuple[CellGraph, ...] = ()
 
     @classmethod
     def of(
@@ -125,7 +129,6 @@ class CallMetadata:
             views,
             choices,
             notes,
-            jacobian,
             columns,
             options,
             {

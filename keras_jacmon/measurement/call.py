@@ -13,6 +13,7 @@ from keras_jacmon.jacobians.cell_jacobian import Assumptions, CellJacobian
 from keras_jacmon.jacobians.dependencies import find_dependencies
 from keras_jacmon.jacobians.diagnosis import CheckResults
 from keras_jacmon.jacobians.points import PointBatch
+from keras_jacmon.jacobians.recurrent_weights import RecurrentWeights
 from keras_jacmon.jacobians.views import floating_states, size
 from keras_jacmon.measurement.assembly import CallMetadata
 from keras_jacmon.measurement.over_time import SequenceMeasurement, measure_sequence
@@ -84,6 +85,7 @@ def measure_call(
         has_structure=jacobian.has_structure(views_of(selection)),
         quantities=(*of_points, *exponents),
         of_flows=of_kind(selection, Flow),
+        recurrent_places=_recurrent_places(jacobian),
     )
     # The sensitivity is led through all states, whatever its view.
     used = [*views_of(selection), *["joint" for _ in metadata.sensitivity_plans if metadata.joint]]
@@ -99,7 +101,8 @@ def measure_call(
         samples=known_sizes(sequence.inputs)[1],
     )
     call = _Call(step, sequence, jacobian.unroll_plan(), measurement, metadata.flows, sensitivity)
-    return metadata, call.results(exponents)
+    results = call.results(exponents)
+    return dataclasses.replace(metadata, graphs=jacobian.graphs), results
 
 
 @dataclass(frozen=True)
@@ -206,6 +209,12 @@ class _Call:
             measure_sensitivity(whole, weights, plan, context, max_bytes=max_bytes, bytes_per_point=bytes_per_point)
             for plan in self.sensitivity.plans
         )
+
+
+def _recurrent_places(jacobian: CellJacobian) -> tuple[int, ...] | None:
+    """Returns the positions of the weights that multiply states among those that the step is given, if it is known."""
+    graph = jacobian.graph() if jacobian.step.weights else None
+    return None if graph is None else RecurrentWeights.of(jacobian.step, graph).places
 
 
 def _most_steps(sequence: UnrollInputs, unroll_plan: UnrollPlan | None, max_bytes: int) -> int:

@@ -1,5 +1,6 @@
-"""Compiled measurements: one for each kind of call, which calls of this kind share."""
+"""Compiled measurements: one for each kind of call, which all calls of this kind share, also those of other models."""
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -15,14 +16,18 @@ from keras_jacmon.jacobians.registered_forms import registered_form
 from keras_jacmon.measurement.assembly import CallMetadata
 from keras_jacmon.measurement.call import measure_call
 from keras_jacmon.measurement.results import CallResults
+from keras_jacmon.measurement.shared import Shared
 from keras_jacmon.measures.registry import Selection
 from keras_jacmon.model.guard import foreign_variables, put_back, shielded
 from keras_jacmon.model.recording import RecurrentCall
 from keras_jacmon.options import Options
-from keras_jacmon.traced_graph import Traced, trace
+from keras_jacmon.traced_graph import Traced, chosen_device, trace
 
 if TYPE_CHECKING:
     from collections.abc import Hashable
+
+# For models to come: a notebook makes its model and the monitor again and again. They hold no model and no weights.
+_SHARED: "Shared[CompiledMeasurement]" = Shared(most=16)
 
 # Inputs, flat initial states, and the mask, which may be None.
 SequenceTensors = tuple[tf.Tensor, tuple[tf.Tensor, ...], tf.Tensor | None]
@@ -96,7 +101,7 @@ class CompiledMeasurement(NamedTuple):
 
 
 class CompiledMeasurements:
-    """The compiled measurements of a model, each made when it is first asked for.
+    """The compiled measurements of a model, each made when it is first asked for, unless another model has it.
 
     Args:
         model: Keras model.
@@ -122,9 +127,18 @@ class CompiledMeasurements:
         """
         key = (call.kind.key, str(call.states), str(call.specs), measures, assumptions)
         if key not in self._known:
+
+            def make() -> CompiledMeasurement:
+                return self._compiled(call, measures, assumptions)
+
             # Kept at the end: an interrupted trace leaves nothing.
-            self._known[key] = self._compiled(call, measures, assumptions)
+            self._known[key] = _SHARED.get((key, *self._settings()), make) if _is_for_all(call) else make()
         return self._known[key]
+
+    def _settings(self) -> "tuple[Hashable, ...]":
+        """Returns what a trace depends on beside the kind of the call."""
+        # The names of the measures, which may be a list, are in the key already, as quantities.
+        return dataclasses.replace(self._options, measures=None), chosen_device()
 
     def _compiled(self, call: MeasurableCall, measures: Selection, assumptions: Assumptions) -> CompiledMeasurement:
         def run(
@@ -140,6 +154,11 @@ class CompiledMeasurements:
         weights = [tf.TensorSpec(weight.shape, weight.dtype) for weight in call.kind.weights]
         function = trace(run, [tf.TensorSpec([], tf.int32), call.specs, weights])
         return CompiledMeasurement(function, foreign_variables(function.graph.graph, self._model, []))
+
+
+def _is_for_all(call: MeasurableCall) -> bool:
+    """True if the measurement of a call may be shared with other models: it reads only what it is given."""
+    return call.kind.is_self_contained and not tf.distribute.has_strategy()
 
 
 def _notes_of(call: RecurrentCall) -> tuple[str, ...]:

@@ -12,8 +12,6 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_jacmon.jacobians.cell_jacobian import CellJacobian
-from keras_jacmon.jacobians.recurrent_weights import RecurrentWeights
 from keras_jacmon.measurement.compiled import MeasurableCall
 from keras_jacmon.measurement.secant import MOST_GAIN, Secant
 from keras_jacmon.report.suggestion import Change, Suggestion
@@ -64,19 +62,20 @@ def why_not_on_copies(call: MeasurableCall, others: Sequence[MeasurableCall]) ->
     return ""
 
 
-def changes_of(call: MeasurableCall, jacobian: CellJacobian, model: keras.Layer) -> list[Change]:
+def changes_of(call: MeasurableCall, places: Sequence[int] | None, model: keras.Layer) -> list[Change]:
     """Returns the changes of a call's trained weights that are worth a trial, none of them with an amount yet.
 
     First the bias of the gates that keep the state, then the weights that multiply the states.
 
     Args:
         call: The call.
-        jacobian: `CellJacobian` of its kind.
+        places: Sequence of integers, the positions of the weights that multiply the states among those of its kind;
+            None if they are not known.
         model: Keras model.
     """
     trained, paths = set(map(id, model.trainable_variables)), Counter(v.path for v in model.trainable_variables)
     gate = _KEEPING_GATES.get(type(call.cell))
-    found: list[tuple[list[Any], tuple[int, ...]]] = [(_recurrent_weights(call, jacobian), ())]
+    found: list[tuple[list[Any], tuple[int, ...]]] = [(_recurrent_weights(call, places), ())]
     if gate is not None and call.cell.use_bias:
         units = call.cell.units
         found.insert(0, ([call.cell.bias], (gate * units, (gate + 1) * units)))
@@ -137,12 +136,11 @@ def _weights_of(call: MeasurableCall) -> Sequence[Any]:
     return call.kind.weights or call.layer.weights
 
 
-def _recurrent_weights(call: MeasurableCall, jacobian: CellJacobian) -> list[Any]:
+def _recurrent_weights(call: MeasurableCall, places: Sequence[int] | None) -> list[Any]:
     """Returns the weights that multiply the states of a call."""
-    graph = jacobian.graph() if call.kind.weights else None
-    if graph is None:
+    if places is None:
         return [weight for weight in _weights_of(call) if weight.name == _RECURRENT_KERNEL]
-    return [call.kind.weights[place] for place in RecurrentWeights.of(jacobian.step, graph).places]
+    return [call.kind.weights[place] for place in places]
 
 
 def _best_of(

@@ -1,7 +1,9 @@
-"""Calls of one kind share one compiled measurement; calls of different kinds never do."""
+"""Calls of one kind share one compiled measurement, also those of other models; calls of different kinds never do."""
 
 from __future__ import annotations
 
+import gc
+import weakref
 from typing import Any
 
 import keras
@@ -11,6 +13,7 @@ import tensorflow as tf
 from helpers import BATCH, KEYS, STEPS, WeightedCell, assert_layer, build, normal, randomize
 
 from keras_jacmon import register_jacobian
+from keras_jacmon.measurement.shared import Shared
 from keras_jacmon.meter import JacobianMeter
 
 pytestmark = pytest.mark.fast
@@ -157,3 +160,87 @@ def test_a_check_that_fails_concerns_one_call() -> None:
     with pytest.warns(UserWarning, match="^Layer `rnn_1`: what its cell makes of a sample depends on"):
         assert_each_equals_the_loop(meter, model)
     assert meter.trace_count == 2
+
+
+def of_one_layer(layer: Any, seed: int = 3) -> Any:
+    model = build(keras.Sequential([keras.Input((STEPS, 4)), layer]), PROBE)
+    randomize(model, seed=seed)
+    return model
+
+
+def graph_of(layer: Any, **options: Any) -> tf.Graph:
+    """The graph of the measurement of a model with one layer, whose numbers are right."""
+    model = of_one_layer(layer)
+    meter = JacobianMeter(model, PROBE, **{"measures": ["variance"], **options})
+    assert_each_equals_the_loop(meter, model, measures=options.get("measures", ["variance"]))
+    (graph,) = meter.graphs
+    return graph
+
+
+def test_models_share_the_measurements_of_equal_kinds() -> None:
+    graph = graph_of(L.GRU(4))
+    assert graph_of(L.GRU(4, name="another")) is graph
+    keras.backend.clear_session()
+    assert graph_of(L.GRU(4)) is graph
+
+
+@pytest.mark.parametrize(
+    ("layer", "options"),
+    [
+        (lambda: L.GRU(4, reset_after=False), {}),
+        (lambda: L.GRU(4), {"measures": ["variance", "rms_singular_value"]}),
+        (lambda: L.GRU(4), {"seed": 1}),
+    ],
+    ids=["step", "measures", "options"],
+)
+def test_models_share_nothing_else(layer: Any, options: Any) -> None:
+    assert graph_of(layer(), **options) is not graph_of(L.GRU(4))
+
+
+def test_a_device_is_not_shared() -> None:
+    graph = graph_of(L.GRU(4))
+    with tf.device("/cpu:0"):
+        assert graph_of(L.GRU(4)) is not graph
+
+
+def test_a_cell_that_reads_what_it_is_not_given_shares_with_no_other_model() -> None:
+    variable = tf.Variable(0.5)
+    first, second = (graph_of(L.RNN(ScaledCell(variable))) for _ in range(2))
+    assert first is not second
+
+
+def test_what_is_shared_holds_neither_model_nor_cell() -> None:
+    model = of_one_layer(L.SimpleRNN(4, use_bias=False))
+    meter = JacobianMeter(model, PROBE, measures=["variance"])
+    meter()
+    graph = weakref.ref(meter.graphs[0])
+    gone = [weakref.ref(thing) for thing in (model, model.layers[0], model.layers[0].cell, model.weights[0], meter)]
+    del model, meter
+    gc.collect()
+    assert [thing() for thing in gone] == [None] * len(gone)
+    assert graph() is not None
+
+
+def test_the_objects_that_were_used_last_are_kept() -> None:
+    shared, made = Shared[int](most=2), list[int]()
+
+    def get(key: int) -> int:
+        def make() -> int:
+            made.append(key)
+            return 10 * key
+
+        return shared.get(key, make)
+
+    assert [get(key) for key in (1, 2, 1, 3, 1, 2)] == [10, 20, 10, 30, 10, 20]
+    assert made == [1, 2, 3, 2]
+
+
+def test_of_what_fails_nothing_is_kept() -> None:
+    shared = Shared[int](most=2)
+
+    def fail() -> int:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        shared.get("key", fail)
+    assert shared.get("key", lambda: 1) == 1
