@@ -40,6 +40,7 @@ def test_every_example_is_tested() -> None:
         "quickstart.py",
         "recall.py",
         "reproduce_flossing.py",
+        "reproduce_lorenz.py",
         "reproduce_mean_field.py",
         "reproduce_seed.py",
         "temporal_order.py",
@@ -92,6 +93,15 @@ def test_the_notebook(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_reproduce_seed(tmp_path: Path) -> None:
     printed = run("reproduce_seed.py", tmp_path, "--fast")
     assert [line.split()[1] for line in printed.splitlines() if "±" in line] == ["relu", "linear"]
+
+
+@pytest.mark.soak
+def test_reproduce_lorenz(tmp_path: Path) -> None:
+    """Hardly trained: the equations have their exponent, the network has some."""
+    printed = run("reproduce_lorenz.py", tmp_path, "--fast")
+    first = [float(line.split("|")[3]) for line in printed.splitlines() if line.startswith("| the")]
+    assert abs(first[0] - 0.9056) < 0.2
+    assert abs(first[1]) < 10
 
 
 def test_reproduce_mean_field(tmp_path: Path) -> None:
