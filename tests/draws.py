@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import hypothesis
 import keras
 import pytest
+from helpers import soak_but
 from hypothesis import strategies as st
 
 if TYPE_CHECKING:
@@ -17,9 +18,14 @@ if TYPE_CHECKING:
 # The number of drawn models; each test takes a share of it.
 DRAWS = int(os.environ.get("JACMON_DRAWS", "100"))
 PARTS = 20
-each_part = pytest.mark.parametrize(
-    "part", [part if part < 1 else pytest.param(part, marks=pytest.mark.soak) for part in range(PARTS)]
-)
+
+
+def each_part_but(default: int) -> Any:
+    """The mark of a test that draws each part of the draws, one of them by default."""
+    return pytest.mark.parametrize("part", soak_but({default}, range(PARTS)))
+
+
+each_part = each_part_but(0)
 
 
 def for_each_draw(part: int, draws: int, check: Callable[..., None], *strategies: Any) -> None:

@@ -360,7 +360,7 @@ FAST = {"lstm", "gru_reset_after", "seed_cell", "partly_mixing"}
 ALIKE = {"simple_rnn_relu", "rnn_of_lstm_cell", "stack_of_one", "dropout_lstm", "user_rnn"}
 
 
-def soak_but(default: Container[str], names: Iterable[str]) -> list[Any]:
+def soak_but(default: Container[Any], names: Iterable[Any]) -> list[Any]:
     """The names as parameters of a test; those that are not in the default tier repeat what others hold."""
     return [pytest.param(name, marks=[] if name in default else [pytest.mark.soak]) for name in names]
 

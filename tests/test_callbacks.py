@@ -222,7 +222,7 @@ class Translator(keras.Model):
         return self.dense(self.decoder(x))
 
 
-@pytest.mark.parametrize("measurable", [True, False])
+@pytest.mark.parametrize("measurable", [True, pytest.param(False, marks=pytest.mark.soak)])
 def test_a_layer_that_cannot_be_measured_ends_no_training(measurable: bool) -> None:  # noqa: FBT001 - pytest passes it by name
     model = Translator(measurable=measurable)
     model.compile("sgd", "mse")

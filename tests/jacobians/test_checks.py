@@ -174,7 +174,7 @@ SELDOM: dict[str, Function] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", soak_but({"branch", "choice"}, SELDOM))
+@pytest.mark.parametrize("name", soak_but({"choice"}, SELDOM))
 def test_no_row_is_forgiven_where_independence_is_not_proven(name: str) -> None:
     # The spectral norm is taken of some points, and its checks are those of all.
     assert_measured(SELDOM[name], LONG, DEPENDS, [*MOMENTS, "spectral_norm"] if name == "choice" else MOMENTS)

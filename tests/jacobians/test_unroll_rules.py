@@ -172,10 +172,13 @@ GATES: dict[str, tuple[Callable[..., Any], int]] = {
     "gru_reset_before": (functools.partial(keras.layers.GRU, reset_after=False), 3),
     "simple_rnn": (keras.layers.SimpleRNN, 1),
 }
+UNROLLED = [case for case in CASES if case.id != "while_loop"]
 WIDE_CASES = [Case(f"wide_{name}", functools.partial(make, WIDE)) for name, (make, _) in GATES.items()]
 
 
-@pytest.mark.parametrize("case", [*cases_of(case for case in CASES if case.id != "while_loop"), *WIDE_CASES], ids=str)
+@pytest.mark.parametrize(
+    "case", [*cases_of(UNROLLED, soak={"stacked_seed_cell_simple_rnn", "conv_lstm_2d", "map_fn"}), *WIDE_CASES], ids=str
+)
 def test_cells_of_all_kinds_are_unrolled_as_they_are(case: Case) -> None:
     cell, inputs, states = make_step(case, rows=SAMPLES)
     states = tf.nest.map_structure(lambda s: tf.cast(s, tf.float64) if s.dtype.is_floating else s, states)

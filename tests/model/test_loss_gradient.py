@@ -151,7 +151,7 @@ def test_every_way_of_calling_a_layer() -> None:
         assert found.shape == (TIME, SAMPLES), name
         assert (found > 0).all(), name
     # A loss of several outputs has metrics of its own; they are as they would be without us.
-    model.fit(PROBE, targets, verbose=0)
+    model.evaluate(PROBE, targets, verbose=0)
 
 
 def test_a_state_that_no_later_loss_depends_on_is_not_felt() -> None:

@@ -64,7 +64,8 @@ def test_values_are_those_of_the_report_and_slopes_those_of_differences(name: st
     np.testing.assert_allclose(penalty, np.mean((np.asarray(values) - TARGET) ** 2), rtol=1e-3)
 
 
-@pytest.mark.parametrize("states", ["cached", pytest.param("fresh", marks=pytest.mark.soak)])
+@pytest.mark.soak
+@pytest.mark.parametrize("states", ["cached", "fresh"])
 def test_the_growth_moves_to_its_target_in_a_compiled_training(states: Any) -> None:
     regularizer = JacobianRegularizer(0.0, 10.0, measure="growth", states=states, refresh=4)
     monitor = holding(regularizer, measures=["growth"])
