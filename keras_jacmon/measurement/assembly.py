@@ -186,16 +186,7 @@ class CallMetadata:
         """
         order = slice(None, None, -1 if go_backwards else 1)
         mask = results.mask.numpy()[order]
-        everything = [
-            _found(quantity, array, results.mask.numpy(), order)
-            for quantity, array in zip(self.quantities, results.arrays, strict=True)
-        ]
-        everything += [*self._read_off_flows(results), *self._read_off_sensitivity(results)]
-        if loss_gradient is not None:
-            norms = loss_gradient.numpy()
-            everything.append(_Found(KEYS["loss_gradient"], np.where(mask, norms, norms.dtype.type(np.nan)), None))
-        known = {found.quantity: found for found in everything}
-        shown = {key: known[quantity] for key, quantity in KEYS.items() if quantity in known}
+        shown = self._shown(results, order, loss_gradient)
         uncertainties = {key: found.uncertainty for key, found in shown.items() if found.uncertainty is not None}
         measures = {key: found.quantity.measure for key, found in shown.items()}
         over_time = {key: m.kind.reduction for key, m in measures.items() if isinstance(m.kind, OverTime)}
@@ -225,6 +216,21 @@ class CallMetadata:
         counts = ", ".join(f"{count} of `{key}`" for key, count in layer.nonfinite().items())
         doubts = [f"NaN or Inf among the values: {counts}"] if counts else self._undecided(layer)
         return dataclasses.replace(layer, notes=(*layer.notes, *doubts))
+
+    def _shown(self, results: CallResults, order: slice, loss_gradient: tf.Tensor | None) -> dict[str, _Found]:
+        """Returns the values of all quantities by their keys, in the order of the registry."""
+        mask = results.mask.numpy()
+        everything = [
+            _found(quantity, array, mask, order)
+            for quantity, array in zip(self.quantities, results.arrays, strict=True)
+        ]
+        everything += [*self._read_off_flows(results), *self._read_off_sensitivity(results)]
+        if loss_gradient is not None:
+            norms = loss_gradient.numpy()
+            known_norms = np.where(mask[order], norms, norms.dtype.type(np.nan))
+            everything.append(_Found(KEYS["loss_gradient"], known_norms, None))
+        known = {found.quantity: found for found in everything}
+        return {key: known[quantity] for key, quantity in KEYS.items() if quantity in known}
 
     def _read_off_flows(self, results: CallResults) -> list[_Found]:
         """Returns the values of the quantities that are read off the flows."""

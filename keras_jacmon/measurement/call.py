@@ -70,12 +70,8 @@ def measure_call(
     jacobian = CellJacobian(step, first, sequence.states, assumptions)
     dependencies = find_dependencies(step, first, sequence.states)
     metadata = CallMetadata.of(step.cell, sequence, jacobian, dependencies, asked=views_of(measures), options=options)
-    selection = _of_views(measures, metadata.views, several=bool(metadata.joint))
-    inputs_are_square = metadata.columns.get("inputs") == metadata.units
-    selection = tuple(q for q in selection if q.view != "inputs" or inputs_are_square or not q.measure.needs_square)
+    selection = _selection(measures, metadata, carried=bool(dependencies.carried))
     of_points = filtered(selection, lambda measure: not measure.kind.over_time)
-    if dependencies.carried and KEYS["joint/flow"] in selection:
-        selection = (*selection, KEYS["joint/flow_of_all"])
     exponents, of_sensitivity = of_kind(selection, Exponents), of_kind(selection, Sensitivity)
     sensitivity = PlannedSensitivity(None, "")
     if of_sensitivity:
@@ -235,6 +231,21 @@ def _samples(sequence: UnrollInputs) -> int:
 def _dtype(sequence: UnrollInputs) -> tf.DType:
     """Returns the dtype of the Jacobians."""
     return sequence.states[floating_states(sequence.states)[0]].dtype
+
+
+def _selection(measures: Selection, metadata: CallMetadata, *, carried: bool) -> Selection:
+    """Returns the selected quantities that a cell has.
+
+    Args:
+        measures: The quantities that the user selected.
+        metadata: The metadata of the call.
+        carried: Boolean, True if there are states that are carried on and that the output never feels.
+    """
+    selection = _of_views(measures, metadata.views, several=bool(metadata.joint))
+    inputs_are_square = metadata.columns.get("inputs") == metadata.units
+    selection = tuple(q for q in selection if q.view != "inputs" or inputs_are_square or not q.measure.needs_square)
+    of_all = (KEYS["joint/flow_of_all"],) if carried and KEYS["joint/flow"] in selection else ()
+    return (*selection, *of_all)
 
 
 def _of_views(measures: Selection, views: Sequence[str], *, several: bool) -> Selection:
