@@ -90,21 +90,24 @@ def loop_step(model: keras.Model, probe: Any, target: float) -> float:
 
 def radius(only: str | None) -> None:
     """Prints the radii that are reached, for each kind of layer, depth and target."""
-    print("\n| layer | depth | target | before | after | all within 0.08 | updates | seconds | a step of the loop |")
+    heads = ("before", "after", "all within 0.08", "updates", "seconds (of a CPU)", "a step of the loop")
+    print(f"\n| layer | depth | target | {' | '.join(heads)} |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
     for kind, make in KINDS.items():
         for depth in DEPTHS if only in (None, kind) else ():
             for target in TARGETS:
                 model, probe = stack(make, depth)
                 step = loop_step(model, probe, target)
+                begin = time.process_time()
                 result = keras_jacmon.stabilize(model, probe, target, verbose=0)
+                busy = time.process_time() - begin
                 before, after = (
                     ", ".join(f"{goal.value(report):.2f}" for goal in result.goals)
                     for report in (result.before, result.after)
                 )
                 print(
                     f"| {kind} | {depth} | {target} | {before} | {after} | {'yes' if result.converged else 'no'} | "
-                    f"{result.history['updates'][-1]} | {result.seconds:.0f} | {step:.2f} s |",
+                    f"{result.history['updates'][-1]} | {result.seconds:.0f} ({busy:.0f}) | {step:.2f} s |",
                     flush=True,
                 )
 

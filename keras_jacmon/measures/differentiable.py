@@ -35,7 +35,9 @@ class Directions:
     Attributes:
         vectors: Integer, number of random vectors for a block of J that has no structure and more rows than that.
         seed: Tensor `(2,)`, seed of these vectors.
-        leading: Tensor `(points, n)`, leading right singular vectors of length one. Defaults to None.
+        leading: Tensor, the vectors that the measure is differentiated along: `(points, n)`, leading right singular
+            vectors of length one, for the spectral norm; those of `eigenvector_parts` for the spectral radius.
+            Defaults to None.
     """
 
     vectors: int
@@ -72,7 +74,7 @@ def spectral_norm(operator: tf.linalg.LinearOperator, directions: Directions) ->
     return tf.reduce_sum(_unit(image) * image, axis=-1)[None]
 
 
-def spectral_radius(operator: tf.linalg.LinearOperator, directions: Directions) -> tf.Tensor:  # noqa: ARG001 - as every measure
+def spectral_radius(operator: tf.linalg.LinearOperator, directions: Directions) -> tf.Tensor:
     """`|wᴴ J v / wᴴ v|`, `(1, points)`, with the left and right vectors w and v of the leading eigenvalue held.
 
     Its derivative is that of the radius. Where several eigenvalues have the largest modulus, the derivative is that of
@@ -82,14 +84,24 @@ def spectral_radius(operator: tf.linalg.LinearOperator, directions: Directions) 
     References:
         J. R. Magnus, "On differentiating eigenvalues and eigenvectors", 1985.
     """
-    found = leading_eigenvectors(tf.linalg.LinearOperatorFullMatrix(tf.stop_gradient(operator.to_dense())))
-    value, right, left = map(tf.stop_gradient, found)
-    images = operator.matmul(tf.stack([tf.math.real(right), tf.math.imag(right)], axis=-1))
+    parts = eigenvector_parts(operator) if directions.leading is None else directions.leading
+    right, left = (tf.complex(parts[:, :, k], parts[:, :, k + 1]) for k in (0, 2))
+    images = operator.matmul(parts[:, :, :2])
     image = tf.complex(images[:, :, 0], images[:, :, 1])
-    overlap = tf.abs(tf.reduce_sum(tf.math.conj(left) * right, axis=-1))
+    overlap = tf.abs(_product(left, right))
     is_simple = overlap > _LEAST_OVERLAP * np.sqrt(np.finfo(overlap.dtype.as_numpy_dtype).eps)
-    quotient = tf.abs(tf.reduce_sum(tf.math.conj(left) * image, axis=-1)) / tf.where(is_simple, overlap, 1.0)
-    return tf.where(is_simple, quotient, tf.abs(value))[None]
+    quotient = tf.abs(_product(left, image)) / tf.where(is_simple, overlap, 1.0)
+    return tf.where(is_simple, quotient, tf.stop_gradient(tf.abs(_product(right, image))))[None]
+
+
+def eigenvector_parts(operator: tf.linalg.LinearOperator) -> tf.Tensor:
+    """Unit vectors of the leading eigenvalue, `(points, n, 4)`: real and imaginary part of the right, then of the left.
+
+    No derivative flows through them.
+    """
+    found = leading_eigenvectors(tf.linalg.LinearOperatorFullMatrix(tf.stop_gradient(operator.to_dense())))
+    parts = [part(vector) for vector in (found.right, found.left) for part in (tf.math.real, tf.math.imag)]
+    return tf.stop_gradient(tf.stack(parts, axis=-1))
 
 
 def refined_vectors(operator: tf.linalg.LinearOperator, vectors: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
@@ -151,6 +163,11 @@ DIFFERENTIABLE: dict[str, Callable[[tf.linalg.LinearOperator, Directions], tf.Te
     "spectral_norm": spectral_norm,
     "spectral_radius": spectral_radius,
 }
+
+
+def _product(left: tf.Tensor, right: tf.Tensor) -> tf.Tensor:
+    """`leftᴴ right`, `(points,)`."""
+    return tf.reduce_sum(tf.math.conj(left) * right, axis=-1)
 
 
 def _unit(vectors: tf.Tensor) -> tf.Tensor:

@@ -37,9 +37,6 @@ SQUARINGS = 6
 # An eigenvector of H of norm one with no more than this in V is rounding.
 _SPURIOUS = 1e-3
 
-# Solutions that bring a random vector to an eigenvector. With an eigenvalue known to rounding, one is nearly enough.
-_INVERSE_ITERATIONS = 2
-
 
 def eigenvalues(operator: tf.linalg.LinearOperator) -> tf.Tensor:
     """All eigenvalues at each point, by forming J: O(n³) per point, 5 ms for 128 units.
@@ -126,7 +123,7 @@ class LeadingEigenvectors(NamedTuple):
 
 
 def leading_eigenvectors(operator: tf.linalg.LinearOperator) -> LeadingEigenvectors:
-    """The eigenvalue of the largest modulus and its vectors, by forming J and inverse iteration.
+    """The eigenvalue of the largest modulus and its vectors, by forming J and solving with it and a random border.
 
     Above 128 units the eigenvalue is the leading one in a single Krylov space of 48 dimensions, and the vectors are
     those of the eigenvalue next to it.
@@ -135,25 +132,37 @@ def leading_eigenvectors(operator: tf.linalg.LinearOperator) -> LeadingEigenvect
         operator: The Jacobians, `(n, n)`, batch shape `(points,)`.
 
     References:
-        G. H. Golub, C. F. Van Loan, "Matrix computations", 2013, section 7.6.
+        H. B. Keller, "Numerical solution of bifurcation and nonlinear eigenvalue problems", 1977: with a border, the
+        matrix has an inverse.
     """
     dense, _ = _finite(operator.to_dense())
     points, n = tf.shape(dense)[0], int(operator.shape[-1])
     value = _leading_value(tf.linalg.LinearOperatorFullMatrix(dense))
     largest = tf.reduce_max(tf.abs(dense), axis=[1, 2])
-    # Beside the eigenvalue by rounding, since a solver refuses a matrix that is singular.
-    beside = 10 * np.finfo(dense.dtype.as_numpy_dtype).eps * tf.where(largest > 0, largest, tf.ones_like(largest))
-    shift = value + tf.cast(beside, value.dtype)
+    size = tf.where(largest > 0, largest, tf.ones_like(largest))
+    # Beside the eigenvalue by rounding, for a repeated one with several vectors.
+    shift = value + tf.cast(10 * np.finfo(dense.dtype.as_numpy_dtype).eps * size, value.dtype)
     shifted = tf.cast(dense, value.dtype) - shift[:, None, None] * tf.eye(n, dtype=value.dtype)
-    parts = tf.random.stateless_normal([2, points, n], [0, 8], dtype=dense.dtype)
-    vectors = []
-    for adjoint in (False, True):
-        vector = tf.complex(parts[0], parts[1])
-        for _ in range(_INVERSE_ITERATIONS):
-            vector = tf.linalg.solve(shifted, vector[:, :, None], adjoint=adjoint)[:, :, 0]
-            vector = vector / tf.cast(tf.norm(vector, axis=-1, keepdims=True), value.dtype)
-        vectors.append(vector)
-    return LeadingEigenvectors(value, *vectors)
+    parts = size[:, None] * tf.random.stateless_normal([4, points, n], [0, 8], dtype=dense.dtype)
+    above = tf.concat([shifted, tf.complex(parts[0], parts[1])[:, :, None]], axis=2)
+    below = tf.pad(tf.complex(parts[2], parts[3])[:, None], [[0, 0], [0, 0], [0, 1]])
+    # A solver refuses a matrix that is singular. With a border it is not, at an eigenvalue with one vector.
+    lu, order = tf.linalg.lu(tf.concat([above, below], axis=1))
+    last = tf.one_hot(tf.fill([points], n), n + 1, dtype=value.dtype)
+    solutions = [_solved(lu, order, last, adjoint=adjoint)[:, :n] for adjoint in (False, True)]
+    return LeadingEigenvectors(value, *(x / tf.cast(tf.norm(x, axis=-1, keepdims=True), x.dtype) for x in solutions))
+
+
+def _solved(lu: tf.Tensor, order: tf.Tensor, vector: tf.Tensor, *, adjoint: bool) -> tf.Tensor:
+    """The solution x of `A x = b`, or of `Aᴴ x = b`, `(points, n)`, from `A[order] = L U` in one matrix."""
+    lower = tf.linalg.set_diag(lu, tf.ones_like(vector))
+    solve = tf.linalg.triangular_solve
+    if adjoint:
+        half = solve(lu, vector[:, :, None], lower=False, adjoint=True)
+        back = tf.argsort(order, axis=-1)
+        return tf.gather(solve(lower, half, adjoint=True)[:, :, 0], back, batch_dims=1)
+    half = solve(lower, tf.gather(vector, order, batch_dims=1)[:, :, None])
+    return solve(lu, half, lower=False)[:, :, 0]
 
 
 def _leading_value(operator: tf.linalg.LinearOperator) -> tf.Tensor:

@@ -18,7 +18,7 @@ from keras_jacmon.jacobians.views import floating_states, side_by_side
 from keras_jacmon.measurement.compiled import SequenceTensors
 from keras_jacmon.measurement.per_step import CHECKED_POINTS
 from keras_jacmon.measures.context import MeasureContext
-from keras_jacmon.measures.differentiable import DIFFERENTIABLE, TINY, Directions, refined_vectors
+from keras_jacmon.measures.differentiable import DIFFERENTIABLE, TINY, Directions, eigenvector_parts, refined_vectors
 from keras_jacmon.measures.spectrum import leading_singular_vectors
 from keras_jacmon.operators.contract import JacobianOperator
 from keras_jacmon.options import Options
@@ -106,7 +106,9 @@ class PointPenalty:
         if self._config.measure == "spectral_norm":
             leading = self._found_leading(jacobian, points, Options(seed=self._config.seed))
         checks = self._checked(jacobian, points, chosen, moment)
-        usable = self._distances(jacobian, moment).are_usable(points, leading)
+        distances = self._distances(jacobian, moment)
+        present = self._present_leading(distances, points, None, anew=False) if leading is None else leading
+        usable = distances.are_usable(points, present)
         left_out = tf.math.count_nonzero((chosen.weights > 0) & ~usable)
         weights = tf.where(usable, chosen.weights, tf.zeros_like(chosen.weights))
         taken = PenaltyPoints(chosen.inputs, chosen.states, weights)
@@ -163,10 +165,12 @@ class PointPenalty:
     def _present_leading(
         self, distances: "_Distances", points: PointBatch, known: tf.Tensor | None, *, anew: bool
     ) -> tf.Tensor | None:
-        """Returns the leading singular vectors with the present weights; None if the measure needs none."""
+        """Returns the leading vectors with the present weights; None if the measure needs none."""
+        fixed = PointBatch(tf.stop_gradient(points.inputs), tuple(map(tf.stop_gradient, points.states)))
+        if self._config.measure == "spectral_radius":
+            return eigenvector_parts(distances.operator(fixed))
         if known is None:
             return None
-        fixed = PointBatch(tf.stop_gradient(points.inputs), tuple(map(tf.stop_gradient, points.states)))
         if anew:
             options = Options(seed=self._config.seed, tolerance=_LOGGED_TOLERANCE)
             return tf.stop_gradient(self._found_leading(distances.jacobian, fixed, options))

@@ -16,7 +16,7 @@ TIME, DEPTH = "time", "depth"
 
 Target = float | Mapping[str, float]
 
-# The measures of products over time, which are logarithms. Of the growth there is no derivative here.
+# The measures of products over time, which are logarithms.
 GROWTH, LYAPUNOV = "growth", "lyapunov"
 
 

@@ -1,5 +1,6 @@
 """Gradient descent on `(measure - target)²`, where the measure is one of a step by the penalties of the regularizer."""
 
+import math
 import warnings
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -7,11 +8,19 @@ from typing import Any, Protocol
 import keras
 import tensorflow as tf
 
+from keras_jacmon.measures.differentiable_over_time import DIFFERENTIABLE_OVER_TIME
 from keras_jacmon.model.distribution import own_variable
 from keras_jacmon.model.layers import RecurrentLayer
 from keras_jacmon.regularization.model_penalty import ModelPenalty
 from keras_jacmon.regularization.penalty_config import PenaltyConfig
 from keras_jacmon.stabilization.goals import Goal, Standing
+from keras_jacmon.stabilization.moves import Copies, Moves, RelativeMoves
+
+# Of relative moves: 3 % of a weight.
+_LEARNING_RATE = 0.03
+
+# A product over time is that of all steps of a sample.
+_STEPS_PER_ROW = 32
 
 
 class Loss(Protocol):
@@ -73,30 +82,32 @@ class Gradient:
     Args:
         losses: Sequence of `Loss`; their sum is minimized.
         weights: Sequence of the weights that change.
-        optimizer: Keras optimizer, used by nothing else.
+        optimizer: Keras optimizer, used by nothing else; None for Adam on relative moves of the weights, whose learning
+            rate is halved after each round that made the loss larger.
     """
 
     def __init__(
         self,
         losses: Sequence[Loss],
         weights: Sequence[keras.Variable],
-        optimizer: keras.optimizers.Optimizer,
+        optimizer: keras.optimizers.Optimizer | None,
     ) -> None:
-        self._losses, self._weights, self._optimizer = losses, weights, optimizer
-        # Weights may be mirrored or of half precision. What an optimizer changes is a copy that is neither.
-        self._copies = [_copy_of(weight) for weight in weights]
-        self._step = 0
+        self._losses, self._weights, self._adapts = losses, weights, optimizer is None
+        self._moves: Moves = RelativeMoves(weights) if optimizer is None else Copies(weights)
+        self._optimizer = keras.optimizers.Adam(_LEARNING_RATE) if optimizer is None else optimizer
+        self._step, self._last_loss = 0, math.inf
 
-    def advance(self, standing: Standing, updates: int) -> None:  # noqa: ARG002 - as every method
+    def advance(self, standing: Standing, updates: int) -> None:
         """Takes new points of the trajectories, and updates the weights there."""
+        if self._adapts and standing.loss > self._last_loss:
+            self._optimizer.learning_rate = 0.5 * float(self._optimizer.learning_rate)
+        self._last_loss = standing.loss
         if self._step:
             for loss in self._losses:
                 loss.renew()
         for _ in range(updates):
-            gradients = self._gradients()
-            self._optimizer.apply(gradients, self._copies)
-            for weight, copy in zip(self._weights, self._copies, strict=True):
-                weight.assign(copy)
+            self._optimizer.apply(self._moves.gradients(self._gradients()), self._moves.variables)
+            self._moves.follow()
             self._step += 1
 
     def _gradients(self) -> list[tf.Tensor]:
@@ -105,15 +116,12 @@ class Gradient:
         with tf.GradientTape() as tape:
             total = tf.add_n([loss() for loss in self._losses])
         values = [weight.value for weight in self._weights]
-        gradients = tape.gradient(total, values, unconnected_gradients="zero")
-        return [
-            tf.cast(tf.convert_to_tensor(gradient), copy.dtype)
-            for gradient, copy in zip(gradients, self._copies, strict=True)
-        ]
+        return list(map(tf.convert_to_tensor, tape.gradient(total, values, unconnected_gradients="zero")))
 
 
 def penalty_config(measure: str, view: str, rows: int, seed: int) -> PenaltyConfig:
     """Returns the settings of a penalty at points that change between two rounds only."""
+    is_over_time = measure in DIFFERENTIABLE_OVER_TIME
     return PenaltyConfig(
         measure=measure,
         view=view,
@@ -122,14 +130,7 @@ def penalty_config(measure: str, view: str, rows: int, seed: int) -> PenaltyConf
         states="cached",
         through_states=False,
         refresh=1,
-        rows=rows,
+        rows=_STEPS_PER_ROW * rows if is_over_time else rows,
         vectors=16,
         seed=seed,
     )
-
-
-def _copy_of(weight: keras.Variable) -> keras.Variable:
-    dtype = "float64" if weight.dtype == "float64" else "float32"
-    copy = keras.Variable(keras.ops.convert_to_numpy(weight), dtype=dtype)
-    copy.constraint = weight.constraint
-    return copy

@@ -1,13 +1,14 @@
-"""Rescaling: kernels are multiplied by a number each, found by the secant method on logarithmic scales."""
+"""Rescaling: the kernels of gates are multiplied by numbers, found by the secant method on logarithmic scales."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import keras
 import numpy as np
 
 from keras_jacmon.errors import invalid_argument
 from keras_jacmon.measurement.secant import MOST_GAIN, Secant
+from keras_jacmon.report.reductions import FloatArray
 from keras_jacmon.stabilization.goals import DEPTH, GROWTH, TIME, Goal, Standing
 
 # The names that Keras gives the kernels of its cells, for each direction.
@@ -17,21 +18,34 @@ KERNELS = {TIME: "recurrent_kernel", DEPTH: "kernel"}
 _DEGREES = {"variance": 2.0}
 
 
+# The gain with which each gate is tried.
+_TRIAL = 1.1
+
+
 class Rescale:
-    """Multiplies the kernels of each layer by what the measure asks, round by round.
+    """Multiplies the kernels of each layer by what the measure asks, gate by gate, round by round.
+
+    Before the first round each gate of a gated cell is tried with a gain of 1.1. A round multiplies a gate by a power
+    of one number, which is the larger the more the measure follows the gate.
 
     Args:
         weights: Mapping by layer, the weights that may change.
         goals: Mapping by layer, its goals.
         measure: String, the name of the measure.
+        measured: Callable that measures the model, and returns its `Standing`.
 
     Raises:
         ValueError: If a layer has no kernel of the expected name, or a target is not positive.
     """
 
     def __init__(
-        self, weights: Mapping[str, Sequence[keras.Variable]], goals: Mapping[str, Sequence[Goal]], measure: str
+        self,
+        weights: Mapping[str, Sequence[keras.Variable]],
+        goals: Mapping[str, Sequence[Goal]],
+        measure: str,
+        measured: Callable[[], Standing],
     ) -> None:
+        self._measured, self._are_tried = measured, False
         self._kernels = []
         for layer, of_layer in goals.items():
             for direction in dict.fromkeys(goal.direction for goal in of_layer):
@@ -40,12 +54,26 @@ class Rescale:
                 if not kernels or (measure != GROWTH and chosen[0].target <= 0):
                     expected = '"gradient" for a target of 0 or less, and for a layer without a weight that is named '
                     raise invalid_argument("method", f"{expected}`{KERNELS[direction]}`", f"'rescale' for `{layer}`")
-                self._kernels.append(_Kernel(kernels, chosen, measure))
+                self._kernels.append(_Kernel(kernels, chosen, measure, _gates(weights[layer])))
 
     def advance(self, standing: Standing, updates: int) -> None:  # noqa: ARG002 - one round is one update
         """Multiplies each kernel once."""
+        if not self._are_tried:
+            self._try_gates(standing)
+            self._are_tried = True
         for kernel in self._kernels:
             kernel.advance(standing.values)
+
+    def _try_gates(self, standing: Standing) -> None:
+        """Finds out how the measures follow each gate, with all layers in one measurement."""
+        gated = [kernel for kernel in self._kernels if kernel.gates > 1]
+        for gate in range(max((kernel.gates for kernel in gated), default=0)):
+            tried = [kernel for kernel in gated if gate < kernel.gates]
+            before = [kernel.multiplied(np.eye(kernel.gates)[gate] * math.log(_TRIAL)) for kernel in tried]
+            values = self._measured().values
+            for kernel, kept in zip(tried, before, strict=True):
+                kernel.learn(gate, standing.values, values)
+                kernel.put_back(kept)
 
 
 class _Kernel:
@@ -55,12 +83,17 @@ class _Kernel:
         weights: Sequence of variables; all are multiplied by the same numbers.
         goals: Sequence of the goals that they serve, one for each call of the layer.
         measure: String, the name of the measure.
+        gates: Integer, number of the gates, whose kernels stand side by side.
+
+    Attributes:
+        gates: Integer, number of the gates.
     """
 
-    def __init__(self, weights: Sequence[keras.Variable], goals: Sequence[Goal], measure: str) -> None:
-        self._weights, self._goals, self._is_logarithm = weights, goals, measure == GROWTH
+    def __init__(self, weights: Sequence[keras.Variable], goals: Sequence[Goal], measure: str, gates: int) -> None:
+        self._weights, self._goals, self._is_logarithm, self.gates = weights, goals, measure == GROWTH, gates
         self._log_target = self._log(goals[0].target)
         self._secant = Secant(_DEGREES.get(measure, 1.0), math.log(MOST_GAIN))
+        self._slopes = np.ones(gates)
 
     def advance(self, values: Mapping[str, float]) -> None:
         """Multiplies the kernels.
@@ -68,13 +101,41 @@ class _Kernel:
         Args:
             values: Mapping by name of a goal, the present measure.
         """
-        value = float(np.mean([values[goal.name] for goal in self._goals]))
-        factor = math.exp(self._secant.step(self._log(value) - self._log_target))
-        for weight in self._weights:
-            weight.assign(weight * factor)
+        step = self._secant.step(self._log_of(values) - self._log_target)
+        slopes, total = self._slopes, np.sum(self._slopes)
+        # All gates together do with these powers what they do with the power 1, by the least change of all.
+        follows = np.all(np.isfinite(slopes)) and total > 0
+        powers = np.clip(slopes * total / np.sum(slopes**2), -1, 2) if follows else np.ones(self.gates)
+        self.multiplied(step * powers)
+
+    def multiplied(self, log_gains: FloatArray) -> list[FloatArray]:
+        """Multiplies each gate by the exponential of a number, `(gates,)`, and returns the kernels before."""
+        before = [keras.ops.convert_to_numpy(weight) for weight in self._weights]
+        for weight, value in zip(self._weights, before, strict=True):
+            weight.assign(value * np.repeat(np.exp(log_gains), value.shape[-1] // self.gates).astype(value.dtype))
+        return before
+
+    def put_back(self, values: Sequence[FloatArray]) -> None:
+        """Gives the kernels earlier values."""
+        for weight, value in zip(self._weights, values, strict=True):
+            weight.assign(value)
+
+    def learn(self, gate: int, before: Mapping[str, float], values: Mapping[str, float]) -> None:
+        """Keeps the power of a gate in the measure, from the values before and with the gain of a trial."""
+        self._slopes[gate] = (self._log_of(values) - self._log_of(before)) / math.log(_TRIAL)
+
+    def _log_of(self, values: Mapping[str, float]) -> float:
+        return self._log(float(np.mean([values[goal.name] for goal in self._goals])))
 
     def _log(self, value: float) -> float:
         """The logarithm of a measure; the growth is one already."""
         if self._is_logarithm:
             return value
         return -math.inf if value <= 0 else math.log(value)
+
+
+def _gates(weights: Sequence[keras.Variable]) -> int:
+    """The number of gates whose recurrent kernels stand side by side, from units to so many times the units."""
+    shapes = [weight.shape for weight in weights if weight.name == KERNELS[TIME]]
+    units, columns = shapes[0][-2:] if shapes else (1, 1)
+    return columns // units if columns % units == 0 else 1

@@ -43,7 +43,7 @@ _ROUNDS = {"gradient": (5, 500), "rescale": (1, 20), "flossing": (10, 500)}
 
 # The measures that each method knows, its default first.
 _MEASURES = {
-    "gradient": ["spectral_radius", *(name for name in DIFFERENTIABLE if name != "spectral_radius"), LYAPUNOV],
+    "gradient": ["spectral_radius", *(name for name in DIFFERENTIABLE if name != "spectral_radius"), GROWTH, LYAPUNOV],
     "rescale": ["spectral_radius", *(name for name in DIFFERENTIABLE if name != "spectral_radius"), GROWTH],
     "flossing": [LYAPUNOV],
 }
@@ -126,12 +126,12 @@ def stabilize(
             both. Depth is the view of the inputs, `dh_t/dx_t`; its spectral radius is that of the layers with as many
             inputs as units. For deep stacks the article proposes `{"time": 0.5, "depth": 0.5}`. Defaults to None: 1,
             or 0 for growth and exponents.
-        measure: String, `"spectral_radius"`, `"variance"`, `"rms_singular_value"` or `"spectral_norm"`; with
-            `"rescale"` also `"growth"`; `"lyapunov"` for `"gradient"` and `"flossing"`, which are then the same.
-            Defaults to None, `"spectral_radius"`, or `"lyapunov"` for `"flossing"`.
+        measure: String, `"spectral_radius"`, `"variance"`, `"rms_singular_value"`, `"spectral_norm"` or `"growth"`;
+            `"lyapunov"` for `"gradient"` and `"flossing"`, which are then the same. Defaults to None,
+            `"spectral_radius"`, or `"lyapunov"` for `"flossing"`.
         method: String. `"gradient"`: an optimizer changes all trainable weights of the layers. `"rescale"`: the
-            recurrent kernels, and for the depth the input kernels, are multiplied by a number each, all gates by the
-            same one, without an optimizer. `"flossing"`: the optimizer brings the leading Lyapunov exponents to the
+            recurrent kernels, and for the depth the input kernels, are multiplied by a number for each gate, without an
+            optimizer. `"flossing"`: the optimizer brings the leading Lyapunov exponents to the
             target, through the QR decompositions and the states. Defaults to `"gradient"`.
         view: String, the view through time: `"joint"`, all states together, or `"hidden"`. For a cell with one state,
             the joint view is the hidden one. Defaults to `"joint"`.
@@ -141,9 +141,11 @@ def stabilize(
         patience: Integer, number of checks. A check follows 5 updates, 10 of flossing, or one rescaling. Defaults to 3.
         steps: Integer, maximum number of updates. Defaults to None, 500, or 20 rescalings.
         rows: Integer, number of (step, sample) points of a layer in an update of `"gradient"`; they change with each
-            check. A check measures up to 32 points, always the same ones. Defaults to 8.
-        optimizer: Keras optimizer, or its name or configuration, for `"gradient"`. A copy of it is used. Defaults to
-            None, `keras.optimizers.Adam(1e-3)`.
+            check. A check measures up to 32 points, always the same ones. For growth, that of some samples along all
+            of their steps, up to 32 times as many points, and one sample at least. Defaults to 8.
+        optimizer: Keras optimizer, or its name or configuration, for `"gradient"` and `"flossing"`. A copy of it is
+            used. Defaults to None: Adam, which moves each weight by 3 % of its size and has a gain of each weight among
+            its variables; its learning rate is halved when the loss has become larger.
         exponents: Integer, number of leading Lyapunov exponents, as far as a layer has them. The first tenth of the
             steps of the probe is left out. Of them the root mean square distance from the target is compared with
             `tolerance`. Defaults to 16.
@@ -239,7 +241,7 @@ class _Stabilizer:
                 count = min(_ROUNDS[settings.method][0], settings.steps - updates)
                 method.advance(standing, count)
                 updates += count
-                standing = Standing.of(self._meter(suggestions=False), self.goals, settings.tolerance)
+                standing = self._standing()
                 best.offer(standing)
                 within = within + 1 if standing.is_within else 0
                 history.add(updates, standing)
@@ -248,11 +250,14 @@ class _Stabilizer:
         history.close()
         return best.standing, history
 
+    def _standing(self) -> Standing:
+        return Standing.of(self._meter(suggestions=False), self.goals, self._settings.tolerance)
+
     def _method(self, optimizer: Any) -> Method:
         settings = self._settings
         if settings.method == "rescale":
             goals = {layer: goals for layer, goals in self._by_layer.items() if goals}
-            return Rescale(self._weights, goals, settings.measure)
+            return Rescale(self._weights, goals, settings.measure, self._standing)
         weights = [weight for item in self._layers for weight in self._weights[item.name]]
         return Gradient(self._losses(), weights, _own_optimizer(optimizer))
 
@@ -270,9 +275,9 @@ class _Stabilizer:
         return losses
 
 
-def _own_optimizer(optimizer: Any) -> keras.optimizers.Optimizer:
-    """Returns an optimizer that nothing else uses."""
+def _own_optimizer(optimizer: Any) -> keras.optimizers.Optimizer | None:
+    """Returns an optimizer that nothing else uses; None for None."""
     if optimizer is None:
-        return keras.optimizers.Adam(1e-3)
+        return None
     given = keras.optimizers.get(optimizer)
     return type(given).from_config(given.get_config())

@@ -112,6 +112,21 @@ def test_rescale_multiplies_the_recurrent_kernels_and_nothing_else(measure: Any)
         np.testing.assert_allclose(mean_radius(layer), result.after["rnn"].mean(measure), rtol=1e-4)
 
 
+def test_rescale_multiplies_each_gate_by_a_number_of_its_own() -> None:
+    layer = keras.layers.GRU(UNITS, name="rnn")
+    model = stack(layer)
+    kernel, recurrent, bias = values_of(layer.weights)
+    result = stabilize(model, PROBE, 0.9, method="rescale", tolerance=0.02, verbose=0)
+    assert result.converged
+    assert_equal(values_of(layer.weights)[::2], [kernel, bias])
+    ratios = np.split(layer.weights[1].numpy() / recurrent, 3, axis=1)
+    for ratio in ratios:
+        np.testing.assert_allclose(ratio, ratio[0, 0], rtol=1e-5)
+    gains = [float(ratio[0, 0]) for ratio in ratios]
+    assert min(abs(np.diff(gains))) > 1e-3
+    np.testing.assert_allclose(mean_radius(layer), result.after["rnn"].mean("spectral_radius"), rtol=1e-4)
+
+
 def test_a_padded_probe_in_half_precision_is_the_probe_without_the_padding() -> None:
     found = []
     for steps in (STEPS, 2 * STEPS):
@@ -124,6 +139,13 @@ def test_a_padded_probe_in_half_precision_is_the_probe_without_the_padding() -> 
         assert layer.weights[1].dtype == "float32"
         found.append(layer.weights[1].numpy())
     np.testing.assert_allclose(found[0], found[1], rtol=1e-2)
+
+
+def test_the_growth_is_brought_to_its_target_by_gradient() -> None:
+    result = quick(stack(simple()), optimizer=None, measure="growth", target=-0.1, tolerance=0.03, patience=1)
+    assert result.converged
+    before, after = (report["rnn"].mean("growth") for report in (result.before, result.after))
+    assert abs(before + 0.1) > 0.03 >= abs(after + 0.1)
 
 
 class Stopped(keras.optimizers.SGD):
