@@ -10,7 +10,7 @@ import tensorflow as tf
 
 from keras_jacmon.measures.differentiable import TINY
 from keras_jacmon.measures.flow import FlowPlan, start_flow
-from keras_jacmon.measures.lyapunov import start_lyapunov
+from keras_jacmon.measures.lyapunov import differentiable_exponents, start_lyapunov
 from keras_jacmon.measures.steps import Steps
 
 # The number of exponents, from the largest on, as in reports.
@@ -53,24 +53,9 @@ def lyapunov(steps: Steps, beginnings: Beginnings) -> tf.Tensor:
     References:
         R. Engelken, "Gradient flossing: improving gradient descent through dynamic control of Jacobians", 2023.
     """
-    warmup, count = steps.time // 10, min(_EXPONENTS, steps.size)
+    count = min(_EXPONENTS, steps.size)
     start = start_lyapunov(steps.samples, steps.size, count, beginnings.first, steps.dtype).vectors
-
-    def step(t: tf.Tensor, columns: tf.Tensor, sums: tf.Tensor, taken: tf.Tensor) -> tuple[tf.Tensor, ...]:
-        images = tf.linalg.matrix_transpose(steps.multiply(t, tf.linalg.matrix_transpose(columns)))
-        q, r = tf.linalg.qr(images)
-        logs = tf.math.log(tf.maximum(tf.abs(tf.linalg.diag_part(r)), TINY))
-        valid = steps.valid(t)
-        counts = (valid & (taken >= warmup))[:, None]
-        return t + 1, q, sums + tf.where(counts, logs, tf.zeros_like(logs)), taken + tf.cast(valid, tf.int32)
-
-    none = tf.zeros([steps.samples, count], steps.dtype)
-    _, _, sums, taken = tf.while_loop(
-        lambda t, *_: t < steps.time,
-        step,
-        [tf.constant(0), start, none, tf.zeros([steps.samples], tf.int32)],
-    )
-    return tf.transpose(sums / tf.cast(taken - warmup, sums.dtype)[:, None])
+    return differentiable_exponents(steps, start, warmup=steps.time // 10, formed=True)
 
 
 # By the names of the registry.

@@ -11,11 +11,13 @@ References:
     method for computing all of them", 1980.
 """
 
-from typing import NamedTuple
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow as tf
 
+from keras_jacmon.measures.differentiable import TINY
 from keras_jacmon.measures.steps import Steps
 
 
@@ -144,19 +146,153 @@ def kaplan_yorke(exponents: tf.Tensor, size: int) -> tf.Tensor:
     return tf.where(tf.reduce_any(tf.math.is_nan(exponents), axis=0), tf.constant(float("nan"), result.dtype), result)
 
 
-def _orthonormalised(carry: LyapunovCarry, warmup: int) -> LyapunovCarry:
-    """The carry after one QR; its logarithms count for samples whose warm-up was over at the QR before."""
+class _Walk(NamedTuple):
+    """The decompositions `Q_t R_t = J_t Q_{t-1}` of a whole trajectory.
+
+    Attributes:
+        columns: Tensor `(time + 1, samples, n, k)`, Q before the first step and after each.
+        triangles: Tensor `(time, samples, k, k)`, R; the identity at skipped steps.
+        logs: Tensor `(time, samples, k)`, the logarithms of `|R_ii|`; zero where they do not count.
+        found: Tensor `(time, samples, k)`, 1 where a logarithm counts and its column has not lost its direction.
+        counts: Tensor `(samples,)`, number of steps of each sample that count.
+    """
+
+    columns: tf.Tensor
+    triangles: tf.Tensor
+    logs: tf.Tensor
+    found: tf.Tensor
+    counts: tf.Tensor
+
+
+def differentiable_exponents(steps: Steps, start: tf.Tensor, *, warmup: int, formed: bool) -> tf.Tensor:
+    """The leading exponents of whole trajectories, with a QR at each step, and with derivatives by the Jacobians.
+
+    With D the derivatives by the sums of `log R_ii`, and `K_T = 0`, the derivative by `J_t` is `(Q_{t-1} X_t)ᵀ`, where
+    `X_t = R_t⁻¹ (K_t + D Q_tᵀ)` and `K_{t-1} = X_t J_t - tril(X_t J_t Q_{t-1}) Q_{t-1}ᵀ`: the logarithms of all steps
+    together are those of the product of the steps, and columns change a later logarithm as far as their own QR leaves
+    them free to. So no decomposition is differentiated, and all Jacobians are differentiated at once.
+
+    Args:
+        steps: The steps, with `every`.
+        start: Tensor `(samples, n, k)`, orthonormal columns.
+        warmup: Integer, number of first steps of each sample that do not count.
+        formed: Boolean, True to form the Jacobians of all points, which takes memory for all their entries. It is
+            faster for many exponents; and in a branch of a graph it must be so, since no derivative can be taken there
+            with operators that are made from tensors outside.
+
+    Returns:
+        `(k, samples)`, nats per step. A direction that a step does away with has a finite logarithm, log 1e-12, and no
+        derivative there.
+    """
+    if steps.every is None:
+        raise ValueError("The exponents are differentiated by all Jacobians at once, and the steps do not have them.")
+    whole = steps.every()
+    if formed:
+        sizes = [steps.time, steps.samples, steps.size, steps.size]
+        dense = tf.reshape(tf.stop_gradient(whole.to_dense()), sizes)
+        steps = replace(steps, at=lambda t: tf.linalg.LinearOperatorFullMatrix(dense[t]))
+    walk = _walked(steps, start, warmup)
+
+    @tf.custom_gradient
+    def exponents(images: tf.Tensor) -> tuple[tf.Tensor, Any]:
+        counts = tf.cast(walk.counts, images.dtype)[:, None]
+
+        def slopes(upstream: tf.Tensor) -> tf.Tensor:
+            return tf.reshape(_slopes(steps, walk, tf.transpose(upstream) / counts), tf.shape(images))
+
+        return tf.transpose(tf.reduce_sum(walk.logs, axis=0) / counts), slopes
+
+    found: tf.Tensor = exponents(whole.matmul(tf.reshape(walk.columns[:-1], [-1, *start.shape[1:]])))
+    return found
+
+
+def _walked(steps: Steps, start: tf.Tensor, warmup: int) -> _Walk:
+    """The decompositions along a trajectory, through which no derivative flows."""
+    k, dtype, time = int(start.shape[-1]), start.dtype, tf.convert_to_tensor(steps.time)
+
+    def step(t: tf.Tensor, columns: tf.Tensor, *kept: tf.TensorArray) -> tuple[Any, ...]:
+        images = tf.linalg.matrix_transpose(steps.multiply(t, tf.linalg.matrix_transpose(columns)))
+        split = _decomposed(images)
+        following = split.q if steps.mask is None else tf.where(steps.mask[t][:, None, None], split.q, columns)
+        written = (following, split.r, split.scale)
+        return t + 1, following, *(array.write(t, value) for array, value in zip(kept, written, strict=True))
+
+    shapes = (start.shape, [start.shape[0], k, k], [start.shape[0], k])
+    kept = [tf.TensorArray(dtype, time, element_shape=shape) for shape in shapes]
+    _, _, *kept = tf.while_loop(lambda t, *_: t < time, step, [tf.constant(0), start, *kept])
+    columns, r, scale = (tf.stop_gradient(array.stack()) for array in kept)
+    valid = tf.ones([time, steps.samples], tf.bool) if steps.mask is None else steps.mask
+    counts = valid & (tf.cumsum(tf.cast(valid, tf.int32)) > warmup)
+    lengths = _lengths(r)
+    logs = tf.math.log(tf.maximum(lengths * scale, TINY))
+    return _Walk(
+        tf.concat([start[None], columns], axis=0),
+        tf.where(valid[:, :, None, None], r * scale[:, :, None], tf.eye(k, dtype=dtype)),
+        tf.where(counts[:, :, None], logs, tf.zeros_like(logs)),
+        tf.cast(counts[:, :, None] & (lengths > 0), dtype),
+        tf.math.count_nonzero(counts, axis=0),
+    )
+
+
+def _slopes(steps: Steps, walk: _Walk, by_sums: tf.Tensor) -> tf.Tensor:
+    """The derivatives by the images `J_t Q_{t-1}`, `(time, samples, n, k)`, from those by the sums `(samples, k)`."""
+    time = tf.convert_to_tensor(steps.time)
+    diagonal = tf.linalg.diag_part(walk.triangles)
+    # A solver refuses a matrix that is singular.
+    diagonal = tf.where(tf.abs(diagonal) > TINY, diagonal, tf.ones_like(diagonal))
+    triangles = tf.linalg.set_diag(walk.triangles, diagonal)
+    direct = tf.linalg.matrix_transpose(walk.columns[1:] * (by_sums * walk.found)[:, :, None])
+
+    def step(done: tf.Tensor, generator: tf.Tensor, kept: tf.TensorArray) -> tuple[Any, ...]:
+        t = time - 1 - done
+        solved = tf.linalg.triangular_solve(triangles[t], generator + direct[t], lower=False)
+        pulled, before = steps.multiply(t, solved, adjoint=True), walk.columns[t]
+        # A part that only rounding makes would grow from step to step.
+        fixed = tf.linalg.band_part(tf.matmul(pulled, before), -1, 0)
+        return done + 1, pulled - tf.matmul(fixed, before, transpose_b=True), kept.write(t, solved)
+
+    kept = tf.TensorArray(direct.dtype, time, element_shape=direct.shape[1:])
+    begin = [tf.constant(0), tf.zeros_like(direct[0]), kept]
+    slopes = tf.linalg.matrix_transpose(tf.while_loop(lambda done, *_: done < time, step, begin)[2].stack())
+    return slopes if steps.mask is None else tf.where(steps.mask[:, :, None, None], slopes, tf.zeros_like(slopes))
+
+
+class _Decomposed(NamedTuple):
+    """`vectors = q r scale`.
+
+    Attributes:
+        q: Tensor `(samples, n, k)`, orthonormal columns.
+        r: Tensor `(samples, k, k)`, upper triangular.
+        scale: Tensor `(samples, k)`, the factors of the columns of r.
+    """
+
+    q: tf.Tensor
+    r: tf.Tensor
+    scale: tf.Tensor
+
+
+def _decomposed(vectors: tf.Tensor) -> _Decomposed:
     # Each column by its own scale: Householder's squares may underflow in some.
-    scale = tf.reduce_max(tf.abs(carry.vectors), axis=1)
-    q, r = tf.linalg.qr(tf.math.divide_no_nan(carry.vectors, scale[:, None]))
+    scale = tf.reduce_max(tf.abs(vectors), axis=1)
+    q, r = tf.linalg.qr(tf.math.divide_no_nan(vectors, scale[:, None]))
+    return _Decomposed(q, r, scale)
+
+
+def _lengths(r: tf.Tensor) -> tf.Tensor:
+    """`|r_ii|`; zero for a column that has lost its direction to rounding."""
     lengths = tf.abs(tf.linalg.diag_part(r))
     # A column that is a sum of those before it but for rounding has lost its direction: q then holds another one, which
     # is orthogonal to all others.
-    rounding = 10 * np.finfo(q.dtype.as_numpy_dtype).eps * tf.norm(r, axis=1)
-    lengths = tf.where(lengths <= rounding, tf.zeros_like(lengths), lengths)
-    logs = tf.math.log(tf.cast(lengths, tf.float64)) + tf.math.log(tf.cast(scale, tf.float64))
+    rounding = 10 * np.finfo(r.dtype.as_numpy_dtype).eps * tf.norm(r, axis=-2)
+    return tf.where(lengths <= rounding, tf.zeros_like(lengths), lengths)
+
+
+def _orthonormalised(carry: LyapunovCarry, warmup: int) -> LyapunovCarry:
+    """The carry after one QR; its logarithms count for samples whose warm-up was over at the QR before."""
+    split = _decomposed(carry.vectors)
+    logs = tf.math.log(tf.cast(_lengths(split.r), tf.float64)) + tf.math.log(tf.cast(split.scale, tf.float64))
     # Without a step the logarithms are rounding.
     counts = (carry.pending > 0) & (carry.taken - carry.pending >= warmup)
     sums = carry.sums + tf.where(counts[:, None], logs, tf.zeros_like(logs))
     # The signs of the columns of q do not matter: |R_ii| is what a positive diagonal would have.
-    return LyapunovCarry(q, sums, carry.taken, tf.zeros_like(carry.pending), tf.zeros_like(carry.since))
+    return LyapunovCarry(split.q, sums, carry.taken, tf.zeros_like(carry.pending), tf.zeros_like(carry.since))

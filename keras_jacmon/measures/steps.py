@@ -18,6 +18,8 @@ class Steps:
         samples: Number of samples, a scalar.
         size: Units n of the square Jacobians.
         dtype: Type of the operators.
+        every: Makes the operator of all points, all samples of the first step first, which derivatives need; None where
+            there are none. Defaults to None.
     """
 
     time: int | tf.Tensor
@@ -26,6 +28,7 @@ class Steps:
     samples: int | tf.Tensor
     size: int
     dtype: tf.DType
+    every: Callable[[], tf.linalg.LinearOperator] | None = None
 
     def multiply(self, t: tf.Tensor, vectors: tf.Tensor, *, adjoint: bool = False) -> tf.Tensor:
         """Products of the Jacobians of a step with vectors `(samples, vectors, n)`; a skipped step changes nothing.

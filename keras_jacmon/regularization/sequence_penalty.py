@@ -123,8 +123,12 @@ class SequencePenalty:
             here = PointBatch(tf.gather(inputs, t), tuple(tf.gather(state, t) for state in states))
             return jacobian.operators([self._view], here)[self._view]
 
+        def every() -> tf.linalg.LinearOperator:
+            together = PointBatch(as_points(inputs), tuple(map(as_points, states)))
+            return jacobian.operators([self._view], together)[self._view]
+
         sizes = self._sizes(points.states)
-        steps = Steps(time, at, mask, samples, sum(sizes), states[floating_states(states)[0]].dtype)
+        steps = Steps(time, at, mask, samples, sum(sizes), states[floating_states(states)[0]].dtype, every)
         plan = FlowPlan.of(sizes, self._begins(inputs, states), self._config.vectors, cheap=False)
         seeds = [
             tf.random.experimental.stateless_fold_in([self._config.seed, 7], number) for number in (moment.step, 0)

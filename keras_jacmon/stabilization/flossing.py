@@ -11,7 +11,7 @@ from keras_jacmon.cell.trajectory import UnrollInputs, unroll
 from keras_jacmon.jacobians.cell_jacobian import CellJacobian
 from keras_jacmon.jacobians.points import PointBatch
 from keras_jacmon.jacobians.views import floating_states
-from keras_jacmon.measures.lyapunov import lyapunov_exponents, lyapunov_segment, start_lyapunov
+from keras_jacmon.measures.lyapunov import differentiable_exponents, start_lyapunov
 from keras_jacmon.measures.steps import Steps
 from keras_jacmon.model.guard import foreign_variables, put_back, shielded
 from keras_jacmon.model.layers import RecurrentLayer
@@ -19,6 +19,9 @@ from keras_jacmon.model.recording import Recording, RecurrentCall, record_calls
 from keras_jacmon.operators.contract import JacobianOperator
 from keras_jacmon.tensors import known_sizes
 from keras_jacmon.traced_graph import trace
+
+# Jacobians are formed if they have no more columns than this many times the exponents.
+_FORMED = 4
 
 
 class ExponentsLoss:
@@ -94,6 +97,7 @@ class ExponentsLoss:
             return taken
 
         size = int(whole.shape[-1])
-        steps, warmup = Steps(time, at, sequence.mask, samples, size, whole.dtype), time // 10
-        carry = start_lyapunov(samples, size, min(self._count, size), (self._seed, 6), whole.dtype)
-        return lyapunov_exponents(lyapunov_segment(steps, carry, warmup=warmup), warmup=warmup), jacobian
+        steps = Steps(time, at, sequence.mask, samples, size, whole.dtype, lambda: whole)
+        start = start_lyapunov(samples, size, min(self._count, size), (self._seed, 6), whole.dtype).vectors
+        formed = _FORMED * int(start.shape[-1]) >= size
+        return differentiable_exponents(steps, start, warmup=time // 10, formed=formed), jacobian
