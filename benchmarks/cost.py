@@ -313,7 +313,7 @@ def start() -> None:
         for measures in ("standard", "full"):
             model = stack(kind, depth, units)
             begin = time.perf_counter()
-            JacobianMeter(model, x, measures=measures)()
+            JacobianMeter(model, x, measures=measures)(suggestions=False)
             spent.append(time.perf_counter() - begin)
         row(depth * (1 + (kind == "bidirectional")), *(f"{found:.1f} s" for found in spent))
 

@@ -193,8 +193,8 @@ class JacobianMeter:
     def trace_count(self) -> int:
         """Integer, number of traced measurements.
 
-        There is one for each kind of call, another one when `meter(slow=False)` first leaves measures out, and one more
-        for each check that failed.
+        There is one for each kind of call, another one when `meter(slow=False)`, or the trial of a change, first leaves
+        measures out, and one more for each check that failed.
         """
         return len(self.graphs)
 
@@ -287,15 +287,15 @@ class JacobianMeter:
         def verdict_with(change: Change) -> Verdict | None:
             return self._changed(call, change, sequence, on_model=bool(reason)).judge()
 
-        changes = changes_of(call, self._measurement_of(call).metadata.recurrent_places, self._model)
-        names = " and ".join(f"`{name}`" for change in changes for name in change.names)
         try:
+            changes = changes_of(call, self._measurement_of(call).metadata.recurrent_places, self._model)
             found = search(call.name, changes, before, verdict_with)
+            names = " and ".join(f"`{name}`" for change in changes for name in change.names)
             why = f"no change of {names} that was tried makes the verdict much better"
+            if not changes:
+                why = "no change was tried: it has no trained weight that is known to multiply its states"
         except Exception as error:  # noqa: BLE001 - of any kind that a user's cell may raise for other weights
-            found, why = (), f"a change of {names} could not be tried: {message_of(error)}"
-        if not changes:
-            why = "no change was tried: it has no trained weight that is known to multiply its states"
+            found, why = (), f"changes of its weights could not be tried: {message_of(error)}"
         return dataclasses.replace(layer, suggestions=found, notes=layer.notes if found else (*layer.notes, why))
 
     def _changed(

@@ -41,9 +41,9 @@ class JacobianMonitor(keras.callbacks.Callback):
     Measures the state-to-state Jacobians `ds_t/ds_{t-1}` on a probe batch before the first batch of a training, then
     every `update_freq`, and at its end; writes them to TensorBoard event files and adds some means to the `logs`
     of each epoch, where `History`, the progress line and the callbacks that stand *after* this one see them. The
-    training itself stays as it is, to the bit, unless a regularizer is given. With the first report and at the end of a
-    training, changes of layers that are not stable are tried on copies of their weights; those that help are the
-    `suggestions` of the verdict.
+    training itself stays as it is, to the bit, unless a regularizer is given. At the end of a training, and with
+    `verbose=1` before it too, changes of layers that are not stable are tried on copies of their weights; those that
+    help are the `suggestions` of the verdict.
 
     Example:
 
@@ -328,8 +328,8 @@ class JacobianMonitor(keras.callbacks.Callback):
             raise RuntimeError("JacobianMonitor has no model yet. Call `set_model(model)` before `on_train_begin()`.")
         again = self._schedule.is_measured
         slow = self._schedule.next_is_slow(last=last, has_slow=meter.has_slow_measures)
-        # Trials take several measurements of a layer.
-        suggestions = last or not self.reports
+        # Trials take several measurements of a layer, and a training should begin soon.
+        suggestions = last or (not self.reports and bool(self._announcements.verbose))
         visible = bool(self._announcements.verbose) or (self.params or {}).get("verbose") == 1
         with self._progress.shown(slow=slow, visible=visible):
             report = self._attempt(

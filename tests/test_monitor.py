@@ -374,7 +374,10 @@ def test_a_verdict_that_changes_is_told(tmp_path: Path, capsys: pytest.CaptureFi
         "step 4: rnn vanishing -> stable (horizon beyond the sequence)",
         "step 6: rnn stable -> exploding (horizon 2)",
     ]
-    assert [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")] == lines
+    printed = capsys.readouterr().out
+    assert [line for line in printed.splitlines() if line.startswith("step ")] == lines
+    # With the first report, and at the end.
+    assert [printed.count(f"  - multiply `recurrent_kernel` by {factor} in") for factor in ("10", "0.05")] == [1, 1]
     written = by_tag(read_summaries(tmp_path), "verdicts")
     assert [(summary.step, summary.value.item()) for summary in written] == [
         (step, f"    {line}".encode()) for step, line in zip((4, 6), lines, strict=True)
