@@ -21,6 +21,12 @@ _SOON = 5
 # The relative change of the last state that a step of the training may make.
 _SMALL_CHANGE = 0.1
 
+# As `examples/temporal_order.py` shows.
+_GATES_OPEN = (
+    "this speaks of the gradient with the present weights: a training can learn to open the gates. If the task needs a "
+    "memory of N steps, `chrono_biases(model, N)` opens them before the training"
+)
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -52,7 +58,8 @@ class Verdict:
         is_sensitive: Boolean, True if the state is `"stable"` and the sensitivity has exploded: it is at the upper
             threshold of the flow, 100, or above. Then a random change of the weights by 1 % of their size changes the
             last state by as much as its own size.
-        remarks: Tuple of sentences about the training of recurrent weights to which the last state is sensitive.
+        remarks: Tuple of sentences: about the training of recurrent weights to which the last state is sensitive; or,
+            of an LSTM or a GRU in which a gradient vanishes, about the gates.
 
     Example:
 
@@ -134,6 +141,7 @@ def judge(
     relative_sensitivity: float | None = None,
     weight_size: float | None = None,
     log_gain_of_all: FloatArray | None = None,
+    has_gates: bool = False,
     go_backwards: bool = False,
     fall: float = FALL,
     rise: float = RISE,
@@ -150,6 +158,7 @@ def judge(
         weight_size: Float, the root mean square of the recurrent weights. Defaults to None, not measured.
         log_gain_of_all: Float array like `log_gain`, of a gradient that arrives at all states, felt or not. Defaults to
             None, if the output feels all of them.
+        has_gates: Boolean, True for the cell of an LSTM or a GRU. Defaults to False.
         go_backwards: Boolean, True if the layer runs from the last position of the input to the first. Defaults to
             False.
         fall: Float in (0, 1): a gain of this or less has vanished. Defaults to 0.01.
@@ -176,6 +185,8 @@ def judge(
     of_all = None if log_gain_of_all is None else float(growth(mean_curve(log_gain_of_all)))
     sensitivity, remarks = _sensitivity(relative_sensitivity, weight_size)
     is_sensitive = state == "stable" and sensitivity is not None and sensitivity >= rise
+    if not is_sensitive:
+        remarks = (_GATES_OPEN,) if has_gates and state == "vanishing" else ()
     return Verdict(
         state,
         slope,
@@ -189,7 +200,7 @@ def judge(
         of_all,
         sensitivity,
         is_sensitive,
-        remarks if is_sensitive else (),
+        remarks,
     )
 
 

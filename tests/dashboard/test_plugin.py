@@ -80,7 +80,7 @@ def test_the_layers_have_the_worst_first(served: Client) -> None:
         "measurements": 3,
         "state": "vanishing",
         "words": f"vanishing after {verdict.horizon:.0f} of 20 steps, growth {verdict.growth:+.2g}",
-        "suggestions": [],
+        "suggestions": list(verdict.advice),
         "notes": [],
         "growth": [[0, first[0]], [10, first[1]], [20, verdict.growth]],
         "keys": list(KEYS),

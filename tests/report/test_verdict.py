@@ -117,6 +117,18 @@ def test_the_worst_step_is_a_position_in_the_input(go_backwards: bool) -> None: 
     assert verdict.worst_gain == pytest.approx(0.1)
 
 
+@pytest.mark.fast
+def test_gates_that_may_open_are_told_where_a_gradient_vanishes() -> None:
+    def remarks(gain: float, *, has_gates: bool) -> tuple[str, ...]:
+        verdict = judge(flow(gain), np.ones((10, 1), bool), has_gates=has_gates)
+        assert verdict is not None
+        return verdict.remarks
+
+    [remark] = remarks(0.5, has_gates=True)
+    assert remark.startswith("this speaks of the gradient with the present weights: a training can learn to open the")
+    assert remarks(1.0, has_gates=True) == remarks(2.0, has_gates=True) == remarks(0.5, has_gates=False) == ()
+
+
 def test_a_flow_that_ends_at_zero_has_vanished() -> None:
     log_gain = np.array([[-1.0], [-math.inf], [-math.inf]])
     verdict = judge(log_gain, np.ones((3, 1), bool))
