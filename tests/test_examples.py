@@ -39,6 +39,7 @@ def test_every_example_is_tested() -> None:
         "min_gru.py",
         "quickstart.py",
         "recall.py",
+        "reproduce_digits.py",
         "reproduce_flossing.py",
         "reproduce_lorenz.py",
         "reproduce_mean_field.py",
@@ -160,3 +161,12 @@ def test_temporal_order_is_rescued(tmp_path: Path) -> None:
 @pytest.mark.soak
 def test_reproduce_flossing(tmp_path: Path) -> None:
     assert "| copy | 1 | 1 of 1 |" in run("reproduce_flossing.py", tmp_path, "--fast")
+
+
+@pytest.mark.soak
+def test_reproduce_digits(tmp_path: Path) -> None:
+    picture = tmp_path / "digits.png"
+    printed = run("reproduce_digits.py", tmp_path, "--fast", "--figure", str(picture))
+    rows = [line.split(" | ")[2:4] for line in printed.splitlines()[2:]]
+    assert rows == [["plain", "-"], ["to 1", "1 of 1"], ["to 0.5", "1 of 1"]]
+    assert picture.stat().st_size > 1000
