@@ -105,6 +105,7 @@ def test_reproduce_lorenz(tmp_path: Path) -> None:
     assert abs(first[1]) < 10
 
 
+@pytest.mark.soak
 def test_reproduce_mean_field(tmp_path: Path) -> None:
     printed = run("reproduce_mean_field.py", tmp_path, "--fast", "--figure", "mean_field.png")
     assert sum(line.startswith("| ") for line in printed.splitlines()) == 2 + 2 * 10
