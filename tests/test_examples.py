@@ -48,6 +48,8 @@ def test_every_example_is_tested() -> None:
     }
 
 
+# `.ci/run` runs the first command of the README, too.
+@pytest.mark.soak
 def test_quickstart(tmp_path: Path) -> None:
     printed = run("quickstart.py", tmp_path)
     for line in ("Before training (step 0):", "After training (step 705):", "tensorboard --logdir logs"):

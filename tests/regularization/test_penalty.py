@@ -349,12 +349,11 @@ MIXING = {"glu", "log_softmax", "softmax", "sparsemax"}
 ELEMENTWISE = ACTIVATIONS.keys() - MIXING - {"deserialize", "get", "serialize"}
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize(
     ("names", "width"),
-    [
-        pytest.param(ELEMENTWISE, 1, id="structure"),
-        pytest.param({*MIXING, "softsign"}, 2, id="autodiff", marks=pytest.mark.soak),
-    ],
+    [(ELEMENTWISE, 1), ({*MIXING, "softsign"}, 2)],
+    ids=["structure", "autodiff"],
 )
 def test_the_gradient_is_right_with_every_activation(names: set[str], width: int) -> None:
     functions = [ACTIVATIONS[name] for name in sorted(names)]

@@ -333,6 +333,7 @@ def test_mixed_precision() -> None:
     assert all(np.isfinite(weight).all() for weight in weights_of(model))
 
 
+@pytest.mark.soak
 def test_gradient_accumulation() -> None:
     optimizer = keras.optimizers.SGD(0.1, gradient_accumulation_steps=2)
     model = compiled(optimizer=optimizer)
