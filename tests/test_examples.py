@@ -44,6 +44,7 @@ def test_every_example_is_tested() -> None:
         "reproduce_lorenz.py",
         "reproduce_mean_field.py",
         "reproduce_seed.py",
+        "reproduce_stack.py",
         "temporal_order.py",
     }
 
@@ -96,6 +97,13 @@ def test_the_notebook(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_reproduce_seed(tmp_path: Path) -> None:
     printed = run("reproduce_seed.py", tmp_path, "--fast")
     assert [line.split()[1] for line in printed.splitlines() if "±" in line] == ["relu", "linear"]
+
+
+@pytest.mark.soak
+def test_reproduce_stack(tmp_path: Path) -> None:
+    printed = run("reproduce_stack.py", tmp_path, "--fast")
+    assert "| 1.0 | all outputs by the first input | 42634215112710 | 42634215112710 |" in printed
+    assert [line.split("|")[9].strip() for line in printed.splitlines() if "| gru |" in line] == ["yes"]
 
 
 @pytest.mark.soak
