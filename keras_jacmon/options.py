@@ -12,6 +12,9 @@ from keras_jacmon.errors import check_whole, did_you_mean, invalid_argument, is_
 # The parts of a step's Jacobian that are measured, see `state_jacobian`.
 VIEWS = ("hidden", "joint", "inputs")
 
+# One of these, or the positions of chosen states.
+ViewName = str | tuple[int, ...]
+
 # TensorFlow's seeds have 32 bits, one of them for the sign.
 LARGEST_SEED = 2**31 - 1
 

@@ -22,6 +22,7 @@ from keras_jacmon.operators.block import BlockJacobian, BlockPart
 from keras_jacmon.operators.contract import JacobianOperator
 from keras_jacmon.operators.formed import as_jacobian_operator
 from keras_jacmon.operators.structured import StructuredJacobian
+from keras_jacmon.options import ViewName
 from keras_jacmon.structure.index_map import Node
 from keras_jacmon.structure.interpreter import find_structure
 
@@ -140,7 +141,7 @@ class CellJacobian:
     ) -> None:
         self.step, self.assumptions = step, assumptions
         self._example = PointBatch(inputs, tuple(states))
-        self._plans: dict[str, ViewPlan] = {}
+        self._plans: dict[ViewName, ViewPlan] = {}
         whole = assumptions.structure and assumptions.independent
         self._form = registered_form(step.cell) if whole else None
         self._structure: Structure | None = None
@@ -181,7 +182,7 @@ class CellJacobian:
             return None
         return unroll_plan_of(self._structure, self._weights_only, self._kernels)
 
-    def plan(self, name: str) -> ViewPlan:
+    def plan(self, name: ViewName) -> ViewPlan:
         """The plan of a view, made once."""
         if name not in self._plans:
             view = View.of(name, self._example.states)
@@ -201,20 +202,20 @@ class CellJacobian:
             return Choice(new, old, Method.ZERO, "no gradient connects them")
         return Choice(new, old, Method.STRUCTURE, self._structure.describe(new, source))
 
-    def choices(self, name: str) -> list[Choice]:
+    def choices(self, name: ViewName) -> list[Choice]:
         """The choices for the blocks of a view."""
         return list(self.plan(name).blocks)
 
-    def has_structure(self, views: Sequence[str]) -> bool:
+    def has_structure(self, views: Sequence[ViewName]) -> bool:
         """True if a block of one of the views does not rest on autodiff."""
         return any(block.how is not Method.AUTODIFF for name in views for block in self.plan(name).blocks)
 
-    def _whole(self, name: str, views: Sequence[str]) -> str:
+    def _whole(self, name: ViewName, views: Sequence[ViewName]) -> ViewName:
         """The view that another one is made from: the hidden one is a block of the joint one, if both are wanted."""
         is_block = name == "hidden" and "joint" in views and not self.plan("joint").is_registered
         return "joint" if is_block else name
 
-    def evaluated(self, views: Sequence[str], points: PointBatch) -> PointBatch:
+    def evaluated(self, views: Sequence[ViewName], points: PointBatch) -> PointBatch:
         """The points with the structured operators of some views evaluated, once for all uses of these views."""
         if self._form is not None:
             return points
@@ -222,10 +223,10 @@ class CellJacobian:
         parts = [part for name in wholes for part, _ in self.plan(name).parts(structured=True)]
         return replace(points, operators={part: self._structured(part, points) for part in parts}, values={})
 
-    def operators(self, views: Sequence[str], points: PointBatch) -> dict[str, JacobianOperator]:
-        """The operators of views, of `VIEWS`, at some points; they share their common parts."""
-        operators: dict[str, JacobianOperator] = {}
-        wholes: dict[str, dict[View, JacobianOperator]] = {}
+    def operators(self, views: Sequence[ViewName], points: PointBatch) -> dict[ViewName, JacobianOperator]:
+        """The operators of views at some points; they share their common parts."""
+        operators: dict[ViewName, JacobianOperator] = {}
+        wholes: dict[ViewName, dict[View, JacobianOperator]] = {}
         for name in views:
             registered = self._registered(name, points)
             if registered is not None:
@@ -243,7 +244,7 @@ class CellJacobian:
                 operators[name] = self._hidden_of(wholes[whole], points)
         return operators
 
-    def certified(self, views: Sequence[str], points: PointBatch) -> Iterator[tuple[View, JacobianOperator]]:
+    def certified(self, views: Sequence[ViewName], points: PointBatch) -> Iterator[tuple[View, JacobianOperator]]:
         """The operators of some views that do not rest on autodiff."""
         for name in views:
             registered = self._registered(name, points)
@@ -258,7 +259,7 @@ class CellJacobian:
         function = view_function(self.step, points.inputs, points.states, view)
         return function.jacobian(independent=self.assumptions.independent, for_many=False, twice=False)
 
-    def by_tape_twice(self, views: Sequence[str], points: PointBatch) -> Iterator[tuple[View, AutodiffJacobian]]:
+    def by_tape_twice(self, views: Sequence[ViewName], points: PointBatch) -> Iterator[tuple[View, AutodiffJacobian]]:
         """The operators of some views that rest on the tape applied twice."""
         plans = [self.plan(name) for name in views] if self.assumptions.products else []
         parts = [part for plan in plans if not plan.is_registered for part, _ in plan.parts(structured=False)]
@@ -291,9 +292,10 @@ class CellJacobian:
                     return block
         return self._by_autodiff(hidden, points)
 
-    def _registered(self, name: str, points: PointBatch) -> JacobianOperator | None:
+    def _registered(self, name: ViewName, points: PointBatch) -> JacobianOperator | None:
         """The operator of a view by the registered form; None if there is none."""
-        if self._form is None:
+        # A registered form knows the views by name.
+        if self._form is None or not isinstance(name, str):
             return None
         operator = self._form(self.step.cell, points.inputs, self.step.packed(points.states), name)
         return None if operator is None else as_jacobian_operator(operator)

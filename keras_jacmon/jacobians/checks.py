@@ -10,11 +10,16 @@ from keras_jacmon.jacobians.diagnosis import CheckResults
 from keras_jacmon.jacobians.points import PointBatch
 from keras_jacmon.jacobians.views import View, floating_states, side_by_side, size
 from keras_jacmon.operators.formed import WrappedJacobian
+from keras_jacmon.options import ViewName
 from keras_jacmon.tensors import known_sizes
 
 
 def check_points(
-    jacobian: CellJacobian, views: Sequence[str], points: PointBatch, new_states: Sequence[tf.Tensor], seed: tf.Tensor
+    jacobian: CellJacobian,
+    views: Sequence[ViewName],
+    points: PointBatch,
+    new_states: Sequence[tf.Tensor],
+    seed: tf.Tensor,
 ) -> CheckResults:
     """Checks the assumptions behind the Jacobians at some points, by stepping the cell there and by its gradient.
 
@@ -55,7 +60,7 @@ def check_points(
 
 
 def _structure_differences(
-    jacobian: CellJacobian, views: Sequence[str], points: PointBatch, seed: tf.Tensor
+    jacobian: CellJacobian, views: Sequence[ViewName], points: PointBatch, seed: tf.Tensor
 ) -> tuple[list[tf.Tensor], tf.Tensor | None]:
     """Differences of the structured operators from autodiff, each `(blocks, points)`; the new states if they are known.
 
@@ -79,7 +84,7 @@ def _structure_differences(
 
 
 def _product_differences(
-    jacobian: CellJacobian, views: Sequence[str], points: PointBatch, seed: tf.Tensor
+    jacobian: CellJacobian, views: Sequence[ViewName], points: PointBatch, seed: tf.Tensor
 ) -> tuple[list[tf.Tensor], list[tf.Tensor]]:
     """Differences of the operators by autodiff, each `(1, points)`.
 
@@ -106,7 +111,11 @@ def _product_differences(
 
 
 def check_independence(
-    jacobian: CellJacobian, views: Sequence[str], points: PointBatch, new_states: Sequence[tf.Tensor], seed: tf.Tensor
+    jacobian: CellJacobian,
+    views: Sequence[ViewName],
+    points: PointBatch,
+    new_states: Sequence[tf.Tensor],
+    seed: tf.Tensor,
 ) -> CheckResults:
     """Checks that each point's new states are a function of the same point alone, where there is no proof.
 

@@ -10,7 +10,7 @@ import tensorflow as tf
 from keras_jacmon.cell.step import CellStep, widened
 from keras_jacmon.errors import invalid_argument
 from keras_jacmon.operators.autodiff import AutodiffJacobian
-from keras_jacmon.options import VIEWS
+from keras_jacmon.options import VIEWS, ViewName
 from keras_jacmon.structure.index_map import Node
 from keras_jacmon.tensors import joined
 
@@ -18,7 +18,9 @@ from keras_jacmon.tensors import joined
 _FLAT = 2
 
 
-def state_jacobian(cell: Any, inputs: tf.Tensor, states: Any, view: str = "hidden") -> tf.linalg.LinearOperator:
+def state_jacobian(
+    cell: Any, inputs: tf.Tensor, states: Any, view: str | Sequence[int | str] = "hidden"
+) -> tf.linalg.LinearOperator:
     """Returns the Jacobian of one step of a cell at each of a batch of points.
 
     `J[b, i, k] = d new[b, i] / d old[b, k]`: rows are new, columns are old. States of a higher rank are flattened.
@@ -40,7 +42,8 @@ def state_jacobian(cell: Any, inputs: tf.Tensor, states: Any, view: str = "hidde
         states: Tensors `(points, ...)`, the old states in the structure that the cell takes.
         view: A string. `"hidden"`, the first state alone, the others held (`dh_t/dh_{t-1}`); `"joint"`, all
             floating-point states, concatenated; `"inputs"`, the first state with respect to the inputs (`dh_t/dx_t`).
-            Defaults to `"hidden"`.
+            Or chosen states, such as `(0, 2)` or, where the states are in a dict, `("v", "a")`: the block of the joint
+            view for these states in this order, the others held. Defaults to `"hidden"`.
 
     Returns:
         A `tf.linalg.LinearOperator` with batch shape `(points,)`, in float32 or better.
@@ -48,10 +51,9 @@ def state_jacobian(cell: Any, inputs: tf.Tensor, states: Any, view: str = "hidde
     Raises:
         ValueError: If `view` is unknown, or the states do not fit together.
     """
-    if view not in VIEWS:
-        raise invalid_argument("view", f"one of {list(VIEWS)}", f"view={view!r}")
     states = [states] if not keras.tree.is_nested(states) else states
     flat = [widened(state) for state in keras.tree.flatten(states)]
+    view = chosen_view(view, states, floating_states(flat))
     inputs = widened(inputs)
     counts = {int(tensor.shape[0]) for tensor in (inputs, *flat) if tensor.shape[0] is not None}
     if len(counts) > 1:
@@ -63,6 +65,31 @@ def state_jacobian(cell: Any, inputs: tf.Tensor, states: Any, view: str = "hidde
     # Weights that a cell makes at its first call must not be made under a tape.
     step(inputs, flat)
     return view_function(step, inputs, flat, View.of(view, flat)).jacobian()
+
+
+def chosen_view(view: str | Sequence[int | str], states: Any, floating: Sequence[int]) -> ViewName:
+    """Returns a view with its states by position.
+
+    Args:
+        view: String, one of `VIEWS`; or chosen states, by position or by name.
+        states: The states in the structure that the cell takes; the keys of a dict are names.
+        floating: Positions of the floating-point states among the flat ones.
+
+    Raises:
+        ValueError: If there is no such view.
+    """
+    if isinstance(view, str):
+        if view not in VIEWS:
+            raise invalid_argument("view", f"one of {list(VIEWS)}, or chosen states such as `(0, 1)`", f"view={view!r}")
+        return view
+    names = [str(path[-1]) if path else "" for path, _ in keras.tree.flatten_with_path(states)]
+    known = {name: place for place, name in enumerate(names) if not name.isdecimal()}
+    places = tuple(known.get(state, -1) if isinstance(state, str) else state for state in view)
+    if not places or len(set(places)) < len(places) or not set(places) <= set(floating):
+        expected = f"different floating-point states out of {list(floating)}"
+        expected += f", or by name out of {list(known)}" if known else ""
+        raise invalid_argument("view", expected, f"view={view!r}")
+    return places
 
 
 @dataclass(frozen=True)
@@ -82,8 +109,10 @@ class View:
         return sum(size(states[source.position] if source.is_state else inputs) for source in self.sources)
 
     @classmethod
-    def of(cls, name: str, states: Sequence[tf.Tensor]) -> "View":
-        """The view `"hidden"`, `"joint"` or `"inputs"` of a cell with these states."""
+    def of(cls, name: ViewName, states: Sequence[tf.Tensor]) -> "View":
+        """The view `"hidden"`, `"joint"` or `"inputs"` of a cell with these states, or that of chosen ones."""
+        if not isinstance(name, str):
+            return cls(name, tuple(map(Node.state, name)))
         floating = tuple(floating_states(states))
         sources = tuple(map(Node.state, floating))
         return {

@@ -10,11 +10,12 @@ from keras_jacmon.measurement.results import MeasuredArray
 from keras_jacmon.measures.context import MeasureContext, Measured
 from keras_jacmon.measures.kinds import PerStep
 from keras_jacmon.measures.registry import Quantity, Selection
+from keras_jacmon.options import ViewName
 
 _GOLDEN = 0.6180339887498949
 
 # The operators of some points, by view.
-Operators = Mapping[str, Any]
+Operators = Mapping[ViewName, Any]
 
 
 @dataclasses.dataclass(frozen=True)

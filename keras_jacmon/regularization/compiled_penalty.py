@@ -9,9 +9,10 @@ import tensorflow as tf
 from keras_jacmon.cell.step import CellStep
 from keras_jacmon.jacobians.cell_jacobian import Assumptions, CellJacobian
 from keras_jacmon.jacobians.dependencies import find_dependencies
-from keras_jacmon.jacobians.views import floating_states
+from keras_jacmon.jacobians.views import chosen_view, floating_states
 from keras_jacmon.measurement.compiled import MeasurableCall, SequenceTensors
 from keras_jacmon.model.guard import foreign_variables, put_back, shielded
+from keras_jacmon.options import ViewName
 from keras_jacmon.regularization.loss_terms import SCOPE
 from keras_jacmon.regularization.penalty_config import PenaltyConfig
 from keras_jacmon.regularization.point_penalty import Moment, NewPoints, PenaltyPoints, PointPenalty
@@ -56,12 +57,12 @@ class CompiledPenalty:
         model: Keras model, which puts back its own variables if a cell writes to them.
         call: `MeasurableCall`, a call of this kind.
         config: `PenaltyConfig`.
-        view: String, the view for this cell.
+        view: The view for this cell.
         assumptions: The assumptions behind the Jacobians.
     """
 
     def __init__(
-        self, model: keras.Model, call: MeasurableCall, config: PenaltyConfig, view: str, assumptions: Assumptions
+        self, model: keras.Model, call: MeasurableCall, config: PenaltyConfig, view: ViewName, assumptions: Assumptions
     ) -> None:
         self._model, self._call, self._config = model, call, config
         self._view, self._assumptions = view, assumptions
@@ -160,7 +161,7 @@ class CompiledPenalties:
 
     def __init__(self, model: keras.Model, config: PenaltyConfig) -> None:
         self._model, self._config = model, config
-        self._views: dict[Hashable, str] = {}
+        self._views: dict[Hashable, ViewName] = {}
         self._known: dict[Hashable, CompiledPenalty] = {}
 
     def __len__(self) -> int:
@@ -182,25 +183,31 @@ class CompiledPenalties:
         return self._known[key]
 
 
-def view_of(name: str, call: MeasurableCall) -> str:
+def view_of(view: str | tuple[int | str, ...], call: MeasurableCall) -> ViewName:
     """Returns the view for a cell: the joint view of a cell with one state is the hidden view.
 
     Raises:
-        ValueError: If nothing connects its states, so that there is no derivative.
+        ValueError: If it has no such view, or nothing connects its states, so that there is no derivative.
     """
     inputs, states, _ = call.specs
     floating = floating_states(states)
     if not floating:
         raise ValueError(f"None of its {len(states)} states is floating-point, so there is no derivative.")
+    name = chosen_view(view, call.states, floating)
     name = "hidden" if name == "joint" and len(floating) == 1 else name
     first = tf.TensorSpec(inputs.shape[1:], inputs.dtype)
     dependencies = find_dependencies(CellStep(call.cell, call.states), first, states)
-    connected = {
+    everywhere = {
         "hidden": dependencies.depends[0][0],
         "joint": any(map(any, dependencies.depends)),
         "inputs": dependencies.on_inputs,
     }
-    if not connected[name]:
+    if isinstance(name, str):
+        connected = everywhere[name]
+    else:
+        chosen = [floating.index(state) for state in name]
+        connected = any(dependencies.depends[new][old] for new in chosen for old in chosen)
+    if not connected:
         raise ValueError(f"No gradient connects the new state with the old one, or the inputs, of its {name} view.")
     return name
 

@@ -16,7 +16,7 @@ class PenaltyConfig:
 
     Args:
         measure: String, a measure that can be differentiated.
-        view: String, one of `VIEWS`.
+        view: String, one of `VIEWS`; or a tuple of chosen states, by position or by name.
         scale: `"linear"` or `"log"`, the scale on which the measure is compared with its target.
         side: `"both"`, `"at_most"` or `"at_least"`, the side of the target on which there is a penalty.
         states: `"cached"` for constant states, or `"fresh"` for states that are computed at each batch.
@@ -31,7 +31,7 @@ class PenaltyConfig:
     """
 
     measure: str
-    view: str
+    view: str | tuple[int | str, ...]
     scale: Literal["linear", "log"]
     side: Literal["both", "at_most", "at_least"]
     states: Literal["cached", "fresh"]
@@ -41,12 +41,14 @@ class PenaltyConfig:
     vectors: int
     seed: int
 
-    def key(self, joint: str) -> str:
-        """Returns the key of the measure in a report.
+    def key(self, joint: str) -> str | None:
+        """Returns the key of the measure in a report; None for a view of chosen states, which reports do not have.
 
         Args:
             joint: String, the prefix of the joint view there.
         """
+        if not isinstance(self.view, str):
+            return None
         return {"hidden": "", "joint": joint}.get(self.view, f"{self.view}/") + self.measure
 
     @property
@@ -66,13 +68,16 @@ class PenaltyConfig:
             known = f"{self.measure!r}, which is none of them" if self.measure in MEASURES else repr(self.measure)
             raise invalid_argument("measure", expected, f"measure={known}")
         choices: tuple[tuple[str, Any, tuple[Any, ...]], ...] = (
-            ("view", self.view, ("hidden", "joint") if self.is_over_time else VIEWS),
             # A flow, a growth and an exponent are logarithms.
             ("scale", self.scale, ("linear",) if self.is_over_time else ("linear", "log")),
             ("side", self.side, ("both", "at_most", "at_least")),
             ("states", self.states, ("cached", "fresh")),
             ("through_states", self.through_states, (True, False)),
         )
+        views = ("hidden", "joint") if self.is_over_time else VIEWS
+        # Whether a cell has chosen states shows when there is one.
+        if self.is_over_time or isinstance(self.view, str):
+            choices = (("view", self.view, views), *choices)
         for name, choice, known_choices in choices:
             # Equal and of the same type: 1 is not True.
             if not any(type(choice) is type(known) and choice == known for known in known_choices):

@@ -21,7 +21,7 @@ from keras_jacmon.measures.context import MeasureContext
 from keras_jacmon.measures.differentiable import DIFFERENTIABLE, TINY, Directions, eigenvector_parts, refined_vectors
 from keras_jacmon.measures.spectrum import leading_singular_vectors
 from keras_jacmon.operators.contract import JacobianOperator
-from keras_jacmon.options import Options
+from keras_jacmon.options import Options, ViewName
 from keras_jacmon.regularization.penalty_config import PenaltyConfig
 from keras_jacmon.tensors import known_sizes
 
@@ -84,11 +84,11 @@ class PointPenalty:
     Args:
         step: `CellStep`, the cell's step.
         config: `PenaltyConfig`.
-        view: String, the view for this cell.
+        view: The view for this cell.
         assumptions: The assumptions behind the Jacobians.
     """
 
-    def __init__(self, step: CellStep, config: PenaltyConfig, view: str, assumptions: Assumptions) -> None:
+    def __init__(self, step: CellStep, config: PenaltyConfig, view: ViewName, assumptions: Assumptions) -> None:
         self._cell_step, self._config, self._view, self._assumptions = step, config, view, assumptions
 
     def new_points(self, sequence: SequenceTensors, moment: Moment) -> tuple[NewPoints, CellJacobian]:
@@ -206,13 +206,13 @@ class _Distances:
 
     Attributes:
         config: `PenaltyConfig`.
-        view: String, the view for this cell.
+        view: The view for this cell.
         jacobian: `CellJacobian`.
         moment: The numbers of this moment.
     """
 
     config: PenaltyConfig
-    view: str
+    view: ViewName
     jacobian: CellJacobian
     moment: Moment
 

@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import keras
@@ -46,6 +46,7 @@ class JacobianRegularizer:
             `"lyapunov"`, the 8 largest exponents. XLA cannot compile the radius and the measures of trajectories: give
             `jit_compile=False` to `compile`. Defaults to `"variance"`.
         view: String, `"hidden"`, `"joint"` or `"inputs"`. For a cell with one state, the joint view is the hidden one.
+            Or chosen states, such as `(0, 2)`, by position or name, as for `state_jacobian`; reports do not have them.
             Defaults to `"hidden"`.
         scale: String, `"linear"`, or `"log"` for `(log(measure) - log(target))²`, which pulls more gently at values
             that explode, and harder at values that vanish. Defaults to `"linear"`.
@@ -78,7 +79,7 @@ class JacobianRegularizer:
         strength: Schedule | Literal["auto"] = AUTO,
         *,
         measure: str = "variance",
-        view: str = "hidden",
+        view: str | Sequence[int | str] = "hidden",
         scale: Literal["linear", "log"] = "linear",
         side: Literal["both", "at_most", "at_least"] = "both",
         states: Literal["cached", "fresh"] = "cached",
@@ -90,7 +91,7 @@ class JacobianRegularizer:
     ) -> None:
         self._config = PenaltyConfig(
             measure=measure,
-            view=view,
+            view=view if isinstance(view, str) else tuple(view),
             scale=scale,
             side=side,
             states=states,

@@ -17,6 +17,7 @@ from keras_jacmon.measurement.per_step import CHECKED_POINTS
 from keras_jacmon.measures.differentiable_over_time import DIFFERENTIABLE_OVER_TIME, Beginnings
 from keras_jacmon.measures.flow import FlowPlan
 from keras_jacmon.measures.steps import Steps
+from keras_jacmon.options import ViewName
 from keras_jacmon.regularization.penalty_config import PenaltyConfig
 from keras_jacmon.regularization.point_penalty import (
     Moment,
@@ -37,11 +38,11 @@ class SequencePenalty:
     Args:
         step: `CellStep`, the cell's step.
         config: `PenaltyConfig`.
-        view: String, the view for this cell.
+        view: The view for this cell.
         assumptions: The assumptions behind the Jacobians.
     """
 
-    def __init__(self, step: CellStep, config: PenaltyConfig, view: str, assumptions: Assumptions) -> None:
+    def __init__(self, step: CellStep, config: PenaltyConfig, view: ViewName, assumptions: Assumptions) -> None:
         self._cell_step, self._config, self._view, self._assumptions = step, config, view, assumptions
 
     def new_points(self, sequence: SequenceTensors, moment: Moment) -> tuple[NewPoints, CellJacobian]:
