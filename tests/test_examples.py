@@ -43,6 +43,7 @@ def test_every_example_is_tested() -> None:
         "reproduce_flossing.py",
         "reproduce_lorenz.py",
         "reproduce_mean_field.py",
+        "reproduce_pascanu.py",
         "reproduce_seed.py",
         "reproduce_stack.py",
         "temporal_order.py",
@@ -104,6 +105,14 @@ def test_reproduce_stack(tmp_path: Path) -> None:
     printed = run("reproduce_stack.py", tmp_path, "--fast")
     assert "| 1.0 | all outputs by the first input | 42634215112710 | 42634215112710 |" in printed
     assert [line.split("|")[9].strip() for line in printed.splitlines() if "| gru |" in line] == ["yes"]
+
+
+@pytest.mark.soak
+def test_reproduce_pascanu(tmp_path: Path) -> None:
+    """Hardly trained; the known values of Ω are asserted by the script."""
+    printed = run("reproduce_pascanu.py", tmp_path, "--fast")
+    first = [float(line.split("|")[5]) for line in printed.splitlines() if line.startswith("| with")]
+    assert first[0] == first[1] > 0
 
 
 @pytest.mark.soak
