@@ -145,7 +145,16 @@ def assert_same(with_monitor: Mapping[str, NDArray[Any]], without: Mapping[str, 
         np.testing.assert_array_equal(with_monitor[name], value, err_msg=name, strict=True)
 
 
-SOAK = {"validation", "dropout_stack", "dropout_gru", "stateful", "bidirectional", "run_eagerly", "steps_per_execution"}
+SOAK = {
+    "validation",
+    "dropout",
+    "dropout_stack",
+    "dropout_gru",
+    "stateful",
+    "bidirectional",
+    "run_eagerly",
+    "steps_per_execution",
+}
 
 
 @pytest.mark.parametrize("world", soak_but(WORLDS.keys() - SOAK, WORLDS))

@@ -91,8 +91,8 @@ def norms_by_span(steps: NDArray[np.float64]) -> NDArray[np.float64]:
         ("lstm", True, 2**30, ["hidden", "joint"], ["recurrent_kernel"]),
         ("unequal_states", False, 3000, ["hidden"], ["recurrent_kernel", "read", "write"]),
         # No outer products.
-        ("multiplier", False, 3000, ["hidden"], ["log_time"]),
         ("rolled", False, 2**30, ["hidden"], ["recurrent_kernel"]),
+        pytest.param("multiplier", False, 3000, ["hidden"], ["log_time"], marks=pytest.mark.soak),
         pytest.param("gru_reset_before", False, 2**30, ["hidden"], ["recurrent_kernel"], marks=pytest.mark.soak),
         # Point by point.
         pytest.param("while_loop", False, 2**30, ["hidden"], ["kernel", "recurrent_kernel"], marks=pytest.mark.soak),

@@ -105,6 +105,7 @@ def test_the_gradient_of_the_loss_by_the_states_is_that_of_a_loop(go_backwards: 
     np.testing.assert_allclose(found, np.stack(expected), rtol=1e-4)
 
 
+@pytest.mark.soak
 def test_half_precision_is_measured_in_single_precision() -> None:
     def made(policy: str) -> Any:
         layers = [MinGRU(UNITS, name="gru", dtype=policy), ConvolutionSSM(UNITS, name="ssm", dtype=policy)]

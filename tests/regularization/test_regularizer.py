@@ -292,12 +292,10 @@ def test_a_layer_that_is_called_twice_counts_twice() -> None:
 # Kinds of trainings ---------------------------------------------------------------------------------
 
 
+# Eager trainings are held in `test_auto_strength.py`, and XLA in `test_sharing.py`.
+@pytest.mark.soak
 @pytest.mark.parametrize(
-    ("measured", "states"),
-    [
-        ("variance", "cached"),
-        *(pytest.param("spectral_norm", states, marks=pytest.mark.soak) for states in ("cached", "fresh")),
-    ],
+    ("measured", "states"), [("variance", "cached"), ("spectral_norm", "cached"), ("spectral_norm", "fresh")]
 )
 def test_kinds_of_compilation_train_alike(measured: str, states: Any) -> None:
     def trained(**arguments: Any) -> list[NDArray[Any]]:
