@@ -209,7 +209,9 @@ class _Call:
 
 def _recurrent_places(jacobian: CellJacobian) -> tuple[int, ...] | None:
     """Returns the positions of the weights that multiply states among those that the step is given, if it is known."""
-    graph = jacobian.graph() if jacobian.step.weights else None
+    # In the scope of a strategy with replicas the step has no graph of its own: no variable tells which copy it is.
+    known = bool(jacobian.step.weights) and not tf.distribute.has_strategy()
+    graph = jacobian.graph() if known else None
     return None if graph is None else RecurrentWeights.of(jacobian.step, graph).places
 
 
