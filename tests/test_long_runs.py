@@ -93,8 +93,8 @@ def run(directory: Path, measurements: int, held: str) -> Any:
     return found
 
 
-# A report has thousands of bytes, and one number that stays behind has hundreds; a page of memory has 4,096. The allocator
-# settles within some 2,000 measurements.
+# A report has thousands of bytes, and one number that stays behind has hundreds; a page of memory has 4,096. The
+# allocator settles within some 2,000 measurements.
 @pytest.mark.parametrize(("measurements", "most"), [(2500, 200), pytest.param(100_000, 20, marks=pytest.mark.soak)])
 def test_measurements_by_the_thousand(measurements: int, most: int, tmp_path: Path) -> None:
     found = run(tmp_path, measurements, "observed")

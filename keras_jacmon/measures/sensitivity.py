@@ -157,7 +157,9 @@ def add_derivatives(
         added, error = at(t, found.vectors[t])
         scales = found.scales[t][:, None, None]
         # Of a skipped step nothing counts, not even NaN.
-        sums += tf.where(scales > 0, tf.cast(added, tf.float64) * scales, tf.zeros([], tf.float64))
+        more = tf.where(scales > 0, tf.cast(added, tf.float64) * scales, tf.zeros([], tf.float64))
+        # A sum of one sample and of an open number of samples has an open number.
+        sums = tf.ensure_shape(sums + more, sums.shape)
         kept = kept.write(t, tf.matmul(sums, sums, transpose_b=True))
         return t - 1, sums, tf.maximum(deviation, tf.cast(error, deviation.dtype)), kept
 

@@ -247,3 +247,11 @@ def test_the_recurrent_weights_are_the_same_without_trust_in_the_structure() -> 
         return tf.constant(len(weights.products))
 
     assert in_graph(lambda: [found(structure=True), found(structure=False)]) == [1, 1]
+
+
+def test_one_sample_is_one_of_several() -> None:
+    model = build(keras.Sequential([keras.Input((STEPS, FEATURES)), L.RNN(RolledCell(4), name="rnn")]), PROBE)
+    alone, together = (
+        measure(model, probe, measures=["sensitivity"])["rnn"]["sensitivity"] for probe in (PROBE[:1], PROBE)
+    )
+    np.testing.assert_allclose(alone[:, 0], together[:, 0], rtol=1e-5)
