@@ -292,7 +292,8 @@ class JacobianMonitor(keras.callbacks.Callback):
     def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
         """Measures after every `update_freq` batches."""
         if self._schedule.is_due_after(batch):
-            self._measure()
+            epochs, batches = ((self.params or {}).get(name) for name in ("epochs", "steps"))
+            self._measure(last=self._epochs + 2 == epochs and batch + 1 == batches)
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Measures if `update_freq` is `"epoch"`, and adds the newest means to the logs."""
