@@ -215,6 +215,15 @@ class CellJacobian:
         is_block = name == "hidden" and "joint" in views and not self.plan("joint").is_registered
         return "joint" if is_block else name
 
+    def _holds_hidden(self, points: PointBatch) -> bool:
+        """True if the whole joint view was evaluated at the points, and the hidden one was not."""
+        if not points.operators:
+            return False
+        hidden, joint = (
+            all(part in points.operators for part, _ in self.plan(name).parts()) for name in ("hidden", "joint")
+        )
+        return joint and not hidden
+
     def evaluated(self, views: Sequence[ViewName], points: PointBatch) -> PointBatch:
         """The points with the structured operators of some views evaluated, once for all uses of these views."""
         if self._form is not None:
@@ -233,6 +242,8 @@ class CellJacobian:
                 operators[name] = registered
                 continue
             whole = self._whole(name, views)
+            if whole == "hidden" and self._holds_hidden(points):
+                whole = "joint"
             if whole not in wholes:
                 wholes[whole] = {
                     part: self._structured(part, points) if structured else self._by_autodiff(part, points)
