@@ -1,5 +1,6 @@
 """The kind of a cell: its step as a graph, apart from the values of its weights."""
 
+import collections
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +10,12 @@ import tensorflow as tf
 
 from keras_jacmon.cell.step import CellStep, cell_type
 from keras_jacmon.traced_graph import TracedGraph
+
+
+def names_of(weights: "Sequence[keras.Variable]") -> tuple[str, ...]:
+    """Returns the names of weights, as reports show them: with the name of their layer where several have one name."""
+    count = collections.Counter(weight.name for weight in weights)
+    return tuple(w.name if count[w.name] == 1 else "/".join(w.path.split("/")[-2:]) for w in weights)
 
 
 @dataclass(frozen=True)
@@ -69,5 +76,7 @@ def cell_kind(cell: Any, states: Any, specs: Sequence[tf.TensorSpec]) -> CellKin
         return CellKind.own(cell)
     if written:
         return CellKind.own(cell)
-    names = tuple((weight.name, tuple(weight.shape), weight.dtype) for weight in weights)
+    names = tuple(
+        (name, tuple(weight.shape), weight.dtype) for name, weight in zip(names_of(weights), weights, strict=True)
+    )
     return CellKind((cell_type(cell), names, graph.fingerprint()), weights, is_self_contained=not graph.captures)

@@ -1,12 +1,12 @@
 """The recurrent weights of a cell, and the derivatives of a step by them, point by point."""
 
-import collections
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import tensorflow as tf
 
 from keras_jacmon.cell.cell_graph import CellGraph
+from keras_jacmon.cell.kind import names_of
 from keras_jacmon.cell.step import CellStep
 from keras_jacmon.jacobians.points import PointBatch
 from keras_jacmon.jacobians.views import floating_states, side_by_side
@@ -85,10 +85,8 @@ class RecurrentWeights:
     @property
     def names(self) -> tuple[str, ...]:
         """The names of the recurrent weights, with the name of their layer where several weights have one name."""
-        own = [weight for weight, _ in self.step.weights]
-        count = collections.Counter(weight.name for weight in own)
-        chosen = [own[place] for place in self.places]
-        return tuple(w.name if count[w.name] == 1 else "/".join(w.path.split("/")[-2:]) for w in chosen)
+        names = names_of([weight for weight, _ in self.step.weights])
+        return tuple(names[place] for place in self.places)
 
     @property
     def count(self) -> int:

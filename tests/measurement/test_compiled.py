@@ -197,6 +197,15 @@ def test_models_share_nothing_else(layer: Any, options: Any) -> None:
     assert graph_of(layer(), **options) is not graph_of(L.GRU(4))
 
 
+def test_a_report_names_the_weights_of_its_own_model() -> None:
+    """Of two weights with one name the report shows their layers, whose names differ from model to model."""
+    for layers in (("below", "above"), ("first", "second")):
+        cells = L.StackedRNNCells([L.SimpleRNNCell(2, name=name) for name in layers])
+        model = of_one_layer(L.RNN(cells, name="rnn"))
+        method = JacobianMeter(model, PROBE, measures=["sensitivity"])()["rnn"].methods["sensitivity"]
+        assert all(f"`{name}/recurrent_kernel`" in method for name in layers), method
+
+
 def test_a_device_is_not_shared() -> None:
     graph = graph_of(L.GRU(4))
     with tf.device("/cpu:0"):
