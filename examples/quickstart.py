@@ -17,7 +17,7 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from keras_jacmon import JacobianMonitor
+from keras_jacmon import JacobianMonitor, measure
 
 MEASURES = ("variance", "rms_singular_value", "spectral_norm")
 EPOCHS = 15
@@ -58,6 +58,7 @@ def main(log_dir: Path) -> None:
     probe, test, test_classes = test[:32], test[32:], test_classes[32:]
 
     model = make_model()
+    print("Before training one could", *measure(model, probe).verdict["lstm"].suggestions, "", sep="\n")
     monitor = JacobianMonitor(probe, log_dir=log_dir)
     history = model.fit(train, train_classes, batch_size=32, epochs=EPOCHS, callbacks=[monitor], verbose=2)
     _, accuracy = model.evaluate(test, test_classes, verbose=0)
