@@ -310,19 +310,23 @@ class Page {
   }
 
   toggle() {
-    if (this.playing) {
-      clearInterval(this.playing);
-      this.playing = undefined;
-    } else {
-      this.playing = setInterval(() => this.next(), PLAY_MILLISECONDS);
-    }
+    this.playing = !this.playing;
     this.play.textContent = this.playing ? "⏸ Pause" : "▶ Play";
+    if (this.playing) this.playOn();
+  }
+
+  // A step is drawn before the next is asked for: behind a slow connection the next would else supersede each.
+  async playOn() {
+    const mine = (this.plays = (this.plays ?? 0) + 1);
+    while (this.playing && mine === this.plays) {
+      await Promise.all([this.next(), new Promise((resolve) => setTimeout(resolve, PLAY_MILLISECONDS))]);
+    }
   }
 
   next() {
     const stride = Math.max(1, Math.floor(this.steps.length / 100));
     const at = this.steps.indexOf(this.state.step);
-    this.changeStep(this.steps[at + 1 >= this.steps.length ? 0 : Math.min(this.steps.length - 1, at + stride)]);
+    return this.changeStep(this.steps[at + 1 >= this.steps.length ? 0 : Math.min(this.steps.length - 1, at + stride)]);
   }
 }
 
