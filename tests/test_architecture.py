@@ -19,8 +19,8 @@ PACKAGE = Path(__file__).parent.parent / "keras_jacmon"
 ROOMS = (
     "errors",
     "tensors",
-    "traced_graph",
     "options",
+    "graphs",
     "dashboard",
     "report",
     "events",

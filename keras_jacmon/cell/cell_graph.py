@@ -7,7 +7,7 @@ import tensorflow as tf
 
 from keras_jacmon.cell.step import CellStep
 from keras_jacmon.errors import message_of
-from keras_jacmon.traced_graph import TracedGraph
+from keras_jacmon.graphs.traced_graph import TracedGraph
 
 # Operations that TensorFlow counts as stateful although they only read.
 _READERS = ("Placeholder", "ReadVariableOp", "ResourceGather")

@@ -9,7 +9,7 @@ import keras
 import tensorflow as tf
 
 from keras_jacmon.cell.step import CellStep, cell_type
-from keras_jacmon.traced_graph import TracedGraph
+from keras_jacmon.graphs.traced_graph import TracedGraph
 
 
 def names_of(weights: "Sequence[keras.Variable]") -> tuple[str, ...]:

@@ -7,8 +7,9 @@ from typing import Any
 import tensorflow as tf
 
 from keras_jacmon.cell.step import CellStep
+from keras_jacmon.graphs.calls import CALLS, function_graph
+from keras_jacmon.graphs.trace import trace
 from keras_jacmon.jacobians.views import floating_states, size
-from keras_jacmon.traced_graph import CALLS, function_graph, trace
 
 # Operations that call Python.
 _PYTHON = frozenset({"EagerPyFunc", "PyFunc", "PyFuncStateless"})

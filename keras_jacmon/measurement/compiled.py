@@ -11,6 +11,7 @@ import tensorflow as tf
 from keras_jacmon.cell.kind import CellKind, cell_kind
 from keras_jacmon.cell.step import CellStep
 from keras_jacmon.cell.trajectory import UnrollInputs
+from keras_jacmon.graphs.trace import Traced, chosen_device, trace
 from keras_jacmon.jacobians.cell_jacobian import Assumptions
 from keras_jacmon.jacobians.registered_forms import registered_form
 from keras_jacmon.measurement.assembly import CallMetadata
@@ -21,7 +22,6 @@ from keras_jacmon.measures.registry import Selection
 from keras_jacmon.model.guard import foreign_variables, put_back, shielded
 from keras_jacmon.model.recording import RecurrentCall
 from keras_jacmon.options import Options
-from keras_jacmon.traced_graph import Traced, chosen_device, trace
 
 if TYPE_CHECKING:
     from collections.abc import Hashable

@@ -9,6 +9,7 @@ import tensorflow as tf
 from keras_jacmon.cell.outputs import OutputDifferences, compare_outputs, differing
 from keras_jacmon.cell.trajectory import UnrollInputs
 from keras_jacmon.errors import invalid_argument, message_of
+from keras_jacmon.graphs.trace import Traced, trace
 from keras_jacmon.measurement.compiled import MeasurableCall, SequenceTensors
 from keras_jacmon.measures.registry import MEASURES
 from keras_jacmon.model.guard import foreign_variables, put_back, shielded
@@ -16,7 +17,6 @@ from keras_jacmon.model.inputs import hint_at_slip
 from keras_jacmon.model.layers import RecurrentLayer
 from keras_jacmon.model.loss_gradient import LossGradients, loss_gradients
 from keras_jacmon.model.recording import Recording, record_calls
-from keras_jacmon.traced_graph import Traced, trace
 
 
 class _Recorded(NamedTuple):

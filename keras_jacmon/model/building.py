@@ -7,10 +7,10 @@ import keras
 import tensorflow as tf
 
 from keras_jacmon.errors import invalid_argument, message_of
+from keras_jacmon.graphs.trace import trace
 from keras_jacmon.model.guard import shielded
 from keras_jacmon.model.inputs import fit_probe, hint_at_slip
 from keras_jacmon.model.internals import open_again_on_failure, sublayers, training_argument
-from keras_jacmon.traced_graph import trace
 
 
 def build(model: keras.Layer, arrays: Any) -> None:

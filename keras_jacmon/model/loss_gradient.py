@@ -9,13 +9,14 @@ import keras
 import tensorflow as tf
 
 from keras_jacmon.errors import invalid_argument, message_of
+from keras_jacmon.graphs.trace import trace
+from keras_jacmon.graphs.traced_graph import TracedGraph
 from keras_jacmon.model.adapted_cell import AdaptedCall, hidden_place
 from keras_jacmon.model.internals import training_argument
 from keras_jacmon.model.layers import RecurrentLayer
 from keras_jacmon.model.packing import like_original
 from keras_jacmon.model.recording import call_names, in_graph, shadowing
 from keras_jacmon.tensors import as_points, known_sizes
-from keras_jacmon.traced_graph import TracedGraph, trace
 
 # A power of two, so that it rounds nothing.
 _SCALE = 1024.0

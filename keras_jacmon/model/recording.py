@@ -10,12 +10,13 @@ import keras
 import tensorflow as tf
 
 from keras_jacmon.errors import message_of
+from keras_jacmon.graphs.trace import trace
+from keras_jacmon.graphs.traced_graph import TracedGraph
 from keras_jacmon.model.adapted_cell import AdaptedCall
 from keras_jacmon.model.internals import tensors_in, training_argument, without_fused_kernels
 from keras_jacmon.model.layers import RecurrentLayer
 from keras_jacmon.model.masks import made_step_by_step
 from keras_jacmon.model.packing import real_form
-from keras_jacmon.traced_graph import TracedGraph, trace
 
 
 @dataclass(frozen=True)

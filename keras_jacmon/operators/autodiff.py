@@ -6,10 +6,10 @@ from typing import final
 
 import tensorflow as tf
 
+from keras_jacmon.graphs.trace import trace
 from keras_jacmon.operators.contract import JacobianOperator
 from keras_jacmon.operators.formed import FormedJacobian
 from keras_jacmon.tensors import known_sizes, take_points
-from keras_jacmon.traced_graph import trace
 
 Product = Callable[[tf.Tensor], tf.Tensor]
 

@@ -8,9 +8,9 @@ import numpy as np
 import numpy.typing as npt
 import tensorflow as tf
 
+from keras_jacmon.graphs.trace import graph_of
 from keras_jacmon.operators.factors import Diagonal, Kernel
 from keras_jacmon.tensors import take, total
-from keras_jacmon.traced_graph import graph_of
 
 
 def pooled(

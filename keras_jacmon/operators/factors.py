@@ -7,9 +7,9 @@ import numpy as np
 import numpy.typing as npt
 import tensorflow as tf
 
+from keras_jacmon.graphs.trace import graph_of
 from keras_jacmon.structure.index_map import IndexMap
 from keras_jacmon.tensors import joined, take, take_each, take_points, total
-from keras_jacmon.traced_graph import graph_of
 
 
 @dataclass(frozen=True)

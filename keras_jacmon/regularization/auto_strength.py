@@ -7,9 +7,9 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from keras_jacmon.graphs.trace import Traced, trace
 from keras_jacmon.model.guard import foreign_variables, put_back, shielded
 from keras_jacmon.model.loss_gradient import gradients_by_weights
-from keras_jacmon.traced_graph import Traced, trace
 
 # The norm of the penalty's gradient over that of the loss's.
 SHARE = 0.1

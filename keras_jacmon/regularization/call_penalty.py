@@ -6,6 +6,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from keras_jacmon.graphs.trace import Traced, trace
 from keras_jacmon.jacobians.cell_jacobian import Assumptions
 from keras_jacmon.jacobians.diagnosis import CheckResults, diagnose
 from keras_jacmon.measurement.compiled import MeasurableCall, SequenceTensors
@@ -14,7 +15,6 @@ from keras_jacmon.model.guard import foreign_variables, put_back
 from keras_jacmon.regularization.compiled_penalty import CompiledPenalties, CompiledPenalty
 from keras_jacmon.regularization.penalty_config import PenaltyConfig
 from keras_jacmon.regularization.point_penalty import Moment, NewPoints, PenaltyPoints
-from keras_jacmon.traced_graph import Traced, trace
 
 # Returns the sequence of a call, and the objects that must live as long as the graph that is being traced.
 Record = Callable[[], tuple[SequenceTensors, Any]]

@@ -7,6 +7,7 @@ import keras
 import tensorflow as tf
 
 from keras_jacmon.cell.step import CellStep
+from keras_jacmon.graphs.trace import Traced, trace
 from keras_jacmon.jacobians.cell_jacobian import Assumptions, CellJacobian
 from keras_jacmon.jacobians.dependencies import find_dependencies
 from keras_jacmon.jacobians.views import chosen_view, floating_states
@@ -17,7 +18,6 @@ from keras_jacmon.regularization.loss_terms import SCOPE
 from keras_jacmon.regularization.penalty_config import PenaltyConfig
 from keras_jacmon.regularization.point_penalty import Moment, NewPoints, PenaltyPoints, PointPenalty
 from keras_jacmon.regularization.sequence_penalty import SequencePenalty
-from keras_jacmon.traced_graph import Traced, trace
 
 if TYPE_CHECKING:
     from collections.abc import Hashable

@@ -12,6 +12,7 @@ import tensorflow as tf
 
 from keras_jacmon.cell.outputs import OutputDifferences, compare_outputs, differing
 from keras_jacmon.cell.trajectory import UnrollInputs
+from keras_jacmon.graphs.trace import Traced, trace
 from keras_jacmon.measurement.compiled import MeasurableCall, SequenceTensors
 from keras_jacmon.model.distribution import own_variable
 from keras_jacmon.model.guard import foreign_variables, put_back, shielded
@@ -21,7 +22,6 @@ from keras_jacmon.regularization.call_penalty import CallPenalty
 from keras_jacmon.regularization.compiled_penalty import CompiledPenalties
 from keras_jacmon.regularization.penalty_config import PenaltyConfig
 from keras_jacmon.regularization.second_derivatives import register_second_derivatives
-from keras_jacmon.traced_graph import Traced, trace
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import tensorflow as tf
 
 from keras_jacmon.cell.step import CellStep
 from keras_jacmon.cell.trajectory import UnrollInputs, unroll
+from keras_jacmon.graphs.trace import trace
 from keras_jacmon.jacobians.cell_jacobian import CellJacobian
 from keras_jacmon.jacobians.points import PointBatch
 from keras_jacmon.jacobians.views import floating_states
@@ -18,7 +19,6 @@ from keras_jacmon.model.layers import RecurrentLayer
 from keras_jacmon.model.recording import Recording, RecurrentCall, record_calls
 from keras_jacmon.operators.contract import JacobianOperator
 from keras_jacmon.tensors import known_sizes
-from keras_jacmon.traced_graph import trace
 
 # Jacobians are formed if they have no more columns than this many times the exponents.
 _FORMED = 4

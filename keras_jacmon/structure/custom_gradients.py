@@ -6,8 +6,8 @@ import numpy as np
 import tensorflow as tf
 
 from keras_jacmon.cell.cell_graph import CellGraph
+from keras_jacmon.graphs.inlining import CustomGradient
 from keras_jacmon.structure.ops import Kind, is_linear, op_of
-from keras_jacmon.traced_graph import CustomGradient
 
 
 def acts_unit_by_unit(graph: CellGraph, gradient: CustomGradient, positions: Iterable[int]) -> bool:

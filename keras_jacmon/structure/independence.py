@@ -7,9 +7,10 @@ import numpy as np
 import tensorflow as tf
 
 from keras_jacmon.cell.cell_graph import CellGraph
+from keras_jacmon.graphs.calls import has_custom_gradient
+from keras_jacmon.graphs.constants import constant_value
 from keras_jacmon.structure.custom_gradients import acts_unit_by_unit
 from keras_jacmon.structure.ops import Kind, keeps_points, move, op_of
-from keras_jacmon.traced_graph import constant_value, has_custom_gradient
 
 
 class _Made(enum.Enum):

@@ -12,13 +12,14 @@ import numpy as np
 import tensorflow as tf
 
 from keras_jacmon.cell.cell_graph import CellGraph
+from keras_jacmon.graphs.calls import has_custom_gradient
+from keras_jacmon.graphs.constants import constant_value
 from keras_jacmon.structure.custom_gradients import acts_unit_by_unit
 from keras_jacmon.structure.independence import independent_tensors
 from keras_jacmon.structure.index_map import Node, separated
 from keras_jacmon.structure.movers import Labels
 from keras_jacmon.structure.ops import Kind, keeps_points, move, op_of, passes_unchanged
 from keras_jacmon.structure.structure import Origin, Product, Structure
-from keras_jacmon.traced_graph import constant_value, has_custom_gradient
 
 # Maximum number of units of one node that a unit is made from; with more of them it counts as unstructured.
 _MOST_SLOTS = 64

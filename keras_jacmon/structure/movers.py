@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 import tensorflow as tf
 
-from keras_jacmon.traced_graph import constant_value
+from keras_jacmon.graphs.constants import constant_value
 
 # Integer array `(slots, ...)` for a tensor `(points, ...)`: for each unit of the tensor, the units of another tensor
 # that it is made from, one in each slot; -1 for none.

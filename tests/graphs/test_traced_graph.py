@@ -3,7 +3,8 @@
 import pytest
 import tensorflow as tf
 
-from keras_jacmon.traced_graph import TracedGraph, trace
+from keras_jacmon.graphs.trace import trace
+from keras_jacmon.graphs.traced_graph import TracedGraph
 
 pytestmark = pytest.mark.fast
 

@@ -1,0 +1,103 @@
+"""A function of tensors as a graph, traced once."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+import tensorflow as tf
+from tensorflow.python.eager import context
+from tensorflow.python.framework import op_callbacks
+
+StaticT = TypeVar("StaticT")
+
+
+@dataclass(frozen=True)
+class Traced(Generic[StaticT]):
+    """A function of tensors as a graph, with the Python object that it returned while it was traced.
+
+    Attributes:
+        graph: Concrete function of TensorFlow. Calling it, or the `Traced` itself, runs the graph.
+        static: Python object, known before the graph runs: metadata, or an object that must live as long as the graph.
+    """
+
+    graph: Any
+    static: StaticT
+
+    def __call__(self, *tensors: Any) -> Any:
+        """Runs the graph for arguments that match the specs, and returns its tensors in the traced structure."""
+        with unchecked():
+            return self.graph(*tensors)
+
+
+def trace(
+    function: Callable[..., tuple[Any, StaticT]], specs: Sequence[Any] = (), *, inline: bool = True
+) -> Traced[StaticT]:
+    """Traces a function of tensors once, and keeps the Python object that it returns beside them.
+
+    The graph of a `tf.function` returns tensors only, so a Python object can leave the trace only by a side effect.
+    This function holds that one side effect.
+
+    Args:
+        function: Function from tensors to a pair: any structure of tensors, and any Python object. It should create no
+            variables, since TensorFlow would then trace it twice.
+        specs: Sequence of structures of `tf.TensorSpec`, one for each argument. Defaults to `()`.
+        inline: Boolean, False for a graph that others call several times, and that TensorFlow then optimizes once and
+            not once for each call. Defaults to True.
+
+    Returns:
+        `Traced`, the graph and the object. If the function raises, its error is raised.
+
+    Example:
+
+    ```python
+    traced = trace(lambda x: (tf.reduce_sum(x), x.shape.rank), [tf.TensorSpec([None, 3])])
+    traced.static                   # 2
+    traced(tf.ones([4, 3]))         # 12.0
+    ```
+    """
+    returned: list[StaticT] = []
+
+    def tensors_of(*tensors: Any) -> Any:
+        result, static = function(*tensors)
+        returned.append(static)
+        return result
+
+    with unchecked():
+        attributes = {} if inline else {"_noinline": True}
+        graph = tf.function(tensors_of, autograph=False, experimental_attributes=attributes).get_concrete_function(
+            *specs
+        )
+    return Traced(graph, returned[-1])
+
+
+@contextlib.contextmanager
+def unchecked() -> Iterator[None]:
+    """Suspends the functions that TensorFlow calls for each operation, in this thread.
+
+    `tf.debugging.enable_check_numerics` puts an assertion behind each operation. NaN and Inf are regular values here:
+    at masked steps, of a flow that has ended, of weights that explode. And a step with assertions in it has no
+    structure any more. TensorFlow has no public way to suspend them.
+    """
+    suspended = list(context.context().op_callbacks)
+    for callback in suspended:
+        op_callbacks.remove_op_callback(callback)
+    try:
+        yield
+    finally:
+        for callback in suspended:
+            op_callbacks.add_op_callback(callback)
+
+
+def chosen_device() -> str | None:
+    """Returns the device of the scopes of `tf.device` around the caller, which a trace writes into its operations."""
+    device: str | None = context.context().device_name
+    return device
+
+
+def graph_of(tensor: tf.Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Returns a context in which operations are added to the graph of a tensor.
+
+    In the body of a loop, an operation on a tensor from outside is so computed once and not in each turn.
+    """
+    return contextlib.nullcontext() if tf.executing_eagerly() else tensor.graph.as_default()
