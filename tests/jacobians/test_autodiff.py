@@ -85,28 +85,22 @@ def assert_products_with_basis_vectors(J: Any, expected: NDArray[np.floating[Any
     np.testing.assert_allclose(row.numpy(), expected[:, -1], **TOLERANCE, strict=True)
 
 
-# That of all cells is in a graph in `test_every_cell_equals_the_loop`.
+# That of all cells is in a graph in `test_every_cell_equals_the_loop`; the other views are blocks of the same operator.
 @pytest.mark.parametrize("case_id", soak_but({"lstm", "while_loop"}, SOME_CELLS))
 def test_the_operator_works_inside_a_graph(case_id: str) -> None:
     cell, inputs, states = make_step(BY_ID[case_id])
-    jacobians, _ = step_jacobians(cell, inputs, states)
-    vectors = {
-        view: (normal(*J.shape[:2], seed=1), normal(J.shape[0], J.shape[2], seed=2)) for view, J in jacobians.items()
-    }
+    expected = step_jacobians(cell, inputs, states, ["joint"])[0]["joint"]
+    u, v = normal(*expected.shape[:2], seed=1), normal(expected.shape[0], expected.shape[2], seed=2)
 
     @tf.function
-    def graph(inputs: Any, states: Any) -> dict[str, tuple[Any, Any, Any]]:
-        operators = {view: state_jacobian(cell, inputs, states, view=view) for view in jacobians}
-        return {
-            view: (J.to_dense(), J.matvec(vectors[view][1]), J.matvec(vectors[view][0], adjoint=True))
-            for view, J in operators.items()
-        }
+    def graph(inputs: Any, states: Any) -> tuple[Any, Any, Any]:
+        J = state_jacobian(cell, inputs, states, view="joint")
+        return J.to_dense(), J.matvec(v), J.matvec(u, adjoint=True)
 
-    for view, (dense, forward, backward) in graph(inputs, states).items():
-        expected, (u, v) = jacobians[view], vectors[view]
-        np.testing.assert_allclose(dense.numpy(), expected, **TOLERANCE, strict=True)
-        np.testing.assert_allclose(forward.numpy(), np.einsum("bik,bk->bi", expected, v), **TOLERANCE, strict=True)
-        np.testing.assert_allclose(backward.numpy(), np.einsum("bik,bi->bk", expected, u), **TOLERANCE, strict=True)
+    dense, forward, backward = graph(inputs, states)
+    np.testing.assert_allclose(dense.numpy(), expected, **TOLERANCE, strict=True)
+    np.testing.assert_allclose(forward.numpy(), np.einsum("bik,bk->bi", expected, v), **TOLERANCE, strict=True)
+    np.testing.assert_allclose(backward.numpy(), np.einsum("bik,bi->bk", expected, u), **TOLERANCE, strict=True)
 
 
 def test_a_graph_without_a_known_number_of_rows() -> None:

@@ -156,10 +156,7 @@ OF_THE_BATCH: dict[str, Function] = {
 
 
 # That none of them is taken for independent is below, for each.
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(name, marks=[] if name in ("its size", "noise") else [pytest.mark.soak]) for name in OF_THE_BATCH],
-)
+@pytest.mark.parametrize("name", soak_but({"its size"}, OF_THE_BATCH))
 def test_what_depends_on_the_batch_is_not_computed_for_all_steps_at_once(name: str) -> None:
     assert_measured(OF_THE_BATCH[name], PROBE, DEPENDS)
 
@@ -180,11 +177,9 @@ def test_no_row_is_forgiven_where_independence_is_not_proven(name: str) -> None:
     assert_measured(SELDOM[name], LONG, DEPENDS, [*MOMENTS, "spectral_norm"] if name == "choice" else MOMENTS)
 
 
-def test_a_branch_that_is_taken_later_is_seen_when_it_is() -> None:
+def test_a_choice_that_is_made_later_is_seen_when_it_is() -> None:
     """The first measurement tests all rows; so does each later one."""
-    model, layer = model_of(
-        lambda c, x, h: tf.cond(tf.reduce_max(x) > 100.0, lambda: 0.1 * h, lambda: tf.tanh(x + h @ c.U)), LONG
-    )
+    model, layer = model_of(lambda c, x, h: tf.where(tf.reduce_max(x) > 100.0, 0.1 * h, tf.tanh(x + h @ c.U)), LONG)
     meter = JacobianMeter(model, LONG, measures=MOMENTS)
     assert_layer(meter()["rnn"], layer, LONG, measures=MOMENTS)
     kernel = np.asarray(layer.cell.kernel)
@@ -278,14 +273,8 @@ NOT_TWICE: dict[str, Function] = {
 }
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "max-pooling",
-        "a clipped gradient",
-        *(pytest.param(n, marks=pytest.mark.soak) for n in ("resizing", "quantisation")),
-    ],
-)
+# That the others are noticed is in the next test.
+@pytest.mark.parametrize("name", soak_but({"quantisation"}, NOT_TWICE))
 def test_products_that_the_tape_gets_wrong_are_refuted(name: str) -> None:
     assert_measured(NOT_TWICE[name], PROBE, DIFFER, [*MOMENTS, "spectral_norm"])
 

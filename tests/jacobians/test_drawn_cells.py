@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import keras
 import numpy as np
-import pytest
 import tensorflow as tf
 from draws import DRAWS, each_part, for_each_draw
 from helpers import (
@@ -206,16 +205,11 @@ def assert_layer_as_its_cell(drawn: DrawnLayer) -> None:
             )
 
 
-# Beside the draws, which do not promise them.
-SHORT = {
-    "one step": DrawnLayer("LSTM", 3, 2, "tanh", "sigmoid", go_backwards=False, lengths=[1, 0, 1], steps=1),
-    "no step": DrawnLayer("GRU", 2, 3, "sigmoid", "tanh", go_backwards=True, lengths=[0, 0], steps=4),
-}
-
-
-@pytest.mark.parametrize("drawn", SHORT.values(), ids=SHORT)
-def test_layers_on_short_sequences(drawn: DrawnLayer) -> None:
-    assert_layer_as_its_cell(drawn)
+def test_a_layer_of_one_step() -> None:
+    """Beside the draws, which do not promise it; of no step at all is `test_a_mask_that_skips_everything`."""
+    assert_layer_as_its_cell(
+        DrawnLayer("LSTM", 3, 2, "tanh", "sigmoid", go_backwards=False, lengths=[1, 0, 1], steps=1)
+    )
 
 
 LAYERS = st.builds(
