@@ -102,7 +102,7 @@ def assert_ring(monitor: JacobianMonitor, at: int, eigenvalues: NDArray[np.compl
 def main() -> None:
     """Trains, and asserts the identities and that the task is learned."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--epochs", type=int, default=5)
+    parser.add_argument("--epochs", type=int, default=5, help="default: 5")
     arguments = parser.parse_args()
     register_recurrence(LRU, recurrence)
     keras.utils.set_random_seed(0)

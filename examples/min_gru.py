@@ -82,7 +82,7 @@ def assert_diagonal(monitor: JacobianMonitor, layer: MinGRU, probe: NDArray[np.f
 def main() -> None:
     """Trains, and asserts the identity and that the task is learned."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--epochs", type=int, default=10, help="default: 10")
     arguments = parser.parse_args()
     register_recurrence(MinGRU, recurrence)
     keras.utils.set_random_seed(0)

@@ -54,22 +54,27 @@ def train(
     return model.evaluate(*test, verbose=0)[1], variances, monitor.reports[-1][1]["rnn"].scalars()["growth"]
 
 
+def strength(word: str) -> float | Literal["auto"]:
+    """Returns the strength that a word of the command line means."""
+    return "auto" if word == "auto" else float(word)
+
+
 def main() -> None:
     """Prints the table, and asserts that more trainings succeed with the regularizer than without it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--epochs", type=int, default=8)
-    parser.add_argument("--strength", type=lambda word: word if word == "auto" else float(word), default="auto")
+    parser.add_argument("--seeds", type=int, default=5, help="number of seeds; default: 5")
+    parser.add_argument("--steps", type=int, default=200, help="of a sequence; default: 200")
+    parser.add_argument("--epochs", type=int, default=8, help="default: 8")
+    parser.add_argument("--strength", type=strength, default="auto", help="a number, or auto, the default")
     arguments = parser.parse_args()
     data = make_data(SAMPLES, arguments.steps, 0), make_data(1000, arguments.steps, 1)
     successes = []
     print(f"{arguments.steps} steps, {arguments.epochs * SAMPLES // BATCH} updates")
     print("regularizer  seed  accuracy  variance      growth (nats per step)")
-    for strength in (0.0, arguments.strength):
-        name, count = "with" if strength else "without", 0
+    for chosen in (0.0, arguments.strength):
+        name, count = "with" if chosen else "without", 0
         for seed in range(arguments.seeds):
-            accuracy, (first, last), growth = train(seed, strength, arguments.epochs, *data)
+            accuracy, (first, last), growth = train(seed, chosen, arguments.epochs, *data)
             count += accuracy >= SUCCESS
             print(f"{name:<11}  {seed:<4}  {accuracy:<8.3f}  {first:.2f} -> {last:.2f}  {growth:+.3f}", flush=True)
         successes.append(count)

@@ -109,14 +109,16 @@ def draw(path: str, curves: Mapping[str, Curves]) -> None:
 def main() -> None:
     """Prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layer", nargs="*", choices=LAYERS, default=["relu"])
-    parser.add_argument("--depth", nargs="*", type=int, default=[2, 5])
-    parser.add_argument("--seeds", type=int, default=4)
-    parser.add_argument("--epochs", type=int, default=20)
-    parser.add_argument("--units", type=int, default=64)
-    parser.add_argument("--stride", type=int, default=1, help="every how many pixels one is read")
-    parser.add_argument("--figure", help="file of the picture with the curves")
-    parser.add_argument("--fast", action="store_true")
+    parser.add_argument("--layer", nargs="*", choices=LAYERS, default=["relu"], help="default: relu")
+    parser.add_argument("--depth", nargs="*", type=int, default=[2, 5], help="layers; default: 2 5")
+    parser.add_argument("--seeds", type=int, default=4, help="number of seeds; default: 4")
+    parser.add_argument("--epochs", type=int, default=20, help="default: 20")
+    parser.add_argument("--units", type=int, default=64, help="of each layer; default: 64")
+    parser.add_argument("--stride", type=int, default=1, help="read every N-th pixel; default: 1", metavar="N")
+    parser.add_argument("--figure", metavar="FILE", help="draw the curves into this file; needs the extra `plot`")
+    parser.add_argument(
+        "--fast", action="store_true", help="depth 2, 16 units, every fourth pixel, one seed, two epochs"
+    )
     arguments = parser.parse_args()
     if arguments.fast:
         fast = {"depth": [2], "seeds": 1, "epochs": 2, "units": 16, "stride": 4}

@@ -113,7 +113,7 @@ def exponents(cell: Any, states: list[Any], steps: int, measured: str) -> Floats
 def main() -> None:
     """Prints the table, and asserts that the exponent of the trained network is that of the equations."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--fast", action="store_true")
+    parser.add_argument("--fast", action="store_true", help="a smaller GRU, hardly trained, without a claim")
     fast = parser.parse_args().fast
     trajectories, units, epochs, samples, steps = (64, 16, 2, 4, 300) if fast else (1024, 64, 60, 16, 2000)
     keras.utils.set_random_seed(0)

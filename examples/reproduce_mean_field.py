@@ -87,7 +87,7 @@ def draw(path: str, simulated: NDArray[np.float64]) -> None:
 def main() -> None:
     """Prints the table, and asserts that simulation and theory agree."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--fast", action="store_true")
+    parser.add_argument("--fast", action="store_true", help="a smaller network, fewer steps")
     parser.add_argument("--figure", metavar="FILE", help="draw into this file")
     arguments = parser.parse_args()
     units, steps, near, far = (256, 200, 0.1, 0.1) if arguments.fast else (512, 1000, 0.03, 0.05)

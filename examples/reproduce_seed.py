@@ -132,7 +132,7 @@ def with_one_model(activation: str, draws: int) -> float:
 def main() -> None:
     """Prints both tables, and asserts that the ways agree and that the values are those of the theory."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--fast", action="store_true")
+    parser.add_argument("--fast", action="store_true", help="one draw of weights in the second table")
     draws = 1 if parser.parse_args().fast else 4
     # Keras warns about each layer that makes its weights at the first call.
     warnings.filterwarnings("ignore", message="`build\\(\\)` was called on layer")

@@ -89,7 +89,7 @@ def count_paths(weight: float) -> None:
 def main() -> None:
     """Prints both tables, and asserts the formula."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--fast", action="store_true")
+    parser.add_argument("--fast", action="store_true", help="one small stack")
     fast = parser.parse_args().fast
     print("| ρ | derivative | ours | formula |\n| --- | --- | --- | --- |")
     for weight in (1.0, 0.5):
