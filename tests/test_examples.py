@@ -169,6 +169,14 @@ def test_temporal_order(tmp_path: Path) -> None:
 
 
 @pytest.mark.soak
+def test_temporal_order_with_omega(tmp_path: Path) -> None:
+    """At 20 steps both layers learn it in two epochs."""
+    arguments = ["--layer", "SimpleRNN", "GRU", "--length", "20", "--cure", "radius+omega", "--epochs", "2", *ONE_SEED]
+    printed = run("temporal_order.py", tmp_path, *arguments)
+    assert re.findall(r"(\w+) \| 20 \| radius\+omega \|.* (\d) of 1", printed) == [("SimpleRNN", "1"), ("GRU", "1")]
+
+
+@pytest.mark.soak
 def test_temporal_order_is_rescued(tmp_path: Path) -> None:
     arguments = ["--layer", "GRU", "--length", "120", "--cure", "none", "chrono", *ONE_SEED]
     printed = run("temporal_order.py", tmp_path, *arguments)
