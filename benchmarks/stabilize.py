@@ -127,12 +127,13 @@ def flossing(_: str | None) -> None:
     layers = find_recurrent_layers(model)
     loss = ExponentsLoss(model, tf.constant(bits), layers, count=EXPONENTS, target=0.0, seed=0)
     optimizer, weights = keras.optimizers.Adam(1e-3), model.trainable_variables
+    optimizer.build(weights)
+    apply = tf.function(lambda slopes: optimizer.apply(slopes, weights))
     times: list[float] = []
     for update in range(UPDATES + 1):
         begin = time.perf_counter()
-        with tf.GradientTape() as tape:
-            value = loss()
-        optimizer.apply(tape.gradient(value, [weight.value for weight in weights]), weights)
+        value, slopes = loss.value_and_slopes()
+        apply(slopes)
         times.append(time.perf_counter() - begin)
         if update % 100 == 0:
             print(f"| {update} | {float(value):.5f} | {1e3 * np.median(times):.0f} |", flush=True)

@@ -11,7 +11,7 @@ References:
     method for computing all of them", 1980.
 """
 
-from dataclasses import replace
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,6 +19,16 @@ import tensorflow as tf
 
 from keras_jacmon.measures.differentiable import TINY
 from keras_jacmon.measures.steps import Steps
+
+# Columns that keep this share of their length beside those before them are told apart by their products in double
+# precision, with the digits of single precision.
+_APART = 1e-4
+_SHIFT = 1e-13
+# The least length of a column there.
+_LEAST = 1e-30
+
+# From a step and vectors to their images, as `Steps.multiply`.
+_Multiply = Callable[..., tf.Tensor]
 
 
 class LyapunovCarry(NamedTuple):
@@ -146,18 +156,32 @@ def kaplan_yorke(exponents: tf.Tensor, size: int) -> tf.Tensor:
     return tf.where(tf.reduce_any(tf.math.is_nan(exponents), axis=0), tf.constant(float("nan"), result.dtype), result)
 
 
-class _Walk(NamedTuple):
-    """The decompositions `Q_t R_t = J_t Q_{t-1}` of a whole trajectory.
+class _Decomposed(NamedTuple):
+    """`vectors = q r scale`.
 
     Attributes:
-        columns: Tensor `(time + 1, samples, n, k)`, Q before the first step and after each.
-        triangles: Tensor `(time, samples, k, k)`, R; the identity at skipped steps.
+        q: Tensor `(samples, n, k)`, orthonormal columns.
+        r: Tensor `(samples, k, k)`, upper triangular.
+        scale: Tensor `(samples, k)`, the factors of the columns of r.
+    """
+
+    q: tf.Tensor
+    r: tf.Tensor
+    scale: tf.Tensor
+
+
+class _Walk(NamedTuple):
+    """The decompositions `Q_t R_t = J_t Q_{t-1}` of a whole trajectory; columns of Q are rows here.
+
+    Attributes:
+        rows: Tensor `(time + 1, samples, k, n)`, the transpose of Q before the first step and after each.
+        triangles: Tensor `(time, samples, k, k)`, the transpose of R; the identity at skipped steps.
         logs: Tensor `(time, samples, k)`, the logarithms of `|R_ii|`; zero where they do not count.
         found: Tensor `(time, samples, k)`, 1 where a logarithm counts and its column has not lost its direction.
         counts: Tensor `(samples,)`, number of steps of each sample that count.
     """
 
-    columns: tf.Tensor
+    rows: tf.Tensor
     triangles: tf.Tensor
     logs: tf.Tensor
     found: tf.Tensor
@@ -186,89 +210,124 @@ def differentiable_exponents(steps: Steps, start: tf.Tensor, *, warmup: int, for
     """
     if steps.every is None:
         raise ValueError("The exponents are differentiated by all Jacobians at once, and the steps do not have them.")
-    whole = steps.every()
+    whole, multiply = steps.every(), steps.multiply
     if formed:
-        sizes = [steps.time, steps.samples, steps.size, steps.size]
-        dense = tf.reshape(tf.stop_gradient(whole.to_dense()), sizes)
-        steps = replace(steps, at=lambda t: tf.linalg.LinearOperatorFullMatrix(dense[t]))
-    walk = _walked(steps, start, warmup)
+        transposed = tf.linalg.matrix_transpose(whole.to_dense())
+        multiply = _by_matrices(steps, tf.stop_gradient(transposed))
+    walk = _walked(steps, multiply, tf.linalg.matrix_transpose(start), warmup)
+    before = tf.reshape(walk.rows[:-1], [-1, *walk.rows.shape[2:]])
 
     @tf.custom_gradient
-    def exponents(images: tf.Tensor) -> tuple[tf.Tensor, Any]:
-        counts = tf.cast(walk.counts, images.dtype)[:, None]
+    def exponents(_: tf.Tensor) -> tuple[tf.Tensor, Any]:
+        counts = tf.cast(walk.counts, start.dtype)[:, None]
 
         def slopes(upstream: tf.Tensor) -> tf.Tensor:
-            return tf.reshape(_slopes(steps, walk, tf.transpose(upstream) / counts), tf.shape(images))
+            solved = tf.reshape(_slopes(steps, multiply, walk, tf.transpose(upstream) / counts), tf.shape(before))
+            return tf.matmul(before, solved, transpose_a=True) if formed else tf.linalg.matrix_transpose(solved)
 
         return tf.transpose(tf.reduce_sum(walk.logs, axis=0) / counts), slopes
 
-    found: tf.Tensor = exponents(whole.matmul(tf.reshape(walk.columns[:-1], [-1, *start.shape[1:]])))
+    found: tf.Tensor = exponents(transposed if formed else whole.matmul(before, adjoint_arg=True))
     return found
 
 
-def _walked(steps: Steps, start: tf.Tensor, warmup: int) -> _Walk:
-    """The decompositions along a trajectory, through which no derivative flows."""
-    k, dtype, time = int(start.shape[-1]), start.dtype, tf.convert_to_tensor(steps.time)
+def _by_matrices(steps: Steps, transposed: tf.Tensor) -> _Multiply:
+    """Returns `steps.multiply` by the transposes of all Jacobians, `(points, n, n)`: without another transpose."""
+    matrices = tf.reshape(transposed, [steps.time, steps.samples, steps.size, steps.size])
 
-    def step(t: tf.Tensor, columns: tf.Tensor, *kept: tf.TensorArray) -> tuple[Any, ...]:
-        images = tf.linalg.matrix_transpose(steps.multiply(t, tf.linalg.matrix_transpose(columns)))
-        split = _decomposed(images)
-        following = split.q if steps.mask is None else tf.where(steps.mask[t][:, None, None], split.q, columns)
+    def multiply(t: tf.Tensor, vectors: tf.Tensor, *, adjoint: bool = False) -> tf.Tensor:
+        images = _product(vectors, matrices[t], transpose_b=adjoint)
+        return images if steps.mask is None else tf.where(steps.mask[t][:, None, None], images, vectors)
+
+    return multiply
+
+
+def _product(left: tf.Tensor, right: tf.Tensor, *, transpose_b: bool = False) -> tf.Tensor:
+    """The products of the matrices of each sample."""
+    if left.shape[0] == 1:
+        # TensorFlow needs several times as long for a batch of one.
+        return tf.matmul(left[0], right[0], transpose_b=transpose_b)[None]
+    return tf.matmul(left, right, transpose_b=transpose_b)
+
+
+def _walked(steps: Steps, multiply: _Multiply, start: tf.Tensor, warmup: int) -> _Walk:
+    """The decompositions along a trajectory, through which no derivative flows."""
+    (samples, k), dtype, time = start.shape[:2], start.dtype, tf.convert_to_tensor(steps.time)
+
+    def step(t: tf.Tensor, rows: tf.Tensor, *kept: tf.TensorArray) -> tuple[Any, ...]:
+        split = _decomposed_rows(multiply(t, rows))
+        following = split.q if steps.mask is None else tf.where(steps.mask[t][:, None, None], split.q, rows)
         written = (following, split.r, split.scale)
         return t + 1, following, *(array.write(t, value) for array, value in zip(kept, written, strict=True))
 
-    shapes = (start.shape, [start.shape[0], k, k], [start.shape[0], k])
+    shapes = (start.shape, [samples, k, k], [samples, k])
     kept = [tf.TensorArray(dtype, time, element_shape=shape) for shape in shapes]
     _, _, *kept = tf.while_loop(lambda t, *_: t < time, step, [tf.constant(0), start, *kept])
-    columns, r, scale = (tf.stop_gradient(array.stack()) for array in kept)
+    rows, triangles, scale = (tf.stop_gradient(array.stack()) for array in kept)
     valid = tf.ones([time, steps.samples], tf.bool) if steps.mask is None else steps.mask
     counts = valid & (tf.cumsum(tf.cast(valid, tf.int32)) > warmup)
-    lengths = _lengths(r)
+    lengths = _lengths(triangles, axis=-1)
     logs = tf.math.log(tf.maximum(lengths * scale, TINY))
+    triangles *= scale[..., None]
     return _Walk(
-        tf.concat([start[None], columns], axis=0),
-        tf.where(valid[:, :, None, None], r * scale[:, :, None], tf.eye(k, dtype=dtype)),
+        tf.concat([start[None], rows], axis=0),
+        triangles if steps.mask is None else tf.where(valid[..., None, None], triangles, tf.eye(k, dtype=dtype)),
         tf.where(counts[:, :, None], logs, tf.zeros_like(logs)),
         tf.cast(counts[:, :, None] & (lengths > 0), dtype),
         tf.math.count_nonzero(counts, axis=0),
     )
 
 
-def _slopes(steps: Steps, walk: _Walk, by_sums: tf.Tensor) -> tf.Tensor:
-    """The derivatives by the images `J_t Q_{t-1}`, `(time, samples, n, k)`, from those by the sums `(samples, k)`."""
+def _slopes(steps: Steps, multiply: _Multiply, walk: _Walk, by_sums: tf.Tensor) -> tf.Tensor:
+    """X of all steps, `(time, samples, k, n)`, zero at skipped ones; the derivatives by the sums are `(samples, k)`."""
     time = tf.convert_to_tensor(steps.time)
     diagonal = tf.linalg.diag_part(walk.triangles)
     # A solver refuses a matrix that is singular.
     diagonal = tf.where(tf.abs(diagonal) > TINY, diagonal, tf.ones_like(diagonal))
     triangles = tf.linalg.set_diag(walk.triangles, diagonal)
-    direct = tf.linalg.matrix_transpose(walk.columns[1:] * (by_sums * walk.found)[:, :, None])
+    direct = walk.rows[1:] * (by_sums * walk.found)[..., None]
 
     def step(done: tf.Tensor, generator: tf.Tensor, kept: tf.TensorArray) -> tuple[Any, ...]:
         t = time - 1 - done
-        solved = tf.linalg.triangular_solve(triangles[t], generator + direct[t], lower=False)
-        pulled, before = steps.multiply(t, solved, adjoint=True), walk.columns[t]
+        solved = tf.linalg.triangular_solve(triangles[t], generator + direct[t], adjoint=True)
+        pulled, before = multiply(t, solved, adjoint=True), walk.rows[t]
         # A part that only rounding makes would grow from step to step.
-        fixed = tf.linalg.band_part(tf.matmul(pulled, before), -1, 0)
-        return done + 1, pulled - tf.matmul(fixed, before, transpose_b=True), kept.write(t, solved)
+        fixed = tf.linalg.band_part(_product(pulled, before, transpose_b=True), -1, 0)
+        return done + 1, pulled - _product(fixed, before), kept.write(t, solved)
 
     kept = tf.TensorArray(direct.dtype, time, element_shape=direct.shape[1:])
     begin = [tf.constant(0), tf.zeros_like(direct[0]), kept]
-    slopes = tf.linalg.matrix_transpose(tf.while_loop(lambda done, *_: done < time, step, begin)[2].stack())
-    return slopes if steps.mask is None else tf.where(steps.mask[:, :, None, None], slopes, tf.zeros_like(slopes))
+    solved = tf.while_loop(lambda done, *_: done < time, step, begin)[2].stack()
+    return solved if steps.mask is None else tf.where(steps.mask[:, :, None, None], solved, tf.zeros_like(solved))
 
 
-class _Decomposed(NamedTuple):
-    """`vectors = q r scale`.
+def _decomposed_rows(rows: tf.Tensor) -> _Decomposed:
+    """The decomposition of columns that are rows here, `(samples, k, n)`; q and r are transposes too.
 
-    Attributes:
-        q: Tensor `(samples, n, k)`, orthonormal columns.
-        r: Tensor `(samples, k, k)`, upper triangular.
-        scale: Tensor `(samples, k)`, the factors of the columns of r.
+    In single precision by the Cholesky decomposition of the products of the columns in double precision, which takes
+    half of the time, except where the columns are so near to each other that this would lose digits.
     """
+    if rows.dtype != tf.float32:
+        return _by_reflections(rows)
+    wide = tf.cast(rows, tf.float64)
+    products = _product(wide, wide, transpose_b=True)
+    squares = tf.linalg.diag_part(products)
+    # What is added lies below the digits that count, and lets the decomposition succeed.
+    triangles = tf.linalg.cholesky(tf.linalg.set_diag(products, squares * (1 + _SHIFT) + _LEAST**3))
+    apart = tf.reduce_all(tf.linalg.diag_part(triangles) > _APART * tf.sqrt(squares) + _LEAST)
 
-    q: tf.Tensor
-    r: tf.Tensor
-    scale: tf.Tensor
+    def by_products() -> _Decomposed:
+        q, r = tf.linalg.triangular_solve(triangles, wide), triangles
+        return _Decomposed(tf.cast(q, rows.dtype), tf.cast(r, rows.dtype), tf.ones(rows.shape[:2], rows.dtype))
+
+    split = _Decomposed(*tf.cond(apart, by_products, lambda: _by_reflections(rows)))
+    return split._replace(q=tf.ensure_shape(split.q, rows.shape))
+
+
+def _by_reflections(rows: tf.Tensor) -> _Decomposed:
+    """The decomposition by Householder reflections, of columns that are rows."""
+    split = _decomposed(tf.linalg.matrix_transpose(rows))
+    return _Decomposed(tf.linalg.matrix_transpose(split.q), tf.linalg.matrix_transpose(split.r), split.scale)
 
 
 def _decomposed(vectors: tf.Tensor) -> _Decomposed:
@@ -278,12 +337,12 @@ def _decomposed(vectors: tf.Tensor) -> _Decomposed:
     return _Decomposed(q, r, scale)
 
 
-def _lengths(r: tf.Tensor) -> tf.Tensor:
-    """`|r_ii|`; zero for a column that has lost its direction to rounding."""
+def _lengths(r: tf.Tensor, axis: int = -2) -> tf.Tensor:
+    """`|r_ii|`; zero for a column, along the given axis, that has lost its direction to rounding."""
     lengths = tf.abs(tf.linalg.diag_part(r))
     # A column that is a sum of those before it but for rounding has lost its direction: q then holds another one, which
     # is orthogonal to all others.
-    rounding = 10 * np.finfo(r.dtype.as_numpy_dtype).eps * tf.norm(r, axis=-2)
+    rounding = 10 * np.finfo(r.dtype.as_numpy_dtype).eps * tf.norm(r, axis=axis)
     return tf.where(lengths <= rounding, tf.zeros_like(lengths), lengths)
 
 

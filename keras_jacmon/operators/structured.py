@@ -84,6 +84,15 @@ class StructuredJacobian(JacobianOperator):
     def _matvec(self, x: tf.Tensor, adjoint: bool = False) -> tf.Tensor:  # noqa: FBT001, FBT002 - as in the base class
         return self._backward(x) if adjoint else self._forward(x)
 
+    def _to_dense(self) -> tf.Tensor:
+        if len(self.blocks()) > 1:
+            return super()._to_dense()
+        # Up to the first diagonal that is no constant, what all points share is computed once.
+        columns = self._forward(tf.eye(sum(self._sources.values()), dtype=self.dtype)[None])
+        return tf.linalg.matrix_transpose(
+            tf.broadcast_to(columns, tf.concat([[self._points], tf.shape(columns)[1:]], 0))
+        )
+
     def _forward(self, v: tf.Tensor) -> tf.Tensor:
         """J v, `(points, ..., m)` from `(points, ..., n)`."""
         parts = self._forward_parts(v)

@@ -18,6 +18,7 @@ from keras_jacmon.model.guard import foreign_variables, put_back, shielded
 from keras_jacmon.model.layers import RecurrentLayer
 from keras_jacmon.model.recording import Recording, RecurrentCall, record_calls
 from keras_jacmon.operators.contract import JacobianOperator
+from keras_jacmon.stabilization.gradient import slopes_of
 from keras_jacmon.tensors import known_sizes
 
 # Jacobians are formed if they have no more columns than this many times the exponents.
@@ -54,7 +55,7 @@ class ExponentsLoss:
         self._model, self._inputs, self._layers = model, inputs, layers
         self._count, self._target, self._seed = count, target, seed
         self._weights = [weight for item in layers for weight in item.layer.trainable_variables]
-        self._traced = trace(self._value)
+        self._traced = trace(self._value_and_slopes)
 
     def renew(self) -> None:
         """Takes other points: there are none, since every step counts."""
@@ -62,13 +63,24 @@ class ExponentsLoss:
     def begin(self, step: int) -> None:
         """Prepares an update: the first directions stay the same."""
 
-    def __call__(self) -> tf.Tensor:
-        """Returns the loss with the present weights."""
-        # A tape must know them before it meets a function that reads them.
-        for weight in self._weights:
-            tf.convert_to_tensor(weight)
+    def gradients(self, weights: Sequence[keras.Variable]) -> list[tf.Tensor]:
+        """Returns the derivatives of the loss by the weights."""
+        slopes = {id(weight): slope for weight, slope in zip(self._weights, self.value_and_slopes()[1], strict=True)}
+        return [slopes[id(weight)] for weight in weights]
+
+    def value_and_slopes(self) -> tuple[tf.Tensor, list[tf.Tensor]]:
+        """Returns the loss with the present weights, and its derivatives by all trained weights of the layers."""
         with put_back(foreign_variables(self._traced.graph.graph, self._model, [])):
             return self._traced()
+
+    def _value_and_slopes(self) -> tuple[tuple[tf.Tensor, list[tf.Tensor]], Traced[Any]]:
+        loss = trace(self._value)
+        with tf.GradientTape() as tape:
+            # A tape must know them before it meets a function that reads them.
+            for weight in self._weights:
+                tf.convert_to_tensor(weight)
+            value = loss()
+        return (value, slopes_of(value, tape, self._weights)), loss
 
     def _value(self) -> tuple[tf.Tensor, tuple[Recording, list[CellJacobian]]]:
         losses: list[tf.Tensor] = []

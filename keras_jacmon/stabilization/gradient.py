@@ -32,8 +32,8 @@ class Loss(Protocol):
     def begin(self, step: int) -> None:
         """Prepares the update after `step` updates."""
 
-    def __call__(self) -> tf.Tensor:
-        """Returns the loss, a scalar with derivatives by the weights."""
+    def gradients(self, weights: Sequence[keras.Variable]) -> list[tf.Tensor]:
+        """Returns the derivatives of the loss by the weights."""
 
 
 class PenaltyLoss:
@@ -71,9 +71,11 @@ class PenaltyLoss:
         """Prepares the update: other random vectors."""
         self._penalty.begin(step)
 
-    def __call__(self) -> tf.Tensor:
-        """Returns the mean of the penalties."""
-        return tf.add_n([call() for call in self._penalty.calls.values()])
+    def gradients(self, weights: Sequence[keras.Variable]) -> list[tf.Tensor]:
+        """Returns the derivatives of the mean of the penalties by the weights."""
+        with tf.GradientTape() as tape:
+            loss = tf.add_n([call() for call in self._penalty.calls.values()])
+        return slopes_of(loss, tape, weights)
 
 
 class Gradient:
@@ -95,6 +97,8 @@ class Gradient:
         self._losses, self._weights, self._adapts = losses, weights, optimizer is None
         self._moves: Moves = RelativeMoves(weights) if optimizer is None else Copies(weights)
         self._optimizer = keras.optimizers.Adam(_LEARNING_RATE) if optimizer is None else optimizer
+        self._optimizer.build(self._moves.variables)
+        self._update = tf.function(self._updated)
         self._step, self._last_loss = 0, math.inf
 
     def advance(self, standing: Standing, updates: int) -> None:
@@ -106,17 +110,24 @@ class Gradient:
             for loss in self._losses:
                 loss.renew()
         for _ in range(updates):
-            self._optimizer.apply(self._moves.gradients(self._gradients()), self._moves.variables)
-            self._moves.follow()
+            self._update(self._gradients())
             self._step += 1
 
     def _gradients(self) -> list[tf.Tensor]:
         for loss in self._losses:
             loss.begin(self._step)
-        with tf.GradientTape() as tape:
-            total = tf.add_n([loss() for loss in self._losses])
-        values = [weight.value for weight in self._weights]
-        return list(map(tf.convert_to_tensor, tape.gradient(total, values, unconnected_gradients="zero")))
+        each = [loss.gradients(self._weights) for loss in self._losses]
+        return [tf.add_n(slopes) for slopes in zip(*each, strict=True)]
+
+    def _updated(self, slopes: Sequence[tf.Tensor]) -> None:
+        self._optimizer.apply(self._moves.gradients(slopes), self._moves.variables)
+        self._moves.follow()
+
+
+def slopes_of(loss: tf.Tensor, tape: tf.GradientTape, weights: Sequence[keras.Variable]) -> list[tf.Tensor]:
+    """Returns the derivatives of a loss on a tape by the weights, zero by those that it does not depend on."""
+    values = [weight.value for weight in weights]
+    return list(map(tf.convert_to_tensor, tape.gradient(loss, values, unconnected_gradients="zero")))
 
 
 def penalty_config(measure: str, view: str, rows: int, seed: int) -> PenaltyConfig:

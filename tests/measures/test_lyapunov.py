@@ -426,6 +426,20 @@ def test_derivatives_along_a_long_trajectory_are_those_of_differences(formed: bo
     np.testing.assert_allclose(loss, np.sum(reported**2 * np.arange(1, 5)[:, None]), rtol=1e-4)
 
 
+def test_a_direction_that_each_step_does_away_with_has_a_finite_logarithm_and_no_derivative() -> None:
+    J = tf.constant(normal(6, 1, 4, 4, seed=1) * np.array([1, 1, 1, 0])[:, None], tf.float32)
+    with tf.GradientTape() as tape:
+        tape.watch(J)
+        whole = tf.linalg.LinearOperatorFullMatrix(tf.reshape(J, [-1, 4, 4]))
+        steps = replace(of_matrices(J), every=lambda: whole)
+        start = start_lyapunov(1, 4, 4, (0, 1), tf.float32).vectors
+        found = differentiable_exponents(steps, start, warmup=0, formed=True)
+        lost = found[3, 0]
+    np.testing.assert_allclose(lost, np.log(1e-12), rtol=1e-5)
+    np.testing.assert_array_equal(tape.gradient(lost, J), 0)
+    np.testing.assert_allclose(found[:3], run(J.numpy(), k=4)[:3], rtol=1e-4)
+
+
 # Kaplan-Yorke dimension ------------------------------------------------------------------------------------------
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import math
 from typing import Any
 
@@ -148,13 +150,13 @@ def test_the_growth_is_brought_to_its_target_by_gradient() -> None:
     assert abs(before + 0.1) > 0.03 >= abs(after + 0.1)
 
 
-class Stopped(keras.optimizers.SGD):
-    """Is interrupted when it is to update the weights for the 13th time."""
+class Stops(io.StringIO):
+    """Is where the user presses Ctrl+C, as soon as the progress bar has come to its end."""
 
-    def apply(self, *args: Any, **kwargs: Any) -> None:
-        if int(self.iterations) == 12:
+    def write(self, text: str) -> int:
+        if "15/15" in text:
             raise KeyboardInterrupt
-        super().apply(*args, **kwargs)
+        return super().write(text)
 
 
 def test_an_interrupted_run_leaves_the_best_weights() -> None:
@@ -165,8 +167,10 @@ def test_an_interrupted_run_leaves_the_best_weights() -> None:
     assert 0 < result.history["loss"][1] < result.history["loss"][0]
     for weight, value in zip(model.variables, before, strict=True):
         weight.assign(value)
-    with pytest.raises(KeyboardInterrupt):
-        quick(model, optimizer=Stopped(0.01))
+    # After ten updates the weights become worse by far.
+    rates = keras.optimizers.schedules.PiecewiseConstantDecay([9], [0.01, 100.0])
+    with pytest.raises(KeyboardInterrupt), contextlib.redirect_stdout(Stops()):
+        quick(model, steps=15, optimizer=keras.optimizers.SGD(rates), verbose=1)
     # The same seed has found the same weights.
     assert_equal(values_of(model.variables), best)
 
