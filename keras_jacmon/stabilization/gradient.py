@@ -100,8 +100,9 @@ class Gradient:
         self._optimizer.build(self._moves.variables)
         self._update = tf.function(self._updated)
         self._step, self._last_loss = 0, math.inf
+        self.notes: list[str] = []
 
-    def advance(self, standing: Standing, updates: int) -> None:
+    def advance(self, standing: Standing, updates: int) -> bool:
         """Takes new points of the trajectories, and updates the weights there."""
         if self._adapts and standing.loss > self._last_loss:
             self._optimizer.learning_rate = 0.5 * float(self._optimizer.learning_rate)
@@ -112,6 +113,7 @@ class Gradient:
         for _ in range(updates):
             self._update(self._gradients())
             self._step += 1
+        return True
 
     def _gradients(self) -> list[tf.Tensor]:
         for loss in self._losses:

@@ -6,10 +6,16 @@ from keras_jacmon.stabilization.goals import Standing
 
 
 class Method(Protocol):
-    """Changes the weights of a model, round by round; between two rounds the model is measured."""
+    """Changes the weights of a model, round by round; between two rounds the model is measured.
 
-    def advance(self, standing: Standing, updates: int) -> None:
-        """Changes the weights.
+    Attributes:
+        notes: List of sentences about what it cannot do, each of them warned of when it was found.
+    """
+
+    notes: list[str]
+
+    def advance(self, standing: Standing, updates: int) -> bool:
+        """Changes the weights, and returns False if there is nothing that it could change.
 
         Args:
             standing: The `Standing` of the model with the present weights.

@@ -1,6 +1,7 @@
 """Rescaling: the kernels of gates are multiplied by numbers, found by the secant method on logarithmic scales."""
 
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 
 import keras
@@ -26,13 +27,18 @@ class Rescale:
     """Multiplies the kernels of each layer by what the measure asks, gate by gate, round by round.
 
     Before the first round each gate of a gated cell is tried with a gain of 1.1. A round multiplies a gate by a power
-    of one number, which is the larger the more the measure follows the gate.
+    of one number, which is the larger the more the measure follows the gate. A layer whose measure would stay above
+    its target without any kernel, as the radius of an LSTM stays near its forget gates, is left as it is.
 
     Args:
         weights: Mapping by layer, the weights that may change.
         goals: Mapping by layer, its goals.
         measure: String, the name of the measure.
+        tolerance: Float, the distance from a target that is near enough.
         measured: Callable that measures the model, and returns its `Standing`.
+
+    Attributes:
+        notes: List of sentences about the layers that are left as they are.
 
     Raises:
         ValueError: If a layer has no kernel of the expected name, or a target is not positive.
@@ -43,10 +49,12 @@ class Rescale:
         weights: Mapping[str, Sequence[keras.Variable]],
         goals: Mapping[str, Sequence[Goal]],
         measure: str,
+        tolerance: float,
         measured: Callable[[], Standing],
     ) -> None:
-        self._measured, self._are_tried = measured, False
-        self._kernels = []
+        self._measure, self._tolerance, self._measured, self._are_tried = measure, tolerance, measured, False
+        self._kernels: list[_Kernel] = []
+        self.notes: list[str] = []
         for layer, of_layer in goals.items():
             for direction in dict.fromkeys(goal.direction for goal in of_layer):
                 chosen = [goal for goal in of_layer if goal.direction == direction]
@@ -56,13 +64,38 @@ class Rescale:
                     raise invalid_argument("method", f"{expected}`{KERNELS[direction]}`", f"'rescale' for `{layer}`")
                 self._kernels.append(_Kernel(kernels, chosen, measure, _gates(weights[layer])))
 
-    def advance(self, standing: Standing, updates: int) -> None:  # noqa: ARG002 - one round is one update
+    def advance(self, standing: Standing, updates: int) -> bool:  # noqa: ARG002 - one round is one update
         """Multiplies each kernel once."""
         if not self._are_tried:
+            self._leave_out_of_reach(standing)
             self._try_gates(standing)
             self._are_tried = True
         for kernel in self._kernels:
             kernel.advance(standing.values)
+        return bool(self._kernels)
+
+    def _leave_out_of_reach(self, standing: Standing) -> None:
+        """Leaves out the kernels whose measure stays above its target without them."""
+        above = [kernel for kernel in self._kernels if kernel.excess(standing.values) > self._tolerance]
+        if not above:
+            return
+        before = [kernel.multiplied(np.full(kernel.gates, -math.inf)) for kernel in above]
+        values = self._measured().values
+        for kernel, kept in zip(above, before, strict=True):
+            kernel.put_back(kept)
+            if kernel.excess(values) > self._tolerance:
+                self._kernels.remove(kernel)
+                self._say_out_of_reach(kernel, values)
+
+    def _say_out_of_reach(self, kernel: "_Kernel", values: Mapping[str, float]) -> None:
+        goal, name = kernel.goals[0], KERNELS[kernel.goals[0].direction]
+        self.notes.append(
+            f"`{goal.call}` stays as it is: with a `{name}` of zeros its {self._measure} would still be "
+            f"{values[goal.name]:.3g}, since the state has a way past the kernel, such as gates that keep it. No "
+            f"factor of the kernel brings it to {goal.target:.3g}. Weights of those gates do, which "
+            '`method="gradient"` changes.'
+        )
+        warnings.warn(self.notes[-1], stacklevel=7)
 
     def _try_gates(self, standing: Standing) -> None:
         """Finds out how the measures follow each gate, with all layers in one measurement."""
@@ -86,11 +119,12 @@ class _Kernel:
         gates: Integer, number of the gates, whose kernels stand side by side.
 
     Attributes:
+        goals: The goals.
         gates: Integer, number of the gates.
     """
 
     def __init__(self, weights: Sequence[keras.Variable], goals: Sequence[Goal], measure: str, gates: int) -> None:
-        self._weights, self._goals, self._is_logarithm, self.gates = weights, goals, measure == GROWTH, gates
+        self._weights, self.goals, self._is_logarithm, self.gates = weights, goals, measure == GROWTH, gates
         self._log_target = self._log(goals[0].target)
         self._secant = Secant(_DEGREES.get(measure, 1.0), math.log(MOST_GAIN))
         self._slopes = np.ones(gates)
@@ -124,8 +158,15 @@ class _Kernel:
         """Keeps the power of a gate in the measure, from the values before and with the gain of a trial."""
         self._slopes[gate] = (self._log_of(values) - self._log_of(before)) / math.log(_TRIAL)
 
+    def excess(self, values: Mapping[str, float]) -> float:
+        """Returns the distance of the measure from its target, above 0 if it is larger."""
+        return self._mean(values) - self.goals[0].target
+
+    def _mean(self, values: Mapping[str, float]) -> float:
+        return float(np.mean([values[goal.name] for goal in self.goals]))
+
     def _log_of(self, values: Mapping[str, float]) -> float:
-        return self._log(float(np.mean([values[goal.name] for goal in self._goals])))
+        return self._log(self._mean(values))
 
     def _log(self, value: float) -> float:
         """The logarithm of a measure; the growth is one already."""

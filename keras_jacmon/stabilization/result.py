@@ -18,6 +18,7 @@ class StabilizeResult:
             as `"lstm/joint/spectral_radius"`.
         goals: Tuple of the goals, each with a `call`, a `key` in reports, a `direction` and a `target`.
         converged: Boolean, True if each measure is within the tolerance of its target.
+        notes: Tuple of strings, the sentences about goals that the method cannot reach.
         seconds: Float, the time that it took.
     """
 
@@ -26,6 +27,7 @@ class StabilizeResult:
     history: dict[str, list[float]]
     goals: tuple[Goal, ...]
     converged: bool
+    notes: tuple[str, ...]
     seconds: float
 
     def __str__(self) -> str:
@@ -39,4 +41,4 @@ class StabilizeResult:
             if name in earlier:
                 growths = f"{earlier[name].growth:+.3g} -> {now.growth:+.3g} nats per step"
                 lines.append(f"  {name}: {earlier[name].state} -> {now.state}, growth {growths}")
-        return "\n".join(lines)
+        return "\n".join([*lines, *(f"  {note}" for note in self.notes)])

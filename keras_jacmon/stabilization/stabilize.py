@@ -131,8 +131,9 @@ def stabilize(
             `"spectral_radius"`, or `"lyapunov"` for `"flossing"`.
         method: String. `"gradient"`: an optimizer changes all trainable weights of the layers. `"rescale"`: the
             recurrent kernels, and for the depth the input kernels, are multiplied by a number for each gate, without an
-            optimizer. `"flossing"`: the optimizer brings the leading Lyapunov exponents to the
-            target, through the QR decompositions and the states. Defaults to `"gradient"`.
+            optimizer; a layer whose target no factor reaches stays as it is, with a warning. `"flossing"`: the
+            optimizer brings the leading Lyapunov exponents to the target, through the QR decompositions and the
+            states. Defaults to `"gradient"`.
         view: String, the view through time: `"joint"`, all states together, or `"hidden"`. For a cell with one state,
             the joint view is the hidden one. Defaults to `"joint"`.
         layers: Names of recurrent layers, or layers. Defaults to None, all of them.
@@ -176,28 +177,14 @@ def stabilize(
         exponents,
         seed,
     )
-    begin = time.monotonic()
-    stabilizer = _Stabilizer(model, read_probe(probe), layers, settings)
-    best, history = stabilizer.run(optimizer, verbose=verbose)
-    return StabilizeResult(
-        stabilizer.before.report,
-        best.report,
-        history.values,
-        tuple(stabilizer.goals),
-        best.is_within,
-        time.monotonic() - begin,
-    )
+    return _Stabilizer(model, read_probe(probe), layers, settings).run(optimizer, verbose=verbose)
 
 
 class _Stabilizer:
-    """A model that is measured and changed in turns.
-
-    Attributes:
-        goals: List of the goals of the layers whose weights may change.
-        before: `Standing` with the weights of the beginning.
-    """
+    """A model that is measured and changed in turns."""
 
     def __init__(self, model: keras.Layer, arrays: Any, layers: Any, settings: _Settings) -> None:
+        self._begin = time.monotonic()
         check_model(model)
         check_distribution(model)
         build(model, arrays)
@@ -218,28 +205,46 @@ class _Stabilizer:
         report = self._meter(suggestions=False)
         goals = goals_in(report, settings.targets, settings.measure, settings.view)
         self._by_layer = {item.name: [goal for goal in goals if goal.is_of(item.name)] for item in self._layers}
-        self.goals = [goal for of_layer in self._by_layer.values() for goal in of_layer]
+        self._goals = [goal for of_layer in self._by_layer.values() for goal in of_layer]
         frozen = [item.name for item in found if not self._weights[item.name]]
-        if not self.goals:
+        if not self._goals:
             raise invalid_argument("layers", "a recurrent layer with a goal and a weight that is trained", f"{frozen}")
         if frozen:
-            warnings.warn(f"The layers {frozen} have no weight that is trained, and stay as they are.", stacklevel=4)
-        self.before = Standing.of(report, self.goals, settings.tolerance)
+            warnings.warn(f"The layers {frozen} have no weight that is trained, and stay as they are.", stacklevel=3)
+        self._before = Standing.of(report, self._goals, settings.tolerance)
 
-    def run(self, optimizer: Any, *, verbose: int) -> tuple[Standing, History]:
+    def run(self, optimizer: Any, *, verbose: int) -> StabilizeResult:
         """Changes the weights until the goals are reached, and leaves the best ones, also if it is interrupted."""
-        settings, standing = self._settings, self.before
-        history = History(settings.steps, verbose)
-        history.add(0, standing)
-        if standing.is_within:
-            return standing, history
+        history = History(self._settings.steps, verbose)
+        history.add(0, self._before)
+        if self._before.is_within:
+            return self._result(self._before, history, ())
         method = self._method(optimizer)
+        best = self._changed(method, history)
+        history.close()
+        return self._result(best, history, method.notes)
+
+    def _result(self, after: Standing, history: History, notes: Iterable[str]) -> StabilizeResult:
+        return StabilizeResult(
+            before=self._before.report,
+            after=after.report,
+            history=history.values,
+            goals=tuple(self._goals),
+            converged=after.is_within,
+            notes=tuple(notes),
+            seconds=time.monotonic() - self._begin,
+        )
+
+    def _changed(self, method: Method, history: History) -> Standing:
+        """Changes the weights in rounds, and returns the `Standing` of the best ones, which the model then has."""
+        settings, standing = self._settings, self._before
         best = BestWeights([weight for weights in self._weights.values() for weight in weights], standing)
         updates, within = 0, 0
         try:
             while updates < settings.steps and within < settings.patience:
                 count = min(_ROUNDS[settings.method][0], settings.steps - updates)
-                method.advance(standing, count)
+                if not method.advance(standing, count):
+                    break
                 updates += count
                 standing = self._standing()
                 best.offer(standing)
@@ -247,17 +252,16 @@ class _Stabilizer:
                 history.add(updates, standing)
         finally:
             best.put_back()
-        history.close()
-        return best.standing, history
+        return best.standing
 
     def _standing(self) -> Standing:
-        return Standing.of(self._meter(suggestions=False), self.goals, self._settings.tolerance)
+        return Standing.of(self._meter(suggestions=False), self._goals, self._settings.tolerance)
 
     def _method(self, optimizer: Any) -> Method:
         settings = self._settings
         if settings.method == "rescale":
             goals = {layer: goals for layer, goals in self._by_layer.items() if goals}
-            return Rescale(self._weights, goals, settings.measure, self._standing)
+            return Rescale(self._weights, goals, settings.measure, settings.tolerance, self._standing)
         weights = [weight for item in self._layers for weight in self._weights[item.name]]
         return Gradient(self._losses(), weights, _own_optimizer(optimizer))
 
@@ -267,8 +271,8 @@ class _Stabilizer:
             target = settings.targets[TIME]
             return [ExponentsLoss(*of_model, count=settings.exponents, target=target, seed=settings.seed)]
         losses: list[Loss] = []
-        for direction in dict.fromkeys(goal.direction for goal in self.goals):
-            goals = [goal for goal in self.goals if goal.direction == direction]
+        for direction in dict.fromkeys(goal.direction for goal in self._goals):
+            goals = [goal for goal in self._goals if goal.direction == direction]
             view = view_of(direction, settings.view)
             config = penalty_config(settings.measure, view, settings.rows, settings.seed)
             losses.append(PenaltyLoss(*of_model, goals, config))

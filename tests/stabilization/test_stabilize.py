@@ -127,6 +127,15 @@ def test_rescale_multiplies_each_gate_by_a_number_of_its_own() -> None:
     gains = [float(ratio[0, 0]) for ratio in ratios]
     assert min(abs(np.diff(gains))) > 1e-3
     np.testing.assert_allclose(mean_radius(layer), result.after["rnn"].mean("spectral_radius"), rtol=1e-4)
+    # The gate that keeps the state does so without a kernel too.
+    reached = values_of(model.variables)
+    with pytest.warns(UserWarning, match=r"^`rnn` stays as it is: with a `recurrent_kernel` of zeros its spectral_ra"):
+        result = stabilize(model, PROBE, 0.2, method="rescale", verbose=0)
+    assert_equal(values_of(model.variables), reached)
+    assert (result.converged, result.history["updates"]) == (False, [0])
+    (note,) = result.notes
+    assert str(result).startswith("not every layer is within the tolerance")
+    assert str(result).endswith(note)
 
 
 def test_a_padded_probe_in_half_precision_is_the_probe_without_the_padding() -> None:
