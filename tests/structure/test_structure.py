@@ -358,21 +358,6 @@ def test_a_cell_may_count_its_calls() -> None:
         reason(lambda c, x, h: tf.tanh(x + h @ c.U) * c.own_calls)
 
 
-def test_each_unit_may_have_an_activation_of_its_own() -> None:
-    """All activations at once, each with its own slopes."""
-    units = len(ACTIVATIONS)
-
-    def each(cell: Any, x: Any, h: Any) -> Any:
-        columns = tf.split(x + h @ cell.U, units, axis=-1)
-        return tf.concat([f(column) for f, column in zip(ACTIVATIONS.values(), columns, strict=True)], axis=-1)
-
-    with double_precision():
-        cell = FunctionCell(each, units)
-        cell.build((1, FEATURES))
-        inputs, h = (tf.constant(normal(7, n), tf.float64) for n in (FEATURES, units))
-        assert set(assert_structured_as_autodiff(cell, inputs, [h], 1e-10).values()) == {None}
-
-
 def test_a_subclass_that_overrides_call() -> None:
     class Squashed(keras.layers.LSTMCell):
         def call(self, inputs: Any, states: Any, training: bool = False) -> Any:  # noqa: FBT001, FBT002 - Keras' signature
@@ -569,38 +554,31 @@ def tensors_of(graph: Any) -> Iterator[Any]:
                 yield from tensors_of(graph._get_function(name).graph)
 
 
-# Each measure for the layer with the most blocks, and the variance for others.
-LEAN: dict[str, tuple[Callable[[int], Any], str]] = {
-    "simple_rnn": (lambda n: keras.layers.SimpleRNN(n, name="rnn"), "variance"),
-    "gru": (lambda n: keras.layers.GRU(n, name="rnn"), "variance"),
-    "seed": (lambda n: keras.layers.RNN(FunctionCell(STRUCTURED["seed"], n), name="rnn"), "variance"),
-    "two_kernels": (lambda n: keras.layers.RNN(FunctionCell(STRUCTURED["two_kernels"], n), name="rnn"), "variance"),
-}
-LEAN |= {
-    f"lstm-{key}": (lambda n: keras.layers.LSTM(n, name="rnn"), key)
-    for key in (
-        "variance",
-        "joint/variance",
-        "joint/rms_singular_value",
-        "joint/spectral_norm",
-        "joint/flow",
-        "joint/lyapunov",
-    )
+# All measures for the layer with the most blocks, and the variance for others. A norm of few columns is that of the
+# matrix.
+NORM = ["joint/spectral_norm"]
+SUMS = ["variance", "joint/variance", "joint/rms_singular_value", "joint/flow", "joint/lyapunov"]
+LEAN: dict[str, tuple[Any, list[str]]] = {
+    "simple_rnn": (keras.layers.SimpleRNN(11, name="rnn"), ["variance"]),
+    "gru": (keras.layers.GRU(11, name="rnn"), ["variance"]),
+    "seed": (keras.layers.RNN(FunctionCell(STRUCTURED["seed"], 11), name="rnn"), ["variance"]),
+    "two_kernels": (keras.layers.RNN(FunctionCell(STRUCTURED["two_kernels"], 11), name="rnn"), ["variance"]),
+    "lstm": (keras.layers.LSTM(11, name="rnn"), SUMS),
+    "lstm_norm": (keras.layers.LSTM(34, name="rnn"), NORM),
 }
 
 
-@pytest.mark.parametrize(("make", "key"), LEAN.values(), ids=LEAN)
-def test_no_matrix_for_each_row_on_the_way_to_a_measure(make: Callable[[int], Any], key: str) -> None:
-    # A norm of few columns is that of the matrix.
-    samples, time, units = 5, 7, 34 if "spectral" in key else 11
+@pytest.mark.parametrize(("layer", "keys"), LEAN.values(), ids=LEAN)
+def test_no_matrix_for_each_row_on_the_way_to_a_measure(layer: Any, keys: list[str]) -> None:
+    samples, time, units = 5, 7, layer.cell.output_size
     probe = normal(samples, time, FEATURES)
-    model = build(keras.Sequential([keras.Input((time, FEATURES)), make(units)]), probe)
-    meter = JacobianMeter(model, probe, measures=[key])
+    model = build(keras.Sequential([keras.Input((time, FEATURES)), layer]), probe)
+    meter = JacobianMeter(model, probe, measures=keys)
     assert {c.how for choices in meter.choices["rnn"].values() for c in choices} <= {"structure", "zero"}
 
     def entries(shape: Any) -> int:
         # PointBatch, and of what is iterated the number of vectors so far, which is no matter of units.
-        unknown = [samples * time, *[1 if "spectral" in key else samples * time] * len(shape)]
+        unknown = [samples * time, *[1 if keys == NORM else samples * time] * len(shape)]
         return int(np.prod([unknown.pop(0) if size is None else size for size in shape]))
 
     sizes = [entries(t.shape) for t in tensors_of(meter.graphs[0]) if t.shape.rank]
@@ -621,9 +599,14 @@ def products_of(graph: Any, *, in_loop: bool = False) -> Iterator[tuple[bool, tu
                 yield from products_of(body, in_loop=in_loop or operation.type.endswith("While"))
 
 
-@pytest.mark.parametrize("units", [11, 128])
 @pytest.mark.parametrize(
-    ("make", "gates"), [(keras.layers.LSTM, 4), (keras.layers.GRU, 3), (keras.layers.SimpleRNN, 1)]
+    ("make", "gates", "units"),
+    [
+        (keras.layers.LSTM, 4, 11),
+        (keras.layers.LSTM, 4, 128),
+        (keras.layers.GRU, 3, 128),
+        (keras.layers.SimpleRNN, 1, 11),
+    ],
 )
 def test_inputs_are_projected_beforehand_and_what_the_steps_computed_is_kept(make: Any, gates: int, units: int) -> None:
     samples, time, features = 5, 6, 7
@@ -644,17 +627,10 @@ def test_inputs_are_projected_beforehand_and_what_the_steps_computed_is_kept(mak
     assert at_once == [((samples * time, features), (features, width))] * parts
 
 
-@pytest.mark.parametrize(
-    ("case_id", "go_backwards"),
-    [
-        ("lstm", True),
-        ("bare_state", False),
-        *(pytest.param(*other, marks=pytest.mark.soak) for other in (("lstm", False), ("bare_state", True))),
-    ],
-)
-def test_a_long_sequence_is_measured_in_segments(case_id: str, go_backwards: bool) -> None:  # noqa: FBT001 - pytest passes it by name
+@pytest.mark.parametrize("case_id", soak_but({"lstm"}, ["lstm", "bare_state"]))
+def test_a_long_sequence_is_measured_in_segments(case_id: str) -> None:
     probe = normal(BATCH, 11, FEATURES)
-    layer = BY_ID[case_id].make(go_backwards=go_backwards)
+    layer = BY_ID[case_id].make(go_backwards=case_id == "lstm")
     inputs = keras.Input((11, FEATURES))
     model = build(keras.Model(inputs, layer(keras.layers.Masking()(inputs))), probe)
     mask: NDArray[np.bool_] = np.arange(11)[None] < np.array([[11], [7], [2]])
