@@ -81,14 +81,14 @@ def test_both_directions_are_of_one_kind() -> None:
 @pytest.mark.parametrize(
     "others",
     [
-        [L.LSTM(4, activation="relu", return_sequences=True), L.LSTM(4, use_bias=False, return_sequences=True)],
-        [L.LSTM(3, return_sequences=True), L.LSTM(4, return_sequences=True)],
+        [L.SimpleRNN(4, "relu", return_sequences=True), L.SimpleRNN(4, use_bias=False, return_sequences=True)],
+        [L.SimpleRNN(3, return_sequences=True), L.SimpleRNN(4, return_sequences=True)],
         [L.GRU(4, return_sequences=True), L.GRU(4, reset_after=False, return_sequences=True)],
     ],
     ids=["options", "sizes", "cells"],
 )
 def test_other_steps_are_other_kinds(others: list[Any]) -> None:
-    model = stack_of(L.LSTM(4, return_sequences=True, name="first"), *others)
+    model = stack_of(L.SimpleRNN(4, return_sequences=True, name="first"), *others)
     meter = JacobianMeter(model, PROBE, measures=["variance"])
     assert meter.trace_count == 3
     assert_each_equals_the_loop(meter, model)

@@ -38,18 +38,10 @@ MASK = IDS != 0
 # Masks -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case_id", soak_but({"lstm", "seed_cell"}, ["lstm", "stacked_lstm_gru", "seed_cell"]))
+@pytest.mark.parametrize("case_id", soak_but({"lstm"}, ["lstm", "stacked_lstm_gru"]))
 def test_padded_steps_of_an_embedding_are_left_out(case_id: str) -> None:
-    go_backwards = case_id == "lstm"
-    keras.utils.set_random_seed(1)
-    embedding, layer = L.Embedding(8, FEATURES, mask_zero=True), BY_ID[case_id].make(go_backwards=go_backwards)
-    inputs = keras.Input(IDS.shape[1:], dtype="int32")
-    if case_id == "seed_cell":
-        with pytest.warns(UserWarning, match="`build"):
-            model = keras.Model(inputs, layer(embedding(inputs)))
-    else:
-        model = keras.Model(inputs, layer(embedding(inputs)))
-    build(model, IDS)
+    embedding, layer = L.Embedding(8, FEATURES, mask_zero=True), BY_ID[case_id].make(go_backwards=case_id == "lstm")
+    model = build(keras.Sequential([keras.Input(IDS.shape[1:], dtype="int32"), embedding, layer]), IDS)
     assert_layer(measure(model, IDS, measures=QUICK)[layer.name], layer, embedding(IDS), mask=MASK, measures=QUICK)
 
 
@@ -99,12 +91,12 @@ def test_a_segment_that_is_all_padding() -> None:
     layer = case.make()
     inputs, given = keras.Input(probe.shape[1:]), keras.Input(mask.shape[1:], dtype="bool")
     model = build(keras.Model([inputs, given], layer(inputs, mask=given)), [probe, mask])
-    report = measure(model, [probe, mask], measures=QUICK, max_bytes=1)[layer.name]
-    assert_layer(report, layer, probe, mask=mask, measures=QUICK)
+    report = measure(model, [probe, mask], measures=["variance"], max_bytes=1)[layer.name]
+    assert_layer(report, layer, probe, mask=mask, measures=["variance"])
 
 
 def test_a_mask_reaches_both_directions() -> None:
-    embedding, wrapper = L.Embedding(8, FEATURES, mask_zero=True), L.Bidirectional(L.LSTM(3, name="lstm"), name="both")
+    embedding, wrapper = L.Embedding(8, FEATURES, mask_zero=True), L.Bidirectional(L.LSTM(4, name="lstm"), name="both")
     model = keras.Sequential([keras.Input(IDS.shape[1:], dtype="int32"), embedding, wrapper])
     build(model, IDS)
     report = measure(model, IDS, measures=QUICK)
@@ -134,13 +126,13 @@ def test_a_step_that_is_masked_in_every_sample_has_no_mean() -> None:
 # Initial states --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case_id", soak_but({"stacked_lstm_gru"}, ["lstm", "stacked_lstm_gru", "conv_lstm_1d"]))
+@pytest.mark.parametrize("case_id", soak_but({"lstm"}, ["lstm", "stacked_lstm_gru", "conv_lstm_1d"]))
 def test_a_stateful_layer_starts_from_a_copy_of_its_states(case_id: str) -> None:
     probe = make_probe(BY_ID[case_id])
     model, layer = make_model(BY_ID[case_id], probe, stateful=True)
     meter = JacobianMeter(model, probe, measures=QUICK)
     for moved in range(2):
-        model.predict(normal(*probe.shape, seed=20 + moved), verbose=0, batch_size=BATCH)
+        model(normal(*probe.shape, seed=20 + moved))
         before = [state.numpy() for state in tf.nest.flatten(layer.states)]
         assert any(np.any(state) for state in before)
         assert_layer(
@@ -156,11 +148,11 @@ def test_a_stateful_layer_starts_from_a_copy_of_its_states(case_id: str) -> None
 
 @pytest.mark.fast
 def test_a_decoder_starts_where_the_encoder_ended() -> None:
-    source, target = keras.Input((5, FEATURES)), keras.Input((STEPS, 3))
+    source, target = keras.Input((STEPS, FEATURES)), keras.Input((STEPS, FEATURES))
     encoder, decoder = L.LSTM(4, return_state=True, name="encoder"), L.LSTM(4, return_sequences=True, name="decoder")
     _, h, c = encoder(source)
     model = keras.Model([source, target], decoder(target, initial_state=[h, c]))
-    probe = [normal(BATCH, 5, FEATURES, seed=1), normal(BATCH, STEPS, 3, seed=2)]
+    probe = [normal(BATCH, STEPS, FEATURES, seed=seed) for seed in (1, 2)]
     build(model, probe)
     report = measure(model, probe, measures=QUICK)
     assert set(report.layers) == {"encoder", "decoder"}
@@ -190,10 +182,10 @@ def test_one_tensor_for_both_initial_states() -> None:
 
 
 def test_bidirectional_with_initial_states() -> None:
-    wrapper = L.Bidirectional(L.LSTM(3, name="lstm"), name="both")
-    sequence, states = keras.Input((STEPS, FEATURES)), [keras.Input((3,)) for _ in range(4)]
+    wrapper = L.Bidirectional(L.LSTM(4, name="lstm"), name="both")
+    sequence, states = keras.Input((STEPS, FEATURES)), [keras.Input((4,)) for _ in range(4)]
     model = keras.Model([sequence, *states], wrapper(sequence, initial_state=states))
-    probe = [PROBE, *(normal(BATCH, 3, seed=seed) for seed in range(4))]
+    probe = [PROBE, *(normal(BATCH, 4, seed=seed) for seed in range(4))]
     build(model, probe)
     report = measure(model, probe, measures=QUICK)
     assert_layer(report["both/forward_lstm"], wrapper.forward_layer, PROBE, states=probe[1:3], measures=QUICK)
@@ -204,7 +196,7 @@ def test_nan_weights_give_nan_in_the_valid_rows() -> None:
     embedding, layer = L.Embedding(8, FEATURES, mask_zero=True), L.LSTM(4, name="lstm")
     model = build(keras.Sequential([keras.Input(IDS.shape[1:], dtype="int32"), embedding, layer]), IDS)
     layer.cell.recurrent_kernel.assign(np.full((4, 16), np.nan))
-    report = measure(model, IDS, measures=["variance", "joint/spectral_norm"])
+    report = measure(model, IDS, measures=QUICK)
     np.testing.assert_array_equal(report["lstm"].mask, MASK.T, strict=True)
     for key, value in report["lstm"].values.items():
         assert np.isnan(value).all(), key
@@ -219,9 +211,9 @@ def test_a_mask_that_is_not_handed_on_is_noted() -> None:
             return 2 * inputs
 
     inputs = keras.Input((STEPS, FEATURES))
-    below = keras.layers.SimpleRNN(3, return_sequences=True, name="below")(keras.layers.Masking()(inputs))
-    above = keras.layers.SimpleRNN(3, return_sequences=True, name="above")(Doubles()(below))
-    top = keras.layers.SimpleRNN(3, name="top")(keras.layers.RepeatVector(2)(above[:, -1]))
+    below = keras.layers.SimpleRNN(2, return_sequences=True, name="below")(keras.layers.Masking()(inputs))
+    above = keras.layers.SimpleRNN(2, return_sequences=True, name="above")(Doubles()(below))
+    top = keras.layers.SimpleRNN(2, name="top")(keras.layers.RepeatVector(STEPS)(above[:, -1]))
     report = measure(keras.Model(inputs, top), normal(BATCH, STEPS, FEATURES), measures=["variance"])
     (note,) = report["above"].notes
     assert note == (

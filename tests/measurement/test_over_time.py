@@ -38,8 +38,7 @@ def products(J: NDArray[Any], *, backwards: bool) -> NDArray[np.float64]:
 @pytest.mark.parametrize(
     ("case_id", "go_backwards", "max_bytes"),
     [
-        ("lstm", True, 3000),
-        ("partly_mixing", False, 2**30),
+        ("partly_mixing", True, 3000),
         *(
             pytest.param(*other, marks=pytest.mark.soak)
             for other in (("lstm", False, 2**30), ("gru_reset_before", False, 3000), ("bare_state", True, 2**30))
@@ -134,13 +133,15 @@ def test_log_and_verdict_have_the_same_growth_and_horizon_on_a_padded_probe() ->
     assert line.split()[1] == f"{verdict.growth:.4g}"
 
 
-def test_neither_a_thousand_steps_of_gain_five_nor_of_a_fifth_are_too_many() -> None:
+def test_neither_five_hundred_steps_of_gain_five_nor_of_a_fifth_are_too_many() -> None:
+    """The product of them all is beyond the largest number of double precision, or below the smallest one."""
+    layer, spans = L.SimpleRNN(2, activation="linear", name="rnn"), np.arange(1, 501)
+    probe = np.zeros((1, len(spans), 1), np.float32)
+    model = build(keras.Sequential([keras.Input(probe.shape[1:]), layer]), probe)
+    meter = JacobianMeter(model, probe, measures=["flow", "growth", "horizon", "lyapunov"])
     for gain in (5.0, 0.2):
-        layer = L.SimpleRNN(2, activation="linear", name="rnn")
-        model = build(keras.Sequential([keras.Input((1000, 1)), layer]), np.zeros((1, 1000, 1)))
         layer.cell.recurrent_kernel.assign(gain * np.eye(2))
-        report = measure(model, np.zeros((1, 1000, 1), np.float32), measures=["flow", "growth", "horizon", "lyapunov"])
-        spans = np.arange(1, 1001)
+        report = meter(suggestions=False)
         np.testing.assert_allclose(report["rnn"]["flow"][:, 0], spans * np.log(gain), rtol=1e-5)
         np.testing.assert_allclose(report["rnn"]["growth"], np.log(gain), rtol=1e-5)
         np.testing.assert_allclose(report["rnn"]["horizon"], 3)
@@ -164,7 +165,7 @@ def test_slow_measures_can_be_left_out() -> None:
     for key in quick["rnn"].values:
         np.testing.assert_array_equal(quick["rnn"][key], full["rnn"][key])
     assert meter.trace_count == 2
-    assert not JacobianMeter(model, PROBE, measures="standard").has_slow_measures
+    assert not JacobianMeter(model, PROBE, measures=["variance"]).has_slow_measures
     # Who asks for nothing else gets it each time.
     only = JacobianMeter(model, PROBE, measures=["lyapunov"])
     assert set(only(slow=False)["rnn"].sequences) == {"lyapunov"}
@@ -172,7 +173,7 @@ def test_slow_measures_can_be_left_out() -> None:
 
 @pytest.mark.parametrize(
     ("case_id", "go_backwards", "max_bytes"),
-    [pytest.param("lstm", False, 2**30, marks=pytest.mark.soak), ("lstm", True, 3000), ("bare_state", True, 2**30)],
+    [("lstm", True, 3000), pytest.param("bare_state", True, 2**30, marks=pytest.mark.soak)],
 )
 def test_spectra_are_those_of_the_dense_jacobians(case_id: str, go_backwards: bool, max_bytes: int) -> None:  # noqa: FBT001 - pytest passes it by name
     layer = BY_ID[case_id].make(go_backwards=go_backwards)
@@ -201,8 +202,8 @@ def test_spectra_are_those_of_the_dense_jacobians(case_id: str, go_backwards: bo
 @pytest.mark.parametrize(
     "case_id",
     [
-        *("lstm", "seed_cell", "unequal_states", "bare_state"),
-        *(pytest.param(c, marks=pytest.mark.soak) for c in ("gru_reset_after", "gru_reset_before", "stacked_lstm_gru")),
+        *("seed_cell", "unequal_states", "bare_state"),
+        *(pytest.param(c, marks=pytest.mark.soak) for c in ("lstm", "gru_reset_before", "stacked_lstm_gru")),
     ],
 )
 @pytest.mark.filterwarnings("ignore:.*no gradient connects the new state with the inputs")

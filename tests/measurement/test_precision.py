@@ -20,7 +20,7 @@ MEASURES += [f"joint/{name}" for name in MEASURES]
 MEASURES += ["relative_sensitivity"]
 KINDS = ["dense", "lstm", "gru", "rnn"]
 HALF = ("mixed_float16", "mixed_bfloat16")
-FEW = ["variance", "joint/variance", "joint/spectral_norm", "joint/flow", "relative_sensitivity"]
+FEW = ["joint/variance", "joint/spectral_norm", "joint/flow", "relative_sensitivity"]
 
 
 def model_of(policy: str, units: int, kinds: Sequence[str]) -> Any:
@@ -47,7 +47,7 @@ TOLERANCES = {"float64": 1e-3, "mixed_float16": 1e-3, "mixed_bfloat16": 1e-2}
 @pytest.mark.parametrize(
     ("units", "kinds", "policies", "measures"),
     [
-        (16, ["dense", "lstm", "rnn"], HALF, FEW),
+        (16, ["dense", "lstm"], HALF, FEW),
         (300, ["lstm"], ("mixed_float16",), ["variance", "joint/variance"]),
         pytest.param(16, KINDS, HALF, MEASURES, marks=pytest.mark.soak),
         pytest.param(300, KINDS, ("float64", *HALF), MEASURES, marks=pytest.mark.soak),
