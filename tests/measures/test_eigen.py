@@ -9,7 +9,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from helpers import normal, step_jacobians
+from helpers import normal, soak_but, step_jacobians
 from sequences import built, in_graph, of_cell, rotations
 
 from keras_jacmon.measures import eigen
@@ -152,15 +152,15 @@ def test_an_orthogonal_matrix_has_radius_one(n: int) -> None:
         pytest.param("gaussian", 256, 1.038, 0.020, marks=pytest.mark.soak),
         ("gaussian_relu", 32, 0.748, None),
         ("gaussian_relu", 64, 0.751, None),
-        ("gaussian_relu", 128, 0.751, None),
+        pytest.param("gaussian_relu", 128, 0.751, None, marks=pytest.mark.soak),
         pytest.param("gaussian_relu", 256, 0.744, None, marks=pytest.mark.soak),
         ("he_relu", 32, 1.061, None),
         ("he_relu", 64, 1.071, None),
-        ("he_relu", 128, 1.054, None),
+        pytest.param("he_relu", 128, 1.054, None, marks=pytest.mark.soak),
         pytest.param("he_relu", 256, 1.059, None, marks=pytest.mark.soak),
         ("orthogonal_relu", 32, 1.058, None),
         ("orthogonal_relu", 64, 1.062, None),
-        ("orthogonal_relu", 128, 1.050, None),
+        pytest.param("orthogonal_relu", 128, 1.050, None, marks=pytest.mark.soak),
         pytest.param("orthogonal_relu", 256, 1.044, None, marks=pytest.mark.soak),
     ],
 )
@@ -206,7 +206,7 @@ def test_a_relu_network_of_one_cell(structured: bool) -> None:  # noqa: FBT001 -
     assert np.all(residual <= 1e-2 * value)
 
 
-@pytest.mark.parametrize("name", [*ENSEMBLES, "lstm"])
+@pytest.mark.parametrize("name", soak_but({"gaussian", "orthogonal_relu", "lstm"}, [*ENSEMBLES, "lstm"]))
 def test_large_matrices_are_iterated_to_the_tolerance(name: str) -> None:
     n = 192
     J = lstm_like(4, n // 2) if name == "lstm" else ENSEMBLES[name](4, n)
@@ -333,24 +333,20 @@ MEASURES: dict[str, Callable[[Any], Any]] = {
 }
 
 
-@pytest.mark.parametrize("bad", [NAN, INF])
 @pytest.mark.parametrize(("name", "n"), [*((name, 6) for name in MEASURES), ("spectral_radius", LARGE)])
-def test_a_bad_row_does_not_disturb_the_others(name: str, n: int, bad: float) -> None:
-    J = normal(4, n, n)
-    J[1, 2, 3] = bad
-    measured, good = tf.function(lambda J: MEASURES[name](full(J)), reduce_retracing=True), [0, 2, 3]
-    found = measured(J).numpy()
-    assert np.isnan(found[1]).all()
-    np.testing.assert_allclose(np.abs(found[good]), np.abs(measured(J[good])), rtol=2e-2 if n > 6 else 1e-5)
-    everything = measured(np.full_like(J, bad)).numpy()
-    assert np.isnan(everything).all()
-
-
-@pytest.mark.parametrize(("name", "n"), [*((name, 6) for name in MEASURES), ("spectral_radius", LARGE)])
-def test_the_number_of_rows_may_be_unknown(name: str, n: int) -> None:
-    J = normal(3, n, n)
-    graph = tf.function(lambda J: MEASURES[name](full(J)), input_signature=[tf.TensorSpec((None, n, n))])
-    np.testing.assert_allclose(np.abs(graph(J)), np.abs(MEASURES[name](full(J))), rtol=1e-5)
+def test_bad_rows_do_not_disturb_the_others(name: str, n: int) -> None:
+    J = normal(5, n, n)
+    J[1, 2, 3], J[3, 4, 5] = NAN, INF
+    graph = tf.function(
+        lambda J: MEASURES[name](full(J)), input_signature=[tf.TensorSpec((None, n, n))], autograph=False
+    )
+    found, good = graph(J).numpy(), [0, 2, 4]
+    assert np.isnan(found[[1, 3]]).all()
+    np.testing.assert_allclose(np.abs(found[good]), np.abs(graph(J[good])), rtol=2e-2 if n > 6 else 1e-5)
+    for bad in (NAN, INF):
+        assert np.isnan(graph(np.full_like(J, bad))).all()
+    # The number of rows is not known in the graph.
+    np.testing.assert_allclose(np.abs(graph(J[:1])), np.abs(MEASURES[name](full(J[:1]))), rtol=1e-5)
     assert graph(J[:0]).shape[0] == 0
 
 

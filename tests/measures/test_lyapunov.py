@@ -62,16 +62,20 @@ def assert_mean(values: NDArray[np.float64], expected: float, atol: float) -> No
 
 
 @pytest.mark.fast
-@both
-@pytest.mark.parametrize("initializer", ["identity", "orthogonal"])
+@pytest.mark.parametrize(
+    ("initializer", "structured"), [("identity", True), ("orthogonal", False)], ids=["structure", "autodiff"]
+)
 def test_a_linear_orthogonal_rnn_has_exponents_zero(initializer: str, structured: bool) -> None:  # noqa: FBT001 - a parameter of the test
     cell = built(keras.layers.SimpleRNNCell(6, activation="linear", recurrent_initializer=initializer), 2)
     found = in_graph(lambda: exponents(of_cell(cell, normal(20, 3, 2), structured=structured)))
     np.testing.assert_allclose(found, np.zeros((6, 3), np.float32), atol=1e-6, strict=True)
 
 
-@both
-@pytest.mark.parametrize(("bias", "expected"), [(1.0, -0.313262), (5.0, -0.006715)])
+@pytest.mark.parametrize(
+    ("bias", "expected", "structured"),
+    [(1.0, -0.313262, True), (5.0, -0.006715, False)],
+    ids=["structure", "autodiff"],
+)
 def test_a_gru_without_recurrent_kernel_forgets_by_its_update_gate(
     bias: float,
     expected: float,
@@ -83,8 +87,11 @@ def test_a_gru_without_recurrent_kernel_forgets_by_its_update_gate(
     np.testing.assert_allclose(found, np.full((4, 2), expected, np.float32), atol=2e-6, strict=True)
 
 
-@both
-@pytest.mark.parametrize(("bias", "expected"), [(1.0, -0.313262), (5.0, -0.006715)])
+@pytest.mark.parametrize(
+    ("bias", "expected", "structured"),
+    [(1.0, -0.313262, True), (5.0, -0.006715, False)],
+    ids=["structure", "autodiff"],
+)
 def test_an_lstm_without_recurrent_kernel_forgets_by_its_forget_gate(
     bias: float,
     expected: float,
@@ -118,8 +125,7 @@ def test_the_logistic_map(structured: bool) -> None:  # noqa: FBT001 - a paramet
 
 
 @pytest.mark.fast
-@both
-@pytest.mark.parametrize("qr_every", [1, 7])
+@pytest.mark.parametrize(("qr_every", "structured"), [(1, True), (7, False)], ids=["structure", "autodiff"])
 def test_the_cat_map(qr_every: int, structured: bool) -> None:  # noqa: FBT001 - a parameter of the test
     start, A = np.random.default_rng(0).uniform(size=(2, 2)), np.array([[2.0, 1.0], [1.0, 1.0]])
 

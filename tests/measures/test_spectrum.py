@@ -88,11 +88,11 @@ def test_nearly_every_row_is_within_the_tolerance() -> None:
 
 def test_a_row_alone_is_as_exact_as_a_row_among_others() -> None:
     # PointBatch that have converged are left out of the further steps.
-    J = normal(40, 64, 64)
+    J = normal(20, 64, 64)
     context = MeasureContext(Options(tolerance=1e-2, max_entries=2**26))
     graph = tf.function(lambda J: leading_singular_vectors(tf.linalg.LinearOperatorFullMatrix(J), context).value)
     alone = np.concatenate([graph(J[row : row + 1]) for row in range(len(J))])
-    assert np.sum(np.abs(alone / helpers.spectral_norm(J) - 1) > 1e-2) <= 1
+    np.testing.assert_allclose(alone, helpers.spectral_norm(J), rtol=1e-2)
 
 
 @pytest.mark.parametrize("n", [4, 8, 16])
@@ -257,7 +257,7 @@ TABLE_DRAWS = {32: 300, 64: 200, 128: 100, 256: 30}
     [
         (32, 1.909, 0.083),
         (64, 1.944, 0.051),
-        (128, 1.964, 0.032),
+        pytest.param(128, 1.964, 0.032, marks=pytest.mark.soak),
         pytest.param(256, 1.977, 0.020, marks=pytest.mark.soak),
     ],
 )
@@ -269,8 +269,8 @@ def test_gaussian_matrices_have_their_known_norm(n: int, mean: float, spread: fl
 @pytest.mark.parametrize(
     ("s", "n", "mean"),
     [
-        (1, 32, 1.591), (1, 64, 1.650), (1, 128, 1.668),
-        (2, 32, 2.255), (2, 64, 2.327), (2, 128, 2.354),
+        (1, 32, 1.591), (1, 64, 1.650), (2, 32, 2.255), (2, 64, 2.327),
+        pytest.param(1, 128, 1.668, marks=pytest.mark.soak), pytest.param(2, 128, 2.354, marks=pytest.mark.soak),
         pytest.param(1, 256, 1.685, marks=pytest.mark.soak), pytest.param(2, 256, 2.397, marks=pytest.mark.soak),
     ],
 )  # fmt: skip
