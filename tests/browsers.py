@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import shutil
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import processes
 from playwright.sync_api import sync_playwright
+from tensorboard import program
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from multiprocessing.connection import Connection
 
 CHROMIUM = shutil.which("chromium") or "/usr/bin/chromium"
 FLAGS = [
@@ -61,22 +61,21 @@ def chromium(profile: Path) -> Iterator[Any]:
 @contextlib.contextmanager
 def tensorboard(logs: Path, *words: str) -> Iterator[str]:
     """Start TensorBoard on a directory, and return its address."""
-    command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(logs), "--port", "0", *words]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)  # noqa: S603 - our own words
-    try:
-        yield address(process)
-    finally:
-        process.terminate()
-        process.communicate()
+    ours, theirs = processes.CONTEXT.Pipe()
+    server = processes.CONTEXT.Process(target=serve, args=(theirs, "--logdir", str(logs), "--port", "0", *words))
+    server.start()
+    theirs.close()
+    with ours:
+        yield ours.recv()
+    server.join()
 
 
-def address(process: subprocess.Popen[str]) -> str:
-    assert process.stderr is not None
-    for line in process.stderr:
-        found = re.search(r" at (http://\S+)", line)
-        if found:
-            return found[1]
-    raise AssertionError("TensorBoard has not started")
+def serve(connection: Connection, *words: str) -> None:
+    """Serve until the other end of the connection is closed."""
+    board = program.TensorBoard()
+    board.configure(argv=["tensorboard", *words])
+    connection.send(board.launch())
+    connection.poll(None)
 
 
 def visit(browser: Any, url: str, *, in_frame: bool = True) -> Visit:

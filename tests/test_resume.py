@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import signal
-import subprocess
-import sys
-import textwrap
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import keras
 import numpy as np
+import processes
 from event_files import by_tag, read_summaries
 from helpers import normal
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -59,13 +57,6 @@ TRAINING = """
 """
 
 
-def train(directory: Path, kill_at: int, flushed: str = "not flushed") -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-W", "error::UserWarning", "-c", textwrap.dedent(TRAINING)]
-    return subprocess.run(  # noqa: S603 - our own words
-        [*command, str(directory), str(kill_at), flushed], capture_output=True, text=True, check=False, timeout=300
-    )
-
-
 def steps_by_tag(directory: Path) -> dict[str, list[int]]:
     steps: dict[str, list[int]] = {}
     for summary in read_summaries(directory / "logs"):
@@ -80,7 +71,7 @@ def event_files(directory: Path) -> dict[Path, bytes]:
 
 def test_a_killed_training_is_readable_and_goes_on(tmp_path: Path) -> None:
     """It is killed before anything of a report has reached the file, goes on, and is killed in the middle of one."""
-    killed = train(tmp_path, 11)
+    killed = processes.run(TRAINING, str(tmp_path), "11", "not flushed")
     assert killed.returncode == -signal.SIGKILL, killed.stderr[-3000:]
     # All that was measured before, whole.
     first = steps_by_tag(tmp_path)
@@ -89,7 +80,7 @@ def test_a_killed_training_is_readable_and_goes_on(tmp_path: Path) -> None:
     # Of the means, the least and the greatest.
     assert len(files) == 3
 
-    killed = train(tmp_path, 21, "flushed")
+    killed = processes.run(TRAINING, str(tmp_path), "21", "flushed")
     assert killed.returncode == -signal.SIGKILL, killed.stderr[-3000:]
     # From the last backup on; Keras begins the epoch anew that was not over.
     assert {tag: Counter(steps) - Counter(first[tag]) for tag, steps in steps_by_tag(tmp_path).items()} == {

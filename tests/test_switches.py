@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-import textwrap
-
+import processes
 import pytest
 
 SCRIPT = """
@@ -30,7 +26,6 @@ SCRIPT = """
         assert len(monitor.reports) == 2
         assert np.isfinite(history["rnn_jac_variance"]).all() and history["jac_penalty"][0] > 0, history
 
-    warnings.filterwarnings("error", category=UserWarning)
     warnings.filterwarnings("ignore", message=".*run_functions_eagerly")
     floatx, *others = sys.argv[1:]
     keras.config.set_floatx(floatx)
@@ -51,16 +46,11 @@ SCRIPT = """
 @pytest.mark.parametrize(
     ("switches", "flags"),
     [
-        # One after the other in one process, since TensorFlow takes seconds to start.
         ("float16 eager switches", ""),
         pytest.param("float16", "--tf_xla_auto_jit=2", marks=pytest.mark.soak),
         pytest.param("bfloat16", "", marks=pytest.mark.soak),
     ],
 )
 def test_monitor_and_regularizer_work_under_each_switch(switches: str, flags: str) -> None:
-    command = [sys.executable, "-c", textwrap.dedent(SCRIPT), *switches.split()]
-    environment = os.environ | {"TF_XLA_FLAGS": flags}
-    finished = subprocess.run(  # noqa: S603 - our own words
-        command, capture_output=True, text=True, check=False, timeout=300, env=environment
-    )
+    finished = processes.run(SCRIPT, *switches.split(), environment={"TF_XLA_FLAGS": flags})
     assert finished.returncode == 0, finished.stderr[-3000:]

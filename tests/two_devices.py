@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import textwrap
+
+import processes
 
 PRELUDE = """
     import json, pathlib, sys, traceback
@@ -26,7 +26,7 @@ PRELUDE = """
 
 
 def run(definitions: str, parts: dict[str, str], *arguments: str) -> dict[str, str]:
-    """Runs several scripts one after another in one process, since TensorFlow takes seconds to start.
+    """Runs several scripts one after another in one process.
 
     Args:
         definitions: Script that is run before the others.
@@ -41,8 +41,7 @@ def run(definitions: str, parts: dict[str, str], *arguments: str) -> dict[str, s
         body = textwrap.indent(textwrap.dedent(script), "    ")
         lines += [f"def part():\n{body}", f"try:\n    part()\n    outcome[{name!r}] = ''"]
         lines += [f"except BaseException:\n    outcome[{name!r}] = traceback.format_exc()"]
-    command = [sys.executable, "-W", "error::UserWarning", "-c", "\n".join([*lines, "print(json.dumps(outcome))"])]
-    finished = subprocess.run([*command, *arguments], capture_output=True, text=True, check=False, timeout=600)  # noqa: S603 - our own words
+    finished = processes.run("\n".join([*lines, "print(json.dumps(outcome))"]), *arguments)
     assert finished.returncode == 0, finished.stderr[-5000:]
     outcome: dict[str, str] = json.loads(finished.stdout.splitlines()[-1])
     return outcome

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-import textwrap
 from typing import TYPE_CHECKING, Any
 
 import keras
 import numpy as np
+import processes
 import pytest
 import tensorflow as tf
 from helpers import WeightedCell, normal, randomize
@@ -107,11 +104,7 @@ def test_xla_compiles_a_training_with_a_penalty_once(tmp_path: Path) -> None:
                 regularizer.target = 1.0 + step
                 model.train_on_batch(x[4 * step : 4 * step + 4], y[:4])
     """
-    subprocess.run(  # noqa: S603 - our own words
-        [sys.executable, "-c", textwrap.dedent(script)],
-        check=True,
-        timeout=300,
-        env=os.environ | {"XLA_FLAGS": f"--xla_dump_to={tmp_path}"},
-    )
+    finished = processes.run(script, environment={"XLA_FLAGS": f"--xla_dump_to={tmp_path}"})
+    assert finished.returncode == 0, finished.stderr[-3000:]
     steps = {path.name.split(".")[0] for path in tmp_path.iterdir() if "train" in path.name or "step" in path.name}
     assert len(steps) == 1, steps
