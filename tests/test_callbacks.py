@@ -29,6 +29,7 @@ from trainings import (
     quick_monitor,
     steps_of,
     user_warnings,
+    usual,
     values_of,
 )
 
@@ -53,12 +54,12 @@ def test_the_order_of_the_callbacks_is_warned_of(tmp_path: Path) -> None:
     fine = [keras.callbacks.EarlyStopping(monitor="loss"), keras.callbacks.TensorBoard(tmp_path / "before")]
     after = [keras.callbacks.TensorBoard(tmp_path / "after"), keras.callbacks.EarlyStopping(**key)]
     with pytest.warns(UserWarning, match="stands") as caught:
-        fit(compiled(rnn()), *blind, *fine, quick_monitor(), *after)
+        fit(usual(), *blind, *fine, quick_monitor(), *after)
     told = [message for message in user_warnings(caught) if "stands" in message]
     assert [message.split("`")[1] for message in told] == ["CSVLogger", "ReduceLROnPlateau", "TensorBoard"]
     assert all(message.endswith(ORDER) for message in told)
     # In the order that works there is no warning, which would be an error.
-    fit(compiled(rnn()), fine[1], quick_monitor(), keras.callbacks.EarlyStopping(**key), blind[0])
+    fit(usual(), fine[1], quick_monitor(), keras.callbacks.EarlyStopping(**key), blind[0])
 
 
 def test_looking_for_the_other_callbacks_disturbs_no_thread() -> None:
@@ -89,7 +90,7 @@ def test_several_monitors_keep_keys_runs_and_tags_apart(tmp_path: Path) -> None:
         return quick_monitor(log_dir=tmp_path, **arguments)
 
     first, second, named, same = monitor(), monitor(), monitor(name="valid"), monitor(name="valid")
-    history = fit(compiled(rnn()), first, second, named, same).history
+    history = fit(usual(), first, second, named, same).history
     prefixes = ["", "monitor_1_", "valid_", "valid_1_"]
     assert [key for key in history if "_jac_" in key] == [f"{prefix}rnn_jac_variance" for prefix in prefixes]
     written = {name for name in names(read_summaries(tmp_path)) if name[1].endswith("variance")}
@@ -102,7 +103,7 @@ def test_several_monitors_keep_keys_runs_and_tags_apart(tmp_path: Path) -> None:
 
 def test_a_copy_of_a_used_monitor_keeps_the_options_alone() -> None:
     """As KerasTuner copies it before each trial."""
-    model = compiled(rnn())
+    model = usual()
     monitor = quick_monitor(layers=[model.layers[0]], update_freq=3)
     fit(model, monitor)
     other = copy.deepcopy(pickle.loads(pickle.dumps(monitor)))  # noqa: S301 - our own
@@ -117,7 +118,7 @@ def test_a_copy_of_a_used_monitor_keeps_the_options_alone() -> None:
 
 
 def test_a_loop_of_ones_own_that_calls_the_hooks_of_epochs_alone() -> None:
-    model, monitor = compiled(rnn()), quick_monitor()
+    model, monitor = usual(), quick_monitor()
     with pytest.raises(RuntimeError, match=r"JacobianMonitor has no model yet. Call `set_model\(model\)`"):
         monitor.on_epoch_end(0)
     monitor.set_model(model)

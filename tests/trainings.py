@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any
 
 import keras
@@ -33,6 +34,22 @@ def compiled(*layers: Any, batch_size: int | None = None, optimizer: Any = "sgd"
     model = keras.Sequential([inputs, *layers, keras.layers.Dense(1, name="dense")])
     randomize(model)
     model.compile(optimizer, **({"loss": "mse"} | arguments))
+    return model
+
+
+@functools.cache
+def _made_once() -> tuple[Any, list[Any], list[NDArray[Any]]]:
+    model = compiled()
+    variables = [*model.variables, *model.optimizer.variables]
+    return model, variables, values_of(variables)
+
+
+def usual() -> Any:
+    """The model of `compiled()` as it was made. It is one for all tests, so that Keras traces its training once."""
+    model, variables, start = _made_once()
+    for variable, value in zip(variables, start, strict=True):
+        variable.assign(value)
+    keras.utils.set_random_seed(4)
     return model
 
 

@@ -14,6 +14,7 @@ from dashboards import make_layer, write
 from event_files import by_tag, names, read_summaries
 from helpers import KEYS, WeightedCell, normal
 from tensorboard.plugins.custom_scalar import layout_pb2
+from trainings import BATCH, FEATURES, PROBE, STEPS, X, Y, usual
 
 from keras_jacmon import JacobianMonitor, Report
 from keras_jacmon.events.writer import EventWriter
@@ -22,9 +23,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 MEASURES = ("variance", "rms_singular_value", "spectral_norm")
-BATCH, STEPS, FEATURES = 4, 5, 2
-X, Y = normal(16, STEPS, FEATURES, seed=1), normal(16, 1, seed=2)
-PROBE = normal(BATCH, STEPS, FEATURES, seed=3)
 
 
 def make_model(*layers: Any) -> Any:
@@ -35,7 +33,7 @@ def make_model(*layers: Any) -> Any:
 
 
 def fit(model: Any, *callbacks: Any, epochs: int = 2) -> Any:
-    return model.fit(X, Y, batch_size=4, epochs=epochs, verbose=0, shuffle=False, callbacks=list(callbacks))
+    return model.fit(X[:16], Y[:16], batch_size=4, epochs=epochs, verbose=0, shuffle=False, callbacks=list(callbacks))
 
 
 def expected_tags(*measured: str, over_time: tuple[str, ...] = ()) -> set[tuple[str, str]]:
@@ -162,7 +160,7 @@ def test_what_is_measured_over_time_and_spectra(tmp_path: Path) -> None:
 
 def test_steps_are_those_of_keras_if_they_are_epochs(tmp_path: Path) -> None:
     monitor = JacobianMonitor(PROBE, measures=["variance"], log_dir=tmp_path, step="epoch")
-    fit(make_model(keras.layers.SimpleRNN(3, name="rnn")), keras.callbacks.TensorBoard(tmp_path), monitor)
+    fit(usual(), keras.callbacks.TensorBoard(tmp_path), monitor)
     summaries = read_summaries(tmp_path)
     assert [summary.step for summary in by_tag(summaries, "epoch_loss")] == [0, 1]
     assert [summary.step for summary in by_tag(summaries, "rnn/variance")] == [-1, 0, 1]
@@ -208,10 +206,10 @@ def test_another_tensorboard_callback_swallows_nothing(tmp_path: Path, tensorboa
     def tensorboard(directory: str) -> Any:
         return keras.callbacks.TensorBoard(tmp_path / directory, update_freq=tensorboard_freq)
 
-    fit(make_model(keras.layers.SimpleRNN(3, name="rnn")), tensorboard("alone"))
+    fit(usual(), tensorboard("alone"))
     alone = names(read_summaries(tmp_path / "alone"))
     for directory in ("first", "last"):
-        model = make_model(keras.layers.SimpleRNN(3, name="rnn"))
+        model = usual()
         monitor = JacobianMonitor(PROBE, log_dir=tmp_path / directory, update_freq="batch", measures=["variance"])
         callbacks = [monitor, tensorboard(directory)]
         fit(model, *(callbacks if directory == "last" else callbacks[::-1]))
@@ -243,7 +241,7 @@ def test_a_horizon_beyond_the_sequence_is_drawn_at_its_length(of_an_rnn: tuple[J
 @pytest.mark.fast
 def test_the_default_log_dir_and_a_second_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    model = make_model(keras.layers.SimpleRNN(3, name="rnn"))
+    model = usual()
     silent, monitor = (
         JacobianMonitor(PROBE, measures=["variance"], log_dir=None),
         JacobianMonitor(PROBE, measures=["variance"]),
@@ -271,7 +269,7 @@ def test_a_fit_that_fails_leaves_what_was_measured(tmp_path: Path) -> None:
 
     monitor = JacobianMonitor(PROBE, measures=["variance"], log_dir=tmp_path, update_freq="batch")
     with pytest.raises(RuntimeError, match="stop"):
-        fit(make_model(keras.layers.SimpleRNN(3, name="rnn")), monitor, Stop())
+        fit(usual(), monitor, Stop())
     assert [summary.step for summary in by_tag(read_summaries(tmp_path), "rnn/variance")] == [0, 1, 2, 3]
 
 
@@ -302,7 +300,7 @@ def test_partly_infinite_values(tmp_path: Path) -> None:
 
 
 def test_nan_everywhere(tmp_path: Path) -> None:
-    model = make_model(keras.layers.SimpleRNN(3, name="rnn"))
+    model = usual()
     model.set_weights([np.full_like(weight, np.nan) for weight in model.get_weights()])
     with pytest.warns(UserWarning, match="rnn"):
         fit(model, JacobianMonitor(PROBE, measures=MEASURES, log_dir=tmp_path))
@@ -341,7 +339,7 @@ def after_an_epoch(model: Any, monitor: JacobianMonitor) -> dict[str, Any]:
 
 
 def rnn(name: str) -> Any:
-    return keras.layers.SimpleRNN(2, return_sequences=True, name=name)
+    return keras.layers.SimpleRNN(3, return_sequences=True, name=name)
 
 
 # All that TensorFlow allows in the name of a layer.
