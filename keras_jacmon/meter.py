@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import keras
@@ -100,7 +100,9 @@ class JacobianMeter:
             the model must be compiled. Defaults to None, no gradient of the loss.
         measures: String or list of strings: presets `"fast"`, `"standard"` or `"full"`, or names of measures, such as
             `"variance"` of the hidden view, `"joint/variance"` of all states together and `"inputs/variance"` of the
-            inputs. A cell with one state has no joint view of its own. Defaults to None, `"standard"`.
+            inputs. A cell with one state has no joint view of its own. Of chosen states, by position or by the keys of
+            their dict, measures of one step are named as `"0+2/variance"` or `"v+a/variance"`: the block of the joint
+            view for these states in this order. Defaults to None, `"standard"`.
         seed: Integer, seed of the random vectors. Defaults to 0.
         tolerance: Float in [0, 1), relative tolerance of the iterative measures: spectral norm, spectral radius and
             eigenvalues. Defaults to 0.01.
@@ -365,10 +367,20 @@ class JacobianMeter:
             raise next(iter(errors.values()))
         for error in errors.values():
             warnings.warn(f"{str(error).rstrip('.')}. It is not measured.", stacklevel=4)
+        self._check_chosen_states(calls)
         for call in calls:
             for note in (*self._measurement_of(call).metadata.notes, *call.notes):
                 warnings.warn(f"Layer `{call.name}`: {note}", stacklevel=4)
         return calls
+
+    def _check_chosen_states(self, calls: Sequence[MeasurableCall]) -> None:
+        """Refuses a view of chosen states that no call has."""
+        of_calls = {call.name: self._measurement_of(call).metadata for call in calls}
+        found = {label for metadata in of_calls.values() for label in metadata.labels}
+        for label in dict.fromkeys(label for metadata in of_calls.values() for label in metadata.left_out):
+            if label not in found:
+                reasons = "; ".join(f"in layer `{name}` {m.left_out[label]}" for name, m in of_calls.items())
+                raise invalid_argument("measures", "chosen states that a recurrent layer has", reasons)
 
     def _error_of(self, call: MeasurableCall) -> UnmeasurableError | None:
         """Traces the measurement of a call and returns the reason why that fails; None if it does not."""

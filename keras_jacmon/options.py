@@ -15,6 +15,9 @@ VIEWS = ("hidden", "joint", "inputs")
 # One of these, or the positions of chosen states.
 ViewName = str | tuple[int, ...]
 
+# Chosen states, by position or by name.
+ChosenStates = tuple[int | str, ...]
+
 # TensorFlow's seeds have 32 bits, one of them for the sign.
 LARGEST_SEED = 2**31 - 1
 
@@ -22,6 +25,19 @@ LARGEST_SEED = 2**31 - 1
 _NAMES_ELSEWHERE = {"histogram_freq": "update_freq", "log_freq": "update_freq"}
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def label_of(view: str | ChosenStates) -> str:
+    """Returns the name of a view in reports: of chosen states `"v+a"`, or `"0+2"` by position."""
+    return view if isinstance(view, str) else "+".join(map(str, view))
+
+
+def states_in(label: str) -> ChosenStates | None:
+    """Returns the states in the name of a view in reports; None if it is none of chosen states."""
+    parts = label.split("+")
+    if label in VIEWS or not all(part.isidentifier() or part.isdecimal() for part in parts):
+        return None
+    return tuple(int(part) if part.isdecimal() else part for part in parts)
 
 
 def _option(default: Any, description: str) -> Any:

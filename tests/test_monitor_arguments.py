@@ -48,7 +48,8 @@ def invalid(argument: str, sentence: str) -> str:
 
 UPDATE_FREQ = "Expected 'epoch', 'batch' or a positive integer. Received: update_freq="
 NAMES = [key for key, quantity in KEYS.items() if quantity.measure.kind.selectable]
-MEASURES = f"Expected names out of {list(PRESETS)}, or of {NAMES}. Received: "
+CHOSEN = "measures of one step such as 'v+a/variance' or '0+1/variance' of chosen states"
+MEASURES = f"Expected names out of {list(PRESETS)}, or of {NAMES}, or {CHOSEN}. Received: "
 LOGS = f"Expected 'auto', 'all', None or names out of {list(PRESETS['standard'])}. Received: logs="
 MAX_ROWS = "Expected a positive integer, or None for all. Received: max_rows="
 SEED = "Expected an integer from 0 to 2147483647. Received: seed="

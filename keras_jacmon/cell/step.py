@@ -21,11 +21,14 @@ class CellStep:
         states: Structure of the cell's states; only the structure is kept.
         weights: Sequence of pairs of a Keras variable and a tensor that the cell uses in its place. Defaults to `()`;
             the cell reads its variables.
+
+    Attributes:
+        structure: The structure of the states.
     """
 
     def __init__(self, cell: Any, states: Any, weights: "Sequence[tuple[keras.Variable, tf.Tensor]]" = ()) -> None:
         self.cell, self.weights = cell, list(weights)
-        self._structure = keras.tree.map_structure(lambda _: 0, states)
+        self.structure = keras.tree.map_structure(lambda _: 0, states)
         # By identity, the variables of Keras that the last step wrote to, in a scope that forgot it.
         self._written: set[int] = set()
 
@@ -77,7 +80,7 @@ class CellStep:
 
     def with_weights(self, weights: "Sequence[tuple[keras.Variable, tf.Tensor]]") -> "CellStep":
         """Returns the step of the same cell with tensors in place of its weights, in pairs."""
-        return CellStep(self.cell, self._structure, weights)
+        return CellStep(self.cell, self.structure, weights)
 
     def with_tensors(self) -> "CellStep":
         """Returns the step with a tensor in place of each weight of a Keras layer, the present value."""
@@ -92,7 +95,7 @@ class CellStep:
 
     def packed(self, states: Sequence[tf.Tensor]) -> tuple[Any, ...]:
         """Returns flat states in the structure that the cell takes, a tuple as Keras' own loop passes it."""
-        return tuple(keras.tree.pack_sequence_as(self._structure, list(states)))
+        return tuple(keras.tree.pack_sequence_as(self.structure, list(states)))
 
 
 class _WidePolicy(keras.dtype_policies.DTypePolicy):

@@ -82,14 +82,24 @@ def chosen_view(view: str | Sequence[int | str], states: Any, floating: Sequence
         if view not in VIEWS:
             raise invalid_argument("view", f"one of {list(VIEWS)}, or chosen states such as `(0, 1)`", f"view={view!r}")
         return view
-    names = [str(path[-1]) if path else "" for path, _ in keras.tree.flatten_with_path(states)]
-    known = {name: place for place, name in enumerate(names) if not name.isdecimal()}
+    known = _names_of(states)
     places = tuple(known.get(state, -1) if isinstance(state, str) else state for state in view)
     if not places or len(set(places)) < len(places) or not set(places) <= set(floating):
-        expected = f"different floating-point states out of {list(floating)}"
-        expected += f", or by name out of {list(known)}" if known else ""
-        raise invalid_argument("view", expected, f"view={view!r}")
+        raise invalid_argument("view", f"different {choice_of_states(states, floating)}", f"view={view!r}")
     return places
+
+
+def choice_of_states(states: Any, floating: Sequence[int]) -> str:
+    """Returns the states that can be chosen, in words; see `chosen_view`."""
+    known = _names_of(states)
+    by_name = f", or by name out of {list(known)}" if known else ""
+    return f"floating-point states out of {list(floating)}{by_name}"
+
+
+def _names_of(states: Any) -> dict[str, int]:
+    """Returns the positions of the states that have a name."""
+    names = [str(path[-1]) if path else "" for path, _ in keras.tree.flatten_with_path(states)]
+    return {name: place for place, name in enumerate(names) if not name.isdecimal()}
 
 
 @dataclass(frozen=True)

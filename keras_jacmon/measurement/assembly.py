@@ -1,7 +1,7 @@
 """Static metadata of a recurrent call; assembles its report from the measured arrays."""
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from keras_jacmon.cell.step import cell_type
 from keras_jacmon.cell.trajectory import UnrollInputs
 from keras_jacmon.jacobians.cell_jacobian import CellJacobian, Choice, Method
 from keras_jacmon.jacobians.dependencies import Dependencies
-from keras_jacmon.jacobians.views import View, floating_states, size
+from keras_jacmon.jacobians.views import View, choice_of_states, chosen_view, floating_states, size
 from keras_jacmon.measurement.results import CallResults, MeasuredArray, PlannedFlow, PlannedSensitivity
 from keras_jacmon.measures.flow import FlowPlan
 from keras_jacmon.measures.gains import Gains, by_span, gains_by_span
@@ -28,9 +28,9 @@ from keras_jacmon.measures.kinds import (
     Spectrum,
     WholeFlow,
 )
-from keras_jacmon.measures.registry import KEYS, Quantity, Selection, views_of
+from keras_jacmon.measures.registry import KEYS, Quantity, Selection, key_of, views_of
 from keras_jacmon.measures.sensitivity import Sensitivities
-from keras_jacmon.options import Options
+from keras_jacmon.options import Options, ViewName, states_in
 from keras_jacmon.report.layer_report import LayerReport
 
 
@@ -58,7 +58,9 @@ class CallMetadata:
         units: Integer, size of the hidden state.
         joint: String, prefix of the keys of the joint view; empty for a cell with one state.
         views: Tuple of the views that the cell has.
-        choices: Dict by view of lists: the method that was chosen for each block.
+        labels: Dict by name in reports of the views of chosen states that the user asked for.
+        left_out: Dict by name of a view of chosen states that the cell does not have, the reason.
+        choices: Dict by name of a view of lists: the method that was chosen for each block.
         notes: Tuple of sentences that a reader of the numbers must know.
         columns: Dict by view, the number of columns of its Jacobians.
         options: The settings of the measurement.
@@ -78,17 +80,19 @@ class CallMetadata:
     cell: str
     units: int
     joint: str
-    views: tuple[str, ...]
+    views: tuple[ViewName, ...]
+    labels: dict[str, ViewName]
+    left_out: dict[str, str]
     choices: dict[str, list[Choice]]
     notes: tuple[str, ...]
-    columns: dict[str, int]
+    columns: dict[ViewName, int]
     options: Options
-    flow_plans: dict[str, FlowPlan]
+    flow_plans: dict[ViewName, FlowPlan]
     has_structure: bool = False
     quantities: Selection = ()
     of_flows: Selection = ()
     of_sensitivity: Selection = ()
-    sensitivity_plans: dict[str, FlowPlan] = dataclasses.field(default_factory=dict)
+    sensitivity_plans: dict[ViewName, FlowPlan] = dataclasses.field(default_factory=dict)
     recurrent_weights: tuple[str, ...] = ()
     recurrent_places: tuple[int, ...] | None = None
     graphs: tuple[CellGraph, ...] = ()
@@ -101,7 +105,7 @@ class CallMetadata:
         jacobian: CellJacobian,
         dependencies: Dependencies,
         *,
-        asked: Iterable[str],
+        asked: Sequence[ViewName],
         options: Options,
     ) -> "CallMetadata":
         """Collects the metadata of a call.
@@ -111,7 +115,7 @@ class CallMetadata:
             sequence: The sequence that the cell is unrolled along.
             jacobian: The Jacobians of the cell.
             dependencies: The dependencies of new states on old ones.
-            asked: The views that the user asked for.
+            asked: The views that the user asked for, chosen states by their name in reports.
             options: The settings of the measurement.
 
         Raises:
@@ -120,15 +124,19 @@ class CallMetadata:
         first, states = sequence.inputs[0], sequence.states
         floating = floating_states(states)
         views, notes = _views_and_notes(floating, dependencies, with_inputs="inputs" in asked)
-        choices = {view: jacobian.choices(view) for view in views}
-        columns = {view: View.of(view, states).columns(first, states) for view in views}
+        labels, left_out = _chosen_views(asked, jacobian.step.structure, floating, dependencies)
+        everything: tuple[ViewName, ...] = (*views, *dict.fromkeys(labels.values()))
+        choices = {name: jacobian.choices(view) for name, view in (*zip(views, views, strict=True), *labels.items())}
+        columns = {view: View.of(view, states).columns(first, states) for view in everything}
         return cls(
             cell_type(cell).__name__,
             size(states[floating[0]]),
             "joint/" if len(floating) > 1 else "",
-            views,
+            everything,
+            labels,
+            left_out,
             choices,
-            notes,
+            (*notes, *left_out.values()),
             columns,
             options,
             {
@@ -230,7 +238,9 @@ class CallMetadata:
             known_norms = np.where(mask[order], norms, norms.dtype.type(np.nan))
             everything.append(_Found(KEYS["loss_gradient"], known_norms, None))
         known = {found.quantity: found for found in everything}
-        return {key: known[quantity] for key, quantity in KEYS.items() if quantity in known}
+        shown = {key: known[quantity] for key, quantity in KEYS.items() if quantity in known}
+        chosen = ((label, q.measure.name, q) for label, view in self.labels.items() for q in known if q.view == view)
+        return shown | {key_of(label, measure): known[quantity] for label, measure, quantity in chosen}
 
     def _read_off_flows(self, results: CallResults) -> list[_Found]:
         """Returns the values of the quantities that are read off the flows."""
@@ -339,6 +349,37 @@ def _places(spectra_at: tf.Tensor | None, time: int, *, go_backwards: bool) -> A
         return np.empty((0, 2), np.int64)
     step, sample = spectra_at.numpy().T
     return np.stack([time - 1 - step if go_backwards else step, sample], axis=1)
+
+
+def _chosen_views(
+    asked: Sequence[ViewName], structure: Any, floating: Sequence[int], dependencies: Dependencies
+) -> tuple[dict[str, ViewName], dict[str, str]]:
+    """Returns the views of chosen states by their names in reports, and by name the reasons why others are missing.
+
+    Args:
+        asked: The views that the user asked for.
+        structure: The structure of the states.
+        floating: Indices of the floating-point states.
+        dependencies: The dependencies of new states on old ones.
+    """
+    labels: dict[str, ViewName] = {}
+    left_out: dict[str, str] = {}
+    for label in filter(lambda view: isinstance(view, str), asked):
+        states = states_in(str(label))
+        if states is None:
+            continue
+        missing = f"the view `{label}` is left out: "
+        try:
+            view = chosen_view(states, structure, floating)
+        except ValueError:
+            left_out[str(label)] = f"{missing}it is not one of different {choice_of_states(structure, floating)}"
+            continue
+        places = [list(floating).index(int(place)) for place in view]
+        if any(dependencies.depends[new][old] for new in places for old in places):
+            labels[str(label)] = view
+        else:
+            left_out[str(label)] = f"{missing}no gradient connects its states"
+    return labels, left_out
 
 
 def _views_and_notes(

@@ -30,7 +30,7 @@ from keras_jacmon.measurement.subsampling import UNKNOWN_SAMPLES, Subsample, cho
 from keras_jacmon.measures.context import MeasureContext
 from keras_jacmon.measures.kinds import Exponents, Flow, Sensitivity
 from keras_jacmon.measures.registry import KEYS, Selection, filtered, of_kind, views_of
-from keras_jacmon.options import Options
+from keras_jacmon.options import Options, ViewName
 from keras_jacmon.tensors import known_sizes
 
 # `max_bytes` is divided by these numbers for a trajectory, for the derivatives at its points, and for a segment of the
@@ -243,6 +243,7 @@ def _selection(measures: Selection, metadata: CallMetadata, *, carried: bool) ->
         metadata: The metadata of the call.
         carried: Boolean, True if there are states that are carried on and that the output never feels.
     """
+    measures = tuple(dict.fromkeys(q._replace(view=metadata.labels.get(str(q.view), q.view)) for q in measures))
     selection = _of_views(measures, metadata.views, several=bool(metadata.joint))
     inputs_are_square = metadata.columns.get("inputs") == metadata.units
     selection = tuple(q for q in selection if q.view != "inputs" or inputs_are_square or not q.measure.needs_square)
@@ -250,11 +251,12 @@ def _selection(measures: Selection, metadata: CallMetadata, *, carried: bool) ->
     return (*selection, *of_all)
 
 
-def _of_views(measures: Selection, views: Sequence[str], *, several: bool) -> Selection:
+def _of_views(measures: Selection, views: Sequence[ViewName], *, several: bool) -> Selection:
     """Returns the measures of the views that a cell has; with one state, its hidden view is the joint view."""
     if not several:
         wanted = {("hidden" if view == "joint" else view, measure) for view, measure in measures}
-        measures = tuple(quantity for quantity in KEYS.values() if quantity in wanted)
+        chosen = (quantity for quantity in measures if not isinstance(quantity.view, str))
+        measures = (*(quantity for quantity in KEYS.values() if quantity in wanted), *chosen)
     # The last state has a sensitivity even if it is made from other states alone.
     return tuple(
         q for q in measures if q.view in views or (q.view == "hidden" and isinstance(q.measure.kind, Sensitivity))

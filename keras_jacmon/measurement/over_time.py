@@ -22,6 +22,7 @@ from keras_jacmon.measures.context import MeasureContext
 from keras_jacmon.measures.registry import Selection, views_of
 from keras_jacmon.measures.steps import Steps
 from keras_jacmon.operators.contract import JacobianOperator
+from keras_jacmon.options import ViewName, label_of
 from keras_jacmon.tensors import known_sizes
 
 # Purposes of random numbers, beside the purposes that the measures of a step have.
@@ -32,7 +33,7 @@ class _Carry(NamedTuple):
     """State of the iterations between two segments: in the order of the flows, and by view."""
 
     flows: tuple[flow.FlowCarry, ...]
-    exponents: dict[str, lyapunov.LyapunovCarry]
+    exponents: dict[ViewName, lyapunov.LyapunovCarry]
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ def _at_once(
     carry: _Carry,
     warmup: int | tf.Tensor,
     context: MeasureContext,
-) -> tuple[list[tf.Tensor], dict[str, Any]]:
+) -> tuple[list[tf.Tensor], dict[ViewName, Any]]:
     flows = measurement.flows
     views = {*carry.exponents, *(planned.view for planned in flows)}
     steps = steps_of(measurement, measurement.sequence, points, views, context)
@@ -120,7 +121,7 @@ def _at_once(
 
 def _in_segments(
     measurement: SequenceMeasurement, carry: _Carry, warmup: int | tf.Tensor, context: MeasureContext
-) -> tuple[list[tf.Tensor], dict[str, Any]]:
+) -> tuple[list[tf.Tensor], dict[ViewName, Any]]:
     """Walks through the segments forwards for the exponents, and backwards for the flow."""
     starts, exponents = _forwards(measurement, carry, warmup, context)
     return (_backwards(measurement, carry, starts, context) if carry.flows else []), exponents
@@ -128,7 +129,7 @@ def _in_segments(
 
 def _forwards(
     measurement: SequenceMeasurement, carry: _Carry, warmup: int | tf.Tensor, context: MeasureContext
-) -> tuple[list[tf.TensorArray], dict[str, Any]]:
+) -> tuple[list[tf.TensorArray], dict[ViewName, Any]]:
     """Returns the states at the beginning of each segment, and the exponents of the whole sequence by view."""
     initial, count = measurement.sequence.states, segment_count(measurement)
 
@@ -206,13 +207,17 @@ def _exponents(
 
 
 def steps_of(
-    measurement: SequenceMeasurement, part: UnrollInputs, points: PointBatch, views: set[str], context: MeasureContext
-) -> dict[str, Steps]:
+    measurement: SequenceMeasurement,
+    part: UnrollInputs,
+    points: PointBatch,
+    views: set[ViewName],
+    context: MeasureContext,
+) -> dict[ViewName, Steps]:
     """Returns the Jacobians of each step of a part of the sequence, by view; `points` are the points of that part."""
     time, samples = known_sizes(part.inputs)[:2]
-    wholes = measurement.jacobian.operators(sorted(views), points) if measurement.independent else {}
+    wholes = measurement.jacobian.operators(sorted(views, key=label_of), points) if measurement.independent else {}
 
-    def steps(view: str) -> Steps:
+    def steps(view: ViewName) -> Steps:
         whole = wholes.get(view)
 
         def at(t: tf.Tensor) -> JacobianOperator:
@@ -226,4 +231,4 @@ def steps_of(
         size = View.of(view, part.states).columns(part.inputs[0], part.states)
         return Steps(time, at, part.mask, samples, size, context.dtype)
 
-    return {view: steps(view) for view in sorted(views)}
+    return {view: steps(view) for view in sorted(views, key=label_of)}

@@ -20,6 +20,7 @@ from keras_jacmon.measurement.subsampling import Subsample, indices_of
 from keras_jacmon.measures.context import MeasureContext
 from keras_jacmon.measures.kinds import PerStep, Spectrum
 from keras_jacmon.measures.registry import Quantity, Selection, filtered, of_kind, views_of
+from keras_jacmon.options import ViewName
 
 # More (point, vector) pairs at once than this do not fit a cache and are no faster.
 _MOST_POINTS = 2**14
@@ -49,7 +50,7 @@ class StepMeasurement:
 
     jacobian: CellJacobian
     quantities: Selection
-    views: tuple[str, ...]
+    views: tuple[ViewName, ...]
     context: MeasureContext
     bytes_allowed: int
     bytes_per_point: int
@@ -142,7 +143,7 @@ class StepMeasurement:
         """Returns the number of values of a quantity at each point; None for a single number."""
         return quantity.measure.kind.width(self._shape(quantity.view, points))
 
-    def _shape(self, name: str, points: PointBatch) -> tuple[int, int]:
+    def _shape(self, name: ViewName, points: PointBatch) -> tuple[int, int]:
         """Returns the number of rows and columns of the Jacobians of a view."""
         view = View.of(name, points.states)
         return sum(size(points.states[new]) for new in view.outputs), view.columns(points.inputs, points.states)
@@ -160,7 +161,7 @@ class StepMeasurement:
         bytes_per_point = self.bytes_per_point + max(kept, default=0) * self.context.dtype.size
         return max(1, min(self.bytes_allowed // bytes_per_point, _MOST_POINTS))
 
-    def _source(self, points: PointBatch, views: Sequence[str], valid: tf.Tensor | None) -> PointSource:
+    def _source(self, points: PointBatch, views: Sequence[ViewName], valid: tf.Tensor | None) -> PointSource:
         return PointSource(
             points.count,
             lambda start, stop: self.jacobian.operators(

@@ -7,6 +7,7 @@ import tensorflow as tf
 from keras_jacmon.jacobians.diagnosis import CheckResults
 from keras_jacmon.jacobians.recurrent_weights import RecurrentWeights
 from keras_jacmon.measures.flow import FlowPlan
+from keras_jacmon.options import ViewName
 
 
 class MeasuredArray(NamedTuple):
@@ -38,7 +39,7 @@ class PlannedFlow(NamedTuple):
         plan: The vectors that the flow begins with.
     """
 
-    view: str
+    view: ViewName
     plan: FlowPlan
 
 

@@ -19,7 +19,7 @@ from keras_jacmon.measurement.results import PlannedSensitivity, SensitivityResu
 from keras_jacmon.measures.context import MeasureContext
 from keras_jacmon.measures.flow import FlowPlan, start_flow
 from keras_jacmon.measures.sensitivity import SensitivityCarry, add_derivatives, add_outer_products, lead_backwards
-from keras_jacmon.options import Options
+from keras_jacmon.options import Options, ViewName
 from keras_jacmon.tensors import known_sizes
 
 # Purpose of the random numbers, beside those that other measures have.
@@ -39,7 +39,7 @@ _TOLERANCE = 1e-3
 
 
 def plan_sensitivity(
-    jacobian: CellJacobian, states: Sequence[tf.Tensor], views: Sequence[str], options: Options
+    jacobian: CellJacobian, states: Sequence[tf.Tensor], views: Sequence[ViewName], options: Options
 ) -> PlannedSensitivity:
     """Finds the recurrent weights of a cell, and chooses the random vectors of each view.
 
@@ -59,7 +59,10 @@ def plan_sensitivity(
     if not weights.places:
         return PlannedSensitivity(None, "no weight of the cell multiplies a state")
     sizes = tuple(size(states[place]) for place in floating_states(states))
-    felt = {"hidden": (True, *[False] * (len(sizes) - 1)), "joint": (True,) * len(sizes)}
+    felt: dict[ViewName, tuple[bool, ...]] = {
+        "hidden": (True, *[False] * (len(sizes) - 1)),
+        "joint": (True,) * len(sizes),
+    }
     # With products all vectors take one pass together.
     cheap = bool(weights.products)
     plans = tuple(FlowPlan.of(sizes, felt[view], options.flow_vectors, cheap=cheap) for view in views)

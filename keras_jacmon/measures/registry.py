@@ -19,7 +19,7 @@ from keras_jacmon.measures.kinds import (
     Spectrum,
     WholeFlow,
 )
-from keras_jacmon.options import VIEWS, Options
+from keras_jacmon.options import VIEWS, Options, ViewName, label_of, states_in
 from keras_jacmon.report.curve import growth, horizon
 
 _SQUARE = ("hidden", "joint")
@@ -354,20 +354,21 @@ def markdown_table() -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in [head, ["---"] * len(head), *rows])
 
 
-def key_of(view: str, measure: str) -> str:
+def key_of(view: ViewName, measure: str) -> str:
     """The key of a measure in reports: the view and the name, or the name alone for the hidden view."""
-    return measure if view == "hidden" else f"{view}/{measure}"
+    return measure if view == "hidden" else f"{label_of(view)}/{measure}"
 
 
 class Quantity(NamedTuple):
     """A measure of the Jacobians of one view.
 
     Attributes:
-        view: String, one of `VIEWS`.
+        view: String, one of `VIEWS`, or the states that the user chose, such as `"v+a"`; then, for a cell, the
+            positions of these states.
         measure: The measure.
     """
 
-    view: str
+    view: ViewName
     measure: Measure
 
     @property
@@ -415,25 +416,37 @@ def select_measures(names: Iterable[str] | str | None) -> Selection:
     Growth and horizon bring the flow that they are read off, and measures of the sensitivity each other.
 
     Args:
-        names: Names of measures, `"variance"` of the hidden view, `"joint/variance"` of the joint one, and of presets;
-            None for `"standard"`.
+        names: Names of measures, `"variance"` of the hidden view, `"joint/variance"` of the joint one, `"v+a/variance"`
+            of chosen states, and of presets; None for `"standard"`.
 
     Raises:
         ValueError: If a name is unknown, or there is none.
     """
-    expected = f"names out of {list(PRESETS)}, or of {_NAMES}"
+    expected = f"names out of {list(PRESETS)}, or of {_NAMES}, or measures of one step such as 'v+a/variance' or "
+    expected += "'0+1/variance' of chosen states"
     if isinstance(names, Mapping) or not (names is None or isinstance(names, Iterable)):
         raise invalid_argument("measures", expected, repr(names))
     names = ["standard"] if names is None else [names] if isinstance(names, str) else list(names)
-    unknown = [name for name in names if name not in (*_NAMES, *PRESETS)]
+    chosen = {name: quantity for name in names if (quantity := _of_chosen_states(name)) is not None}
+    unknown = [name for name in names if name not in (*_NAMES, *PRESETS, *chosen)]
     if unknown or not names:
         hints = [did_you_mean(name, [*PRESETS, *_NAMES]) for name in unknown]
         raise invalid_argument("measures", expected, f"{names}{''.join(hints)}")
-    wanted = {key for name in names for key in PRESETS.get(name, (name,))}
+    wanted = {key for name in names if name not in chosen for key in PRESETS.get(name, (name,))}
     wanted |= {key_of(KEYS[key].view, "flow") for key in wanted if isinstance(KEYS[key].measure.kind, Flow)}
     sensitive = {KEYS[key].view for key in wanted if isinstance(KEYS[key].measure.kind, Sensitivity)}
     wanted |= {key for key, (view, m) in KEYS.items() if view in sensitive and isinstance(m.kind, Sensitivity)}
-    return tuple(quantity for key, quantity in KEYS.items() if key in wanted)
+    return (*(quantity for key, quantity in KEYS.items() if key in wanted), *chosen.values())
+
+
+def _of_chosen_states(name: object) -> Quantity | None:
+    """Returns the measure of one step in a view of chosen states; None for any other name."""
+    label, _, measure = name.rpartition("/") if isinstance(name, str) else ("", "", "")
+    known = MEASURES.get(measure)
+    # What looks like one of the views is misspelt.
+    if known is None or not known.kind.selectable or known.kind.over_time or did_you_mean(label, VIEWS):
+        return None
+    return None if states_in(label) is None else Quantity(label, known)
 
 
 def filtered(selection: Selection, keep: Callable[[Measure], bool]) -> Selection:
@@ -446,6 +459,6 @@ def of_kind(selection: Selection, *kinds: type[Kind]) -> Selection:
     return filtered(selection, lambda measure: isinstance(measure.kind, kinds))
 
 
-def views_of(selection: Selection) -> list[str]:
+def views_of(selection: Selection) -> list[ViewName]:
     """The views in a selection, each once, in order."""
     return list(dict.fromkeys(view for view, _ in selection))

@@ -142,7 +142,7 @@ class RegularizedModel:
         for name, call in self._penalty.calls.items():
             layer = layers.get(name)
             key = None if layer is None else self._config.key(layer.joint)
-            if layer is not None and key is not None and key in layer.values:
+            if layer is not None and key in layer.values:
                 layers[name] = dataclasses.replace(layer, targets={key: call.target})
         return Report(layers)
 

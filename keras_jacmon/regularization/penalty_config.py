@@ -7,7 +7,7 @@ from keras_jacmon.errors import check_whole, invalid_argument
 from keras_jacmon.measures.differentiable import DIFFERENTIABLE
 from keras_jacmon.measures.differentiable_over_time import DIFFERENTIABLE_OVER_TIME
 from keras_jacmon.measures.registry import MEASURES
-from keras_jacmon.options import LARGEST_SEED, VIEWS
+from keras_jacmon.options import LARGEST_SEED, VIEWS, ChosenStates, label_of
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class PenaltyConfig:
     """
 
     measure: str
-    view: str | tuple[int | str, ...]
+    view: str | ChosenStates
     scale: Literal["linear", "log"]
     side: Literal["both", "at_most", "at_least"]
     states: Literal["cached", "fresh"]
@@ -41,15 +41,14 @@ class PenaltyConfig:
     vectors: int
     seed: int
 
-    def key(self, joint: str) -> str | None:
-        """Returns the key of the measure in a report; None for a view of chosen states, which reports do not have.
+    def key(self, joint: str) -> str:
+        """Returns the key of the measure in a report.
 
         Args:
             joint: String, the prefix of the joint view there.
         """
-        if not isinstance(self.view, str):
-            return None
-        return {"hidden": "", "joint": joint}.get(self.view, f"{self.view}/") + self.measure
+        prefix = {"hidden": "", "joint": joint}.get(label_of(self.view), f"{label_of(self.view)}/")
+        return f"{prefix}{self.measure}"
 
     @property
     def is_over_time(self) -> bool:

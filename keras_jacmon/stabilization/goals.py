@@ -8,6 +8,7 @@ import numpy as np
 
 from keras_jacmon.errors import invalid_argument
 from keras_jacmon.measures.registry import key_of
+from keras_jacmon.options import ChosenStates, label_of
 from keras_jacmon.report.reductions import FloatArray
 from keras_jacmon.report.report import Report
 
@@ -15,6 +16,7 @@ from keras_jacmon.report.report import Report
 TIME, DEPTH = "time", "depth"
 
 Target = float | Mapping[str, float]
+View = str | ChosenStates
 
 # The measures of products over time, which are logarithms.
 GROWTH, LYAPUNOV = "growth", "lyapunov"
@@ -121,24 +123,24 @@ class Standing:
         return cls(float(np.mean([goal.loss(report) for goal in goals])), values, within, report)
 
 
-def measured_keys(targets: Mapping[str, float], measure: str, view: str) -> list[str]:
+def measured_keys(targets: Mapping[str, float], measure: str, view: View) -> list[str]:
     """Returns the keys of the measures that a report needs for goals of these targets."""
-    return [key_of(view_of(direction, view), measure) for direction in targets]
+    return [key_of(label_of(view_of(direction, view)), measure) for direction in targets]
 
 
-def view_of(direction: str, view: str) -> str:
+def view_of(direction: str, view: View) -> View:
     """Returns the view of a direction, with the given one through time."""
     return "inputs" if direction == DEPTH else view
 
 
-def goals_in(report: Report, targets: Mapping[str, float], measure: str, view: str) -> list[Goal]:
+def goals_in(report: Report, targets: Mapping[str, float], measure: str, view: View) -> list[Goal]:
     """Returns the goals for the layers of a report, where it has the measure.
 
     Args:
         report: `Report`, with the measures of `measured_keys`.
         targets: Mapping from directions to targets.
         measure: String, the name of the measure.
-        view: String, the view through time.
+        view: String or tuple of chosen states, the view through time.
 
     Raises:
         ValueError: If no layer has the measure in one of the directions.
@@ -146,9 +148,11 @@ def goals_in(report: Report, targets: Mapping[str, float], measure: str, view: s
     goals = []
     for direction, target in targets.items():
         for name, layer in report.items():
-            prefix = {TIME: layer.joint if view == "joint" else "", DEPTH: "inputs/"}[direction]
-            if f"{prefix}{measure}" in layer:
-                goals.append(Goal(name, f"{prefix}{measure}", direction, target))
+            # The joint view of one state is the hidden one.
+            is_joint = direction == TIME and view == "joint"
+            key = f"{layer.joint}{measure}" if is_joint else key_of(label_of(view_of(direction, view)), measure)
+            if key in layer:
+                goals.append(Goal(name, key, direction, target))
         if not any(goal.direction == direction for goal in goals):
             square = ", for which a layer needs as many inputs as it has units" if measure == "spectral_radius" else ""
             expected = f"a direction in which a recurrent layer has a {measure}{square if direction == DEPTH else ''}"

@@ -2,7 +2,7 @@
 
 import time
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -24,6 +24,7 @@ from keras_jacmon.stabilization.goals import (
     TIME,
     Standing,
     Target,
+    View,
     goals_in,
     measured_keys,
     targets_of,
@@ -56,7 +57,7 @@ class _Settings:
     targets: dict[str, float]
     measure: str
     method: str
-    view: str
+    view: View
     tolerance: float
     patience: int
     steps: int
@@ -68,10 +69,13 @@ class _Settings:
         for name, value, known in (
             ("method", self.method, list(_ROUNDS)),
             ("measure", self.measure, _MEASURES.get(self.method, [])),
-            ("view", self.view, ["hidden", "joint"]),
         ):
             if value not in known:
                 raise invalid_argument(name, f"one of {known}", f"{name}={value!r}")
+        is_chosen = isinstance(self.view, tuple) and self.measure not in (GROWTH, LYAPUNOV)
+        if self.view not in ("hidden", "joint") and not is_chosen:
+            expected = "one of ['hidden', 'joint'], or chosen states such as `(0, 1)` for a measure of one step"
+            raise invalid_argument("view", expected, f"view={self.view!r}")
         if isinstance(self.tolerance, bool) or not isinstance(self.tolerance, (int, float)) or not self.tolerance > 0:
             raise invalid_argument("tolerance", "a number above 0", f"tolerance={self.tolerance!r}")
         for name, number, least in (
@@ -91,7 +95,7 @@ def stabilize(
     measure: str | None = None,
     method: Literal["gradient", "rescale", "flossing"] = "gradient",
     *,
-    view: Literal["joint", "hidden"] = "joint",
+    view: str | Sequence[int | str] = "joint",
     layers: Iterable[str | keras.Layer] | str | keras.Layer | None = None,
     tolerance: float = 0.08,
     patience: int = 3,
@@ -134,8 +138,9 @@ def stabilize(
             optimizer; a layer whose target no factor reaches stays as it is, with a warning. `"flossing"`: the
             optimizer brings the leading Lyapunov exponents to the target, through the QR decompositions and the
             states. Defaults to `"gradient"`.
-        view: String, the view through time: `"joint"`, all states together, or `"hidden"`. For a cell with one state,
-            the joint view is the hidden one. Defaults to `"joint"`.
+        view: The view through time, a string: `"joint"`, all states together, or `"hidden"`. For a cell with one state,
+            the joint view is the hidden one. Or chosen states, such as `(0, 2)` or, where the states are in a dict,
+            `("v", "a")`, for the measures of one step. Defaults to `"joint"`.
         layers: Names of recurrent layers, or layers. Defaults to None, all of them.
         tolerance: Float above 0. It ends when the mean of the measure over the points of each layer is within this
             distance of its target, `patience` times in a row. Defaults to 0.08.
@@ -169,7 +174,7 @@ def stabilize(
         targets_of(target, measure),
         measure,
         method,
-        view,
+        view if isinstance(view, str) else tuple(view),
         tolerance,
         patience,
         _ROUNDS.get(method, (0, 0))[1] if steps is None else steps,
