@@ -121,8 +121,15 @@ def _outcome(call: _Call) -> _Outcome:
     try:
         return rule(call)
     except NotImplementedError as error:
-        reason = str(error) or f"`{operation.type}` mixes units or rows (operation `{operation.name}`)"
+        name = _name_of(operation)
+        which = "" if name == operation.type else f" (operation `{name}`)"
+        reason = str(error) or f"`{operation.type}` mixes units or rows{which}"
         return _Outcome([_unstructured(known.values(), reason)] * len(operation.outputs))
+
+
+def _name_of(operation: tf.Operation) -> str:
+    """Returns the name of an operation without its scopes: equal cells share a graph, and have other names."""
+    return str(operation.name.rpartition("/")[2])
 
 
 def _refused(_: _Call) -> _Outcome:
@@ -135,13 +142,15 @@ def _custom_gradient(call: _Call) -> _Outcome:
     operation = call.operation
     gradient = call.graph.custom_gradients.get(operation.name)
     if gradient is None:
-        raise NotImplementedError(f"`{operation.name}` has a gradient of its own")
+        raise NotImplementedError(f"`{_name_of(operation)}` has a gradient of its own")
     # The result itself, and what the gradient takes beside the arguments, lead to no derivative.
     known = {k: origin for k, origin in call.known.items() if k in gradient.slopes}
     units = call.graph.units(operation.outputs[0])
     same = all(call.graph.units(operation.inputs[k]) == units for k in known)
     if not same or not acts_unit_by_unit(call.graph, gradient, known):
-        raise NotImplementedError(f"`{operation.name}` has a gradient of its own, which mixes units or is not linear")
+        raise NotImplementedError(
+            f"`{_name_of(operation)}` has a gradient of its own, which mixes units or is not linear"
+        )
     found = _merged(dataclasses.replace(call, operands=known), operation.outputs[0])
     return _Outcome([found, *[Origin()] * (len(operation.outputs) - 1)])
 
@@ -211,17 +220,17 @@ def _product(call: _Call) -> _Outcome:
     """The rule for products with a kernel: the result is a node of its own."""
     operation, graph = call.operation, call.graph
     if len(call.operands) != 1:
-        raise NotImplementedError(f"both sides of `{operation.name}` depend on the states or the inputs")
+        raise NotImplementedError(f"both sides of `{_name_of(operation)}` depend on the states or the inputs")
     ((position, origin),) = call.operands.items()
     y, (z,) = operation.inputs[position], operation.outputs
     if z.dtype.real_dtype.size < max(state.dtype.size for state in graph.states if state.dtype.is_floating):
-        raise NotImplementedError(f"`{operation.name}` computes in {z.dtype.name}, which is less than its states")
+        raise NotImplementedError(f"`{_name_of(operation)}` computes in {z.dtype.name}, which is less than its states")
     units = graph.units(z)
     shape = (graph.size(y), int(np.prod(units)))
     if not keeps_points(operation, position, len(graph.units(y)) + 1, len(units) + 1):
         raise NotImplementedError
     if operation.type != "MatMul" and int(np.prod(shape)) > _MOST_ENTRIES:
-        raise NotImplementedError(f"the kernel of `{operation.name}` is too large to be written as a matrix")
+        raise NotImplementedError(f"the kernel of `{_name_of(operation)}` is too large to be written as a matrix")
     (kernel,) = (tensor for tensor in operation.inputs if tensor is not y)
     node = Node.product(len(call.products))
     product = Product(operation, y, z, graph.source_of(kernel), shape, origin.sources)

@@ -520,10 +520,8 @@ def test_nonsense_is_not_registered(cell_type: Any, form: Any, name: str) -> Non
 def test_the_explanation_is_a_table() -> None:
     model, layer = make_model(BY_ID["partly_mixing"], PROBE)
     lines = str(explain(model, PROBE)).splitlines()
-    # Keras 3.16 does not count the calls of a layer in the names of its operations.
-    (scope,) = {line.split("operation `")[1].split("/")[0] for line in lines if "operation `" in line}
-    assert scope in (layer.cell.name, f"{layer.cell.name}_1")
-    mixes = f"autodiff: `Softmax` mixes units or rows (operation `{scope}/Softmax`)"
+    # Without a name of this cell, since equal cells share the explanation.
+    mixes = "autodiff: `Softmax` mixes units or rows"
     assert lines == [
         f"{layer.name}:",
         f"  hidden  d state 0 / d state 0  {mixes}",
