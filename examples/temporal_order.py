@@ -5,9 +5,10 @@ Two of the symbols of a sequence of length L are marks, A or B, the first betwee
 their order, one of four classes (Hochreiter and Schmidhuber 1997; the positions are those of Pascanu and others,
 arXiv 1211.5063). A training succeeds if it names at least 95 % of new sequences right.
 
-A cure changes the weights before the training: the biases of the gates (chrono), the kernel (identity), the spectral
-radius, the growth, or the Lyapunov exponents (flossing). Two of them act while it runs: a penalty on the growth (held),
-and Pascanu's on the way of the error through a `SimpleRNN` or a `GRU` (omega).
+A cure changes the weights before the training: the biases of the gates (chrono), what the verdict suggests
+(suggestion), the kernel (identity), the spectral radius, the growth, or the Lyapunov exponents (flossing). Two of them
+act while it runs: a penalty on the growth (held), and Pascanu's on the way of the error through a `SimpleRNN` or a
+`GRU` (omega).
 
     python examples/temporal_order.py        # 5 seeds, no cure, lengths 40 and 120: half an hour on two cores
     python examples/temporal_order.py --length 120 --layer LSTM GRU --cure chrono
@@ -25,7 +26,15 @@ import tensorflow as tf
 from numpy.typing import NDArray
 from reproduce_pascanu import omega
 
-from keras_jacmon import JacobianMonitor, JacobianRegularizer, chrono_biases, measure, stabilize, state_jacobian
+from keras_jacmon import (
+    JacobianMonitor,
+    JacobianRegularizer,
+    chrono_biases,
+    measure,
+    stabilize,
+    state_jacobian,
+    suggest,
+)
 
 UNITS, SYMBOLS, CLASSES, BATCH, SAMPLES, NEW_SAMPLES, PROBE, SUCCESS = 64, 6, 4, 64, 4096, 1000, 32, 0.95
 OMEGA_STRENGTH = 5.0
@@ -106,6 +115,12 @@ def set_identity(model: keras.Model, _probe: Any, _length: int) -> None:
     kernel.assign(np.eye(*kernel.shape))
 
 
+def follow_suggestion(model: keras.Model, probe: Any, _length: int) -> None:
+    """Applies the first suggestion of the verdict, if there is one."""
+    for suggestion in suggest(model, probe)["rnn"][:1]:
+        suggestion.apply(model)
+
+
 def with_omega(model: keras.Model) -> keras.Model:
     """Returns a model with the same weights that is trained with Ω."""
     trained = OmegaModel(model.inputs, model.outputs)
@@ -122,6 +137,7 @@ def held_growth(probe: Any, targets: Any) -> JacobianMonitor:
 # What is done before the training. HELD and OMEGA are done while it runs.
 BEFORE: dict[str, Callable[[keras.Model, Any, int], Any]] = {
     "chrono": lambda model, _, length: chrono_biases(model, length),
+    "suggestion": follow_suggestion,
     "identity": set_identity,
     "radius": lambda model, probe, _: stabilize(model, probe, verbose=0),
     "growth": lambda model, probe, _: stabilize(model, probe, measure="growth", method="rescale", verbose=0),
