@@ -13,9 +13,6 @@ from keras_jacmon.report.reductions import REDUCTIONS, FloatArray, mean
 from keras_jacmon.report.suggestion import Suggestion
 from keras_jacmon.report.verdict import Verdict, judge
 
-# Cells of Keras whose gates `chrono_biases` can open.
-_GATED_CELLS = ("LSTMCell", "GRUCell")
-
 
 @dataclass(frozen=True)
 class LayerReport:
@@ -289,7 +286,7 @@ class LayerReport:
             relative_sensitivity=self._relative_sensitivity(),
             weight_size=self.weight_size,
             log_gain_of_all=self.sequences.get(f"{self.joint}flow_of_all"),
-            has_gates=self.cell in _GATED_CELLS,
+            cell=self.cell,
             go_backwards=self.go_backwards,
             fall=fall,
             rise=rise,

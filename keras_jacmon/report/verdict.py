@@ -26,6 +26,12 @@ _GATES_OPEN = (
     "this speaks of the gradient with the present weights: a training can learn to open the gates. If the task needs a "
     "memory of N steps, `chrono_biases(model, N)` opens them before the training"
 )
+_NO_GATES = (
+    "this speaks of the gradient with the present weights. For a long memory without gates, a start that is stable may "
+    "not suffice: trainings on an order over 120 steps succeeded with a suggested factor and then, while they ran, "
+    "Pascanu's penalty Ω on the way of the error, as in `examples/temporal_order.py --cure suggestion+omega`"
+)
+_OF_VANISHING = {"LSTMCell": _GATES_OPEN, "GRUCell": _GATES_OPEN, "SimpleRNNCell": _NO_GATES}
 
 
 @dataclass(frozen=True)
@@ -59,7 +65,7 @@ class Verdict:
             threshold of the flow, 100, or above. Then a random change of the weights by 1 % of their size changes the
             last state by as much as its own size.
         remarks: Tuple of sentences: about the training of recurrent weights to which the last state is sensitive; or,
-            of an LSTM or a GRU in which a gradient vanishes, about the gates.
+            of an LSTM, a GRU or a `SimpleRNN` in which a gradient vanishes, about what else rescued trainings.
 
     Example:
 
@@ -141,7 +147,7 @@ def judge(
     relative_sensitivity: float | None = None,
     weight_size: float | None = None,
     log_gain_of_all: FloatArray | None = None,
-    has_gates: bool = False,
+    cell: str = "",
     go_backwards: bool = False,
     fall: float = FALL,
     rise: float = RISE,
@@ -158,7 +164,7 @@ def judge(
         weight_size: Float, the root mean square of the recurrent weights. Defaults to None, not measured.
         log_gain_of_all: Float array like `log_gain`, of a gradient that arrives at all states, felt or not. Defaults to
             None, if the output feels all of them.
-        has_gates: Boolean, True for the cell of an LSTM or a GRU. Defaults to False.
+        cell: String, the name of the cell's class. Defaults to "", one of which nothing is known.
         go_backwards: Boolean, True if the layer runs from the last position of the input to the first. Defaults to
             False.
         fall: Float in (0, 1): a gain of this or less has vanished. Defaults to 0.01.
@@ -186,7 +192,7 @@ def judge(
     sensitivity, remarks = _sensitivity(relative_sensitivity, weight_size)
     is_sensitive = state == "stable" and sensitivity is not None and sensitivity >= rise
     if not is_sensitive:
-        remarks = (_GATES_OPEN,) if has_gates and state == "vanishing" else ()
+        remarks = (_OF_VANISHING[cell],) if cell in _OF_VANISHING and state == "vanishing" else ()
     return Verdict(
         state,
         slope,

@@ -118,15 +118,19 @@ def test_the_worst_step_is_a_position_in_the_input(go_backwards: bool) -> None: 
 
 
 @pytest.mark.fast
-def test_gates_that_may_open_are_told_where_a_gradient_vanishes() -> None:
-    def remarks(gain: float, *, has_gates: bool) -> tuple[str, ...]:
-        verdict = judge(flow(gain), np.ones((10, 1), bool), has_gates=has_gates)
+def test_a_vanishing_layer_is_told_what_rescued_trainings() -> None:
+    def remarks(gain: float, cell: str) -> tuple[str, ...]:
+        verdict = judge(flow(gain), np.ones((10, 1), bool), cell=cell)
         assert verdict is not None
         return verdict.remarks
 
-    [remark] = remarks(0.5, has_gates=True)
-    assert remark.startswith("this speaks of the gradient with the present weights: a training can learn to open the")
-    assert remarks(1.0, has_gates=True) == remarks(2.0, has_gates=True) == remarks(0.5, has_gates=False) == ()
+    for cell in ("LSTMCell", "GRUCell"):
+        [remark] = remarks(0.5, cell)
+        assert remark.startswith("this speaks of the gradient with the present weights: a training can learn to open")
+        assert remarks(1.0, cell) == remarks(2.0, cell) == ()
+    [remark] = remarks(0.5, "SimpleRNNCell")
+    assert remark.endswith("`examples/temporal_order.py --cure suggestion+omega`")
+    assert remarks(0.5, "CellOfOnesOwn") == ()
 
 
 def test_a_flow_that_ends_at_zero_has_vanished() -> None:
