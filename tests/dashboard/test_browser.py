@@ -147,6 +147,14 @@ def test_everything_that_can_be_done(browser: Any, servers: Any) -> None:
     seen.page.close()
 
 
+# Sooner or later: until the charts are drawn anew they are as wide as before.
+FITS = """body => new Promise((resolve) => {
+  const look = () => body.scrollWidth <= window.innerWidth ? resolve(true) : setTimeout(look, 50);
+  setTimeout(() => resolve(false), 30000);
+  look();
+})"""
+
+
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_it_fits_every_screen(browser: Any, servers: Any, theme: str) -> None:
     seen = visit(browser, f"{servers[PREFIXED]}?darkMode={str(theme == 'dark').lower()}#keras_jacmon")
@@ -154,8 +162,7 @@ def test_it_fits_every_screen(browser: Any, servers: Any, theme: str) -> None:
     assert ("dark" in body.get_attribute("class").split()) == (theme == "dark")
     for width in (1440, 1024, 390):
         seen.page.set_viewport_size({"width": width, "height": 1400})
-        seen.page.wait_for_timeout(400)
-        assert body.evaluate("body => body.scrollWidth <= window.innerWidth")
+        assert body.evaluate(FITS)
         if PICTURES:
             seen.page.screenshot(path=f"{PICTURES}/{width}_{theme}.png")
     assert seen.complaints == []
