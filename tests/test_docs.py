@@ -6,7 +6,6 @@ import ast
 import inspect
 import re
 import runpy
-import warnings
 from typing import TYPE_CHECKING, Any
 
 import keras
@@ -15,7 +14,7 @@ import pytest
 from pages import ROOT, blocks, codes, page, reader_names, run, table
 
 import keras_jacmon
-from keras_jacmon import JacobianMonitor, explain, measure
+from keras_jacmon import explain, measure
 from keras_jacmon.structure.ops import OPERATIONS, Kind
 
 if TYPE_CHECKING:
@@ -28,16 +27,22 @@ SUPPORTED = [
 PROMISES = [codes(test)[0].split("::") for _, test in table(page("docs/promises.md"), "| promise | test |")]
 
 
-@pytest.fixture
-def names() -> dict[str, Any]:
-    keras.backend.clear_session(free_memory=False)
+@pytest.fixture(scope="module")
+def taken_for_granted() -> dict[str, Any]:
     return reader_names()
 
 
+@pytest.fixture
+def names(taken_for_granted: dict[str, Any]) -> dict[str, Any]:
+    """The names of a reader of one page, whose model is that of the other pages, and is traced once."""
+    keras.backend.clear_session(free_memory=False)
+    return dict(taken_for_granted)
+
+
 @pytest.fixture(scope="module")
-def cells() -> dict[str, Any]:
+def cells(taken_for_granted: dict[str, Any]) -> dict[str, Any]:
     """The names of a reader, and the cells that the page of what is supported makes."""
-    names = reader_names()
+    names = dict(taken_for_granted)
     run("docs/supported.md", names)
     return names
 
@@ -71,11 +76,11 @@ def test_each_supported_row(example: str, layers: list[str], cells: dict[str, An
 @pytest.mark.fast
 def test_each_promise_has_its_test_in_the_default_tier() -> None:
     assert len(PROMISES) >= 20
+    trees = {file: ast.parse((ROOT / "tests" / file).read_text(encoding="utf-8")) for file, _ in PROMISES}
     for file, name in PROMISES:
-        tree = ast.parse((ROOT / "tests" / file).read_text(encoding="utf-8"))
         marks = {
             node.name: [ast.unparse(mark) for mark in node.decorator_list]
-            for node in tree.body
+            for node in trees[file].body
             if isinstance(node, ast.FunctionDef)
         }
         assert name in marks, f"{file}::{name}"
@@ -109,25 +114,9 @@ def test_the_table_of_measures_is_that_of_the_registry() -> None:
 
 
 @pytest.mark.fast
-def test_the_explanation_that_is_shown() -> None:
+def test_the_explanation_that_is_shown(names: dict[str, Any]) -> None:
     (shown,) = [text for text in blocks(page("docs/methods.md"), "text") if "d state" in text]
-    names = reader_names()
     assert shown == f"{explain(names['model'], names['x'])}\n"
-
-
-def test_early_stopping_after_and_before_the_monitor(names: dict[str, Any]) -> None:
-    """The first limit: what reads `logs` comes after the monitor."""
-
-    def train(*callbacks: Any) -> list[str]:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            names["model"].fit(names["x"], names["y"], verbose=0, callbacks=list(callbacks))
-        return [str(warning.message) for warning in caught if "lstm_jac_variance" in str(warning.message)]
-
-    monitor = JacobianMonitor(names["x"], log_dir=None, measures=["variance"])
-    stopping = keras.callbacks.EarlyStopping(monitor="lstm_jac_variance", mode="min")
-    assert train(monitor, stopping) == []
-    assert len(train(stopping, monitor)) == 1
 
 
 @pytest.mark.parametrize("name", keras_jacmon.__all__)
