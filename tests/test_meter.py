@@ -77,12 +77,12 @@ def test_every_cell_equals_the_loop(case: Case) -> None:
 def test_go_backwards_is_indexed_by_input_position(case_id: str) -> None:
     probe = make_probe(BY_ID[case_id])
     model, layer = make_model(BY_ID[case_id], probe, go_backwards=True, return_sequences=True)
-    assert_layer(measure(model, probe, measures=KEYS)[layer.name], layer, probe, measures=KEYS)
+    assert_layer(measure(model, probe, measures=QUICK)[layer.name], layer, probe, measures=QUICK)
 
 
 def test_options_of_the_layer_change_nothing() -> None:
     model, layer = make_model(BY_ID["lstm"], PROBE, unroll=True, return_sequences=True)
-    assert_layer(measure(model, PROBE, measures=KEYS)[layer.name], layer, PROBE, measures=KEYS)
+    assert_layer(measure(model, PROBE, measures=QUICK)[layer.name], layer, PROBE, measures=QUICK)
 
 
 @pytest.mark.parametrize(
@@ -95,8 +95,8 @@ def test_a_model_that_was_never_called_gets_its_weights(cell: Any) -> None:
     keras.utils.set_random_seed(1)
     layer = L.RNN(cell, name="rnn")
     model = keras.Sequential([keras.Input((STEPS, FEATURES)), layer])
-    report = measure(model, PROBE, measures=KEYS)
-    assert_layer(report["rnn"], layer, PROBE, measures=KEYS)
+    report = measure(model, PROBE, measures=QUICK)
+    assert_layer(report["rnn"], layer, PROBE, measures=QUICK)
 
 
 @pytest.mark.filterwarnings("ignore:.*`build..` was called on layer")
@@ -176,7 +176,10 @@ def test_the_joint_view_of_one_state_is_the_hidden_one() -> None:
 
 @pytest.mark.parametrize(
     ("max_rows", "max_bytes", "go_backwards"),
-    [(7, 2**30, True), (40, 20_000, False), pytest.param(1000, 2**30, False, marks=pytest.mark.soak)],
+    [
+        (40, 20_000, True),
+        *(pytest.param(*case, marks=pytest.mark.soak) for case in ((7, 2**30, True), (1000, 2**30, False))),
+    ],
 )
 def test_expensive_measures_at_some_rows(max_rows: int, max_bytes: int, go_backwards: bool) -> None:  # noqa: FBT001 - pytest passes it by name
     steps = 30
@@ -330,9 +333,8 @@ def test_chunks_that_do_not_divide_the_rows() -> None:
     probe = normal(5, 7, FEATURES)
     model, layer = make_model(BY_ID["gru_reset_after"], probe)
     whole = measure(model, probe, measures=QUICK)[layer.name]["variance"]
-    for max_bytes in (1000, 2500):
-        chunked = measure(model, probe, measures=QUICK, max_bytes=max_bytes)[layer.name]["variance"]
-        np.testing.assert_allclose(chunked, whole, rtol=1e-5, strict=True)
+    chunked = measure(model, probe, measures=QUICK, max_bytes=2500)[layer.name]["variance"]
+    np.testing.assert_allclose(chunked, whole, rtol=1e-5, strict=True)
 
 
 def test_observation_changes_nothing() -> None:

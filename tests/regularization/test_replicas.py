@@ -6,6 +6,7 @@ import pytest
 import two_devices
 
 DEFINITIONS = """
+    options = {"measures": ["variance"], "log_dir": None, "on_error": "raise"}
     x, y = np.random.default_rng(0).normal(size=(32, 5, 3)).astype("float32"), np.ones((32, 1), "float32")
 
     def compiled():
@@ -29,33 +30,27 @@ TRAIN_AS_ONE = """
     def trained(strategy):
         with strategy.scope():
             model = compiled()
-        regularizer = JacobianRegularizer(1.0, "auto", states="fresh", refresh=3)
-        options = {"measures": ["variance"], "log_dir": None, "on_error": "raise"}
-        found = fit(model, JacobianMonitor(x[:4], targets=y[:4], regularizer=regularizer, **options))
-        assert regularizer.strength > 0
+            # A monitor that is made in the scope of a strategy.
+            schedule = JacobianRegularizer(1.0, lambda step: 2.0 + step, measure="spectral_norm", refresh=3)
+            scheduled = JacobianMonitor(x[:4], regularizer=schedule, **options)
+        auto = JacobianRegularizer(1.0, "auto", states="fresh", refresh=3)
+        found = fit(model, JacobianMonitor(x[:4], targets=y[:4], regularizer=auto, **options), scheduled)
+        assert auto.strength > 0
+        assert schedule.strength == 2.0 + 7
         return found
 
     assert_alike(trained(default), trained(mirrored))
 """
 
 WITHIN_THE_SCOPE = """
-    def trained(strategy):
-        with strategy.scope():
-            model = compiled()
-            # A monitor that is made, and one that fits, in the scope of a strategy.
-            regularizer = JacobianRegularizer(1.0, lambda step: 2.0 + step, measure="spectral_norm", refresh=3)
-            options = {"measures": ["variance"], "log_dir": None, "on_error": "raise"}
-            observing = JacobianMonitor(x[:4], **options)
-            held = JacobianMonitor(x[:4], regularizer=regularizer, **options)
-            model.fit(x, y, batch_size=8, shuffle=False, verbose=0, callbacks=[observing])
-            if strategy is mirrored:
-                sentence = refusal(lambda: model.fit(x, y, verbose=0, callbacks=[held]))
-                assert "outside of the scope of a strategy; making and compiling" in sentence, sentence
-        found = fit(model, held)
-        assert regularizer.strength == 2.0 + 11
-        return found
-
-    assert_alike(trained(default), trained(mirrored))
+    with mirrored.scope():
+        model = compiled()
+        observing = JacobianMonitor(x[:4], **options)
+        model.fit(x, y, batch_size=8, verbose=0, callbacks=[observing])
+        assert [step for step, _ in observing.reports] == [0, 4]
+        held = JacobianMonitor(x[:4], regularizer=JacobianRegularizer(1.0, 1.0), **options)
+        sentence = refusal(lambda: model.fit(x, y, verbose=0, callbacks=[held]))
+    assert "outside of the scope of a strategy; making and compiling" in sentence, sentence
 
     workers = tf.distribute.MultiWorkerMirroredStrategy()
     with workers.scope():
