@@ -46,10 +46,10 @@ libc.mallinfo.restype = Memory
 
 
 def used():
-    "Bytes that C has handed out and not got back, and blocks of Python, which have 64 bytes and more."
+    "Bytes that C has handed out and not got back, and blocks of Python, which have up to 512 bytes."
     gc.collect()
     memory = libc.mallinfo()
-    return memory.uordblks + memory.hblkhd + 64 * sys.getallocatedblocks()
+    return memory.uordblks + memory.hblkhd + 256 * sys.getallocatedblocks()
 
 
 model = keras.Sequential([keras.Input((5, 3)), keras.layers.RNN(Cell(3), name="rnn"), keras.layers.Dense(1)])
@@ -120,7 +120,7 @@ def growth(memory: list[int], measurements: int) -> float:
 # what is resident comes in pages of 4,096, and the allocator settles within some 2,000 measurements.
 @pytest.mark.parametrize(
     ("measurements", "memory", "most"),
-    [(500, "in_use", 100), pytest.param(100_000, "resident", 20, marks=pytest.mark.soak)],
+    [(600, "in_use", 200), pytest.param(100_000, "resident", 20, marks=pytest.mark.soak)],
 )
 def test_measurements_by_the_thousand(measurements: int, memory: str, most: int, tmp_path: Path) -> None:
     found = run(tmp_path, measurements, "observed")
@@ -129,7 +129,7 @@ def test_measurements_by_the_thousand(measurements: int, memory: str, most: int,
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize(("measurements", "memory", "most"), [(500, "in_use", 100), (4000, "resident", 200)])
+@pytest.mark.parametrize(("measurements", "memory", "most"), [(600, "in_use", 200), (4000, "resident", 200)])
 def test_memory_is_flat_where_each_report_is_written_and_the_model_is_held(
     measurements: int, memory: str, most: int, tmp_path: Path
 ) -> None:
