@@ -178,23 +178,23 @@ def graph_of(layer: Any, **options: Any) -> tf.Graph:
 
 
 def test_models_share_the_measurements_of_equal_kinds() -> None:
-    graph = graph_of(L.GRU(4))
-    assert graph_of(L.GRU(4, name="another")) is graph
+    graph = graph_of(L.SimpleRNN(4))
+    assert graph_of(L.SimpleRNN(4, name="another")) is graph
     keras.backend.clear_session()
-    assert graph_of(L.GRU(4)) is graph
+    assert graph_of(L.SimpleRNN(4)) is graph
 
 
 @pytest.mark.parametrize(
     ("layer", "options"),
     [
-        (lambda: L.GRU(4, reset_after=False), {}),
-        (lambda: L.GRU(4), {"measures": ["variance", "rms_singular_value"]}),
-        (lambda: L.GRU(4), {"seed": 1}),
+        (lambda: L.SimpleRNN(4, "relu"), {}),
+        (lambda: L.SimpleRNN(4), {"measures": ["variance", "rms_singular_value"]}),
+        (lambda: L.SimpleRNN(4), {"seed": 1}),
     ],
     ids=["step", "measures", "options"],
 )
 def test_models_share_nothing_else(layer: Any, options: Any) -> None:
-    assert graph_of(layer(), **options) is not graph_of(L.GRU(4))
+    assert graph_of(layer(), **options) is not graph_of(L.SimpleRNN(4))
 
 
 def test_a_report_names_the_weights_of_its_own_model() -> None:
@@ -207,9 +207,9 @@ def test_a_report_names_the_weights_of_its_own_model() -> None:
 
 
 def test_a_device_is_not_shared() -> None:
-    graph = graph_of(L.GRU(4))
+    graph = graph_of(L.SimpleRNN(4))
     with tf.device("/cpu:0"):
-        assert graph_of(L.GRU(4)) is not graph
+        assert graph_of(L.SimpleRNN(4)) is not graph
 
 
 def test_a_cell_that_reads_what_it_is_not_given_shares_with_no_other_model() -> None:
