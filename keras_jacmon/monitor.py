@@ -24,7 +24,7 @@ from keras_jacmon.report.report import Report
 from keras_jacmon.report.verdict import Verdict
 from keras_jacmon.watching.announcements import Announcements
 from keras_jacmon.watching.arguments import check_arguments, check_name, is_in_epochs, read_logs
-from keras_jacmon.watching.callback_list import misplaced, neighbours
+from keras_jacmon.watching.callback_list import begun_before, misplaced, neighbours
 from keras_jacmon.watching.failures import Failures
 from keras_jacmon.watching.log_values import PENALTY, STRENGTH, LogValues
 from keras_jacmon.watching.progress import MeasurementProgress
@@ -146,6 +146,7 @@ class JacobianMonitor(keras.callbacks.Callback):
         self._log_values = LogValues(read_logs(logs, plan))
         self._announcements = Announcements(verbose, on_verdict_change)
         self._progress = MeasurementProgress()
+        self._knows_neighbours = True
         self._given_name = self._name = name
         self._writer: Sink | None = None
         self.reports: list[tuple[int, Report]] = []
@@ -259,10 +260,15 @@ class JacobianMonitor(keras.callbacks.Callback):
         self._failures.begin()
         self._log_values.begin()
         self._announcements.begin()
-        before, after = neighbours(self)
-        for sentence in misplaced(before, after):
-            warnings.warn(sentence, stacklevel=2)
-        self._take_name([other._name for other in before if isinstance(other, JacobianMonitor)])  # noqa: SLF001
+        self._knows_neighbours = False
+        self._take_name([other._name for other in begun_before(self)])  # noqa: SLF001
+
+    def _warn_of_neighbours(self) -> None:
+        """Warns once of callbacks in the wrong place, after the first batch, which need not wait for the search."""
+        if not self._knows_neighbours:
+            self._knows_neighbours = True
+            for sentence in misplaced(*neighbours(self)):
+                warnings.warn(sentence, stacklevel=3)
 
     def _take_name(self, taken: Iterable[str | None]) -> None:
         """Takes the given name, numbered if a monitor before this one has it."""
@@ -284,6 +290,8 @@ class JacobianMonitor(keras.callbacks.Callback):
             self._schedule.start = iterations_of(self.model) or 0
             self._prepare_penalty()
             self._measure()
+        else:
+            self._warn_of_neighbours()
         self._prepare_penalty()
         if self._traced.held is not None:
             # Not before this hook can raise no more: Keras would not say that the training has ended.
@@ -297,6 +305,7 @@ class JacobianMonitor(keras.callbacks.Callback):
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Measures if `update_freq` is `"epoch"`, and adds the newest means to the logs."""
+        self._warn_of_neighbours()
         self._warn_of_unused_penalty()
         self._epochs = epoch
         if self._schedule.is_due_after_epoch():

@@ -6,10 +6,14 @@ from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 import tensorflow as tf
+from tensorflow.core.protobuf import config_pb2, rewriter_config_pb2
 from tensorflow.python.eager import context
 from tensorflow.python.framework import op_callbacks
 
 StaticT = TypeVar("StaticT")
+
+# Passes of TensorFlow's graph optimizer that take a good part of a first run, and make no later run faster.
+_IDLE_PASSES = ("constant_folding", "shape_optimization", "implementation_selector")
 
 
 @dataclass(frozen=True)
@@ -26,7 +30,7 @@ class Traced(Generic[StaticT]):
 
     def __call__(self, *tensors: Any) -> Any:
         """Runs the graph for arguments that match the specs, and returns its tensors in the traced structure."""
-        with unchecked():
+        with unchecked(), _optimized_briefly():
             return self.graph(*tensors)
 
 
@@ -87,6 +91,28 @@ def unchecked() -> Iterator[None]:
     finally:
         for callback in suspended:
             op_callbacks.add_op_callback(callback)
+
+
+@contextlib.contextmanager
+def _optimized_briefly() -> Iterator[None]:
+    """Has TensorFlow optimize a graph once and not twice at its first run, without idle passes, in this thread.
+
+    All other settings are those of the user. TensorFlow has no public way to choose settings for one function.
+    """
+    present = context.context()
+    chosen = present.function_call_options
+    config = config_pb2.ConfigProto.FromString(chosen.config_proto_serialized)
+    passes = config.graph_options.rewrite_options
+    passes.meta_optimizer_iterations = rewriter_config_pb2.RewriterConfig.ONE
+    passes.memory_optimization = rewriter_config_pb2.RewriterConfig.NO_MEM_OPT
+    passes.disable_tfg_optimizer = True
+    for name in _IDLE_PASSES:
+        setattr(passes, name, rewriter_config_pb2.RewriterConfig.OFF)
+    present.function_call_options = context.FunctionCallOptions(chosen.executor_type, config)
+    try:
+        yield
+    finally:
+        present.function_call_options = chosen
 
 
 def chosen_device() -> str | None:

@@ -1,9 +1,14 @@
 """The list of callbacks that a callback stands in, and the places in it at which values are lost."""
 
 import gc
+import threading
+import weakref
 from collections.abc import Sequence
+from typing import Any, TypeVar
 
 import keras
+
+CallbackT = TypeVar("CallbackT", bound=keras.callbacks.Callback)
 
 # Part of the name of each key that a monitor adds to the logs.
 MARK = "jac_"
@@ -11,6 +16,10 @@ MARK = "jac_"
 _ORDER = "[TensorBoard, JacobianMonitor, EarlyStopping, ModelCheckpoint, CSVLogger]"
 _READ_ALL = (keras.callbacks.CSVLogger, keras.callbacks.RemoteMonitor)
 _READ_ONE = (keras.callbacks.EarlyStopping, keras.callbacks.ModelCheckpoint, keras.callbacks.ReduceLROnPlateau)
+
+# The `params` of callbacks when they began.
+_BEGUN: "weakref.WeakKeyDictionary[Any, dict[str, Any] | None]" = weakref.WeakKeyDictionary()
+_LOCK = threading.Lock()
 
 
 def neighbours(
@@ -22,15 +31,29 @@ def neighbours(
     the callback, and to such a list in turn. Only those are touched: to look through all objects of Python is not safe,
     since a tuple that another thread is about to make cannot be finished while somebody holds it.
     """
-    for members in (found for found in gc.get_referrers(callback) if type(found) is list):
-        for owner in map(_attributes, gc.get_referrers(members)):
-            if owner.get("callbacks") is members and owner.get("params") is callback.params:
-                place = next(place for place, member in enumerate(members) if member is callback)
-                return members[:place], members[place + 1 :]
+    lists = [found for found in gc.get_referrers(callback) if type(found) is list]
+    # Of all lists at once: each search goes through the memory of the process.
+    for owner in map(_attributes, gc.get_referrers(*lists)):
+        members = next((found for found in lists if found is owner.get("callbacks")), None)
+        if members is not None and owner.get("params") is callback.params:
+            place = next(place for place, member in enumerate(members) if member is callback)
+            return members[:place], members[place + 1 :]
     return [], []
 
 
-def _attributes(found: object) -> dict[str, object]:
+def begun_before(callback: CallbackT) -> list[CallbackT]:
+    """Returns the callbacks that were given here in the present `fit` before this one, and takes note of this one.
+
+    Callbacks of one `fit` have the same dict as `params`, and begin in the order of their list.
+    """
+    params = callback.params
+    with _LOCK:
+        before = [one for one, begun_with in _BEGUN.items() if begun_with is params and one is not callback]
+        _BEGUN[callback] = params
+    return [] if params is None else before
+
+
+def _attributes(found: object) -> dict[str, Any]:
     """Returns the attributes of a list of callbacks, which its class or its own dict may be found by; else none."""
     if type(found) is dict:
         return found

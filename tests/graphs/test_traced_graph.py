@@ -2,6 +2,7 @@
 
 import pytest
 import tensorflow as tf
+from tensorflow.python.eager import context
 
 from keras_jacmon.graphs.trace import trace
 from keras_jacmon.graphs.traced_graph import TracedGraph
@@ -21,6 +22,18 @@ def test_a_traced_function_hands_out_its_python_object_and_runs_without_being_tr
     for count in (2, 5):
         assert float(traced(tf.ones([count, 3]), {"a": tf.constant(1.0)})["sum"]) == 3 * count + 1
     assert len(calls) == 1
+
+
+def test_a_run_leaves_the_settings_of_tensorflow_as_they_are() -> None:
+    """A graph is optimized by settings of its own, so that its first run is short; they hold in this run alone."""
+    present = context.context()
+    before, attributes = present.function_call_options, present.function_call_options.as_attrs()
+    checked = trace(lambda x: (tf.debugging.check_numerics(x, ""), None), [tf.TensorSpec([])])
+    assert float(checked(tf.constant(1.0))) == 1.0
+    with pytest.raises(tf.errors.InvalidArgumentError):
+        checked(tf.constant(float("nan")))
+    assert present.function_call_options is before
+    assert before.as_attrs() == attributes
 
 
 def test_an_error_while_tracing_is_raised_as_it_is() -> None:
