@@ -114,7 +114,7 @@ def radius(only: str | None) -> None:
 
 def flossing(_: str | None) -> None:
     """Prints the mean squared exponent of a random tanh network along the updates, and the time of an update."""
-    print("\n| updates | mean squared exponent | milliseconds of an update |\n| --- | --- | --- |")
+    print("\n| updates | mean squared exponent | milliseconds of an update (of a CPU) |\n| --- | --- | --- |")
     keras.utils.set_random_seed(0)
     layer = keras.layers.SimpleRNN(
         FLOSSED_UNITS,
@@ -129,14 +129,15 @@ def flossing(_: str | None) -> None:
     optimizer, weights = keras.optimizers.Adam(1e-3), model.trainable_variables
     optimizer.build(weights)
     apply = tf.function(lambda slopes: optimizer.apply(slopes, weights))
-    times: list[float] = []
+    times: list[tuple[float, float]] = []
     for update in range(UPDATES + 1):
-        begin = time.perf_counter()
+        begin, busy = time.perf_counter(), time.process_time()
         value, slopes = loss.value_and_slopes()
         apply(slopes)
-        times.append(time.perf_counter() - begin)
+        times.append((time.perf_counter() - begin, time.process_time() - busy))
         if update % 100 == 0:
-            print(f"| {update} | {float(value):.5f} | {1e3 * np.median(times):.0f} |", flush=True)
+            wall, cpu = 1e3 * np.median(times, axis=0)
+            print(f"| {update} | {float(value):.5f} | {wall:.0f} ({cpu:.0f}) |", flush=True)
 
 
 def suggestions(only: str | None) -> None:

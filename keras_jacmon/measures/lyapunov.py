@@ -175,7 +175,8 @@ class _Walk(NamedTuple):
 
     Attributes:
         rows: Tensor `(time + 1, samples, k, n)`, the transpose of Q before the first step and after each.
-        triangles: Tensor `(time, samples, k, k)`, the transpose of R; the identity at skipped steps.
+        triangles: Tensor `(time, samples, k, k)`, the transpose of R, with ones on the diagonal where a column has lost
+            its direction; the identity at skipped steps.
         logs: Tensor `(time, samples, k)`, the logarithms of `|R_ii|`; zero where they do not count.
         found: Tensor `(time, samples, k)`, 1 where a logarithm counts and its column has not lost its direction.
         counts: Tensor `(samples,)`, number of steps of each sample that count.
@@ -257,23 +258,21 @@ def _walked(steps: Steps, multiply: _Multiply, start: tf.Tensor, warmup: int) ->
     def step(t: tf.Tensor, rows: tf.Tensor, *kept: tf.TensorArray) -> tuple[Any, ...]:
         split = _decomposed_rows(multiply(t, rows))
         following = split.q if steps.mask is None else tf.where(steps.mask[t][:, None, None], split.q, rows)
-        written = (following, split.r, split.scale)
+        written = (following, split.triangle, split.lengths)
         return t + 1, following, *(array.write(t, value) for array, value in zip(kept, written, strict=True))
 
     shapes = (start.shape, [samples, k, k], [samples, k])
     kept = [tf.TensorArray(dtype, time, element_shape=shape) for shape in shapes]
     _, _, *kept = tf.while_loop(lambda t, *_: t < time, step, [tf.constant(0), start, *kept])
-    rows, triangles, scale = (tf.stop_gradient(array.stack()) for array in kept)
+    rows, triangles, lengths = (tf.stop_gradient(array.stack()) for array in kept)
     valid = tf.ones([time, steps.samples], tf.bool) if steps.mask is None else steps.mask
     counts = valid & (tf.cumsum(tf.cast(valid, tf.int32)) > warmup)
-    lengths = _lengths(triangles, axis=-1)
-    logs = tf.math.log(tf.maximum(lengths * scale, TINY))
-    triangles *= scale[..., None]
+    logs = tf.math.log(tf.maximum(lengths, TINY))
     return _Walk(
         tf.concat([start[None], rows], axis=0),
         triangles if steps.mask is None else tf.where(valid[..., None, None], triangles, tf.eye(k, dtype=dtype)),
         tf.where(counts[:, :, None], logs, tf.zeros_like(logs)),
-        tf.cast(counts[:, :, None] & (lengths > 0), dtype),
+        tf.cast(counts[:, :, None] & (lengths > TINY), dtype),
         tf.math.count_nonzero(counts, axis=0),
     )
 
@@ -281,15 +280,11 @@ def _walked(steps: Steps, multiply: _Multiply, start: tf.Tensor, warmup: int) ->
 def _slopes(steps: Steps, multiply: _Multiply, walk: _Walk, by_sums: tf.Tensor) -> tf.Tensor:
     """X of all steps, `(time, samples, k, n)`, zero at skipped ones; the derivatives by the sums are `(samples, k)`."""
     time = tf.convert_to_tensor(steps.time)
-    diagonal = tf.linalg.diag_part(walk.triangles)
-    # A solver refuses a matrix that is singular.
-    diagonal = tf.where(tf.abs(diagonal) > TINY, diagonal, tf.ones_like(diagonal))
-    triangles = tf.linalg.set_diag(walk.triangles, diagonal)
     direct = walk.rows[1:] * (by_sums * walk.found)[..., None]
 
     def step(done: tf.Tensor, generator: tf.Tensor, kept: tf.TensorArray) -> tuple[Any, ...]:
         t = time - 1 - done
-        solved = tf.linalg.triangular_solve(triangles[t], generator + direct[t], adjoint=True)
+        solved = tf.linalg.triangular_solve(walk.triangles[t], generator + direct[t], adjoint=True)
         pulled, before = multiply(t, solved, adjoint=True), walk.rows[t]
         # A part that only rounding makes would grow from step to step.
         fixed = tf.linalg.band_part(_product(pulled, before, transpose_b=True), -1, 0)
@@ -301,8 +296,23 @@ def _slopes(steps: Steps, multiply: _Multiply, walk: _Walk, by_sums: tf.Tensor) 
     return solved if steps.mask is None else tf.where(steps.mask[:, :, None, None], solved, tf.zeros_like(solved))
 
 
-def _decomposed_rows(rows: tf.Tensor) -> _Decomposed:
-    """The decomposition of columns that are rows here, `(samples, k, n)`; q and r are transposes too.
+class _Rows(NamedTuple):
+    """The decomposition of columns that are rows here.
+
+    Attributes:
+        q: Tensor `(samples, k, n)`, orthonormal rows.
+        triangle: Tensor `(samples, k, k)`, lower triangular, with which `rows = triangle q`, but for a diagonal of ones
+            where a row has lost its direction, since a solver refuses a matrix that is singular.
+        lengths: Tensor `(samples, k)`, the size of the diagonal; zero for a row that has lost its direction.
+    """
+
+    q: tf.Tensor
+    triangle: tf.Tensor
+    lengths: tf.Tensor
+
+
+def _decomposed_rows(rows: tf.Tensor) -> _Rows:
+    """The decomposition of columns that are rows here, `(samples, k, n)`.
 
     In single precision by the Cholesky decomposition of the products of the columns in double precision, which takes
     half of the time, except where the columns are so near to each other that this would lose digits.
@@ -313,21 +323,25 @@ def _decomposed_rows(rows: tf.Tensor) -> _Decomposed:
     products = _product(wide, wide, transpose_b=True)
     squares = tf.linalg.diag_part(products)
     # What is added lies below the digits that count, and lets the decomposition succeed.
-    triangles = tf.linalg.cholesky(tf.linalg.set_diag(products, squares * (1 + _SHIFT) + _LEAST**3))
-    apart = tf.reduce_all(tf.linalg.diag_part(triangles) > _APART * tf.sqrt(squares) + _LEAST)
+    triangle = tf.linalg.cholesky(tf.linalg.set_diag(products, squares * (1 + _SHIFT) + _LEAST**3))
+    lengths = tf.linalg.diag_part(triangle)
+    apart = tf.reduce_all(lengths > _APART * tf.sqrt(squares) + _LEAST)
 
-    def by_products() -> _Decomposed:
-        q, r = tf.linalg.triangular_solve(triangles, wide), triangles
-        return _Decomposed(tf.cast(q, rows.dtype), tf.cast(r, rows.dtype), tf.ones(rows.shape[:2], rows.dtype))
+    def by_products() -> _Rows:
+        found = (tf.linalg.triangular_solve(triangle, wide), triangle, lengths)
+        return _Rows(*(tf.cast(tensor, rows.dtype) for tensor in found))
 
-    split = _Decomposed(*tf.cond(apart, by_products, lambda: _by_reflections(rows)))
+    split = _Rows(*tf.cond(apart, by_products, lambda: _by_reflections(rows)))
     return split._replace(q=tf.ensure_shape(split.q, rows.shape))
 
 
-def _by_reflections(rows: tf.Tensor) -> _Decomposed:
-    """The decomposition by Householder reflections, of columns that are rows."""
+def _by_reflections(rows: tf.Tensor) -> _Rows:
+    """The decomposition of columns that are rows by Householder reflections."""
     split = _decomposed(tf.linalg.matrix_transpose(rows))
-    return _Decomposed(tf.linalg.matrix_transpose(split.q), tf.linalg.matrix_transpose(split.r), split.scale)
+    lengths, triangle = _lengths(split.r) * split.scale, tf.linalg.matrix_transpose(split.r * split.scale[:, None])
+    diagonal = tf.linalg.diag_part(triangle)
+    diagonal = tf.where(lengths > TINY, diagonal, tf.ones_like(diagonal))
+    return _Rows(tf.linalg.matrix_transpose(split.q), tf.linalg.set_diag(triangle, diagonal), lengths)
 
 
 def _decomposed(vectors: tf.Tensor) -> _Decomposed:
@@ -337,12 +351,12 @@ def _decomposed(vectors: tf.Tensor) -> _Decomposed:
     return _Decomposed(q, r, scale)
 
 
-def _lengths(r: tf.Tensor, axis: int = -2) -> tf.Tensor:
-    """`|r_ii|`; zero for a column, along the given axis, that has lost its direction to rounding."""
+def _lengths(r: tf.Tensor) -> tf.Tensor:
+    """`|r_ii|`; zero for a column that has lost its direction to rounding."""
     lengths = tf.abs(tf.linalg.diag_part(r))
     # A column that is a sum of those before it but for rounding has lost its direction: q then holds another one, which
     # is orthogonal to all others.
-    rounding = 10 * np.finfo(r.dtype.as_numpy_dtype).eps * tf.norm(r, axis=axis)
+    rounding = 10 * np.finfo(r.dtype.as_numpy_dtype).eps * tf.norm(r, axis=-2)
     return tf.where(lengths <= rounding, tf.zeros_like(lengths), lengths)
 
 

@@ -60,10 +60,24 @@ WITHIN_THE_SCOPE = """
 """
 
 
+STABILIZED = """
+    from keras_jacmon import stabilize
+
+    with mirrored.scope():
+        model = compiled()
+    history = stabilize(model, x[:4], 0.5, steps=5, verbose=0).history
+    assert history["loss"][-1] < history["loss"][0]
+    for weight in model.layers[0].weights:
+        one, other = weight.value.values
+        np.testing.assert_array_equal(one, other)
+"""
+
+
 @pytest.fixture(scope="module")
 def outcome() -> dict[str, str]:
     """The tracebacks of the scripts, run in one process."""
-    return two_devices.run(DEFINITIONS, {"train as one": TRAIN_AS_ONE, "within the scope": WITHIN_THE_SCOPE})
+    parts = {"train as one": TRAIN_AS_ONE, "within the scope": WITHIN_THE_SCOPE, "stabilized": STABILIZED}
+    return two_devices.run(DEFINITIONS, parts)
 
 
 def test_two_replicas_train_as_one(outcome: dict[str, str]) -> None:
@@ -73,3 +87,7 @@ def test_two_replicas_train_as_one(outcome: dict[str, str]) -> None:
 
 def test_within_the_scope_of_a_strategy(outcome: dict[str, str]) -> None:
     assert outcome["within the scope"] == ""
+
+
+def test_stabilize_gives_each_replica_the_same_weights(outcome: dict[str, str]) -> None:
+    assert outcome["stabilized"] == ""
