@@ -1,4 +1,4 @@
-"""Random draws for tests, the same ones each time: a twentieth of them in each run, all of them with `-m soak`."""
+"""Random draws for tests, the same ones each time: one part of them in each run, all of them with `-m soak`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 # The number of drawn models; each test takes a share of it.
 DRAWS = int(os.environ.get("JACMON_DRAWS", "100"))
-PARTS = 20
+PARTS = 25
 
 
 def each_part_but(default: int) -> Any:

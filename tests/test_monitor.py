@@ -216,10 +216,10 @@ def test_a_measurement_that_fails_changes_nothing() -> None:
         keras_model.append(None)
 
     keras_model: list[None] = []
-    without, _ = train("plain", AtBatch(3, break_nothing), make=make)
+    without, _ = train("dropout", AtBatch(3, break_nothing), make=make)
     monitor = quick_monitor(update_freq="batch")
     with pytest.warns(UserWarning, match="rnn"):
-        with_monitor, _ = train("plain", monitor, AtBatch(3, break_cell), make=make)
+        with_monitor, _ = train("dropout", monitor, AtBatch(3, break_cell), make=make)
     # The counter that breaks the cell is the one variable that differs.
     broken = {name for name, value in without.items() if not np.array_equal(value, with_monitor[name], equal_nan=True)}
     assert len(broken) == 1
