@@ -177,13 +177,14 @@ def test_a_training_that_never_reads_the_losses_is_warned_of(kind: Any) -> None:
 
 
 def test_a_training_step_of_ones_own_that_reads_the_losses() -> None:
-    regularizer = JacobianRegularizer(lambda step: 1.0 + step, 0.01, view="joint")
+    regularizer = JacobianRegularizer(lambda step: 2.0 + step / 128, 3.0, view="joint")
     model, monitor = OwnStep(reads=True), quick_monitor(regularizer=regularizer)
-    model.compile("sgd", "mse")
+    model.compile(keras.optimizers.SGD(0.1), "mse")
     fit(model, monitor)
-    found = [report["rnn"].targets["variance"] for _, report in monitor.reports]
-    assert (found[0], found[-1]) == (1.0, regularizer.target)
-    assert found[-1] > 1.0
+    first, last = (report["rnn"] for _, report in monitor.reports)
+    assert (first.targets["variance"], last.targets["variance"], regularizer.target) == (2.0, *[2.0 + 7 / 128] * 2)
+    assert last.mean("variance") > first.mean("variance") + 0.1
+    assert not model.losses
     # The second training uses what was traced in the first one.
     fit(model, monitor)
 

@@ -319,32 +319,6 @@ def test_gradient_accumulation() -> None:
     assert means[-1] > means[0] + 0.01
 
 
-def test_a_train_step_of_ones_own() -> None:
-    class Model(keras.Model):
-        def __init__(self) -> None:
-            super().__init__()
-            self.rnn, self.dense = keras.layers.SimpleRNN(3, name="rnn"), keras.layers.Dense(1)
-
-        def call(self, inputs: Any) -> Any:
-            return self.dense(self.rnn(inputs))
-
-        def train_step(self, data: Any) -> Any:
-            x, y = data
-            with tf.GradientTape() as tape:
-                loss = self.compute_loss(x=x, y=y, y_pred=self(x, training=True))
-            gradients = tape.gradient(loss, self.trainable_variables)
-            self.optimizer.apply_gradients(zip(gradients, self.trainable_variables, strict=True))
-            return {"loss": loss}
-
-    model = Model()
-    model.compile(keras.optimizers.SGD(0.1), "mse")
-    monitor = holding(JacobianRegularizer(2.0, 3.0))
-    fit(model, monitor, epochs=1)
-    means = [next(iter(report.layers.values())).mean("variance") for _, report in monitor.reports]
-    assert means[-1] > means[0] + 0.005
-    assert is_gone(model)
-
-
 def test_a_loop_of_ones_own() -> None:
     model = compiled()
     optimizer = keras.optimizers.SGD(0.1)
