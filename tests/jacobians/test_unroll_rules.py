@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from keras_jacmon.cell.cell_graph import CellGraph
 
-SAMPLES, TIME, UNITS = 3, 3, 4
+SAMPLES, TIME, UNITS = 3, 2, 4
 # Parts of a product are products of their own where they are wide.
 WIDE = 128
 

@@ -10,7 +10,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from helpers import BATCH, KEYS, STEPS, WeightedCell, assert_layer, build, normal, randomize
+from helpers import BATCH, MOMENTS, STEPS, WeightedCell, assert_layer, build, normal, randomize
 
 from keras_jacmon import register_jacobian
 from keras_jacmon.measurement.shared import Shared
@@ -63,11 +63,11 @@ def assert_each_equals_the_loop(meter: JacobianMeter, model: Any, *, measures: A
 
 def test_equal_layers_are_traced_once_and_measured_with_their_own_weights() -> None:
     model = stack_of(*(L.LSTM(4, return_sequences=True, name=f"lstm_{k}") for k in range(4)))
-    meter = JacobianMeter(model, PROBE, measures=KEYS)
+    meter = JacobianMeter(model, PROBE, measures=MOMENTS)
     assert meter.trace_count == 1
-    assert_each_equals_the_loop(meter, model, measures=KEYS)
+    assert_each_equals_the_loop(meter, model, measures=MOMENTS)
     randomize(model, seed=5)
-    assert_each_equals_the_loop(meter, model, measures=KEYS)
+    assert_each_equals_the_loop(meter, model, measures=MOMENTS)
     assert meter.trace_count == 1
 
 
