@@ -25,6 +25,7 @@ from helpers import (
     call_cell,
     cases_of,
     make_model,
+    make_step,
     normal,
     randomize,
     soak_but,
@@ -257,20 +258,25 @@ def test_cells_with_a_structure_are_measured(name: str) -> None:
     assert_layer(report, layer, PROBE, measures=MOMENTS)
 
 
+def choices_of(cell: Any, inputs: Any, states: Any, view: Any) -> list[Any]:
+    """How each block of the Jacobian is taken; no number is computed."""
+    choices: list[Any] = []
+
+    @tf.function(autograph=False)
+    def choose(inputs: Any, *flat: Any) -> None:
+        choices.extend(CellJacobian(CellStep(cell, states), inputs, flat).choices(view))
+
+    choose.get_concrete_function(inputs, *tf.nest.flatten(states))
+    return choices
+
+
 @pytest.mark.fast
 @pytest.mark.parametrize("name", DECEIVING)
 def test_cells_made_to_deceive(name: str) -> None:
     function, reason = DECEIVING[name]
-    cell, h = FunctionCell(function), tf.zeros((3, 4))
+    cell = FunctionCell(function)
     cell.build((1, FEATURES))
-    choices = []
-
-    @tf.function(autograph=False)
-    def choose(inputs: Any, h: Any) -> None:
-        choices.extend(CellJacobian(CellStep(cell, [h]), inputs, [h]).choices("hidden"))
-
-    choose.get_concrete_function(tf.zeros((3, FEATURES)), h)
-    (choice,) = choices
+    (choice,) = choices_of(cell, tf.zeros((3, FEATURES)), [tf.zeros((3, 4))], "hidden")
     assert choice.how == "autodiff"
     assert reason in choice.why
 
@@ -528,12 +534,14 @@ def test_the_explanation_is_a_table() -> None:
         "  joint   d state 1 / d state 1  structure: a diagonal",
         f"  inputs  d state 0 / d inputs  {mixes}",
     ]
-    model, layer = make_model(BY_ID["gru_reset_before"], PROBE)
-    (choice,) = explain(model, PROBE).choices[layer.name]["hidden"]
+
+
+def test_the_parts_of_a_product_and_blocks_of_zeros_are_named() -> None:
+    (choice,) = choices_of(*make_step(BY_ID["gru_reset_before"]), "hidden")
     part = "the product with a part of `recurrent_kernel`"
     assert choice.why == f"a diagonal + {part} + {part}, of another product"
-    model, layer = make_model(BY_ID["stacked_seed_cell_simple_rnn"], PROBE)
-    hows = {(choice.new, choice.old): choice.how for choice in explain(model, PROBE).choices[layer.name]["joint"]}
+    choices = choices_of(*make_step(BY_ID["stacked_seed_cell_simple_rnn"]), "joint")
+    hows = {(choice.new, choice.old): choice.how for choice in choices}
     assert hows[0, 2] == "zero"
 
 
