@@ -98,7 +98,7 @@ class Gradient:
         self._moves: Moves = RelativeMoves(weights) if optimizer is None else Copies(weights)
         self._optimizer = keras.optimizers.Adam(_LEARNING_RATE) if optimizer is None else optimizer
         self._optimizer.build(self._moves.variables)
-        self._update = tf.function(self._updated)
+        self._update = tf.function(self._updated, autograph=False)
         self._step, self._last_loss = 0, math.inf
         self.notes: list[str] = []
 
