@@ -34,7 +34,7 @@ from trainings import (
 )
 
 from keras_jacmon import JacobianMonitor, JacobianRegularizer
-from keras_jacmon.watching.callback_list import neighbours
+from keras_jacmon.watching.callback_list import begun_before, neighbours
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -83,6 +83,17 @@ def test_looking_for_the_other_callbacks_disturbs_no_thread() -> None:
         done.set()
         thread.join()
         sys.setswitchinterval(before)
+
+
+def test_callbacks_of_one_training_know_those_that_began_before() -> None:
+    one, other, alone = (keras.callbacks.Callback() for _ in range(3))
+    for members in ([one, other], [other, one]):
+        used = keras.callbacks.CallbackList(members, epochs=1)
+        # A list may serve several trainings.
+        for _ in range(2):
+            assert [begun_before(member) for member in used.callbacks[:2]] == [[], members[:1]]
+    # Without a list they are not known to belong together.
+    assert [begun_before(alone), begun_before(keras.callbacks.Callback())] == [[], []]
 
 
 def test_several_monitors_keep_keys_runs_and_tags_apart(tmp_path: Path) -> None:

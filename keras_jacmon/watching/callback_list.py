@@ -48,9 +48,13 @@ def begun_before(callback: CallbackT) -> list[CallbackT]:
     """
     params = callback.params
     with _LOCK:
-        before = [one for one, begun_with in _BEGUN.items() if begun_with is params and one is not callback]
+        if params is None or _BEGUN.get(callback) is params:
+            # A list of callbacks that is used again, and begins with this one.
+            for one in [one for one, begun_with in _BEGUN.items() if begun_with is params]:
+                del _BEGUN[one]
+        before = [one for one, begun_with in _BEGUN.items() if begun_with is params]
         _BEGUN[callback] = params
-    return [] if params is None else before
+    return before
 
 
 def _attributes(found: object) -> dict[str, Any]:
