@@ -28,7 +28,7 @@ _GATES_OPEN = (
 )
 _NO_GATES = (
     "this speaks of the gradient with the present weights. For a long memory without gates, a start that is stable may "
-    "not suffice: trainings on an order over 120 steps succeeded with a suggested factor and then, while they ran, "
+    "not last: trainings on an order over 120 steps succeeded with a suggested factor and then, while they ran, "
     "Pascanu's penalty Ω on the way of the error, as in `examples/temporal_order.py --cure suggestion+omega`"
 )
 _OF_VANISHING = {"LSTMCell": _GATES_OPEN, "GRUCell": _GATES_OPEN, "SimpleRNNCell": _NO_GATES}
