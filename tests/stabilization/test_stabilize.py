@@ -154,6 +154,20 @@ def test_a_padded_probe_in_half_precision_is_the_probe_without_the_padding() -> 
     np.testing.assert_allclose(found[0], found[1], rtol=1e-2)
 
 
+@pytest.mark.parametrize(("measure", "view"), [("rms_singular_value", "hidden"), ("spectral_norm", "joint")])
+def test_the_singular_values_of_the_chosen_view_are_brought_to_a_target(measure: str, view: str) -> None:
+    layer = keras.layers.LSTM(UNITS, return_sequences=True, name="rnn")
+    model = stack(layer)
+    result = quick(model, target=0.7, measure=measure, view=view, tolerance=0.03, patience=1)
+    assert result.converged
+    values = np.linalg.svd(reference_jacobians(layer, PROBE)[view], compute_uv=False)
+    sizes = values.max(axis=-1) if measure == "spectral_norm" else np.sqrt(np.mean(values**2, axis=-1))
+    np.testing.assert_allclose(
+        result.after["rnn"].mean(f"{view}/{measure}".removeprefix("hidden/")), np.mean(sizes), rtol=0.01
+    )
+    assert abs(np.mean(sizes) - 0.7) < 0.035
+
+
 def test_the_growth_is_brought_to_its_target_by_gradient() -> None:
     result = quick(stack(simple()), optimizer=None, measure="growth", target=-0.1, tolerance=0.03, patience=1)
     assert result.converged
