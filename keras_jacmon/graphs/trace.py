@@ -30,7 +30,7 @@ class Traced(Generic[StaticT]):
 
     def __call__(self, *tensors: Any) -> Any:
         """Runs the graph for arguments that match the specs, and returns its tensors in the traced structure."""
-        with unchecked(), _optimized_briefly():
+        with unchecked():
             return self.graph(*tensors)
 
 
@@ -94,10 +94,12 @@ def unchecked() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _optimized_briefly() -> Iterator[None]:
+def optimized_briefly() -> Iterator[None]:
     """Has TensorFlow optimize a graph once and not twice at its first run, without idle passes, in this thread.
 
-    All other settings are those of the user. TensorFlow has no public way to choose settings for one function.
+    Not for the user's model: other passes round half precision in other places, and the layers would receive other
+    inputs than in a training. All other settings are those of the user. TensorFlow has no public way to choose settings
+    for one function.
     """
     present = context.context()
     chosen = present.function_call_options

@@ -11,7 +11,7 @@ import tensorflow as tf
 from keras_jacmon.cell.kind import CellKind, cell_kind
 from keras_jacmon.cell.step import CellStep
 from keras_jacmon.cell.trajectory import UnrollInputs
-from keras_jacmon.graphs.trace import Traced, chosen_device, trace
+from keras_jacmon.graphs.trace import Traced, chosen_device, optimized_briefly, trace
 from keras_jacmon.jacobians.cell_jacobian import Assumptions
 from keras_jacmon.jacobians.registered_forms import registered_form
 from keras_jacmon.measurement.assembly import CallMetadata
@@ -95,7 +95,7 @@ class CompiledMeasurement(NamedTuple):
     def __call__(self, draw: tf.Tensor, sequence: SequenceTensors, weights: Sequence[tf.Tensor]) -> CallResults:
         """Measures a call with the given weights of its cell, in the order of its kind."""
         # Keras' variables are shielded while tracing; a `tf.Variable` that a custom cell writes to is put back here.
-        with put_back(self.foreign):
+        with put_back(self.foreign), optimized_briefly():
             results: CallResults = self.function(draw, sequence, list(weights))
         return results
 
