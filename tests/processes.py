@@ -38,4 +38,6 @@ def _execute(script: str, arguments: tuple[str, ...], environment: dict[str, str
     os.environ.update(environment)
     sys.argv = ["-c", *arguments]
     warnings.simplefilter("error", UserWarning)
+    # TensorBoard before 2.21 imports it.
+    warnings.filterwarnings("ignore", "pkg_resources is deprecated", UserWarning)
     exec(compile(textwrap.dedent(script), "<script>", "exec"), {"__name__": "__main__"})  # noqa: S102 - the script is ours
