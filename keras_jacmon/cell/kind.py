@@ -1,7 +1,7 @@
 """The kind of a cell: its step as a graph, apart from the values of its weights."""
 
 import collections
-from collections.abc import Hashable, Sequence
+from collections.abc import Collection, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,11 +27,15 @@ class CellKind:
         weights: Tuple of the variables of Keras that the step is given as tensors.
         is_self_contained: Boolean, True if the step reads nothing but what it is given. Then equal keys mean equal
             kinds for as long as the process lives, also when the cell is gone. Defaults to False.
+        key_for_any_features: Hashable, equal for kinds that differ in their number of features alone: with zeros added
+            to the inputs, and to the rows of the weights that multiply them, one takes the step of the other. None, the
+            default, if the inputs do more than multiply weights.
     """
 
     key: Hashable
     weights: "tuple[keras.Variable, ...]"
     is_self_contained: bool = False
+    key_for_any_features: Hashable = None
 
     @classmethod
     def own(cls, cell: Any) -> "CellKind":
@@ -76,7 +80,47 @@ def cell_kind(cell: Any, states: Any, specs: Sequence[tf.TensorSpec]) -> CellKin
         return CellKind.own(cell)
     if written:
         return CellKind.own(cell)
-    names = tuple(
+    described = [
         (name, tuple(weight.shape), weight.dtype) for name, weight in zip(names_of(weights), weights, strict=True)
+    ]
+    return CellKind(
+        (cell_type(cell), tuple(described), graph.fingerprint()),
+        weights,
+        is_self_contained=not graph.captures,
+        key_for_any_features=_key_for_any_features(cell, described, graph, graph.inputs[len(specs) :]),
     )
-    return CellKind((cell_type(cell), names, graph.fingerprint()), weights, is_self_contained=not graph.captures)
+
+
+def _key_for_any_features(
+    cell: Any, described: Sequence[tuple[Any, ...]], graph: TracedGraph, weights: Sequence[tf.Tensor]
+) -> Hashable:
+    """Returns the key that kinds with other numbers of features have too; None if there can be none.
+
+    Args:
+        cell: The cell.
+        described: Sequence of the names, shapes and types of its weights.
+        graph: `TracedGraph` of its step.
+        weights: Sequence of the tensors of the graph that stand for the weights.
+    """
+    inputs, names = graph.inputs[0], {weight.name for weight in weights}
+    products = inputs.consumers()
+    if not all(_is_product(operation, inputs, names) for operation in products):
+        return None
+    multiplied = {operation.inputs[1].name for operation in products}
+    places = [place for place, weight in enumerate(weights) if weight.name in multiplied]
+    known = {operation.name for operation in products}
+    if any(operation.name not in known for place in places for operation in weights[place].consumers()):
+        return None
+    columns = [(n, s[1:] if place in places else s, dtype) for place, (n, s, dtype) in enumerate(described)]
+    fingerprint = graph.fingerprint(of_any_shape=[inputs, *(weights[place] for place in places)])
+    return cell_type(cell), tuple(columns), fingerprint
+
+
+def _is_product(operation: tf.Operation, left: tf.Tensor, names: Collection[str]) -> bool:
+    """True for the product of a tensor with one of the named tensors, neither of them transposed."""
+    return (
+        operation.type == "MatMul"
+        and operation.inputs[0].name == left.name
+        and operation.inputs[1].name in names
+        and not (operation.get_attr("transpose_a") or operation.get_attr("transpose_b"))
+    )

@@ -95,12 +95,16 @@ class TracedGraph:
         operation, *output = bare.split(":")
         return ":".join([sign + self._aliases[operation], *output])
 
-    def fingerprint(self) -> Hashable:
+    def fingerprint(self, of_any_shape: Collection[tf.Tensor] = ()) -> Hashable:
         """Returns what the graph computes, as a value: graphs with equal fingerprints compute the same.
 
         The names of the operations are left out. A loop, a branch or a custom gradient has a name of its own in each
         trace, so that a graph with one of them equals no other graph; nor do graphs that read different objects.
+
+        Args:
+            of_any_shape: Collection of the inputs of the graph whose shapes are left out. Defaults to none of them.
         """
+        shapeless = {tensor.op.name for tensor in of_any_shape}
         places = {tensor.name: place for place, tensor in enumerate(t for op in self.operations for t in op.outputs)}
         order = {operation.name: place for place, operation in enumerate(self.operations)}
         nodes = [
@@ -108,7 +112,7 @@ class TracedGraph:
                 operation.type,
                 tuple(places[tensor.name] for tensor in operation.inputs),
                 tuple(order[control.name] for control in operation.control_inputs),
-                _attributes(self._nodes[operation.name]),
+                _attributes(self._nodes[operation.name], but="shape" if operation.name in shapeless else ""),
             )
             for operation in self.operations
         ]
@@ -151,8 +155,11 @@ def _bare(node: Any, operation: tf.Operation) -> Any:
     return node
 
 
-def _attributes(node: Any) -> tuple[tuple[str, bytes], ...]:
-    """Returns the attributes of a node, without the name that an argument has in Python."""
-    attributes = {name: value.SerializeToString(deterministic=True) for name, value in node.attr.items()}
-    attributes.pop("_user_specified_name", None)
-    return tuple(sorted(attributes.items()))
+def _attributes(node: Any, *, but: str) -> tuple[tuple[str, bytes], ...]:
+    """Returns the attributes of a node, without the name that an argument has in Python and another one."""
+    left_out = {"_user_specified_name", but}
+    return tuple(
+        (name, value.SerializeToString(deterministic=True))
+        for name, value in sorted(node.attr.items())
+        if name not in left_out
+    )

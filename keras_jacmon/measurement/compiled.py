@@ -18,7 +18,7 @@ from keras_jacmon.measurement.assembly import CallMetadata
 from keras_jacmon.measurement.call import measure_call
 from keras_jacmon.measurement.results import CallResults
 from keras_jacmon.measurement.shared import Shared
-from keras_jacmon.measures.registry import Selection
+from keras_jacmon.measures.registry import Selection, views_of
 from keras_jacmon.model.guard import foreign_variables, put_back, shielded
 from keras_jacmon.model.recording import RecurrentCall
 from keras_jacmon.options import Options
@@ -46,6 +46,8 @@ class MeasurableCall:
         specs: Structure of `SequenceTensors`, with the `tf.TensorSpec` of each tensor.
         kind: `CellKind` of its cell.
         notes: Tuple of sentences on this call alone that a reader of the numbers must know.
+        wider: A call of the same kind but for more features, whose measurement is that of this one as well; None, the
+            default, if there is none.
     """
 
     name: str
@@ -56,6 +58,18 @@ class MeasurableCall:
     specs: Any
     kind: CellKind
     notes: tuple[str, ...]
+    wider: "MeasurableCall | None" = None
+
+    @property
+    def features(self) -> int:
+        """The number of values that it receives at each step."""
+        return int(self.specs[0].shape[2:].num_elements())
+
+    @classmethod
+    def all_of(cls, calls: Sequence[RecurrentCall], sequences: Sequence[UnrollInputs]) -> "list[MeasurableCall]":
+        """Makes those of all recorded calls of a model, each with the wider one, if there is one."""
+        each = list(map(cls.of, calls, sequences))
+        return [dataclasses.replace(call, wider=_widest_for(call, each)) for call in each]
 
     @classmethod
     def of(cls, call: RecurrentCall, sequence: UnrollInputs) -> "MeasurableCall":
@@ -82,10 +96,13 @@ class CompiledMeasurement(NamedTuple):
     Attributes:
         function: The traced measurement: of the number of measurements before, `SequenceTensors` and weights.
         foreign: List of the variables that it writes to and that Keras does not know; they are put back.
+        specs: Pair of the specs of `SequenceTensors` and of weights. What a call with fewer features has is filled up
+            with zeros, which add nothing where its inputs meet their weights.
     """
 
     function: Traced[CallMetadata]
     foreign: list[Any]
+    specs: tuple[Any, list[tf.TensorSpec]]
 
     @property
     def metadata(self) -> CallMetadata:
@@ -95,8 +112,9 @@ class CompiledMeasurement(NamedTuple):
     def __call__(self, draw: tf.Tensor, sequence: SequenceTensors, weights: Sequence[tf.Tensor]) -> CallResults:
         """Measures a call with the given weights of its cell, in the order of its kind."""
         # Keras' variables are shielded while tracing; a `tf.Variable` that a custom cell writes to is put back here.
+        given = tf.nest.map_structure(_filled_up, (sequence, list(weights)), self.specs)
         with put_back(self.foreign), optimized_briefly():
-            results: CallResults = self.function(draw, sequence, list(weights))
+            results: CallResults = self.function(draw, *given)
         return results
 
 
@@ -125,6 +143,8 @@ class CompiledMeasurements:
             measures: The quantities that the user selected.
             assumptions: The assumptions behind the Jacobians.
         """
+        if call.wider is not None and "inputs" not in views_of(measures):
+            call = call.wider
         key = (call.kind.key, str(call.states), str(call.specs), measures, assumptions)
         if key not in self._known:
 
@@ -153,12 +173,44 @@ class CompiledMeasurements:
 
         weights = [tf.TensorSpec(weight.shape, weight.dtype) for weight in call.kind.weights]
         function = trace(run, [tf.TensorSpec([], tf.int32), call.specs, weights])
-        return CompiledMeasurement(function, foreign_variables(function.graph.graph, self._model, []))
+        foreign = foreign_variables(function.graph.graph, self._model, [])
+        return CompiledMeasurement(function, foreign, (call.specs, weights))
 
 
 def _is_for_all(call: MeasurableCall) -> bool:
     """True if the measurement of a call may be shared with other models: it reads only what it is given."""
     return call.kind.is_self_contained and not tf.distribute.has_strategy()
+
+
+def _widest_for(call: MeasurableCall, calls: Sequence[MeasurableCall]) -> MeasurableCall | None:
+    """Returns the call with the most features among those that differ from a call in nothing else; None for itself.
+
+    It has at most twice as many features as there are values in the states, since products with zeros take time too:
+    the first layer of a stack is measured as the next ones are, and these are not as a first layer with wide inputs is.
+    """
+    inputs, states, mask = call.specs
+    if call.kind.key_for_any_features is None:
+        return None
+    most = 2 * sum(int(state.shape[1:].num_elements()) for state in states)
+
+    def is_wider(other: MeasurableCall) -> bool:
+        others, *rest = other.specs
+        return (
+            other.kind.key_for_any_features == call.kind.key_for_any_features
+            and (str(other.states), rest) == (str(call.states), [states, mask])
+            and others.shape[:-1].as_list() == inputs.shape[:-1].as_list()
+            and call.features < other.features <= most
+        )
+
+    return max(filter(is_wider, calls), key=lambda other: other.features, default=None)
+
+
+def _filled_up(tensor: tf.Tensor | None, spec: tf.TensorSpec | None) -> tf.Tensor | None:
+    """Returns a tensor with zeros added at the end of each axis, up to the shape of a spec."""
+    if tensor is None or spec is None or tensor.shape.is_compatible_with(spec.shape):
+        return tensor
+    missing = [wanted - size for size, wanted in zip(tensor.shape, spec.shape, strict=True)]
+    return tf.pad(tensor, [[0, count] for count in missing])
 
 
 def _notes_of(call: RecurrentCall) -> tuple[str, ...]:

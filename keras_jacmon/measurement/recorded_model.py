@@ -99,7 +99,7 @@ class RecordedModel:
             except Exception as error:
                 raise self._refusal(inputs, error) from error
             sequences = [UnrollInputs.of(call) for call in recording.calls]
-            calls = list(map(MeasurableCall.of, recording.calls, sequences))
+            calls = MeasurableCall.all_of(recording.calls, sequences)
             differences, refusals = compare_outputs(recording.calls)
         tensors = [(part.inputs, part.states, part.mask) for part in sequences]
         return (tensors, differences), _Recorded(calls, recording, refusals)

@@ -19,7 +19,7 @@ from keras_jacmon.meter import JacobianMeter
 pytestmark = pytest.mark.fast
 
 L = keras.layers
-PROBE = normal(BATCH, STEPS, 4)
+PROBE, NARROW = normal(BATCH, STEPS, 4), normal(BATCH, STEPS, 2)
 
 
 class ScaledCell(WeightedCell):
@@ -47,15 +47,17 @@ class CountedCell(WeightedCell):
         return new, [new]
 
 
-def stack_of(*layers: Any) -> Any:
+def stack_of(*layers: Any, probe: Any = PROBE) -> Any:
     """A model of one layer on another, each with weights of its own."""
-    model = build(keras.Sequential([keras.Input((STEPS, 4)), *layers]), PROBE)
+    model = build(keras.Sequential([keras.Input(probe.shape[1:]), *layers]), probe)
     randomize(model)
     return model
 
 
-def assert_each_equals_the_loop(meter: JacobianMeter, model: Any, *, measures: Any = ("variance",)) -> None:
-    report, values = meter(), tf.constant(PROBE)
+def assert_each_equals_the_loop(
+    meter: JacobianMeter, model: Any, *, measures: Any = ("variance",), probe: Any = PROBE
+) -> None:
+    report, values = meter(), tf.constant(probe)
     for layer in model.layers:
         assert_layer(report[layer.name], layer, values.numpy(), measures=measures)
         values = layer(values)
@@ -71,6 +73,52 @@ def test_equal_layers_are_traced_once_and_measured_with_their_own_weights() -> N
     assert meter.trace_count == 1
 
 
+@pytest.mark.parametrize("cell", [L.LSTM, L.GRU, L.SimpleRNN])
+def test_a_first_layer_with_fewer_features_is_of_the_kind_of_the_next(cell: Any) -> None:
+    model = stack_of(*(cell(4, return_sequences=True) for _ in range(2)), probe=NARROW)
+    meter = JacobianMeter(model, NARROW, measures=MOMENTS)
+    assert meter.trace_count == 1
+    assert_each_equals_the_loop(meter, model, measures=MOMENTS, probe=NARROW)
+    randomize(model, seed=5)
+    assert_each_equals_the_loop(meter, model, measures=MOMENTS, probe=NARROW)
+
+
+def test_the_number_of_features_counts_where_the_inputs_are_a_view() -> None:
+    model = stack_of(*(L.SimpleRNN(4, return_sequences=True) for _ in range(2)), probe=NARROW)
+    meter, first = JacobianMeter(model, NARROW, measures=["inputs/variance"]), model.layers[0].name
+    assert meter.trace_count == 2
+    alone = JacobianMeter(model, NARROW, layers=first, measures=["inputs/variance"])
+    np.testing.assert_allclose(meter()[first]["inputs/variance"], alone()[first]["inputs/variance"])
+
+
+class ShiftedCell(WeightedCell):
+    """Adds a mean to its state: that of its inputs, or of the weights that these meet."""
+
+    def __init__(self, *, by_inputs: bool) -> None:
+        super().__init__(4)
+        self.by_inputs = by_inputs
+
+    def call(self, inputs: Any, states: Any) -> Any:
+        mean = tf.reduce_mean(inputs, axis=1, keepdims=True) if self.by_inputs else tf.reduce_mean(self.kernel)
+        new = tf.tanh(self.preactivation(inputs, states[0] + mean))
+        return new, [new]
+
+
+@pytest.mark.parametrize("by_inputs", [True, False])
+def test_the_number_of_features_counts_where_inputs_or_their_weights_do_more_than_meet(*, by_inputs: bool) -> None:
+    layers = (L.RNN(ShiftedCell(by_inputs=by_inputs), return_sequences=True) for _ in range(2))
+    model = stack_of(*layers, probe=NARROW)
+    meter = JacobianMeter(model, NARROW, measures=["variance"])
+    assert meter.trace_count == 2
+    assert_each_equals_the_loop(meter, model, probe=NARROW)
+
+
+def test_a_layer_is_not_measured_with_many_more_features_than_it_has() -> None:
+    wide = normal(BATCH, STEPS, 9)
+    model = stack_of(*(L.SimpleRNN(4, return_sequences=True) for _ in range(2)), probe=wide)
+    assert JacobianMeter(model, wide, measures=["variance"]).trace_count == 2
+
+
 def test_both_directions_are_of_one_kind() -> None:
     model = build(keras.Sequential([keras.Input((STEPS, 4)), L.Bidirectional(L.GRU(4))]), PROBE)
     meter = JacobianMeter(model, PROBE, measures=["variance"])
@@ -82,7 +130,7 @@ def test_both_directions_are_of_one_kind() -> None:
     "others",
     [
         [L.SimpleRNN(4, "relu", return_sequences=True), L.SimpleRNN(4, use_bias=False, return_sequences=True)],
-        [L.SimpleRNN(3, return_sequences=True), L.SimpleRNN(4, return_sequences=True)],
+        [L.SimpleRNN(3, return_sequences=True), L.SimpleRNN(2, return_sequences=True)],
         [L.GRU(4, return_sequences=True), L.GRU(4, reset_after=False, return_sequences=True)],
     ],
     ids=["options", "sizes", "cells"],
