@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import io
 from typing import TYPE_CHECKING, Any
 
 import keras
@@ -98,6 +99,19 @@ class AtBatch(keras.callbacks.Callback):
         self.seen += 1
         if self.seen == self.number:
             self.function()
+
+
+class Stops(io.StringIO):
+    """Is where the user presses Ctrl+C, as soon as the progress bar has come to an end such as `15/15`."""
+
+    def __init__(self, end: str) -> None:
+        super().__init__()
+        self.end = end
+
+    def write(self, text: str) -> int:
+        if self.end in text:
+            raise KeyboardInterrupt
+        return super().write(text)
 
 
 class CountingCell(WeightedCell):

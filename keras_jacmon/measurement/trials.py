@@ -14,6 +14,7 @@ import tensorflow as tf
 
 from keras_jacmon.measurement.compiled import MeasurableCall
 from keras_jacmon.measurement.secant import MOST_GAIN, Secant
+from keras_jacmon.model.guard import assign_all
 from keras_jacmon.report.suggestion import Change, Suggestion
 from keras_jacmon.report.verdict import Verdict
 
@@ -128,8 +129,7 @@ def applied(model: keras.Layer, change: Change) -> Iterator[None]:
             weight.assign(change.applied(value))
         yield
     finally:
-        for weight, value in zip(weights, before, strict=True):
-            weight.assign(value)
+        assign_all(weights, before)
 
 
 def _weights_of(call: MeasurableCall) -> Sequence[Any]:

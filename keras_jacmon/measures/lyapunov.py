@@ -207,7 +207,7 @@ def differentiable_exponents(steps: Steps, start: tf.Tensor, *, warmup: int, for
 
     Returns:
         `(k, samples)`, nats per step. A direction that a step does away with has a finite logarithm, log 1e-12, and no
-        derivative there.
+        derivative there. NaN without a derivative for samples with no step after the warm-up.
     """
     if steps.every is None:
         raise ValueError("The exponents are differentiated by all Jacobians at once, and the steps do not have them.")
@@ -223,7 +223,8 @@ def differentiable_exponents(steps: Steps, start: tf.Tensor, *, warmup: int, for
         counts = tf.cast(walk.counts, start.dtype)[:, None]
 
         def slopes(upstream: tf.Tensor) -> tf.Tensor:
-            solved = tf.reshape(_slopes(steps, multiply, walk, tf.transpose(upstream) / counts), tf.shape(before))
+            by_sums = tf.math.divide_no_nan(tf.transpose(upstream), counts)
+            solved = tf.reshape(_slopes(steps, multiply, walk, by_sums), tf.shape(before))
             return tf.matmul(before, solved, transpose_a=True) if formed else tf.linalg.matrix_transpose(solved)
 
         return tf.transpose(tf.reduce_sum(walk.logs, axis=0) / counts), slopes

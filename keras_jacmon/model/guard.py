@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import keras
 import tensorflow as tf
@@ -47,5 +48,26 @@ def put_back(variables: Sequence[tf.Variable]) -> Iterator[None]:
     try:
         yield
     finally:
-        for variable, value in zip(variables, saved, strict=True):
-            variable.assign(value)
+        assign_all(variables, saved)
+
+
+def assign_all(variables: Sequence[Any], values: Sequence[Any]) -> None:
+    """Gives variables values, each of them, also if that is interrupted.
+
+    Args:
+        variables: Sequence of variables.
+        values: Sequence of their values.
+
+    Raises:
+        KeyboardInterrupt: If it was interrupted, when all variables have their values.
+    """
+    interrupt: KeyboardInterrupt | None = None
+    while True:
+        try:
+            for variable, value in zip(variables, values, strict=True):
+                variable.assign(value)
+            break
+        except KeyboardInterrupt as error:
+            interrupt = error
+    if interrupt is not None:
+        raise interrupt

@@ -4,7 +4,9 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import keras
+import numpy as np
 
+from keras_jacmon.model.guard import assign_all
 from keras_jacmon.model.layers import RecurrentLayer
 from keras_jacmon.stabilization.goals import Standing
 
@@ -18,6 +20,11 @@ def changeable_weights(model: keras.Layer, layers: Iterable[RecurrentLayer]) -> 
     """
     trained = {id(variable) for variable in model.trainable_variables}
     return {item.name: [v for v in item.layer.trainable_variables if id(v) in trained] for item in layers}
+
+
+def are_finite(weights: Iterable[keras.Variable]) -> bool:
+    """Returns True if the weights have neither NaN nor Inf, which no update mends."""
+    return all(np.isfinite(keras.ops.convert_to_numpy(weight)).all() for weight in weights)
 
 
 class BestWeights:
@@ -48,8 +55,7 @@ class BestWeights:
 
     def put_back(self) -> None:
         """Gives the weights their best values."""
-        for weight, value in zip(self._weights, self._values, strict=True):
-            weight.assign(value)
+        assign_all(self._weights, self._values)
 
     @staticmethod
     def _rank(standing: Standing) -> tuple[bool, float]:

@@ -94,7 +94,7 @@ class ExponentsLoss:
         return tf.add_n(losses) / len(losses), (recording, jacobians)
 
     def _exponents(self, call: RecurrentCall) -> tuple[tf.Tensor, CellJacobian]:
-        """Returns the exponents of a call, `(k, samples)`, and the Jacobian, which must live as long as the graph."""
+        """Returns the exponents of a call by sample, and the Jacobian, which must live as long as the graph."""
         sequence, step = UnrollInputs.of(call), CellStep(call.cell, call.states)
         jacobian = CellJacobian(step, sequence.inputs[0], sequence.states)
         view = "joint" if len(floating_states(sequence.states)) > 1 else "hidden"
@@ -112,4 +112,9 @@ class ExponentsLoss:
         steps = Steps(time, at, sequence.mask, samples, size, whole.dtype, lambda: whole)
         start = start_lyapunov(samples, size, min(self._count, size), (self._seed, 6), whole.dtype).vectors
         formed = _FORMED * int(start.shape[-1]) >= size
-        return differentiable_exponents(steps, start, warmup=time // 10, formed=formed), jacobian
+        exponents = differentiable_exponents(steps, start, warmup=time // 10, formed=formed)
+        if sequence.mask is not None:
+            # Other samples have no step after the warm-up.
+            counts = tf.math.count_nonzero(sequence.mask, axis=0, dtype=tf.int32) > time // 10
+            exponents = tf.boolean_mask(exponents, counts, axis=1)
+        return exponents, jacobian

@@ -3,10 +3,12 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 
 import numpy as np
 
 from keras_jacmon.errors import invalid_argument
+from keras_jacmon.measures.differentiable import TINY
 from keras_jacmon.measures.registry import key_of
 from keras_jacmon.options import ChosenStates, label_of
 from keras_jacmon.report.reductions import FloatArray
@@ -31,7 +33,7 @@ def targets_of(target: Target | None, measure: str) -> dict[str, float]:
         measure: String, the name of the measure.
 
     Raises:
-        ValueError: If it is neither, a number is not finite, or the measure has no depth.
+        ValueError: If it is neither, a number is not finite, or the measure has no such values or no depth.
     """
     if target is None:
         target = 0.0 if measure in (GROWTH, LYAPUNOV) else 1.0
@@ -40,6 +42,10 @@ def targets_of(target: Target | None, measure: str) -> dict[str, float]:
     if not known or not all(_is_number(value) for value in by_direction.values()):
         expected = 'a finite number, or a dict of numbers for "time", "depth" or both'
         raise invalid_argument("target", expected, f"target={target!r}")
+    if measure not in (GROWTH, LYAPUNOV) and min(by_direction.values()) < 0:
+        raise invalid_argument(
+            "target", f"a number of at least 0, as the measure `{measure}` has", f"target={target!r}"
+        )
     if measure in (GROWTH, LYAPUNOV) and DEPTH in by_direction:
         expected = f'a target for "time" alone, which the measure `{measure}` is of'
         raise invalid_argument("target", expected, f"target={target!r}")
@@ -47,7 +53,7 @@ def targets_of(target: Target | None, measure: str) -> dict[str, float]:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
 @dataclass(frozen=True)
@@ -76,8 +82,11 @@ class Goal:
         return self.call == layer or self.call.removeprefix(f"{layer}:").isdecimal()
 
     def value(self, report: Report) -> float:
-        """Returns the mean of the measure in a report of the same model."""
-        return float(np.mean(self._numbers(report))) if self._is_of_exponents else report[self.call].mean(self.key)
+        """Returns the mean of the measure in a report of the same model; NaN if it has no value there."""
+        if not self._is_of_exponents:
+            return report[self.call].mean(self.key)
+        exponents = self._numbers(report)
+        return float(np.mean(exponents)) if exponents.size else math.nan
 
     def distance(self, report: Report) -> float:
         """Returns the distance of the mean from the target; of exponents the root mean square of their distances."""
@@ -85,8 +94,14 @@ class Goal:
 
     def loss(self, report: Report) -> float:
         """Returns the mean over the points of `(measure - target)²`; inf if that is no number."""
+        numbers = self._numbers(report).astype(np.float64)
+        if self._is_of_exponents:
+            # As where they are differentiated: that of a direction that is lost is no reason to lose the others.
+            numbers = np.maximum(numbers, math.log(TINY))
+        if not numbers.size:
+            return math.inf
         with np.errstate(over="ignore", invalid="ignore"):
-            loss = float(np.mean((self._numbers(report).astype(np.float64) - self.target) ** 2))
+            loss = float(np.mean((numbers - self.target) ** 2))
         return math.inf if math.isnan(loss) else loss
 
     @property
@@ -94,9 +109,11 @@ class Goal:
         return self.key.endswith(LYAPUNOV)
 
     def _numbers(self, report: Report) -> FloatArray:
-        """The values of all points, or all exponents of all samples."""
+        """The values of all points, or all exponents of the samples with a step after the first tenth."""
         layer = report[self.call]
-        return layer[self.key] if self._is_of_exponents else layer.valid(self.key)
+        if not self._is_of_exponents:
+            return layer.valid(self.key)
+        return layer[self.key][:, layer.mask.sum(axis=0) > len(layer.mask) // 10]
 
 
 @dataclass(frozen=True)

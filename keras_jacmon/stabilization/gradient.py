@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import keras
 import tensorflow as tf
 
+from keras_jacmon.graphs.trace import Traced, trace
 from keras_jacmon.measures.differentiable_over_time import DIFFERENTIABLE_OVER_TIME
 from keras_jacmon.model.distribution import own_variable
 from keras_jacmon.model.layers import RecurrentLayer
@@ -98,7 +99,8 @@ class Gradient:
         self._moves: Moves = RelativeMoves(weights) if optimizer is None else Copies(weights)
         self._optimizer = keras.optimizers.Adam(_LEARNING_RATE) if optimizer is None else optimizer
         self._optimizer.build(self._moves.variables)
-        self._update = tf.function(self._updated, autograph=False)
+        specs = [tf.TensorSpec(weight.shape, weight.dtype) for weight in weights]
+        self._update: Traced[None] = trace(self._updated, specs)
         self._step, self._last_loss = 0, math.inf
         self.notes: list[str] = []
 
@@ -111,7 +113,7 @@ class Gradient:
             for loss in self._losses:
                 loss.renew()
         for _ in range(updates):
-            self._update(self._gradients())
+            self._update(*self._gradients())
             self._step += 1
         return True
 
@@ -121,9 +123,10 @@ class Gradient:
         each = [loss.gradients(self._weights) for loss in self._losses]
         return [tf.add_n(slopes) for slopes in zip(*each, strict=True)]
 
-    def _updated(self, slopes: Sequence[tf.Tensor]) -> None:
+    def _updated(self, *slopes: tf.Tensor) -> tuple[tuple[()], None]:
         self._optimizer.apply(self._moves.gradients(slopes), self._moves.variables)
         self._moves.follow()
+        return (), None
 
 
 def slopes_of(loss: tf.Tensor, tape: tf.GradientTape, weights: Sequence[keras.Variable]) -> list[tf.Tensor]:

@@ -59,9 +59,11 @@ class Rescale:
             for direction in dict.fromkeys(goal.direction for goal in of_layer):
                 chosen = [goal for goal in of_layer if goal.direction == direction]
                 kernels = [weight for weight in weights[layer] if weight.name == KERNELS[direction]]
-                if not kernels or (measure != GROWTH and chosen[0].target <= 0):
-                    expected = '"gradient" for a target of 0 or less, and for a layer without a weight that is named '
+                if not kernels:
+                    expected = '"gradient" for a layer without a trained weight that is named '
                     raise invalid_argument("method", f"{expected}`{KERNELS[direction]}`", f"'rescale' for `{layer}`")
+                if measure != GROWTH and chosen[0].target <= 0:
+                    raise invalid_argument("method", '"gradient" for a target of 0', "'rescale', which multiplies")
                 self._kernels.append(_Kernel(kernels, chosen, measure, _gates(weights[layer])))
 
     def advance(self, standing: Standing, updates: int) -> bool:  # noqa: ARG002 - one round is one update

@@ -4,6 +4,7 @@ import time
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, Literal
 
 import keras
@@ -15,8 +16,8 @@ from keras_jacmon.model.building import build
 from keras_jacmon.model.distribution import check_distribution
 from keras_jacmon.model.inputs import fit_probe, read_probe
 from keras_jacmon.model.layers import check_model, find_recurrent_layers, select_layers
-from keras_jacmon.options import LARGEST_SEED
-from keras_jacmon.stabilization.best_weights import BestWeights, changeable_weights
+from keras_jacmon.options import LARGEST_SEED, label_of, states_in
+from keras_jacmon.stabilization.best_weights import BestWeights, are_finite, changeable_weights
 from keras_jacmon.stabilization.flossing import ExponentsLoss
 from keras_jacmon.stabilization.goals import (
     GROWTH,
@@ -72,11 +73,12 @@ class _Settings:
         ):
             if value not in known:
                 raise invalid_argument(name, f"one of {known}", f"{name}={value!r}")
-        is_chosen = isinstance(self.view, tuple) and self.measure not in (GROWTH, LYAPUNOV)
+        is_named = isinstance(self.view, tuple) and states_in(label_of(self.view)) == self.view
+        is_chosen = is_named and self.measure not in (GROWTH, LYAPUNOV)
         if self.view not in ("hidden", "joint") and not is_chosen:
             expected = "one of ['hidden', 'joint'], or chosen states such as `(0, 1)` for a measure of one step"
             raise invalid_argument("view", expected, f"view={self.view!r}")
-        if isinstance(self.tolerance, bool) or not isinstance(self.tolerance, (int, float)) or not self.tolerance > 0:
+        if isinstance(self.tolerance, bool) or not isinstance(self.tolerance, Real) or not self.tolerance > 0:
             raise invalid_argument("tolerance", "a number above 0", f"tolerance={self.tolerance!r}")
         for name, number, least in (
             ("patience", self.patience, 1),
@@ -174,7 +176,7 @@ def stabilize(
         targets_of(target, measure),
         measure,
         method,
-        view if isinstance(view, str) else tuple(view),
+        view if isinstance(view, str) or not isinstance(view, Iterable) else tuple(view),
         tolerance,
         patience,
         _ROUNDS.get(method, (0, 0))[1] if steps is None else steps,
@@ -182,7 +184,10 @@ def stabilize(
         exponents,
         seed,
     )
-    return _Stabilizer(model, read_probe(probe), layers, settings).run(optimizer, verbose=verbose)
+    if verbose not in (0, 1):
+        raise invalid_argument("verbose", "0 or 1", f"verbose={verbose!r}")
+    own = _own_optimizer(optimizer, method)
+    return _Stabilizer(model, read_probe(probe), layers, settings).run(own, verbose=verbose)
 
 
 class _Stabilizer:
@@ -210,7 +215,10 @@ class _Stabilizer:
         report = self._meter(suggestions=False)
         goals = goals_in(report, settings.targets, settings.measure, settings.view)
         self._by_layer = {item.name: [goal for goal in goals if goal.is_of(item.name)] for item in self._layers}
-        self._goals = [goal for of_layer in self._by_layer.values() for goal in of_layer]
+        self._goals = [goal for goal in goals if any(goal.is_of(item.name) for item in self._layers)]
+        lost = [item.name for item in self._layers if not are_finite(self._weights[item.name])]
+        if lost:
+            raise invalid_argument("model", "finite weights", f"NaN or Inf in the layers {lost}")
         frozen = [item.name for item in found if not self._weights[item.name]]
         if not self._goals:
             raise invalid_argument("layers", "a recurrent layer with a goal and a weight that is trained", f"{frozen}")
@@ -218,7 +226,7 @@ class _Stabilizer:
             warnings.warn(f"The layers {frozen} have no weight that is trained, and stay as they are.", stacklevel=3)
         self._before = Standing.of(report, self._goals, settings.tolerance)
 
-    def run(self, optimizer: Any, *, verbose: int) -> StabilizeResult:
+    def run(self, optimizer: keras.optimizers.Optimizer | None, *, verbose: int) -> StabilizeResult:
         """Changes the weights until the goals are reached, and leaves the best ones, also if it is interrupted."""
         history = History(self._settings.steps, verbose)
         history.add(0, self._before)
@@ -243,7 +251,8 @@ class _Stabilizer:
     def _changed(self, method: Method, history: History) -> Standing:
         """Changes the weights in rounds, and returns the `Standing` of the best ones, which the model then has."""
         settings, standing = self._settings, self._before
-        best = BestWeights([weight for weights in self._weights.values() for weight in weights], standing)
+        weights = [weight for of_layer in self._weights.values() for weight in of_layer]
+        best = BestWeights(weights, standing)
         updates, within = 0, 0
         try:
             while updates < settings.steps and within < settings.patience:
@@ -255,6 +264,9 @@ class _Stabilizer:
                 best.offer(standing)
                 within = within + 1 if standing.is_within else 0
                 history.add(updates, standing)
+                if not are_finite(weights):
+                    method.notes.append(f"It ended there, since a weight was no finite number after {updates} updates.")
+                    break
         finally:
             best.put_back()
         return best.standing
@@ -262,13 +274,13 @@ class _Stabilizer:
     def _standing(self) -> Standing:
         return Standing.of(self._meter(suggestions=False), self._goals, self._settings.tolerance)
 
-    def _method(self, optimizer: Any) -> Method:
+    def _method(self, optimizer: keras.optimizers.Optimizer | None) -> Method:
         settings = self._settings
         if settings.method == "rescale":
             goals = {layer: goals for layer, goals in self._by_layer.items() if goals}
             return Rescale(self._weights, goals, settings.measure, settings.tolerance, self._standing)
         weights = [weight for item in self._layers for weight in self._weights[item.name]]
-        return Gradient(self._losses(), weights, _own_optimizer(optimizer))
+        return Gradient(self._losses(), weights, optimizer)
 
     def _losses(self) -> list[Loss]:
         settings, of_model = self._settings, (self._model, self._inputs, self._layers)
@@ -284,9 +296,15 @@ class _Stabilizer:
         return losses
 
 
-def _own_optimizer(optimizer: Any) -> keras.optimizers.Optimizer | None:
+def _own_optimizer(optimizer: Any, method: str) -> keras.optimizers.Optimizer | None:
     """Returns an optimizer that nothing else uses; None for None."""
     if optimizer is None:
         return None
-    given = keras.optimizers.get(optimizer)
+    if method == "rescale":
+        raise invalid_argument("optimizer", 'None for the method "rescale", which needs none', repr(optimizer))
+    try:
+        given = keras.optimizers.get(optimizer)
+    except ValueError as error:
+        expected = "a Keras optimizer, or its name or configuration"
+        raise invalid_argument("optimizer", expected, repr(optimizer)) from error
     return type(given).from_config(given.get_config())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import math
 from typing import Any
 
@@ -11,7 +10,7 @@ import keras
 import numpy as np
 import pytest
 from helpers import WeightedCell, normal, randomize, reference_jacobians
-from trainings import assert_equal, values_of
+from trainings import Stops, assert_equal, values_of
 
 from keras_jacmon import Report, stabilize
 from keras_jacmon.stabilization.best_weights import BestWeights
@@ -69,6 +68,9 @@ def test_gradient_reaches_the_target_and_changes_nothing_else(capsys: Any) -> No
     assert_equal(values_of(held), held_before)
     np.testing.assert_array_equal(random_state(), random_before)
     assert result.converged
+    # By default three checks in a row end it.
+    radii = np.array(result.history["lstm/joint/spectral_radius"])
+    assert (np.abs(radii - 1) <= 0.08)[-4:].tolist() == [False, True, True, True]
     before, after = (report["lstm"].mean("joint/spectral_radius") for report in (result.before, result.after))
     assert abs(before - 1) > 0.08 >= abs(after - 1)
 
@@ -105,6 +107,14 @@ def test_rescale_multiplies_the_recurrent_kernels_and_nothing_else(measure: Any)
     layer = simple(activation="tanh")
     model = stack(layer)
     kernel, recurrent, bias = values_of(layer.weights)
+    arguments: dict[str, Any] = {"measure": measure, "method": "rescale"}
+    stabilize(model, PROBE, 1.0, steps=1, verbose=0, **arguments)
+    once = values_of(layer.weights)
+    layer.set_weights([kernel, recurrent, bias])
+    with pytest.raises(KeyboardInterrupt), contextlib.redirect_stdout(Stops("1/20")):
+        stabilize(model, PROBE, 1.0, **arguments)
+    assert_equal(values_of(layer.weights), once)
+    layer.set_weights([kernel, recurrent, bias])
     result = stabilize(model, PROBE, 1.0, measure, "rescale", verbose=0)
     assert result.converged
     assert result.history["updates"][-1] < 10
@@ -154,6 +164,20 @@ def test_a_padded_probe_in_half_precision_is_the_probe_without_the_padding() -> 
     np.testing.assert_allclose(found[0], found[1], rtol=1e-2)
 
 
+@pytest.mark.parametrize("dtype", ["mixed_float16", "mixed_bfloat16"])
+def test_gradient_in_half_precision_reaches_the_target_of_single_precision(dtype: str) -> None:
+    layer, single = simple(dtype=dtype), simple()
+    model = stack(layer)
+    result = quick(model)
+    assert result.converged
+    before, after = (report["rnn"].mean("spectral_radius") for report in (result.before, result.after))
+    assert abs(before - 1) > 0.08
+    assert {weight.dtype for weight in layer.weights} == {"float32"}
+    stack(single)
+    single.set_weights(layer.get_weights())
+    np.testing.assert_allclose(mean_radius(single), after, rtol=0.02)
+
+
 @pytest.mark.parametrize(("measure", "view"), [("rms_singular_value", "hidden"), ("spectral_norm", "joint")])
 def test_the_singular_values_of_the_chosen_view_are_brought_to_a_target(measure: str, view: str) -> None:
     layer = keras.layers.LSTM(UNITS, return_sequences=True, name="rnn")
@@ -175,15 +199,6 @@ def test_the_growth_is_brought_to_its_target_by_gradient() -> None:
     assert abs(before + 0.1) > 0.03 >= abs(after + 0.1)
 
 
-class Stops(io.StringIO):
-    """Is where the user presses Ctrl+C, as soon as the progress bar has come to its end."""
-
-    def write(self, text: str) -> int:
-        if "15/15" in text:
-            raise KeyboardInterrupt
-        return super().write(text)
-
-
 def test_an_interrupted_run_leaves_the_best_weights() -> None:
     model = stack(simple())
     before = values_of(model.variables)
@@ -194,10 +209,38 @@ def test_an_interrupted_run_leaves_the_best_weights() -> None:
         weight.assign(value)
     # After ten updates the weights become worse by far.
     rates = keras.optimizers.schedules.PiecewiseConstantDecay([9], [0.01, 100.0])
-    with pytest.raises(KeyboardInterrupt), contextlib.redirect_stdout(Stops()):
+    with pytest.raises(KeyboardInterrupt), contextlib.redirect_stdout(Stops("15/15")):
         quick(model, steps=15, optimizer=keras.optimizers.SGD(rates), verbose=1)
     # The same seed has found the same weights.
     assert_equal(values_of(model.variables), best)
+    # After weights that are no numbers no update follows.
+    result = quick(model, steps=100, optimizer=keras.optimizers.SGD(math.inf))
+    assert result.history["updates"] == [0, 5]
+    assert result.notes == ("It ended there, since a weight was no finite number after 5 updates.",)
+    assert_equal(values_of(model.variables), best)
+
+
+class PressedOnce(keras.Variable):
+    """Is where the user presses Ctrl+C, while its value is assigned for the first time."""
+
+    presses = 0
+
+    def assign(self, value: Any) -> Any:
+        self.presses += 1
+        if self.presses == 2:
+            raise KeyboardInterrupt
+        return super().assign(value)
+
+
+@pytest.mark.fast
+def test_an_interrupt_while_the_best_weights_are_put_back_leaves_none_behind() -> None:
+    weights = [keras.Variable([1.0]), PressedOnce([2.0]), keras.Variable([3.0])]
+    best = BestWeights(weights, Standing(1.0, {}, is_within=False, report=Report({})))
+    for weight in weights:
+        weight.assign([9.0])
+    with pytest.raises(KeyboardInterrupt):
+        best.put_back()
+    assert [float(weight[0]) for weight in weights] == [1.0, 2.0, 3.0]
 
 
 def test_the_best_weights_are_never_worse_than_the_first_ones() -> None:
@@ -232,9 +275,13 @@ def test_what_cannot_be_done_is_said() -> None:
     refusals: list[tuple[dict[str, Any], str]] = [
         ({"target": "one"}, 'a finite number, or a dict of numbers for "time", "depth" or both. Received: target='),
         ({"target": {"height": 1.0}}, "Received: target={'height': 1.0}"),
+        ({"target": -1}, "a number of at least 0, as the measure `spectral_radius` has. Received: target=-1"),
         ({"measure": "loss"}, "Expected one of ['spectral_radius', 'variance', 'rms_singular_value', 'spectral_norm',"),
         ({"method": "magic"}, "Expected one of ['gradient', 'rescale', 'flossing']"),
-        ({"view": "inputs"}, "Expected one of ['hidden', 'joint']"),
+        *(({"view": view}, "one of ['hidden', 'joint'], or chosen st") for view in ("inputs", 5, (), ["hidden"])),
+        ({"verbose": "auto"}, "Expected 0 or 1. Received: verbose='auto'"),
+        ({"optimizer": "adamant"}, "Expected a Keras optimizer, or its name or configuration. Received: 'adamant'"),
+        ({"optimizer": "adam", "method": "rescale"}, 'Expected None for the method "rescale", which needs none'),
         ({"tolerance": 0}, "Expected a number above 0"),
         ({"steps": -1}, "Expected an integer of at least 0"),
         ({"target": {"depth": 1.0}}, "a layer needs as many inputs as it has units. Received: 'depth'"),
@@ -242,8 +289,14 @@ def test_what_cannot_be_done_is_said() -> None:
     ]
     for arguments, message in refusals:
         with pytest.raises(ValueError, match="Invalid value for argument") as caught:
-            stabilize(model, PROBE, verbose=0, **arguments)
+            stabilize(model, PROBE, **({"verbose": 0} | arguments))
         assert message in str(caught.value)
+    weight = model.layers[0].cell.kernel
+    value = weight.numpy()
+    weight.assign(np.nan * value)
+    with pytest.raises(ValueError, match=r"finite weights. Received: NaN or Inf in the layers \['own'\]"):
+        stabilize(model, PROBE, verbose=0)
+    weight.assign(value)
     model.trainable = False
     with pytest.raises(ValueError, match=r"a weight that is trained. Received: \['own'\]"):
         stabilize(model, PROBE, verbose=0)
