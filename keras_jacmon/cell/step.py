@@ -121,7 +121,7 @@ def full_precision(cell: Any) -> Iterator[None]:
 
     A float16 Jacobian has three digits, and its variance underflows to zero from 256 units on.
     """
-    half = [layer for layer in sublayers(cell) if tf.as_dtype(layer.compute_dtype) in _HALF]
+    half = half_precision_layers(cell)
     # The policy object itself is swapped: the public setter would write into a policy map that other layers share.
     policies = [layer._dtype_policy for layer in half]  # noqa: SLF001
     try:
@@ -131,6 +131,11 @@ def full_precision(cell: Any) -> Iterator[None]:
     finally:
         for layer, policy in zip(half, policies, strict=True):
             layer._dtype_policy = policy  # noqa: SLF001
+
+
+def half_precision_layers(layer: Any) -> list[keras.Layer]:
+    """Returns a layer and the layers in it, as far as they compute in half precision."""
+    return [inner for inner in sublayers(layer) if tf.as_dtype(inner.compute_dtype) in _HALF]
 
 
 def cell_type(cell: Any) -> type:

@@ -97,9 +97,9 @@ def unchecked() -> Iterator[None]:
 def optimized_briefly() -> Iterator[None]:
     """Has TensorFlow optimize a graph once and not twice at its first run, without idle passes, in this thread.
 
-    Not for the user's model: other passes round half precision in other places, and the layers would receive other
-    inputs than in a training. All other settings are those of the user. TensorFlow has no public way to choose settings
-    for one function.
+    Not for a model with layers in half precision: other passes round it in other places, and these layers would receive
+    other inputs than in a training. All other settings are those of the user. TensorFlow has no public way to choose
+    settings for one function.
     """
     present = context.context()
     chosen = present.function_call_options

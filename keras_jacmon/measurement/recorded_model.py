@@ -1,5 +1,6 @@
 """The pass of a model on the probe: what its recurrent layers receive, and how the loss feels their states."""
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -7,9 +8,10 @@ import keras
 import tensorflow as tf
 
 from keras_jacmon.cell.outputs import OutputDifferences, compare_outputs, differing
+from keras_jacmon.cell.step import half_precision_layers
 from keras_jacmon.cell.trajectory import UnrollInputs
 from keras_jacmon.errors import invalid_argument, message_of
-from keras_jacmon.graphs.trace import Traced, trace
+from keras_jacmon.graphs.trace import Traced, optimized_briefly, trace
 from keras_jacmon.measurement.compiled import MeasurableCall, SequenceTensors
 from keras_jacmon.measures.registry import MEASURES
 from keras_jacmon.model.guard import foreign_variables, put_back, shielded
@@ -48,6 +50,7 @@ class RecordedModel:
         self._inputs = keras.tree.flatten(inputs)
         self._structure = keras.tree.map_structure(lambda _: 0, inputs)
         self._targets = targets
+        self._has_half_precision = bool(half_precision_layers(model))
         self._recording = trace(self._record, _specs(self._inputs))
         self._loss = None if targets is None else trace(self._differentiate_loss, _specs(self._tensors()))
 
@@ -85,7 +88,8 @@ class RecordedModel:
 
     def _run(self, traced: Traced[Any], tensors: Sequence[tf.Tensor]) -> Any:
         """Runs a traced function of the model, and puts back the variables that Keras does not know."""
-        with put_back(foreign_variables(traced.graph.graph, self._model, [])):
+        optimization = contextlib.nullcontext() if self._has_half_precision else optimized_briefly()
+        with put_back(foreign_variables(traced.graph.graph, self._model, [])), optimization:
             return traced(*tensors)
 
     def _record(
