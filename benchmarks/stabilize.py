@@ -90,7 +90,14 @@ def loop_step(model: keras.Model, probe: Any, target: float) -> float:
 
 def radius(only: str | None) -> None:
     """Prints the radii that are reached, for each kind of layer, depth and target."""
-    heads = ("before", "after", "all within 0.08", "updates", "seconds (of a CPU)", "a step of the loop")
+    heads = (
+        "before",
+        "after",
+        "all within 0.08",
+        "updates",
+        "seconds by the clock (of the processors)",
+        "a step of the loop",
+    )
     print(f"\n| layer | depth | target | {' | '.join(heads)} |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
     for kind, make in KINDS.items():
@@ -114,7 +121,7 @@ def radius(only: str | None) -> None:
 
 def flossing(_: str | None) -> None:
     """Prints the mean squared exponent of a random tanh network along the updates, and the time of an update."""
-    print("\n| updates | mean squared exponent | milliseconds of an update (of a CPU) |\n| --- | --- | --- |")
+    print("\n| updates | mean squared exponent | milliseconds of an update (of the processors) |\n| --- | --- | --- |")
     keras.utils.set_random_seed(0)
     layer = keras.layers.SimpleRNN(
         FLOSSED_UNITS,

@@ -35,17 +35,19 @@ def check_distribution(model: keras.Layer) -> None:
         )
 
 
-def check_outside_of_scopes() -> None:
+def check_outside_of_scopes(what: str) -> None:
     """Refuses to trace in the scope of a strategy, where the variables of replicas cannot be read.
+
+    Args:
+        what: String, a phrase for what is refused there.
 
     Raises:
         ValueError: If it is called in the scope of a `tf.distribute` strategy with replicas.
     """
     if tf.distribute.has_strategy() and tf.distribute.in_cross_replica_context():
         raise ValueError(
-            "Expected `fit`, or `attached`, of a model with a `JacobianRegularizer` outside of the scope of a "
-            "strategy; making and compiling the model belong in it. Received: the scope of a "
-            f"{type(tf.distribute.get_strategy()).__name__}"
+            f"Expected {what} outside of the scope of a strategy; making and compiling the model belong in it. "
+            f"Received: the scope of a {type(tf.distribute.get_strategy()).__name__}"
         )
 
 

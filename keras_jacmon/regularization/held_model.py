@@ -50,7 +50,7 @@ class RegularizedModel:
     ) -> None:
         check_model(model)
         check_distribution(model)
-        check_outside_of_scopes()
+        check_outside_of_scopes("`fit`, or `attached`, of a model with a `JacobianRegularizer`")
         if not config.suits_xla and getattr(model, "compiled", False) and model.jit_compile and not model.run_eagerly:
             raise invalid_argument(
                 "measure",

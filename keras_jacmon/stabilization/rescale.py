@@ -148,7 +148,8 @@ class _Kernel:
         """Multiplies each gate by the exponential of a number, `(gates,)`, and returns the kernels before."""
         before = [keras.ops.convert_to_numpy(weight) for weight in self._weights]
         for weight, value in zip(self._weights, before, strict=True):
-            weight.assign(value * np.repeat(np.exp(log_gains), value.shape[-1] // self.gates).astype(value.dtype))
+            gains = np.repeat(np.exp(log_gains), value.shape[-1] // self.gates).astype(value.dtype)
+            weight.assign(value * gains if weight.constraint is None else weight.constraint(value * gains))
         return before
 
     def put_back(self, values: Sequence[FloatArray]) -> None:

@@ -13,7 +13,7 @@ from keras_jacmon.errors import check_whole, invalid_argument
 from keras_jacmon.measures.differentiable import DIFFERENTIABLE
 from keras_jacmon.meter import JacobianMeter
 from keras_jacmon.model.building import build
-from keras_jacmon.model.distribution import check_distribution
+from keras_jacmon.model.distribution import check_distribution, check_outside_of_scopes
 from keras_jacmon.model.inputs import fit_probe, read_probe
 from keras_jacmon.model.layers import check_model, find_recurrent_layers, select_layers
 from keras_jacmon.options import LARGEST_SEED, label_of, states_in
@@ -197,6 +197,8 @@ class _Stabilizer:
         self._begin = time.monotonic()
         check_model(model)
         check_distribution(model)
+        if settings.method != "rescale":
+            check_outside_of_scopes(f"`stabilize` by {settings.method}")
         build(model, arrays)
         self._model, self._settings = model, settings
         found = select_layers(find_recurrent_layers(model), layers)
@@ -222,6 +224,10 @@ class _Stabilizer:
         frozen = [item.name for item in found if not self._weights[item.name]]
         if not self._goals:
             raise invalid_argument("layers", "a recurrent layer with a goal and a weight that is trained", f"{frozen}")
+        masked = [goal.call for goal in self._goals if not report[goal.call].mask.any()]
+        if masked:
+            received = f"a probe that is masked throughout for the layers {masked}"
+            raise invalid_argument("probe", "a probe with steps that are not masked", received)
         if frozen:
             warnings.warn(f"The layers {frozen} have no weight that is trained, and stay as they are.", stacklevel=3)
         self._before = Standing.of(report, self._goals, settings.tolerance)

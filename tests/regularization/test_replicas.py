@@ -70,6 +70,9 @@ STABILIZED = """
     for weight in model.layers[0].weights:
         one, other = weight.value.values
         np.testing.assert_array_equal(one, other)
+    with mirrored.scope():
+        sentence = refusal(lambda: stabilize(model, x[:4], verbose=0))
+    assert "Expected `stabilize` by gradient outside of the scope of a strategy" in sentence, sentence
 """
 
 

@@ -140,6 +140,9 @@ def test_rescale_multiplies_each_gate_by_a_number_of_its_own() -> None:
     assert min(abs(np.diff(gains))) > 1e-3
     np.testing.assert_allclose(mean_radius(layer), result.after["rnn"].mean("spectral_radius"), rtol=1e-4)
     # The gate that keeps the state does so without a kernel too.
+    layer.cell.recurrent_kernel.constraint = keras.constraints.MaxNorm(2.5)
+    assert len(stabilize(model, PROBE, 1.5, method="rescale", steps=2, verbose=0).history["loss"]) == 3
+    assert np.linalg.norm(layer.weights[1], axis=0).max() == pytest.approx(2.5)
     reached = values_of(model.variables)
     with pytest.warns(UserWarning, match=r"^`rnn` stays as it is: with a `recurrent_kernel` of zeros its spectral_ra"):
         result = stabilize(model, PROBE, 0.2, method="rescale", verbose=0)
@@ -162,6 +165,8 @@ def test_a_padded_probe_in_half_precision_is_the_probe_without_the_padding() -> 
         assert layer.weights[1].dtype == "float32"
         found.append(layer.weights[1].numpy())
     np.testing.assert_allclose(found[0], found[1], rtol=1e-2)
+    with pytest.raises(ValueError, match=r"steps that are not masked. Received: .* masked throughout .* \['rnn'\]"):
+        stabilize(model, 0 * padded, verbose=0)
 
 
 @pytest.mark.parametrize("dtype", ["mixed_float16", "mixed_bfloat16"])
