@@ -145,7 +145,8 @@ def stabilize(
             `("v", "a")`, for the measures of one step. Defaults to `"joint"`.
         layers: Names of recurrent layers, or layers. Defaults to None, all of them.
         tolerance: Float above 0. It ends when the mean of the measure over the points of each layer is within this
-            distance of its target, `patience` times in a row. Defaults to 0.08.
+            distance of its target, `patience` times in a row. A model that is so already is left as it is. Defaults to
+            0.08.
         patience: Integer, number of checks. A check follows 5 updates, 10 of flossing, or one rescaling. Defaults to 3.
         steps: Integer, maximum number of updates. Defaults to None, 500, or 20 rescalings.
         rows: Integer, number of (step, sample) points of a layer in an update of `"gradient"`; they change with each
@@ -155,8 +156,9 @@ def stabilize(
             used. Defaults to None: Adam, which moves each weight by 3 % of its size and has a gain of each weight among
             its variables; its learning rate is halved when the loss has become larger.
         exponents: Integer, number of leading Lyapunov exponents, as far as a layer has them. The first tenth of the
-            steps of the probe is left out. Of them the root mean square distance from the target is compared with
-            `tolerance`. Defaults to 16.
+            steps of the probe is left out, and samples without further steps are, too. Of the exponents the root mean
+            square distance from the target is compared with `tolerance`; one of -inf counts as log 1e-12. Defaults to
+            16.
         seed: Integer, the seed of the random vectors. Defaults to 0.
         verbose: Integer, 1 for a progress bar, 0 for silence. Defaults to 1.
 
