@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Iterable
+from numbers import Real
 from typing import Any
 
 import keras
@@ -77,7 +78,7 @@ class FlossingEpisodes(keras.callbacks.Callback):
         for name, value in (("updates", updates), ("exponents", exponents)):
             check_whole(name, value, 1)
         check_whole("seed", seed, 0, LARGEST_SEED)
-        if isinstance(learning_rate, bool) or not isinstance(learning_rate, (int, float)) or not learning_rate > 0:
+        if isinstance(learning_rate, bool) or not isinstance(learning_rate, Real) or not learning_rate > 0:
             raise invalid_argument("learning_rate", "a number above 0", learning_rate)
         self._probe, self._layers = read_probe(probe), layers
         self._updates, self._exponents = updates, exponents
