@@ -169,7 +169,7 @@ def test_a_padded_probe_in_half_precision_is_the_probe_without_the_padding() -> 
         stabilize(model, 0 * padded, verbose=0)
 
 
-@pytest.mark.parametrize("dtype", ["mixed_float16", "mixed_bfloat16"])
+@pytest.mark.parametrize("dtype", ["mixed_float16", pytest.param("mixed_bfloat16", marks=pytest.mark.soak)])
 def test_gradient_in_half_precision_reaches_the_target_of_single_precision(dtype: str) -> None:
     layer, single = simple(dtype=dtype), simple()
     model = stack(layer)
