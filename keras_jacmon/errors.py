@@ -3,7 +3,7 @@
 import difflib
 import re
 from collections.abc import Iterable
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any
 
 _BOLD = re.compile("\x1b\\[1m(.+?)\x1b\\[0m", re.DOTALL)
@@ -34,6 +34,15 @@ class UnmeasurableError(ValueError):
     def __init__(self, message: str, layer: Any = None) -> None:
         super().__init__(message)
         self.layer = layer
+
+
+def is_number(value: Any) -> bool:
+    """Returns True if a value is a real number, of Python or of NumPy; True and False are none.
+
+    Args:
+        value: The value.
+    """
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def is_whole(value: Any, least: int, most: int | None = None) -> bool:

@@ -2,12 +2,11 @@
 
 import warnings
 from collections.abc import Iterable
-from numbers import Real
 from typing import Any
 
 import keras
 
-from keras_jacmon.errors import check_whole, invalid_argument, is_whole, message_of
+from keras_jacmon.errors import check_whole, invalid_argument, is_number, is_whole, message_of
 from keras_jacmon.model.building import build
 from keras_jacmon.model.distribution import check_distribution
 from keras_jacmon.model.inputs import fit_probe, read_probe
@@ -78,7 +77,7 @@ class FlossingEpisodes(keras.callbacks.Callback):
         for name, value in (("updates", updates), ("exponents", exponents)):
             check_whole(name, value, 1)
         check_whole("seed", seed, 0, LARGEST_SEED)
-        if isinstance(learning_rate, bool) or not isinstance(learning_rate, Real) or not learning_rate > 0:
+        if not is_number(learning_rate) or not learning_rate > 0:
             raise invalid_argument("learning_rate", "a number above 0", learning_rate)
         self._probe, self._layers = read_probe(probe), layers
         self._updates, self._exponents = updates, exponents

@@ -3,11 +3,10 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Real
 
 import numpy as np
 
-from keras_jacmon.errors import invalid_argument
+from keras_jacmon.errors import invalid_argument, is_number
 from keras_jacmon.measures.differentiable import TINY
 from keras_jacmon.measures.registry import key_of
 from keras_jacmon.options import ChosenStates, label_of
@@ -39,7 +38,7 @@ def targets_of(target: Target | None, measure: str) -> dict[str, float]:
         target = 0.0 if measure in (GROWTH, LYAPUNOV) else 1.0
     by_direction = dict(target.items()) if isinstance(target, Mapping) else {TIME: target}
     known = bool(by_direction) and set(by_direction) <= {TIME, DEPTH}
-    if not known or not all(_is_number(value) for value in by_direction.values()):
+    if not known or not all(is_number(value) and math.isfinite(value) for value in by_direction.values()):
         expected = 'a finite number, or a dict of numbers for "time", "depth" or both'
         raise invalid_argument("target", expected, f"target={target!r}")
     if measure not in (GROWTH, LYAPUNOV) and min(by_direction.values()) < 0:
@@ -50,10 +49,6 @@ def targets_of(target: Target | None, measure: str) -> dict[str, float]:
         expected = f'a target for "time" alone, which the measure `{measure}` is of'
         raise invalid_argument("target", expected, f"target={target!r}")
     return {direction: float(value) for direction, value in by_direction.items()}
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
 @dataclass(frozen=True)

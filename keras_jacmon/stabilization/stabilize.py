@@ -4,12 +4,11 @@ import time
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from numbers import Real
 from typing import Any, Literal
 
 import keras
 
-from keras_jacmon.errors import check_whole, invalid_argument
+from keras_jacmon.errors import check_whole, invalid_argument, is_number
 from keras_jacmon.measures.differentiable import DIFFERENTIABLE
 from keras_jacmon.meter import JacobianMeter
 from keras_jacmon.model.building import build
@@ -78,7 +77,7 @@ class _Settings:
         if self.view not in ("hidden", "joint") and not is_chosen:
             expected = "one of ['hidden', 'joint'], or chosen states such as `(0, 1)` for a measure of one step"
             raise invalid_argument("view", expected, f"view={self.view!r}")
-        if isinstance(self.tolerance, bool) or not isinstance(self.tolerance, Real) or not self.tolerance > 0:
+        if not is_number(self.tolerance) or not self.tolerance > 0:
             raise invalid_argument("tolerance", "a number above 0", f"tolerance={self.tolerance!r}")
         for name, number, least in (
             ("patience", self.patience, 1),
