@@ -23,14 +23,33 @@ def known_sizes(tensor: tf.Tensor) -> list[int | tf.Tensor]:
 _MOST_RUNS = 16
 
 
-def take_points(tensor: tf.Tensor, points: tf.Tensor | slice) -> tf.Tensor:
+class PointRange:
+    """Neighbouring points, which several tensors give by one operation each and without a copy.
+
+    Args:
+        start: Integer or scalar tensor, index of the first point.
+        count: Integer or scalar tensor, number of points.
+    """
+
+    def __init__(self, start: int | tf.Tensor, count: int | tf.Tensor) -> None:
+        self.count = count
+        self._bounds = tf.stack([start]), tf.stack([start + count]), tf.constant([1])
+
+    def of(self, tensor: tf.Tensor) -> tf.Tensor:
+        """Returns these points of a tensor `(points, ...)`."""
+        part = tf.strided_slice(tensor, *self._bounds)
+        part.set_shape([self.count if isinstance(self.count, int) else None, *tensor.shape[1:]])
+        return part
+
+
+def take_points(tensor: tf.Tensor, points: tf.Tensor | PointRange) -> tf.Tensor:
     """Returns some points of a tensor.
 
     Args:
         tensor: Tensor `(points, ...)`.
-        points: Integer tensor `(k,)`, the indices of the points; or a slice, which takes no copy.
+        points: Integer tensor `(k,)`, the indices of the points; or a range.
     """
-    return tensor[points] if isinstance(points, slice) else tf.gather(tensor, points)
+    return points.of(tensor) if isinstance(points, PointRange) else tf.gather(tensor, points)
 
 
 def take_each(tensor: tf.Tensor, indices: npt.NDArray[np.int64]) -> list[tf.Tensor]:
@@ -96,5 +115,7 @@ def joined(tensors: Sequence[tf.Tensor]) -> tf.Tensor:
 
 
 def total(tensors: list[tf.Tensor]) -> tf.Tensor:
-    """Adds tensors like `tf.add_n`, with broadcasting."""
-    return functools.reduce(tf.add, tensors)
+    """Adds tensors, with broadcasting."""
+    shapes = [tensor.shape for tensor in tensors]
+    alike = shapes[0].is_fully_defined() and all(shape == shapes[0] for shape in shapes)
+    return tf.add_n(tensors) if alike else functools.reduce(tf.add, tensors)

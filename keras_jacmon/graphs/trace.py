@@ -35,7 +35,7 @@ class Traced(Generic[StaticT]):
 
 
 def trace(
-    function: Callable[..., tuple[Any, StaticT]], specs: Sequence[Any] = (), *, inline: bool = True
+    function: Callable[..., tuple[Any, StaticT]], specs: Sequence[Any] = (), *, inline: bool = True, ordered: bool = True
 ) -> Traced[StaticT]:
     """Traces a function of tensors once, and keeps the Python object that it returns beside them.
 
@@ -48,6 +48,8 @@ def trace(
         specs: Sequence of structures of `tf.TensorSpec`, one for each argument. Defaults to `()`.
         inline: Boolean, False for a graph that others call several times, and that TensorFlow then optimizes once and
             not once for each call. Defaults to True.
+        ordered: Boolean, False for a function in which nothing has an effect. TensorFlow then does not look at each
+            operation for effects to put in order, which takes a tenth of the trace. Defaults to True.
 
     Returns:
         `Traced`, the graph and the object. If the function raises, its error is raised.
@@ -68,10 +70,9 @@ def trace(
         return result
 
     with unchecked():
-        attributes = {} if inline else {"_noinline": True}
-        graph = tf.function(tensors_of, autograph=False, experimental_attributes=attributes).get_concrete_function(
-            *specs
-        )
+        attributes = {"_noinline": not inline, "_disable_acd": not ordered}
+        chosen = {name: True for name, is_chosen in attributes.items() if is_chosen}
+        graph = tf.function(tensors_of, autograph=False, experimental_attributes=chosen).get_concrete_function(*specs)
     return Traced(graph, returned[-1])
 
 

@@ -55,7 +55,7 @@ def relative_differences(
     Returns:
         `(parts, points)`.
     """
-    parts = tf.split(tf.stack([found - expected, expected, found]) ** 2, sizes, axis=-1)
+    parts = tf.split(tf.square(tf.stack([found - expected, expected, found])), sizes, axis=-1)
     norms = tf.sqrt(tf.stack([tf.reduce_sum(part, axis=-1) for part in parts], axis=1))
     error, of_expected, of_found = tf.unstack(norms)
     zero, infinite = tf.zeros([], norms.dtype), tf.constant(np.inf, norms.dtype)

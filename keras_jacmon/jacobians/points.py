@@ -8,7 +8,7 @@ import tensorflow as tf
 from keras_jacmon.cell.trajectory import Trajectory
 from keras_jacmon.jacobians.views import View
 from keras_jacmon.operators.structured import StructuredJacobian
-from keras_jacmon.tensors import as_points, known_sizes
+from keras_jacmon.tensors import PointRange, as_points, known_sizes
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,8 @@ class PointBatch:
 
     def between(self, start: tf.Tensor, stop: tf.Tensor) -> "PointBatch":
         """The points from one index up to another one, without a copy."""
-        return self._each(lambda x: x[start:stop], lambda operator: operator.take(slice(start, stop)), stop - start)
+        here = PointRange(start, stop - start)
+        return self._each(here.of, lambda operator: operator.take(here), here.count)
 
     def _each(
         self,

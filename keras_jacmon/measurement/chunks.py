@@ -94,8 +94,10 @@ def _measured(operators: Operators, quantities: Selection, context: MeasureConte
 def _put(found: list[MeasuredArray], arrays: list[MeasuredArray], at: tf.Tensor) -> list[MeasuredArray]:
     """Returns the arrays with the found values at the given indices."""
 
+    places = tf.expand_dims(at, axis=1)
+
     def put(part: tf.Tensor, array: tf.Tensor) -> tf.Tensor:
-        return tf.tensor_scatter_nd_update(array, tf.expand_dims(at, axis=1), tf.cast(part, array.dtype))
+        return tf.tensor_scatter_nd_update(array, places, tf.cast(part, array.dtype))
 
     return [
         MeasuredArray(put(new.value, old.value), put(new.uncertainty, old.uncertainty), old.is_exact & new.is_exact)

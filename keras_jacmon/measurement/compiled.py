@@ -172,7 +172,9 @@ class CompiledMeasurements:
             return results, metadata
 
         weights = [tf.TensorSpec(weight.shape, weight.dtype) for weight in call.kind.weights]
-        function = trace(run, [tf.TensorSpec([], tf.int32), call.specs, weights])
+        # A step that reads nothing but what it is given leaves nothing behind.
+        ordered = not call.kind.is_self_contained
+        function = trace(run, [tf.TensorSpec([], tf.int32), call.specs, weights], ordered=ordered)
         foreign = foreign_variables(function.graph.graph, self._model, [])
         return CompiledMeasurement(function, foreign, (call.specs, weights))
 

@@ -23,7 +23,7 @@ from keras_jacmon.measures.registry import Selection, views_of
 from keras_jacmon.measures.steps import Steps
 from keras_jacmon.operators.contract import JacobianOperator
 from keras_jacmon.options import ViewName, label_of
-from keras_jacmon.tensors import known_sizes
+from keras_jacmon.tensors import PointRange, known_sizes
 
 # Purposes of random numbers, beside the purposes that the measures of a step have.
 _FLOW, _EXPONENTS = 5, 6
@@ -221,12 +221,12 @@ def steps_of(
         whole = wholes.get(view)
 
         def at(t: tf.Tensor) -> JacobianOperator:
-            start, stop = t * samples, (t + 1) * samples
+            start = t * samples
             # A structured operator is computed once for all steps; autodiff is taken step by step.
-            taken = None if whole is None else whole.take(slice(start, stop))
+            taken = None if whole is None else whole.take(PointRange(start, samples))
             if taken is not None:
                 return taken
-            return measurement.jacobian.operators([view], points.between(start, stop))[view]
+            return measurement.jacobian.operators([view], points.between(start, start + samples))[view]
 
         size = View.of(view, part.states).columns(part.inputs[0], part.states)
         return Steps(time, at, part.mask, samples, size, context.dtype)

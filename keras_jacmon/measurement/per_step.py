@@ -215,9 +215,15 @@ class StepMeasurement:
 
         The few are spread over all points, and others each time: after enough measurements each point has had its turn.
         """
-        number = tf.minimum(total, tf.where(self.draw == 0, most, CHECKED_POINTS))
-        stride = -(-total // tf.maximum(number, 1))
-        return (tf.range(number) * stride + self.draw % tf.maximum(stride, 1)) % tf.maximum(total, 1)
+        if isinstance(total, int) and isinstance(most, int):
+            numbers = [min(total, most), min(total, CHECKED_POINTS)]
+            number, stride = tf.unstack(
+                tf.where(self.draw == 0, *([number, -(-total // number)] for number in numbers))
+            )
+        else:
+            number = tf.minimum(total, tf.where(self.draw == 0, most, CHECKED_POINTS))
+            stride = tf.maximum(-(-total // tf.maximum(number, 1)), 1)
+        return (tf.range(number) * stride + self.draw % stride) % tf.maximum(total, 1)
 
     def _step_in_turn(self, count: int | tf.Tensor) -> tf.Tensor:
         """Returns the indices of the points of one step, another step each time."""

@@ -4,6 +4,8 @@ import abc
 
 import tensorflow as tf
 
+from keras_jacmon.tensors import PointRange
+
 
 class JacobianOperator(tf.linalg.LinearOperator):
     """`J[b, i, k] = d new[b, i] / d old[b, k]` at each point b, batch shape `(points,)`.
@@ -13,11 +15,11 @@ class JacobianOperator(tf.linalg.LinearOperator):
     """
 
     @abc.abstractmethod
-    def take(self, points: tf.Tensor | slice) -> "JacobianOperator | None":
+    def take(self, points: tf.Tensor | PointRange) -> "JacobianOperator | None":
         """The operator of some of the points; None if points depend on each other, or cannot be told apart.
 
         Args:
-            points: Indices `(k,)`, or a slice.
+            points: Indices `(k,)`, or a range.
         """
 
     def entry_sum(self) -> tf.Tensor:

@@ -123,8 +123,8 @@ def spread_within_rows(direct: Diagonal | None, ways: Iterable[Way], columns: in
     if direct is not None:
         for slot in direct.link.slots:
             sums += _direct_sums(direct, slot, factors, dtype)
-        rest.append(direct.forward(tf.ones([1, columns], dtype)))
-    return [*sums, -tf.reduce_sum(total(rest) ** 2, axis=-1) / columns] if rest else sums
+        rest.append(direct.row_sums(dtype))
+    return [*sums, tf.reduce_sum(tf.square(total(rest)), axis=-1) / -columns] if rest else sums
 
 
 def _centred_with_squares(ways: Sequence[Way]) -> tuple[list[_Factor], list[tf.Tensor]]:
@@ -159,7 +159,7 @@ def _direct_sums(
     places = slot[units]
     derivatives = direct.at(places)
     d = tf.ones([1, units.size], dtype) if derivatives is None else derivatives
-    sums = [tf.reduce_sum(d**2, axis=-1)]
+    sums = [tf.reduce_sum(tf.square(d), axis=-1)]
     for factor in factors:
         with graph_of(factor.V):
             V = 2 * tf.gather_nd(factor.V, np.stack([places, units], axis=1))

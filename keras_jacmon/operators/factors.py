@@ -9,7 +9,7 @@ import tensorflow as tf
 
 from keras_jacmon.graphs.trace import graph_of
 from keras_jacmon.structure.index_map import IndexMap
-from keras_jacmon.tensors import joined, take, take_each, take_points, total
+from keras_jacmon.tensors import PointRange, joined, known_sizes, take, take_each, take_points, total
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Diagonal:
                 return derivatives
         return None if self.values is None else take(self.values, units)
 
-    def take(self, points: tf.Tensor | slice) -> "Diagonal":
+    def take(self, points: tf.Tensor | PointRange) -> "Diagonal":
         """The diagonal at some of the points."""
         if self.pieces is None:
             return self
@@ -54,6 +54,11 @@ class Diagonal:
         """The change of the target for a change of the base, both `(points, ..., units)`."""
         scaled = tangent if self.values is None else _beside(self.values, tangent) * tangent
         return total(take_each(scaled, self.link.slots))
+
+    def row_sums(self, dtype: tf.DType) -> tf.Tensor:
+        """The sums of its rows, `(points, units of the target)`, or `(1, ...)` if all derivatives are one."""
+        values = tf.ones([1, self.link.node_size], dtype) if self.values is None else self.values
+        return total(take_each(values, self.link.slots))
 
     def backward(self, cotangent: tf.Tensor) -> tf.Tensor:
         """The transpose of `forward`."""
@@ -72,7 +77,7 @@ class SplitDiagonal:
 
     parts: tuple[Diagonal, ...]
 
-    def take(self, points: tf.Tensor | slice) -> "SplitDiagonal":
+    def take(self, points: tf.Tensor | PointRange) -> "SplitDiagonal":
         """The way at some of the points."""
         return SplitDiagonal(tuple(part.take(points) for part in self.parts))
 
@@ -119,7 +124,7 @@ class Kernel:
         """The transpose of `forward`."""
         return _times(vectors, self.transposed)
 
-    def take(self, points: tf.Tensor | slice) -> "Kernel":  # noqa: ARG002 - as `Order.take`
+    def take(self, points: tf.Tensor | PointRange) -> "Kernel":  # noqa: ARG002 - as `Order.take`
         """The kernel at some of the points, where it is the same."""
         return self
 
@@ -162,7 +167,7 @@ class Order:
         """The transpose of `forward`, which is its inverse."""
         return self._taken(vectors, tf.argsort(self.places, axis=-1))
 
-    def take(self, points: tf.Tensor | slice) -> "Order":
+    def take(self, points: tf.Tensor | PointRange) -> "Order":
         """The order at some of the points."""
         return Order(take_points(self.places, points))
 
@@ -180,4 +185,4 @@ def _times(vectors: tf.Tensor, matrix: tf.Tensor) -> tf.Tensor:
     if len(leading) == 1:
         return vectors @ matrix
     flat = tf.reshape(vectors, [-1, units]) @ matrix
-    return tf.reshape(flat, tf.concat([tf.shape(vectors)[:-1], [flat.shape[-1]]], axis=0))
+    return tf.reshape(flat, [*known_sizes(vectors)[:-1], flat.shape[-1]])

@@ -5,7 +5,7 @@ from typing import final
 import tensorflow as tf
 
 from keras_jacmon.operators.contract import JacobianOperator
-from keras_jacmon.tensors import take_points
+from keras_jacmon.tensors import PointRange, take_points
 
 
 @final
@@ -32,7 +32,7 @@ class FormedJacobian(JacobianOperator):
     def _to_dense(self) -> tf.Tensor:
         return self._matrices
 
-    def take(self, points: tf.Tensor | slice) -> "FormedJacobian":
+    def take(self, points: tf.Tensor | PointRange) -> "FormedJacobian":
         """The matrices of some of the points."""
         return FormedJacobian(take_points(self._matrices, points))
 
@@ -61,7 +61,7 @@ class WrappedJacobian(JacobianOperator):
     def _matvec(self, x: tf.Tensor, adjoint: bool = False) -> tf.Tensor:  # noqa: FBT001, FBT002 - as in the base class
         return self._operator.matvec(x, adjoint=adjoint)
 
-    def take(self, points: tf.Tensor | slice) -> None:
+    def take(self, points: tf.Tensor | PointRange) -> None:
         """None: an operator works as a whole."""
 
 

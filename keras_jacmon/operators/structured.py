@@ -4,13 +4,14 @@ import functools
 from collections.abc import Mapping
 from typing import Any, final
 
+import numpy as np
 import tensorflow as tf
 
 from keras_jacmon.operators.contract import JacobianOperator
 from keras_jacmon.operators.entry_moments import pooled, spread_within_rows
 from keras_jacmon.operators.factors import Diagonal, Kernel, Order, SplitDiagonal
 from keras_jacmon.structure.index_map import Node
-from keras_jacmon.tensors import joined, total
+from keras_jacmon.tensors import PointRange, joined, known_sizes, total
 
 # Maximum number of slots of the diagonals of a block beyond the first ones; the pairs of all are taken one by one.
 _MOST_WAYS = 16
@@ -125,11 +126,11 @@ class StructuredJacobian(JacobianOperator):
         parts = [total(ways[s]) if ways[s] else _zeros_beside(w, size) for s, size in self._sources.items()]
         return joined(parts)
 
-    def take(self, points: tf.Tensor | slice) -> "StructuredJacobian":
+    def take(self, points: tf.Tensor | PointRange) -> "StructuredJacobian":
         """The operator of some of the points."""
         outer = {key: diagonal.take(points) for key, diagonal in self._outer.items()}
         inner = {key: diagonal.take(points) for key, diagonal in self._inner.items()}
-        count = points.stop - points.start if isinstance(points, slice) else tf.size(points)
+        count = points.count if isinstance(points, PointRange) else known_sizes(points)[0]
         kernels = {product: kernel.take(points) for product, kernel in self._kernels.items()}
         return StructuredJacobian(
             **{**self._given, "points": count, "kernels": kernels, "outer": outer, "inner": inner}
@@ -172,14 +173,18 @@ class StructuredJacobian(JacobianOperator):
 
     @functools.cached_property
     def _entry_sum(self) -> tf.Tensor:
-        if len(self.blocks()) > 1:
-            return tf.add_n([block.entry_sum() for block in self.blocks()])
         return self._at_each_point([tf.reduce_sum(self._row_sums, axis=-1)])
 
     @functools.cached_property
     def _row_sums(self) -> tf.Tensor:
-        """The sums of the rows of a single block, `(points, m)` or `(1, m)`: its product with ones."""
-        return self._forward(tf.ones([1, sum(self._sources.values())], self.dtype))
+        """The sums of the rows of each block, side by side, `(points, blocks * m)` or `(1, blocks * m)`."""
+        blocks = self.blocks()
+        if len(blocks) == 1:
+            return self._forward(tf.ones([1, sum(self._sources.values())], self.dtype))
+        sums = [block._row_sums for block in blocks]
+        if len({rows.shape[0] for rows in sums}) > 1:
+            sums = [tf.broadcast_to(rows, [self._points, rows.shape[1]]) for rows in sums]
+        return joined(sums)
 
     @property
     def has_closed_form(self) -> bool:
@@ -201,18 +206,23 @@ class StructuredJacobian(JacobianOperator):
     @functools.cached_property
     def _spread(self) -> tf.Tensor:
         blocks = self.blocks()
-        if len(blocks) > 1:
+        if not all(block.has_closed_form for block in blocks):
+            if len(blocks) == 1:
+                return super().spread()
             counts = [int(block.shape[-2]) * int(block.shape[-1]) for block in blocks]
             means = [block.entry_sum() / count for block, count in zip(blocks, counts, strict=True)]
             return pooled(counts, means, [block.spread() for block in blocks])[1]
-        if not self.has_closed_form:
-            return super().spread()
-        # The spread within rows, and that of the means of rows.
-        columns, rows = sum(self._sources.values()), self._row_sums
-        of_means = tf.square(rows - tf.reduce_mean(rows, axis=-1, keepdims=True))
-        direct, ways = self._ways()
-        terms = spread_within_rows(direct, ways, columns, self.dtype)
-        return self._at_each_point([*terms, tf.reduce_sum(of_means, axis=-1) / columns])
+        # The spread within the rows of the blocks, and that of the means of these rows.
+        columns = np.concatenate([np.full(int(block.shape[-2]), int(block.shape[-1])) for block in blocks])
+        width = columns[0] if np.all(columns == columns[0]) else columns
+        mean = tf.expand_dims(self.entry_sum(), axis=1) * tf.constant(width / columns.sum(), self.dtype)
+        of_means = tf.linalg.matvec(tf.square(self._row_sums - mean), tf.constant(1 / columns, self.dtype))
+        return self._at_each_point([*(term for block in blocks for term in block._within_rows), of_means])
+
+    @functools.cached_property
+    def _within_rows(self) -> list[tf.Tensor]:
+        """The terms of the spread within the rows of a single block, each `(points,)`, `(1,)` or `()`."""
+        return spread_within_rows(*self._ways(), sum(self._sources.values()), self.dtype)
 
     def _ways(self) -> tuple[Diagonal | None, list[tuple[Diagonal, Kernel, Diagonal]]]:
         """The direct diagonal of a single block, and for each product its inner diagonal, kernel and outer diagonal."""

@@ -19,7 +19,7 @@ from keras_jacmon.model.layers import RecurrentLayer
 from keras_jacmon.model.recording import Recording, RecurrentCall, record_calls
 from keras_jacmon.operators.contract import JacobianOperator
 from keras_jacmon.stabilization.gradient import slopes_of
-from keras_jacmon.tensors import known_sizes
+from keras_jacmon.tensors import PointRange, known_sizes
 
 # Jacobians are formed if they have no more columns than this many times the exponents.
 _FORMED = 4
@@ -103,7 +103,7 @@ class ExponentsLoss:
         whole = jacobian.operators([view], points)[view]
 
         def at(t: tf.Tensor) -> JacobianOperator:
-            taken = whole.take(slice(t * samples, (t + 1) * samples))
+            taken = whole.take(PointRange(t * samples, samples))
             if taken is None:
                 raise ValueError(f"The Jacobians of layer `{call.name}` cannot be told apart by step.")
             return taken

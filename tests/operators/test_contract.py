@@ -14,6 +14,7 @@ from keras_jacmon.operators.factors import Diagonal, Kernel
 from keras_jacmon.operators.formed import FormedJacobian, WrappedJacobian, as_jacobian_operator
 from keras_jacmon.operators.structured import StructuredJacobian
 from keras_jacmon.structure.index_map import IndexMap, Node
+from keras_jacmon.tensors import PointRange
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -182,7 +183,7 @@ def test_blocks_have_no_entry_in_common_and_make_up_the_whole(name: str) -> None
 def test_some_points_are_those_of_the_dense_matrices(name: str, chosen: list[int]) -> None:
     def numbers() -> Any:
         J = MAKERS[name](5)
-        taken = J.take(tf.constant(chosen, tf.int32)), J.take(slice(1, 3))
+        taken = J.take(tf.constant(chosen, tf.int32)), J.take(PointRange(1, 2))
         return J.to_dense(), [some.to_dense() for some in taken if some is not None]
 
     dense, taken = in_graph(numbers)
@@ -203,8 +204,8 @@ def test_no_points_can_be_taken(name: str) -> None:
 
 def test_points_that_depend_on_each_other_cannot_be_taken() -> None:
     part = autodiff(5, independent=False)
-    assert part.take(slice(0, 2)) is None
-    assert BlockJacobian([BlockPart(part, (0,), (0,))], [2], [4]).take(slice(0, 2)) is None
+    assert part.take(PointRange(0, 2)) is None
+    assert BlockJacobian([BlockPart(part, (0,), (0,))], [2], [4]).take(PointRange(0, 2)) is None
 
 
 def test_the_blocks_of_a_structure() -> None:
