@@ -19,6 +19,11 @@ def known_sizes(tensor: tf.Tensor) -> list[int | tf.Tensor]:
     return [tf.shape(tensor)[axis] if size is None else size for axis, size in enumerate(tensor.shape)]
 
 
+def with_shape(tensor: tf.Tensor, shape: Sequence[int | None] | tf.TensorShape) -> tf.Tensor:
+    """Returns a tensor with a static shape, without an operation if it has this shape already."""
+    return tensor if tensor.shape == tf.TensorShape(shape) else tf.ensure_shape(tensor, shape)
+
+
 # The largest number of runs of neighbouring units that are sliced; more of them are gathered unit by unit.
 _MOST_RUNS = 16
 

@@ -9,7 +9,7 @@ import tensorflow as tf
 from keras_jacmon.cell.step import CellStep, widened
 from keras_jacmon.cell.unroll_plan import UnrollPlan
 from keras_jacmon.model.recording import RecurrentCall
-from keras_jacmon.tensors import known_sizes
+from keras_jacmon.tensors import known_sizes, with_shape
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,11 @@ class UnrollInputs:
     inputs: tf.Tensor
     states: tuple[tf.Tensor, ...]
     mask: tf.Tensor | None
+
+    @property
+    def of_a_step(self) -> tf.TensorSpec:
+        """Shape and type of the inputs of one step."""
+        return tf.TensorSpec(self.inputs.shape[1:], self.inputs.dtype)
 
     @classmethod
     def of(cls, call: RecurrentCall) -> "UnrollInputs":
@@ -123,7 +128,7 @@ def _loop(
     ) -> tuple[tf.Tensor, list[tf.Tensor], list[tf.TensorArray]]:
         new, points = take_step(t, states)
         arrays = [array.write(t, value) for array, value in zip(arrays, points, strict=True)]
-        new = [tf.ensure_shape(value, old.shape) for value, old in zip(new, states, strict=True)]
+        new = [with_shape(value, old.shape) for value, old in zip(new, states, strict=True)]
         return t + 1, new, arrays
 
     arrays = [tf.TensorArray(tensor.dtype, time, element_shape=[width, *tensor.shape[1:]]) for tensor in stored]
@@ -135,7 +140,7 @@ def _loop(
         maximum_iterations=known_time,
     )
     stacks = [
-        tf.ensure_shape(array.stack(), [known_time, width, *tensor.shape[1:]])
+        with_shape(array.stack(), [known_time, width, *tensor.shape[1:]])
         for array, tensor in zip(arrays, stored, strict=True)
     ]
     return last, stacks

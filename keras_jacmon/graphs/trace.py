@@ -35,7 +35,11 @@ class Traced(Generic[StaticT]):
 
 
 def trace(
-    function: Callable[..., tuple[Any, StaticT]], specs: Sequence[Any] = (), *, inline: bool = True, ordered: bool = True
+    function: Callable[..., tuple[Any, StaticT]],
+    specs: Sequence[Any] = (),
+    *,
+    inline: bool = True,
+    ordered: bool = True,
 ) -> Traced[StaticT]:
     """Traces a function of tensors once, and keeps the Python object that it returns beside them.
 

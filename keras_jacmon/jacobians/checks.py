@@ -50,13 +50,11 @@ def check_points(
             stepped = _beside(jacobian.step(points.inputs, points.states), floating)
         sizes = [size(points.states[p]) for p in floating]
         of_new_states = [relative_differences(stepped, _beside(new_states, floating), sizes)]
-    none = tf.zeros([points.count], points.states[floating[0]].dtype)
-    by_check = [
-        tf.reduce_max(tf.concat(differences, axis=0), axis=0) if differences else none
-        for differences in (of_structure, of_products, of_columns, of_new_states)
-    ]
-    structure_residual, products, columns, dependence = tf.unstack(largest(tf.stack(by_check)))
-    return CheckResults(structure_residual, products, columns, dependence, influence=tf.zeros([], none.dtype))
+    none = tf.zeros([], points.states[floating[0]].dtype)
+    by_check = [of_structure, of_products, of_columns, of_new_states]
+    made = [tf.reduce_max(tf.concat(rows, axis=0) if rows[1:] else rows[0], axis=0) for rows in by_check if rows]
+    found = iter(tf.unstack(largest(tf.stack(made))) if made else [])
+    return CheckResults(*(next(found) if rows else none for rows in by_check), influence=none)
 
 
 def _structure_differences(

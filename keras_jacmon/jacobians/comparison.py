@@ -34,7 +34,8 @@ def in_turns(vectors: tf.Tensor, sizes: Sequence[int], every: int = 1) -> tf.Ten
     count = vectors.shape[0] or tf.shape(vectors)[0]
     part = np.repeat(np.arange(len(sizes), dtype=np.int32), sizes)
     few = count < _LEAST_TURNS * len(sizes) * every
-    turn = tf.equal(tf.expand_dims(tf.range(count) // every % len(sizes), axis=1), part) | few
+    number = tf.range(count) if every == 1 else tf.range(count) // every
+    turn = tf.equal(tf.expand_dims(number % len(sizes), axis=1), part) | few
     return tf.where(turn, vectors, tf.zeros([], vectors.dtype))
 
 
@@ -90,4 +91,4 @@ def column_differences(
 
 def rounding(w: tf.Tensor) -> tf.Tensor:
     """The rounding error of a product with these vectors, `(points,)`."""
-    return _ROUNDINGS * np.finfo(w.dtype.as_numpy_dtype).eps * tf.norm(w, axis=-1)
+    return _ROUNDINGS * np.finfo(w.dtype.as_numpy_dtype).eps * tf.sqrt(tf.reduce_sum(tf.square(w), axis=-1))

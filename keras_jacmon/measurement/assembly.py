@@ -121,7 +121,7 @@ class CallMetadata:
         Raises:
             ValueError: If no state has a derivative.
         """
-        first, states = sequence.inputs[0], sequence.states
+        first, states = sequence.of_a_step, sequence.states
         floating = floating_states(states)
         views, notes = _views_and_notes(floating, dependencies, with_inputs="inputs" in asked)
         labels, left_out = _chosen_views(asked, jacobian.step.structure, floating, dependencies)

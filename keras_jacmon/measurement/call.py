@@ -184,7 +184,7 @@ class _Call:
             begin = tuple(map(tf.identity, sequence.states))
         whole = SequenceMeasurement(
             self.step,
-            sequence.between(0, known_sizes(sequence.inputs)[0], begin),
+            dataclasses.replace(sequence, states=begin),
             self.unroll_plan,
             measurement.jacobian,
             measurement.independent,
@@ -217,7 +217,7 @@ def _recurrent_places(jacobian: CellJacobian) -> tuple[int, ...] | None:
 
 def _most_steps(sequence: UnrollInputs, unroll_plan: UnrollPlan | None, max_bytes: int) -> int:
     """Returns the maximum number of steps whose trajectory fits into `max_bytes`."""
-    once, twice = [sequence.inputs[0]], [*sequence.states]
+    once, twice = [sequence.of_a_step], [*sequence.states]
     if unroll_plan:
         once += unroll_plan.prepared
         # A list of steps becomes one tensor, and for a moment there are both.

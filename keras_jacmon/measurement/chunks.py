@@ -93,7 +93,6 @@ def _measured(operators: Operators, quantities: Selection, context: MeasureConte
 
 def _put(found: list[MeasuredArray], arrays: list[MeasuredArray], at: tf.Tensor) -> list[MeasuredArray]:
     """Returns the arrays with the found values at the given indices."""
-
     places = tf.expand_dims(at, axis=1)
 
     def put(part: tf.Tensor, array: tf.Tensor) -> tf.Tensor:

@@ -78,7 +78,7 @@ def measure_sequence(
     steps, samples = known_sizes(sequence.inputs)[:2]
     warmup = steps // 10 if context.options.warmup is None else context.options.warmup
     chaotic = views_of(quantities)
-    sizes = {view: View.of(view, sequence.states).columns(sequence.inputs[0], sequence.states) for view in chaotic}
+    sizes = {view: View.of(view, sequence.states).columns(sequence.of_a_step, sequence.states) for view in chaotic}
     carry = _Carry(
         tuple(_start_flow(samples, planned.plan, context) for planned in measurement.flows),
         {view: _start_exponents(samples, sizes[view], context) for view in chaotic},
@@ -228,7 +228,7 @@ def steps_of(
                 return taken
             return measurement.jacobian.operators([view], points.between(start, start + samples))[view]
 
-        size = View.of(view, part.states).columns(part.inputs[0], part.states)
+        size = View.of(view, part.states).columns(part.of_a_step, part.states)
         return Steps(time, at, part.mask, samples, size, context.dtype)
 
     return {view: steps(view) for view in sorted(views, key=label_of)}

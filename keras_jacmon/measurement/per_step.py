@@ -87,7 +87,7 @@ class StepMeasurement:
         context = dataclasses.replace(self.context, stream=segment * _STREAMS)
         found: dict[Quantity, MeasuredArray] = {}
         for quantities, chosen, place in self._groups(valid, subsample.expensive):
-            points = points.after(_tensors(found))
+            points = points.after(_tensors(found)) if found else points
             source = self._source(points, views_of(quantities), chosen)
             chunk = self._chunk(points, quantities) if self.independent else self.samples
             arrays = measure_points(source, quantities, context, chunk)
@@ -115,7 +115,12 @@ class StepMeasurement:
             return [(of_steps, valid, None)] if of_steps else []
         groups = [
             (filtered(of_steps, lambda measure: not measure.expensive), valid, None),
-            (filtered(of_steps, lambda measure: measure.expensive), indices_of(expensive), expensive),
+            # The indices of a mask that is known are exactly its points.
+            (
+                filtered(of_steps, lambda measure: measure.expensive),
+                indices_of(expensive),
+                expensive if tf.get_static_value(expensive) is None else None,
+            ),
         ]
         return [group for group in groups if group[0]]
 
@@ -232,7 +237,8 @@ class StepMeasurement:
     def _following(self, points: PointBatch, last: Sequence[tf.Tensor], chosen: tf.Tensor) -> list[tf.Tensor]:
         """Returns the states after the chosen points: the old states of the next step, or the last states."""
         count, samples = points.count, self.samples
-        following, within = chosen + samples, chosen + samples < count
+        following = chosen + samples
+        within = following < count
         inside, beyond = tf.minimum(following, count - 1), chosen % samples
         return [
             tf.where(

@@ -153,7 +153,7 @@ def _lanczos(stack: _Stack, context: MeasureContext, *, with_vectors: bool) -> t
     def some_steps(steps: tf.Tensor, active: tf.Tensor, progress: "_Progress", found: tuple[tf.Tensor, ...]) -> Any:
         here = stack.take(active)
         progress = _advance(here or stack, progress, steps)
-        places = active[:, None]
+        places = tf.expand_dims(active, axis=1)
         before = [tf.gather_nd(array, places) for array in found]
         # Where an invariant subspace has been found, rounding may blur the residual. NaN compares as better: it stays.
         now = _leading_triplet(progress, squarings, with_vectors=with_vectors)
@@ -291,12 +291,12 @@ def _leading_triplet(progress: _Progress, squarings: int, *, with_vectors: bool)
         power = power @ power
     # As a row, for the matrix is symmetric.
     chosen = tf.argmax(tf.linalg.diag_part(power), axis=-1)
-    p, _ = _normalised(tf.one_hot(chosen[:, None], tf.shape(power)[1], dtype=power.dtype) @ power)
+    p, _ = _normalised(tf.gather(power, tf.expand_dims(chosen, axis=1), batch_dims=1))
     image = p @ gram
     square = tf.reduce_sum(p * image, axis=-1, keepdims=True)
     value = tf.sqrt(square)
     inner = tf.math.divide_no_nan(tf.norm(image - square * p, axis=-1, keepdims=True), value)
-    residual = tf.sqrt(tf.squeeze(inner, axis=2) ** 2 + (progress.beta * p[:, :, -1]) ** 2)
+    residual = tf.sqrt(tf.square(tf.squeeze(inner, axis=2)) + tf.square(progress.beta * p[:, :, -1]))
     if not with_vectors:
         return tf.squeeze(value, axis=2), residual
     vectors = tf.math.divide_no_nan(p @ bidiagonal, value) @ progress.basis

@@ -173,15 +173,15 @@ class StructuredJacobian(JacobianOperator):
 
     @functools.cached_property
     def _entry_sum(self) -> tf.Tensor:
-        return self._at_each_point([tf.reduce_sum(self._row_sums, axis=-1)])
+        return self._at_each_point([tf.reduce_sum(self.row_sums, axis=-1)])
 
     @functools.cached_property
-    def _row_sums(self) -> tf.Tensor:
+    def row_sums(self) -> tf.Tensor:
         """The sums of the rows of each block, side by side, `(points, blocks * m)` or `(1, blocks * m)`."""
         blocks = self.blocks()
         if len(blocks) == 1:
             return self._forward(tf.ones([1, sum(self._sources.values())], self.dtype))
-        sums = [block._row_sums for block in blocks]
+        sums = [block.row_sums for block in blocks]
         if len({rows.shape[0] for rows in sums}) > 1:
             sums = [tf.broadcast_to(rows, [self._points, rows.shape[1]]) for rows in sums]
         return joined(sums)
@@ -216,11 +216,11 @@ class StructuredJacobian(JacobianOperator):
         columns = np.concatenate([np.full(int(block.shape[-2]), int(block.shape[-1])) for block in blocks])
         width = columns[0] if np.all(columns == columns[0]) else columns
         mean = tf.expand_dims(self.entry_sum(), axis=1) * tf.constant(width / columns.sum(), self.dtype)
-        of_means = tf.linalg.matvec(tf.square(self._row_sums - mean), tf.constant(1 / columns, self.dtype))
-        return self._at_each_point([*(term for block in blocks for term in block._within_rows), of_means])
+        of_means = tf.linalg.matvec(tf.square(self.row_sums - mean), tf.constant(1 / columns, self.dtype))
+        return self._at_each_point([*(term for block in blocks for term in block.within_rows), of_means])
 
     @functools.cached_property
-    def _within_rows(self) -> list[tf.Tensor]:
+    def within_rows(self) -> list[tf.Tensor]:
         """The terms of the spread within the rows of a single block, each `(points,)`, `(1,)` or `()`."""
         return spread_within_rows(*self._ways(), sum(self._sources.values()), self.dtype)
 
@@ -268,7 +268,9 @@ def _needed(
 
 
 def _split(vectors: tf.Tensor, sizes: list[int]) -> list[tf.Tensor]:
-    return [vectors] if len(sizes) == 1 else tf.split(vectors, sizes, axis=-1)
+    if len(sizes) == 1:
+        return [vectors]
+    return tf.split(vectors, len(sizes) if len(set(sizes)) == 1 else sizes, axis=-1)
 
 
 def _zeros_beside(vectors: tf.Tensor, size: int) -> tf.Tensor:
