@@ -47,14 +47,23 @@ class PointRange:
         return part
 
 
-def take_points(tensor: tf.Tensor, points: tf.Tensor | PointRange) -> tf.Tensor:
-    """Returns some points of a tensor.
+class ChosenPoints:
+    """Points by their indices, which several tensors give by one operation each.
 
     Args:
-        tensor: Tensor `(points, ...)`.
-        points: Integer tensor `(k,)`, the indices of the points; or a range.
+        indices: Integer tensor `(k,)`.
     """
-    return points.of(tensor) if isinstance(points, PointRange) else tf.gather(tensor, points)
+
+    def __init__(self, indices: tf.Tensor) -> None:
+        self.count = known_sizes(indices)[0]
+        self._places = tf.expand_dims(indices, axis=1)
+
+    def of(self, tensor: tf.Tensor) -> tf.Tensor:
+        """Returns these points of a tensor `(points, ...)`."""
+        return tf.gather_nd(tensor, self._places)
+
+
+Points = PointRange | ChosenPoints
 
 
 def take_each(tensor: tf.Tensor, indices: npt.NDArray[np.int64]) -> list[tf.Tensor]:

@@ -62,7 +62,7 @@ def find_dependencies(step: CellStep, inputs: tf.Tensor, states: Sequence[tf.Ten
         ValueError: If a step runs Python, draws random numbers, or leaves something for the next one beside the states.
     """
     specs = [tf.TensorSpec(tensor.shape, tensor.dtype) for tensor in (inputs, *states)]
-    return trace(lambda inputs, *states: ([], _dependencies(step, inputs, states)), specs).static
+    return trace(lambda inputs, *states: ([], _dependencies(step, inputs, states)), specs, ordered=False).static
 
 
 def _dependencies(step: CellStep, inputs: tf.Tensor, states: Sequence[tf.Tensor]) -> Dependencies:

@@ -8,7 +8,7 @@ import tensorflow as tf
 from keras_jacmon.cell.trajectory import Trajectory
 from keras_jacmon.jacobians.views import View
 from keras_jacmon.operators.structured import StructuredJacobian
-from keras_jacmon.tensors import PointRange, as_points, known_sizes
+from keras_jacmon.tensors import ChosenPoints, PointRange, Points, as_points, known_sizes
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,7 @@ class PointBatch:
 
     def take(self, indices: tf.Tensor) -> "PointBatch":
         """The points with these indices, `(k,)`."""
-        count = known_sizes(indices)[0]
-        return self._each(lambda x: tf.gather(x, indices), lambda operator: operator.take(indices), count)
+        return self._of(ChosenPoints(indices))
 
     def after(self, results: Iterable[tf.Tensor]) -> "PointBatch":
         """The same points, computed after some results: the memory of the two is not needed at once."""
@@ -52,8 +51,10 @@ class PointBatch:
 
     def between(self, start: tf.Tensor, stop: tf.Tensor) -> "PointBatch":
         """The points from one index up to another one, without a copy."""
-        here = PointRange(start, stop - start)
-        return self._each(here.of, lambda operator: operator.take(here), here.count)
+        return self._of(PointRange(start, stop - start))
+
+    def _of(self, points: Points) -> "PointBatch":
+        return self._each(points.of, lambda operator: operator.take(points), points.count)
 
     def _each(
         self,

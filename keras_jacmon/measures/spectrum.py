@@ -12,7 +12,7 @@ from keras_jacmon.measures.context import MeasureContext, Measured
 from keras_jacmon.measures.eigen import largest_singular_value
 from keras_jacmon.operators.contract import JacobianOperator
 from keras_jacmon.operators.formed import as_jacobian_operator
-from keras_jacmon.tensors import take
+from keras_jacmon.tensors import ChosenPoints, take
 
 # Random matrices of 128 x 128 need at most about 25 steps for 1e-2 and 30 for 1e-3. The residual of a
 # point that has not converged after this number of steps shows it.
@@ -128,7 +128,7 @@ class _Stack:
         owners = [tf.cast(points >= end, tf.int32) for end in ends[:-1]]
         parts = tf.dynamic_partition(points, tf.add_n(owners), len(ends)) if owners else [points]
         parts = [parts[0], *(part - end for part, end in zip(parts[1:], ends[:-1], strict=True))]
-        taken = [J.take(part) for J, part in zip(self._operators, parts, strict=True)]
+        taken = [J.take(ChosenPoints(part)) for J, part in zip(self._operators, parts, strict=True)]
         return None if None in taken else _Stack([J for J in taken if J], [tf.size(part) for part in parts])
 
     def split(self, tensor: tf.Tensor) -> list[tf.Tensor]:
@@ -218,7 +218,7 @@ class _Progress(NamedTuple):
         return _Progress(*map(tf.TensorShape, shapes))
 
     def take(self, points: tf.Tensor) -> "_Progress":
-        return _Progress(*(tf.gather(part, points) for part in self))
+        return _Progress(*map(ChosenPoints(points).of, self))
 
 
 def _advance(stack: _Stack, progress: _Progress, steps: tf.Tensor) -> _Progress:

@@ -5,6 +5,9 @@ from dataclasses import dataclass
 
 import tensorflow as tf
 
+from keras_jacmon.operators.formed import as_jacobian_operator
+from keras_jacmon.tensors import with_shape
+
 
 @dataclass(frozen=True)
 class Steps:
@@ -35,12 +38,11 @@ class Steps:
 
         Args:
             t: Index of the step.
-            vectors: Tensor `(samples, vectors, n)`. The vectors of a sample are rows, as in the operators' own products
-                with shared kernels, so that nothing needs to be transposed.
+            vectors: Tensor `(samples, vectors, n)`. The vectors of a sample are rows.
             adjoint: True to multiply with Jᵀ. Defaults to False.
         """
-        columns = self.at(t).matmul(tf.linalg.matrix_transpose(vectors), adjoint=adjoint)
-        images = tf.ensure_shape(tf.linalg.matrix_transpose(columns), vectors.shape)
+        products = as_jacobian_operator(self.at(t)).products(vectors, adjoint=adjoint)
+        images = with_shape(products, vectors.shape)
         return images if self.mask is None else tf.where(self.mask[t][:, None, None], images, vectors)
 
     def valid(self, t: tf.Tensor) -> tf.Tensor:

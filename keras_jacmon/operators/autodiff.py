@@ -9,7 +9,7 @@ import tensorflow as tf
 from keras_jacmon.graphs.trace import trace
 from keras_jacmon.operators.contract import JacobianOperator
 from keras_jacmon.operators.formed import FormedJacobian
-from keras_jacmon.tensors import PointRange, known_sizes, take_points
+from keras_jacmon.tensors import Points, known_sizes
 
 Product = Callable[[tf.Tensor], tf.Tensor]
 
@@ -106,11 +106,11 @@ class AutodiffJacobian(JacobianOperator):
         """True if products with several vectors are taken by `tf.vectorized_map`, wherever it knows the operations."""
         return self._vectorized and self._products is not None
 
-    def take(self, points: tf.Tensor | PointRange) -> "AutodiffJacobian | None":
+    def take(self, points: Points) -> "AutodiffJacobian | None":
         """The operator of some of the points; None if points depend on each other."""
         if not self._independent:
             return None
-        point, *context = [take_points(t, points) for t in (self._point, *self._context)]
+        point, *context = [points.of(t) for t in (self._point, *self._context)]
         return self._at(point, context)
 
     def _at(self, point: tf.Tensor, context: list[tf.Tensor]) -> "AutodiffJacobian":

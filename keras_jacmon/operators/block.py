@@ -7,7 +7,7 @@ from typing import final
 import tensorflow as tf
 
 from keras_jacmon.operators.contract import JacobianOperator
-from keras_jacmon.tensors import PointRange
+from keras_jacmon.tensors import Points
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class BlockJacobian(JacobianOperator):
             axis=-2,
         )
 
-    def take(self, points: tf.Tensor | PointRange) -> "BlockJacobian | None":
+    def take(self, points: Points) -> "BlockJacobian | None":
         """The operator of some of the points; None if a part has none."""
         parts = []
         for part in self._parts:

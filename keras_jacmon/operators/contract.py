@@ -4,7 +4,7 @@ import abc
 
 import tensorflow as tf
 
-from keras_jacmon.tensors import PointRange
+from keras_jacmon.tensors import Points
 
 
 class JacobianOperator(tf.linalg.LinearOperator):
@@ -15,12 +15,21 @@ class JacobianOperator(tf.linalg.LinearOperator):
     """
 
     @abc.abstractmethod
-    def take(self, points: tf.Tensor | PointRange) -> "JacobianOperator | None":
+    def take(self, points: Points) -> "JacobianOperator | None":
         """The operator of some of the points; None if points depend on each other, or cannot be told apart.
 
         Args:
-            points: Indices `(k,)`, or a range.
+            points: The points, by their indices or as a range.
         """
+
+    def products(self, vectors: tf.Tensor, *, adjoint: bool = False) -> tf.Tensor:
+        """The products with several vectors at each point, which are rows: `(points, k, n)` to `(points, k, m)`.
+
+        Args:
+            vectors: Tensor `(points, k, n)`; `(points, k, m)` for products with Jᵀ.
+            adjoint: Boolean, True to multiply with Jᵀ. Defaults to False.
+        """
+        return tf.linalg.matrix_transpose(self.matmul(tf.linalg.matrix_transpose(vectors), adjoint=adjoint))
 
     def entry_sum(self) -> tf.Tensor:
         """The sum of all entries, `(points,)`: by default from one product with Jᵀ, as the squares are."""

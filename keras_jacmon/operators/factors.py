@@ -9,7 +9,7 @@ import tensorflow as tf
 
 from keras_jacmon.graphs.trace import graph_of
 from keras_jacmon.structure.index_map import IndexMap
-from keras_jacmon.tensors import PointRange, joined, known_sizes, take, take_each, take_points, total
+from keras_jacmon.tensors import Points, joined, known_sizes, take, take_each, total
 
 
 @dataclass(frozen=True)
@@ -42,12 +42,12 @@ class Diagonal:
                 return derivatives
         return None if self.values is None else take(self.values, units)
 
-    def take(self, points: tf.Tensor | PointRange) -> "Diagonal":
+    def take(self, points: Points) -> "Diagonal":
         """The diagonal at some of the points."""
         if self.pieces is None:
             return self
         # Of all units together, as products with vectors need them.
-        values = take_points(self.values, points)
+        values = points.of(self.values)
         return Diagonal(self.link, ((np.arange(self.link.node_size), values),))
 
     def forward(self, tangent: tf.Tensor) -> tf.Tensor:
@@ -77,7 +77,7 @@ class SplitDiagonal:
 
     parts: tuple[Diagonal, ...]
 
-    def take(self, points: tf.Tensor | PointRange) -> "SplitDiagonal":
+    def take(self, points: Points) -> "SplitDiagonal":
         """The way at some of the points."""
         return SplitDiagonal(tuple(part.take(points) for part in self.parts))
 
@@ -124,7 +124,7 @@ class Kernel:
         """The transpose of `forward`."""
         return _times(vectors, self.transposed)
 
-    def take(self, points: tf.Tensor | PointRange) -> "Kernel":  # noqa: ARG002 - as `Order.take`
+    def take(self, points: Points) -> "Kernel":  # noqa: ARG002 - as `Order.take`
         """The kernel at some of the points, where it is the same."""
         return self
 
@@ -167,9 +167,9 @@ class Order:
         """The transpose of `forward`, which is its inverse."""
         return self._taken(vectors, tf.argsort(self.places, axis=-1))
 
-    def take(self, points: tf.Tensor | PointRange) -> "Order":
+    def take(self, points: Points) -> "Order":
         """The order at some of the points."""
-        return Order(take_points(self.places, points))
+        return Order(points.of(self.places))
 
     @staticmethod
     def _taken(vectors: tf.Tensor, places: tf.Tensor) -> tf.Tensor:

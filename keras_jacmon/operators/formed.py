@@ -5,7 +5,7 @@ from typing import final
 import tensorflow as tf
 
 from keras_jacmon.operators.contract import JacobianOperator
-from keras_jacmon.tensors import PointRange, take_points
+from keras_jacmon.tensors import Points
 
 
 @final
@@ -32,9 +32,9 @@ class FormedJacobian(JacobianOperator):
     def _to_dense(self) -> tf.Tensor:
         return self._matrices
 
-    def take(self, points: tf.Tensor | PointRange) -> "FormedJacobian":
+    def take(self, points: Points) -> "FormedJacobian":
         """The matrices of some of the points."""
-        return FormedJacobian(take_points(self._matrices, points))
+        return FormedJacobian(points.of(self._matrices))
 
 
 @final
@@ -61,7 +61,7 @@ class WrappedJacobian(JacobianOperator):
     def _matvec(self, x: tf.Tensor, adjoint: bool = False) -> tf.Tensor:  # noqa: FBT001, FBT002 - as in the base class
         return self._operator.matvec(x, adjoint=adjoint)
 
-    def take(self, points: tf.Tensor | PointRange) -> None:
+    def take(self, points: Points) -> None:
         """None: an operator works as a whole."""
 
 

@@ -11,7 +11,7 @@ from keras_jacmon.operators.contract import JacobianOperator
 from keras_jacmon.operators.entry_moments import pooled, spread_within_rows
 from keras_jacmon.operators.factors import Diagonal, Kernel, Order, SplitDiagonal
 from keras_jacmon.structure.index_map import Node
-from keras_jacmon.tensors import PointRange, joined, known_sizes, total
+from keras_jacmon.tensors import Points, joined, total
 
 # Maximum number of slots of the diagonals of a block beyond the first ones; the pairs of all are taken one by one.
 _MOST_WAYS = 16
@@ -80,7 +80,11 @@ class StructuredJacobian(JacobianOperator):
         x = tf.linalg.adjoint(x) if adjoint_arg else x
         if x.shape[-1] == 1:
             return tf.expand_dims(self._matvec(tf.squeeze(x, axis=-1), adjoint), axis=-1)
-        return tf.linalg.matrix_transpose(self._matvec(tf.linalg.matrix_transpose(x), adjoint))
+        return tf.linalg.matrix_transpose(self.products(tf.linalg.matrix_transpose(x), adjoint=adjoint))
+
+    def products(self, vectors: tf.Tensor, *, adjoint: bool = False) -> tf.Tensor:
+        """The products with rows, as shared kernels multiply them, so that nothing is transposed."""
+        return self._matvec(vectors, adjoint)
 
     def _matvec(self, x: tf.Tensor, adjoint: bool = False) -> tf.Tensor:  # noqa: FBT001, FBT002 - as in the base class
         return self._backward(x) if adjoint else self._forward(x)
@@ -126,14 +130,13 @@ class StructuredJacobian(JacobianOperator):
         parts = [total(ways[s]) if ways[s] else _zeros_beside(w, size) for s, size in self._sources.items()]
         return joined(parts)
 
-    def take(self, points: tf.Tensor | PointRange) -> "StructuredJacobian":
+    def take(self, points: Points) -> "StructuredJacobian":
         """The operator of some of the points."""
         outer = {key: diagonal.take(points) for key, diagonal in self._outer.items()}
         inner = {key: diagonal.take(points) for key, diagonal in self._inner.items()}
-        count = points.count if isinstance(points, PointRange) else known_sizes(points)[0]
         kernels = {product: kernel.take(points) for product, kernel in self._kernels.items()}
         return StructuredJacobian(
-            **{**self._given, "points": count, "kernels": kernels, "outer": outer, "inner": inner}
+            **{**self._given, "points": points.count, "kernels": kernels, "outer": outer, "inner": inner}
         )
 
     def block(self, output: int, old: int) -> "StructuredJacobian":

@@ -14,7 +14,7 @@ from keras_jacmon.operators.factors import Diagonal, Kernel
 from keras_jacmon.operators.formed import FormedJacobian, WrappedJacobian, as_jacobian_operator
 from keras_jacmon.operators.structured import StructuredJacobian
 from keras_jacmon.structure.index_map import IndexMap, Node
-from keras_jacmon.tensors import PointRange
+from keras_jacmon.tensors import ChosenPoints, PointRange
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -183,7 +183,7 @@ def test_blocks_have_no_entry_in_common_and_make_up_the_whole(name: str) -> None
 def test_some_points_are_those_of_the_dense_matrices(name: str, chosen: list[int]) -> None:
     def numbers() -> Any:
         J = MAKERS[name](5)
-        taken = J.take(tf.constant(chosen, tf.int32)), J.take(PointRange(1, 2))
+        taken = J.take(ChosenPoints(tf.constant(chosen, tf.int32))), J.take(PointRange(1, 2))
         return J.to_dense(), [some.to_dense() for some in taken if some is not None]
 
     dense, taken = in_graph(numbers)
@@ -195,7 +195,7 @@ def test_some_points_are_those_of_the_dense_matrices(name: str, chosen: list[int
 @pytest.mark.parametrize("name", ["structured", "chain", "formed", "block"])
 def test_no_points_can_be_taken(name: str) -> None:
     def numbers() -> Any:
-        taken = MAKERS[name](5).take(tf.zeros([0], tf.int32))
+        taken = MAKERS[name](5).take(ChosenPoints(tf.zeros([0], tf.int32)))
         assert taken is not None
         return taken.to_dense()
 
