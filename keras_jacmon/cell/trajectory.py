@@ -121,7 +121,8 @@ def _loop(
     Returns:
         The states after the last step, and the stored tensors of all steps, each `(time, width, ...)`.
     """
-    time, known_time = known_sizes(sequence.inputs)[0], sequence.inputs.shape[0]
+    # As one tensor for all arrays.
+    time, known_time = tf.convert_to_tensor(known_sizes(sequence.inputs)[0]), sequence.inputs.shape[0]
 
     def body(
         t: tf.Tensor, states: list[tf.Tensor], arrays: list[tf.TensorArray]

@@ -51,10 +51,11 @@ def check_points(
         sizes = [size(points.states[p]) for p in floating]
         of_new_states = [relative_differences(stepped, _beside(new_states, floating), sizes)]
     none = tf.zeros([], points.states[floating[0]].dtype)
-    by_check = [of_structure, of_products, of_columns, of_new_states]
+    # The last one, the influence, belongs to `check_independence`.
+    by_check = [of_structure, of_products, of_columns, of_new_states, []]
     made = [tf.reduce_max(tf.concat(rows, axis=0) if rows[1:] else rows[0], axis=0) for rows in by_check if rows]
     found = iter(tf.unstack(largest(tf.stack(made))) if made else [])
-    return CheckResults(*(next(found) if rows else none for rows in by_check), influence=none)
+    return CheckResults(*(next(found) if rows else none for rows in by_check))
 
 
 def _structure_differences(

@@ -21,6 +21,7 @@ from keras_jacmon.measures.context import MeasureContext
 from keras_jacmon.measures.kinds import PerStep, Spectrum
 from keras_jacmon.measures.registry import Quantity, Selection, filtered, of_kind, views_of
 from keras_jacmon.options import ViewName
+from keras_jacmon.tensors import ChosenPoints
 
 # More (point, vector) pairs at once than this do not fit a cache and are no faster.
 _MOST_POINTS = 2**14
@@ -239,12 +240,12 @@ class StepMeasurement:
         count, samples = points.count, self.samples
         following = chosen + samples
         within = following < count
-        inside, beyond = tf.minimum(following, count - 1), chosen % samples
+        inside, beyond = ChosenPoints(tf.minimum(following, count - 1)), ChosenPoints(chosen % samples)
         return [
             tf.where(
                 tf.reshape(within, [-1] + [1] * (end.shape.rank - 1)),
-                tf.gather(states, inside),
-                tf.gather(end, beyond),
+                inside.of(states),
+                beyond.of(end),
             )
             for states, end in zip(points.states, last, strict=True)
         ]

@@ -203,6 +203,6 @@ def _backwards(
         return t - 1, vectors, kept.write(t, number)
 
     kept = tf.TensorArray(tf.float64, steps.time)
-    last = tf.convert_to_tensor(steps.time) - 1
+    last = tf.convert_to_tensor(steps.time - 1)
     _, vectors, kept = tf.while_loop(lambda t, *_: t >= 0, body, [last, vectors, kept])
     return kept.stack(), vectors

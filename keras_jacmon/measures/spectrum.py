@@ -169,8 +169,8 @@ def _lanczos(stack: _Stack, context: MeasureContext, *, with_vectors: bool) -> t
         return steps + STEPS_BETWEEN_CHECKS, tf.gather(active, left), progress.take(left), found
 
     start = _Progress.start(stack, stack.starts(context.seeds(2)))
-    nothing = tf.zeros_like(start.beta)
-    found = (nothing, nothing + np.inf, *([tf.zeros_like(start.v)] if with_vectors else []))
+    # There is nothing yet: zeros.
+    found = (start.beta, start.beta + np.inf, *([tf.zeros_like(start.v)] if with_vectors else []))
     *_, found = tf.while_loop(
         lambda steps, active, *_: (steps <= MAX_STEPS) & (tf.size(active) > 0),
         some_steps,

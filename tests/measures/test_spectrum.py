@@ -205,7 +205,7 @@ class Counted(JacobianOperator):
         return tf.shape(self.matrix)
 
     def take(self, points: Any) -> Counted:
-        return Counted(tf.gather(self.matrix, points), self.counts)
+        return Counted(points.of(self.matrix), self.counts)
 
     def _matmul(self, x: Any, adjoint: bool = False, adjoint_arg: bool = False) -> Any:  # noqa: FBT001, FBT002 - TensorFlow's own signature
         return tf.matmul(self.matrix, x, adjoint_a=adjoint, adjoint_b=adjoint_arg)
