@@ -188,7 +188,7 @@ def test_temporal_order_is_rescued(tmp_path: Path) -> None:
 
 @pytest.mark.soak
 def test_reproduce_flossing(tmp_path: Path) -> None:
-    assert "| copy | 1 | 1 of 1 |" in run("reproduce_flossing.py", tmp_path, "--fast")
+    assert "| copy | 1 | with | 1 of 1 | all | yes |" in run("reproduce_flossing.py", tmp_path, "--fast")
 
 
 @pytest.mark.soak
