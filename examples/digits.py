@@ -8,6 +8,7 @@ network keeps the size of its gradient; the trainings start at gains 0.5 and 1.5
 """
 
 import argparse
+from typing import Literal
 
 import keras
 import numpy as np
@@ -47,39 +48,46 @@ def make_model(gain: float, seed: int) -> keras.Model:
     return model
 
 
-def train(model: keras.Model, strength: float, epochs: int, train: Data, test: Data) -> tuple[float, float, float]:
+def train(
+    model: keras.Model, strength: float | Literal["auto"], epochs: int, train: Data, test: Data
+) -> tuple[float, float, float]:
     """Trains a model; returns the variance before and after the training, and the accuracy on the test digits."""
     regularizer = JacobianRegularizer(TARGET, strength, rows=256) if strength else None
-    monitor = JacobianMonitor(train[0][:BATCH], measures=["variance"], log_dir=None, regularizer=regularizer)
+    monitor = JacobianMonitor(
+        train[0][:BATCH], targets=train[1][:BATCH], measures=["variance"], log_dir=None, regularizer=regularizer
+    )
     model.fit(*train, batch_size=BATCH, epochs=epochs, verbose=0, callbacks=[monitor])
     variances = [report["rnn"].mean("variance") for _, report in (monitor.reports[0], monitor.reports[-1])]
     return variances[0], variances[1], model.evaluate(*test, verbose=0)[1]
 
 
+def strength(word: str) -> float | Literal["auto"]:
+    """Returns the strength that a word of the command line means."""
+    return "auto" if word == "auto" else float(word)
+
+
 def main() -> None:
-    """Prints the table, and asserts that the variance ends at its target."""
+    """Prints the table, and asserts that the variance ends within a tenth of its target."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=5, help="number of seeds; default: 5")
     parser.add_argument("--epochs", type=int, default=40, help="default: 40")
-    parser.add_argument("--strength", type=float, default=10.0, help="of the regularizer; default: 10")
+    parser.add_argument("--strength", type=strength, default="auto", help="a number, or auto, the default")
     arguments = parser.parse_args()
     data = load()
     print("gain  regularizer  variance at first  at the end (each seed)                 accuracy (each seed)")
     for gain in GAINS:
-        for strength in (0.0, arguments.strength):
-            found = [
-                train(make_model(gain, seed), strength, arguments.epochs, *data) for seed in range(arguments.seeds)
-            ]
+        for chosen in (0.0, arguments.strength):
+            found = [train(make_model(gain, seed), chosen, arguments.epochs, *data) for seed in range(arguments.seeds)]
             first, last, accuracy = np.transpose(found)
             values = " ".join(f"{value:.3f}" for value in last)
             accuracies = " ".join(f"{value:.3f}" for value in accuracy)
             print(
-                f"{gain:<4}  {'with' if strength else 'without':<11}  {first.mean():<17.3f}  {values:<37}"
+                f"{gain:<4}  {'with' if chosen else 'without':<11}  {first.mean():<17.3f}  {values:<37}"
                 f"  {accuracies}  mean {accuracy.mean():.3f}",
                 flush=True,
             )
-            if strength:
-                np.testing.assert_allclose(last, TARGET, rtol=0.05)
+            if chosen:
+                np.testing.assert_allclose(last, TARGET, rtol=0.1)
 
 
 if __name__ == "__main__":
