@@ -314,4 +314,7 @@ def _own_optimizer(optimizer: Any, method: str) -> keras.optimizers.Optimizer | 
     except ValueError as error:
         expected = "a Keras optimizer, or its name or configuration"
         raise invalid_argument("optimizer", expected, repr(optimizer)) from error
+    if isinstance(given, keras.optimizers.LossScaleOptimizer):
+        # What Keras makes of the optimizer of a model in `mixed_float16`; no loss is scaled here.
+        given = given.inner_optimizer
     return type(given).from_config(given.get_config())
