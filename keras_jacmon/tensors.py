@@ -55,7 +55,7 @@ class ChosenPoints:
     """
 
     def __init__(self, indices: tf.Tensor) -> None:
-        self.count = known_sizes(indices)[0]
+        self.count = tf.size(indices) if indices.shape[0] is None else indices.shape[0]
         self._places = tf.expand_dims(indices, axis=1)
 
     def of(self, tensor: tf.Tensor) -> tf.Tensor:

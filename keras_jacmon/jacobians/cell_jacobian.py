@@ -122,7 +122,7 @@ class CellJacobian:
 
     Args:
         step: The cell's step.
-        inputs: `(points, ...)`; only shape and type count.
+        inputs: `(points, ...)`, or its `tf.TensorSpec`: only shape and type count, except for a registered form.
         states: Flat, each `(points, ...)`; only shapes and types count.
         assumptions: The properties that may be relied on.
 

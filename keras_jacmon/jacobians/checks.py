@@ -70,7 +70,7 @@ def _structure_differences(
     stepped: tf.Tensor | None = None
     for view, operator in jacobian.certified(views, points):
         outputs, sources = _sizes(view, points)
-        w = in_turns(_normal(points, sum(outputs), seed, operator.dtype), outputs)
+        w = in_turns(_normal(points, sum(outputs), seed, operator.dtype), outputs, points.count)
         # By Jᵀ, since a product with J takes the tape twice, with twice as many operations.
         new, expected = jacobian.reference(view, points).pulled(w)
         stepped = new if list(view.outputs) == floating else stepped
@@ -94,9 +94,9 @@ def _product_differences(
     of_products, of_columns = [], []
     for view, J in jacobian.by_tape_twice(views, points):
         outputs, sources = _sizes(view, points)
-        w = in_turns(_normal(points, sum(outputs), seed, J.dtype), outputs)
+        w = in_turns(_normal(points, sum(outputs), seed, J.dtype), outputs, points.count)
         pulled = J.matvec(w, adjoint=True)
-        g = in_turns(pulled, sources, every=len(outputs))
+        g = in_turns(pulled, sources, points.count, every=len(outputs))
         norm = tf.norm(g, axis=-1, keepdims=True)
         unit = tf.math.divide_no_nan(g, norm)
         pushed = J.matvec(unit)

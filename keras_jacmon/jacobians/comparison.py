@@ -21,17 +21,17 @@ _MULTIPLES = (1.0, -2.0, 3.0)
 _POINTS_PER_OUTLIER = 200
 
 
-def in_turns(vectors: tf.Tensor, sizes: Sequence[int], every: int = 1) -> tf.Tensor:
+def in_turns(vectors: tf.Tensor, sizes: Sequence[int], count: int | tf.Tensor, every: int = 1) -> tf.Tensor:
     """Vectors with one of their parts at each point and zero for the others, or with all parts if points are few.
 
     Args:
         vectors: Tensor `(points, n)`, with all parts.
         sizes: Sizes of the parts, together n.
+        count: Integer or scalar tensor, number of points.
         every: Integer, number of points after which the turn goes to the next part. Defaults to 1.
     """
     if len(sizes) == 1:
         return vectors
-    count = vectors.shape[0] or tf.shape(vectors)[0]
     part = np.repeat(np.arange(len(sizes), dtype=np.int32), sizes)
     few = count < _LEAST_TURNS * len(sizes) * every
     number = tf.range(count) if every == 1 else tf.range(count) // every

@@ -14,6 +14,7 @@ from keras_jacmon.jacobians.dependencies import find_dependencies
 from keras_jacmon.jacobians.diagnosis import CheckResults
 from keras_jacmon.jacobians.points import PointBatch
 from keras_jacmon.jacobians.recurrent_weights import RecurrentWeights
+from keras_jacmon.jacobians.registered_forms import registered_form
 from keras_jacmon.jacobians.views import floating_states, size
 from keras_jacmon.measurement.assembly import CallMetadata
 from keras_jacmon.measurement.over_time import SequenceMeasurement, measure_sequence
@@ -66,7 +67,8 @@ def measure_call(
     """
     if not floating_states(sequence.states):
         raise ValueError(f"None of its {len(sequence.states)} states is floating-point, so there is no derivative")
-    first = sequence.inputs[0]
+    # A registered form takes tensors. Elsewhere shape and type are enough.
+    first = sequence.of_a_step if registered_form(step.cell) is None else sequence.inputs[0]
     jacobian = CellJacobian(step, first, sequence.states, assumptions)
     dependencies = find_dependencies(step, first, sequence.states)
     metadata = CallMetadata.of(step.cell, sequence, jacobian, dependencies, asked=views_of(measures), options=options)

@@ -219,8 +219,9 @@ class StructuredJacobian(JacobianOperator):
         columns = np.concatenate([np.full(int(block.shape[-2]), int(block.shape[-1])) for block in blocks])
         width = columns[0] if np.all(columns == columns[0]) else columns
         mean = tf.expand_dims(self.entry_sum(), axis=1) * tf.constant(width / columns.sum(), self.dtype)
-        of_means = tf.linalg.matvec(tf.square(self.row_sums - mean), tf.constant(1 / columns, self.dtype))
-        return self._at_each_point([*(term for block in blocks for term in block.within_rows), of_means])
+        of_means = tf.square(self.row_sums - mean) @ tf.constant(1 / columns[:, None], self.dtype)
+        within_rows = [term for block in blocks for term in block.within_rows]
+        return self._at_each_point([*within_rows, tf.squeeze(of_means, axis=1)])
 
     @functools.cached_property
     def within_rows(self) -> list[tf.Tensor]:

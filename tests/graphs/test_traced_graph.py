@@ -1,5 +1,6 @@
 """The graph of a function, and what the function says about itself while it is traced."""
 
+import numpy as np
 import pytest
 import tensorflow as tf
 from tensorflow.python.eager import context
@@ -58,3 +59,12 @@ def test_the_names_in_a_copy_stay_different_when_they_are_numbered() -> None:
     names = [operation.name.split("/")[-1] for operation in here.get_operations() if operation.type == "AddV2"]
     assert len(names) == 3
     assert all(name.endswith("AddV2") for name in names)
+
+
+@pytest.mark.fast
+def test_what_has_no_effect_is_traced_without_an_order_of_effects() -> None:
+    orders = [trace(lambda x: (x + 1.0, None), [tf.TensorSpec([2])], ordered=ordered) for ordered in (True, False)]
+    # An identity waits for all effects.
+    assert [traced.graph.graph.outputs[0].op.type for traced in orders] == ["Identity", "AddV2"]
+    for traced in orders:
+        np.testing.assert_array_equal(traced(tf.zeros([2])), np.ones(2, np.float32), strict=True)

@@ -41,10 +41,10 @@ def test_parts_are_compared_by_themselves() -> None:
 
 @pytest.mark.fast
 def test_each_part_has_its_turn_unless_rows_are_few() -> None:
-    many, few = (in_turns(tf.ones((rows, 5)), [2, 3]).numpy() for rows in (8, 7))
+    many, few = (in_turns(tf.ones((rows, 5)), [2, 3], rows).numpy() for rows in (8, 7))
     np.testing.assert_array_equal(many, [[1, 1, 0, 0, 0], [0, 0, 1, 1, 1]] * 4)
     assert few.all()
-    np.testing.assert_array_equal(in_turns(tf.ones((16, 2)), [1, 1], every=2)[:5, 0], [1, 1, 0, 0, 1])
+    np.testing.assert_array_equal(in_turns(tf.ones((16, 2)), [1, 1], 16, every=2)[:5, 0], [1, 1, 0, 0, 1])
 
 
 @pytest.mark.fast
