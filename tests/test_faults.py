@@ -7,6 +7,7 @@ import itertools
 import re
 import resource
 import shutil
+import signal
 import threading
 from typing import TYPE_CHECKING, Any
 
@@ -138,6 +139,15 @@ def test_a_training_after_a_failure_warns_again() -> None:
 # Interrupts and errors ----------------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """Gives Ctrl+C the meaning that it has in Python; programs that a script starts in the background ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c")
 def test_an_interrupt_during_a_measurement_stops_the_training_and_loses_nothing(tmp_path: Path) -> None:
     """The first one at the fourth measurement, where the cell's own variable has already moved."""
     count = itertools.count(1)
