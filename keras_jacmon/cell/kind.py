@@ -1,7 +1,8 @@
 """The kind of a cell: its step as a graph, apart from the values of its weights."""
 
 import collections
-from collections.abc import Collection, Hashable, Sequence
+import dataclasses
+from collections.abc import Collection, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,12 @@ import tensorflow as tf
 
 from keras_jacmon.cell.step import CellStep, cell_type
 from keras_jacmon.graphs.traced_graph import TracedGraph
+
+# Their options say how they take a step.
+_OF_KERAS = (keras.layers.GRUCell, keras.layers.LSTMCell, keras.layers.SimpleRNNCell)
+
+# Ends of the names of options that have no part in a step.
+_NO_PART_OF_A_STEP = ("name", "initializer", "regularizer", "constraint")
 
 
 def names_of(weights: "Sequence[keras.Variable]") -> tuple[str, ...]:
@@ -80,15 +87,62 @@ def cell_kind(cell: Any, states: Any, specs: Sequence[tf.TensorSpec]) -> CellKin
         return CellKind.own(cell)
     if written:
         return CellKind.own(cell)
-    described = [
-        (name, tuple(weight.shape), weight.dtype) for name, weight in zip(names_of(weights), weights, strict=True)
-    ]
+    described = _described(weights)
     return CellKind(
-        (cell_type(cell), tuple(described), graph.fingerprint()),
+        (cell_type(cell), described, graph.fingerprint()),
         weights,
         is_self_contained=not graph.captures,
         key_for_any_features=_key_for_any_features(cell, described, graph, graph.inputs[len(specs) :]),
     )
+
+
+class CellKinds:
+    """The kinds of the cells of a model, each found once; of cells of Keras with the same options one stands for all.
+
+    Args:
+        cells: Iterable of the cells, as they are when nothing observes them.
+    """
+
+    def __init__(self, cells: Iterable[Any]) -> None:
+        self._options = {id(cell): _options_of(cell) for cell in cells}
+        self._known: dict[Hashable, CellKind] = {}
+
+    def is_of_keras(self, cell: Any) -> bool:
+        """True for a cell of Keras' own, whose output is its first state."""
+        return self._options[id(cell)] != id(cell)
+
+    def of(self, cell: Any, states: Any, specs: Sequence[tf.TensorSpec]) -> CellKind:
+        """Returns the kind of a cell.
+
+        Args:
+            cell: As for `cell_kind`.
+            states: As for `cell_kind`.
+            specs: As for `cell_kind`.
+        """
+        weights = tuple(cell.weights) if isinstance(cell, keras.Layer) else ()
+        structure = keras.tree.map_structure(lambda _: 0, states)
+        key = (self._options.get(id(cell), id(cell)), str(structure), str(specs), _described(weights))
+        if key in self._known:
+            return dataclasses.replace(self._known[key], weights=weights)
+        kind = cell_kind(cell, states, specs)
+        # A cell that reads more than it is given may read something else the next time.
+        if kind.is_self_contained:
+            self._known[key] = kind
+        return kind
+
+
+def _options_of(cell: Any) -> "Hashable":
+    """Returns what the step of a cell of Keras depends on beside its weights; of another cell, its identity."""
+    if type(cell) not in _OF_KERAS or "call" in vars(cell):
+        return id(cell)
+    options = {name: value for name, value in cell.get_config().items() if not name.endswith(_NO_PART_OF_A_STEP)}
+    # Different functions may have one name.
+    return type(cell), str(options), cell.activation, getattr(cell, "recurrent_activation", None)
+
+
+def _described(weights: "Sequence[keras.Variable]") -> tuple[tuple[Any, ...], ...]:
+    """Returns names, shapes and types of weights."""
+    return tuple((name, tuple(w.shape), w.dtype) for name, w in zip(names_of(weights), weights, strict=True))
 
 
 def _key_for_any_features(

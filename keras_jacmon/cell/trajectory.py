@@ -36,7 +36,7 @@ class UnrollInputs:
         """Returns the inputs of a recorded call."""
         inputs, mask = widened(_swapped(call.inputs)), None if call.mask is None else _swapped(call.mask)
         if call.go_backwards:
-            inputs, mask = inputs[::-1], None if mask is None else mask[::-1]
+            inputs, mask = tf.reverse(inputs, [0]), None if mask is None else tf.reverse(mask, [0])
         return cls(inputs, tuple(widened(state) for state in keras.tree.flatten(call.states)), mask)
 
     def between(self, start: tf.Tensor, stop: tf.Tensor, states: Sequence[tf.Tensor]) -> "UnrollInputs":

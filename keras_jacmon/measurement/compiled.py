@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import keras
 import tensorflow as tf
 
-from keras_jacmon.cell.kind import CellKind, cell_kind
+from keras_jacmon.cell.kind import CellKind, CellKinds
 from keras_jacmon.cell.step import CellStep
 from keras_jacmon.cell.trajectory import UnrollInputs
 from keras_jacmon.graphs.trace import Traced, chosen_device, optimized_briefly, trace
@@ -66,14 +66,16 @@ class MeasurableCall:
         return int(self.specs[0].shape[2:].num_elements())
 
     @classmethod
-    def all_of(cls, calls: Sequence[RecurrentCall], sequences: Sequence[UnrollInputs]) -> "list[MeasurableCall]":
+    def all_of(
+        cls, calls: Sequence[RecurrentCall], sequences: Sequence[UnrollInputs], kinds: CellKinds
+    ) -> "list[MeasurableCall]":
         """Makes those of all recorded calls of a model, each with the wider one, if there is one."""
-        each = list(map(cls.of, calls, sequences))
+        each = [cls.of(call, sequence, kinds) for call, sequence in zip(calls, sequences, strict=True)]
         return [dataclasses.replace(call, wider=_widest_for(call, each)) for call in each]
 
     @classmethod
-    def of(cls, call: RecurrentCall, sequence: UnrollInputs) -> "MeasurableCall":
-        """Makes it from a recorded call and the tensors that the cell is unrolled along."""
+    def of(cls, call: RecurrentCall, sequence: UnrollInputs, kinds: CellKinds) -> "MeasurableCall":
+        """Makes it from a recorded call, the tensors that the cell is unrolled along, and the kinds of the cells."""
 
         def spec(tensor: tf.Tensor) -> tf.TensorSpec:
             return tf.TensorSpec(tensor.shape, tensor.dtype)
@@ -82,7 +84,7 @@ class MeasurableCall:
         specs = (spec(sequence.inputs), tuple(map(spec, sequence.states)), mask)
         if registered_form(call.cell) is None:
             first = tf.TensorSpec(sequence.inputs.shape[1:], sequence.inputs.dtype)
-            kind = cell_kind(call.cell, call.states, [first, *specs[1]])
+            kind = kinds.of(call.cell, call.states, [first, *specs[1]])
         else:
             # A form may read from the cell what its step does not.
             kind = CellKind.own(call.cell)

@@ -13,12 +13,13 @@ from keras_jacmon.cell.trajectory import UnrollInputs
 from keras_jacmon.errors import invalid_argument, message_of
 from keras_jacmon.graphs.trace import Traced, optimized_briefly, trace
 from keras_jacmon.measurement.compiled import MeasurableCall, SequenceTensors
+from keras_jacmon.measurement.loops import record_with_shared_loops
 from keras_jacmon.measures.registry import MEASURES
 from keras_jacmon.model.guard import foreign_variables, put_back, shielded
 from keras_jacmon.model.inputs import hint_at_slip
 from keras_jacmon.model.layers import RecurrentLayer
 from keras_jacmon.model.loss_gradient import LossGradients, loss_gradients
-from keras_jacmon.model.recording import Recording, record_calls
+from keras_jacmon.model.recording import Recording
 
 
 class _Recorded(NamedTuple):
@@ -99,11 +100,11 @@ class RecordedModel:
         with shielded(self._model):
             try:
                 packed = keras.tree.pack_sequence_as(self._structure, list(inputs))
-                recording = record_calls(self._model, packed, self._layers)
+                recording, kinds = record_with_shared_loops(self._model, packed, self._layers)
             except Exception as error:
                 raise self._refusal(inputs, error) from error
             sequences = [UnrollInputs.of(call) for call in recording.calls]
-            calls = MeasurableCall.all_of(recording.calls, sequences)
+            calls = MeasurableCall.all_of(recording.calls, sequences, kinds)
             differences, refusals = compare_outputs(recording.calls)
         tensors = [(part.inputs, part.states, part.mask) for part in sequences]
         return (tensors, differences), _Recorded(calls, recording, refusals)

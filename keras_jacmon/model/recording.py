@@ -65,7 +65,13 @@ class Recording:
     graph: TracedGraph
 
 
-def record_calls(model: keras.Layer, inputs: Any, layers: Sequence[RecurrentLayer]) -> Recording:
+# Of a layer and its `inner_loop`, a function that does the same.
+LoopOf = Callable[[keras.layers.RNN, Callable[..., Any]], Callable[..., Any]]
+
+
+def record_calls(
+    model: keras.Layer, inputs: Any, layers: Sequence[RecurrentLayer], loop_of: LoopOf = lambda _, loop: loop
+) -> Recording:
     """Runs the model on the probe, inside the graph that is being traced, and records its recurrent calls.
 
     A call is recorded where Keras calls the `inner_loop` of the layer. Its arguments are the sequence as the cell sees
@@ -79,6 +85,7 @@ def record_calls(model: keras.Layer, inputs: Any, layers: Sequence[RecurrentLaye
         model: Built Keras model.
         inputs: Structure of tensors `(batch, ...)`, the probe as the model takes it.
         layers: Sequence of the layers to record.
+        loop_of: Function that says what to call in place of the loop of a layer. Defaults to the loop itself.
 
     Returns:
         `Recording`.
@@ -86,7 +93,7 @@ def record_calls(model: keras.Layer, inputs: Any, layers: Sequence[RecurrentLaye
     observable = {position: item for position, item in enumerate(layers) if item.adapter or _has_inner_loop(item)}
 
     def run(*flat: tf.Tensor) -> tuple[list[list[tf.Tensor]], _Recorder]:
-        recorder = _Recorder(tf.compat.v1.get_default_graph())
+        recorder = _Recorder(tf.compat.v1.get_default_graph(), loop_of)
         with shadowing(model, observable, recorder), _watching(observable.values(), recorder):
             model(keras.tree.pack_sequence_as(inputs, list(flat)), **training_argument(model))
         recorder.leave_out_unmeasurable()
@@ -112,6 +119,7 @@ class _Recorder:
 
     Args:
         graph: `tf.Graph`, in which calls can be observed.
+        loop_of: Function that says what to call there in place of the loop of a layer.
 
     Attributes:
         calls: List of calls in their order, each with the name of its layer.
@@ -123,8 +131,8 @@ class _Recorder:
         refused: Dict by layer name, the reason why its registered recurrence cannot be used.
     """
 
-    def __init__(self, graph: tf.Graph) -> None:
-        self._graph = graph
+    def __init__(self, graph: tf.Graph, loop_of: LoopOf) -> None:
+        self._graph, self._loop_of = graph, loop_of
         self.calls: list[RecurrentCall] = []
         self.hidden: set[str] = set()
         self.stepped_by_hand: set[int] = set()
@@ -148,6 +156,7 @@ class _Recorder:
             self.calls.append(
                 RecurrentCall(item.name, item.layer, cell, inputs, initial, steps, backwards, has_lost_mask=lost)
             )
+            loop = self._loop_of(item.layer, loop)
         else:
             self.hidden.add(item.name)
         given = [tf.convert_to_tensor(x) for x in keras.tree.flatten([inputs, states, mask]) if x is not None]

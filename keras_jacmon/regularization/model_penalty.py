@@ -14,6 +14,7 @@ from keras_jacmon.cell.outputs import OutputDifferences, compare_outputs, differ
 from keras_jacmon.cell.trajectory import UnrollInputs
 from keras_jacmon.graphs.trace import Traced, trace
 from keras_jacmon.measurement.compiled import MeasurableCall, SequenceTensors
+from keras_jacmon.measurement.loops import record_with_shared_loops
 from keras_jacmon.model.distribution import own_variable
 from keras_jacmon.model.guard import foreign_variables, put_back, shielded
 from keras_jacmon.model.layers import RecurrentLayer
@@ -163,9 +164,9 @@ class ModelPenalty:
     ) -> tuple[tuple[list[SequenceTensors], dict[str, OutputDifferences]], _Calls]:
         """Records the calls of some layers on the probe, in the graph that is being traced."""
         with shielded(self._model):
-            recording = record_calls(self._model, self._inputs, layers)
+            recording, kinds = record_with_shared_loops(self._model, self._inputs, layers)
             sequences = [UnrollInputs.of(call) for call in recording.calls]
-            calls = list(map(MeasurableCall.of, recording.calls, sequences))
+            calls = [MeasurableCall.of(*found, kinds) for found in zip(recording.calls, sequences, strict=True)]
             differences, refusals = compare_outputs(recording.calls)
         tensors = [(part.inputs, part.states, part.mask) for part in sequences]
         return (tensors, differences), _Calls(calls, recording, refusals)
