@@ -2,7 +2,7 @@
 
 import collections
 import dataclasses
-from collections.abc import Collection, Hashable, Iterable, Sequence
+from collections.abc import Collection, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -100,16 +100,21 @@ class CellKinds:
     """The kinds of the cells of a model, each found once; of cells of Keras with the same options one stands for all.
 
     Args:
-        cells: Iterable of the cells, as they are when nothing observes them.
+        cells: Sequence of the cells, as they are when nothing observes them.
     """
 
-    def __init__(self, cells: Iterable[Any]) -> None:
+    def __init__(self, cells: Sequence[Any]) -> None:
         self._options = {id(cell): _options_of(cell) for cell in cells}
+        self._types = {id(cell): _types_of(cell) for cell in cells}
         self._known: dict[Hashable, CellKind] = {}
 
     def is_of_keras(self, cell: Any) -> bool:
         """True for a cell of Keras' own, whose output is its first state."""
         return self._options[id(cell)] != id(cell)
+
+    def are_cast(self, cell: Any) -> bool:
+        """True if the caller is in a scope of Keras that casts the weights of a cell."""
+        return _types_of(cell) != self._types[id(cell)]
 
     def of(self, cell: Any, states: Any, specs: Sequence[tf.TensorSpec]) -> CellKind:
         """Returns the kind of a cell.
@@ -129,6 +134,11 @@ class CellKinds:
         if kind.is_self_contained:
             self._known[key] = kind
         return kind
+
+
+def _types_of(cell: Any) -> list[str]:
+    """Returns the types of the weights of a cell, as Keras gives them in the scope of the caller."""
+    return [weight.dtype for weight in cell.weights] if isinstance(cell, keras.Layer) else []
 
 
 def _options_of(cell: Any) -> "Hashable":

@@ -9,7 +9,6 @@ import keras
 import tensorflow as tf
 
 from keras_jacmon.cell.kind import CellKind, CellKinds
-from keras_jacmon.cell.step import half_precision_layers
 from keras_jacmon.graphs.trace import Traced, chosen_device, optimized_briefly, trace
 from keras_jacmon.measurement.shared import Shared
 from keras_jacmon.model.layers import RecurrentLayer
@@ -41,7 +40,7 @@ def record_with_shared_loops(
     Returns:
         `Recording`, and the kinds of the cells of the layers.
     """
-    kinds = CellKinds(item.layer.cell for item in layers if item.adapter is None)
+    kinds = CellKinds([item.layer.cell for item in layers if item.adapter is None])
     if len(layers) == 1 and layers[0].adapter is None and kinds.is_of_keras(layers[0].layer.cell):
         stand_ins: list[tf.Tensor] = []
         recording = record_calls(model, inputs, layers, partial(_left_out, stand_ins))
@@ -74,24 +73,23 @@ def _left_out(stand_ins: list[tf.Tensor], layer: keras.layers.RNN, _: Callable[.
 def _shared(kinds: CellKinds, layer: keras.layers.RNN, loop: Callable[..., Any]) -> Callable[..., Any]:
     """Returns a function that does what the loop of a layer does, in the graph that is being traced.
 
-    A loop that may do something else for each layer is called itself: one in half precision, with dropout, of a cell
-    that reads or does more than it is given, or whose weights Keras casts.
+    A loop that may do something else for each layer is called itself: one with dropout, or of a cell that reads more
+    than it is given, or whose weights Keras casts, as in mixed precision.
     """
 
     def run(inputs: tf.Tensor, states: Any, mask: Any, **kwargs: Any) -> Any:
         given = keras.tree.map_structure(tf.convert_to_tensor, states)
         kind = None if kwargs.get("training") else _kind_of(kinds, layer, inputs, given)
-        weights = [] if kind is None else kind.values()
-        if kind is None or any(value.dtype != of.dtype for value, of in zip(weights, kind.weights, strict=True)):
+        if kind is None:
             return loop(inputs, states, mask, **kwargs)
-        return _call(layer, loop, kind, (inputs, given, mask, weights))
+        return _call(layer, loop, kind, (inputs, given, mask, kind.values()))
 
     return run
 
 
 def _kind_of(kinds: CellKinds, layer: keras.layers.RNN, inputs: tf.Tensor, states: Any) -> CellKind | None:
     """Returns the kind of a layer's cell; None if its loop cannot be shared."""
-    if half_precision_layers(layer) or tf.distribute.has_strategy() or not vars(layer).keys() >= _FORWARDS.keys():
+    if kinds.are_cast(layer.cell) or tf.distribute.has_strategy() or not vars(layer).keys() >= _FORWARDS.keys():
         return None
     first = tf.TensorSpec([inputs.shape[0], *inputs.shape[2:]], inputs.dtype)
     kind = kinds.of(layer.cell, states, [first, *map(_spec, keras.tree.flatten(states))])
