@@ -50,7 +50,12 @@ class TracedGraph:
         self.captures: dict[str, tf.Tensor] = {inner.name: outer for outer, inner in graph.captures}
         self._definition = graph.as_graph_def()
         by_name = {operation.name: operation for operation in self.operations}
-        self._aliases = {operation.name: f"{k}_{operation.type}" for k, operation in enumerate(self.operations)}
+        # In their scopes, whose names tell where an operation that fails is.
+        scopes = [operation.name.rpartition("/") for operation in self.operations]
+        self._aliases = {
+            operation.name: f"{scope}{slash}{k}_{operation.type}"
+            for k, (operation, (scope, slash, _)) in enumerate(zip(self.operations, scopes, strict=True))
+        }
         self._nodes = {node.name: self._renamed(_bare(node, by_name[node.name])) for node in self._definition.node}
 
     def replay(self, fetches: Sequence[tf.Tensor], feeds: Mapping[str, tf.Tensor]) -> list[tf.Tensor]:

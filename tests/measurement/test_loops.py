@@ -14,6 +14,7 @@ from helpers import BATCH, STEPS, WeightedCell, build, normal, randomize
 
 from keras_jacmon.graphs.trace import trace
 from keras_jacmon.measurement.loops import record_with_shared_loops
+from keras_jacmon.meter import JacobianMeter
 from keras_jacmon.model.guard import shielded
 from keras_jacmon.model.layers import find_recurrent_layers
 from keras_jacmon.model.recording import record_calls
@@ -254,3 +255,30 @@ def test_recording_leaves_the_layers_as_they_were() -> None:
     received(model, record_with_shared_loops)
     for layer, attributes in zip(model.layers, before, strict=True):
         assert vars(layer) == attributes
+
+
+class LimitedCell(WeightedCell):
+    """Fails where its inputs are not below a weight."""
+
+    def build(self, input_shape: tuple[int, ...]) -> None:
+        super().build(input_shape)
+        self.limit = self.add_weight(shape=(), trainable=False, name="limit", initializer="ones")
+
+    def call(self, inputs: Any, states: Any) -> Any:
+        limit = tf.convert_to_tensor(self.limit)
+        with tf.control_dependencies([tf.debugging.assert_less(inputs, limit, "beyond the limit")]):
+            new = tf.tanh(self.preactivation(inputs, states[0]))
+        return new, [new]
+
+
+def test_a_shared_loop_that_fails_names_its_layer() -> None:
+    model = of(*(L.RNN(LimitedCell(4), return_sequences=True, name=name) for name in "abc"))
+    build(model, np.zeros_like(PADDED))
+    for layer in model.layers:
+        layer.cell.limit.assign(100.0)
+    meter = JacobianMeter(model, PADDED, measures=["variance"], layers=["a", "b", "c"])
+    meter()
+    model.get_layer("b").cell.limit.assign(-100.0)
+    for _ in range(5):
+        with pytest.raises(RuntimeError, match=r"^Measuring layer `b` failed: .*beyond the limit"):
+            meter()
