@@ -145,9 +145,13 @@ def _options_of(cell: Any) -> "Hashable":
     """Returns what the step of a cell of Keras depends on beside its weights; of another cell, its identity."""
     if type(cell) not in _OF_KERAS or "call" in vars(cell):
         return id(cell)
-    options = {name: value for name, value in cell.get_config().items() if not name.endswith(_NO_PART_OF_A_STEP)}
+    try:
+        config = cell.get_config()
+    except Exception:  # noqa: BLE001 - an activation may have no configuration
+        return id(cell)
+    options = {name: value for name, value in config.items() if not name.endswith(_NO_PART_OF_A_STEP)}
     # Different functions may have one name.
-    return type(cell), str(options), cell.activation, getattr(cell, "recurrent_activation", None)
+    return type(cell), str(options), id(cell.activation), id(getattr(cell, "recurrent_activation", None))
 
 
 def _described(weights: "Sequence[keras.Variable]") -> tuple[tuple[Any, ...], ...]:

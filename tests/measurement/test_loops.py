@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import keras
@@ -84,6 +85,16 @@ def scaled_by(factor: float) -> Callable[[Any], Any]:
     return activation
 
 
+@dataclass
+class Scaled:
+    """An activation that has neither a name nor a hash."""
+
+    factor: float
+
+    def __call__(self, x: Any) -> Any:
+        return keras.ops.tanh(self.factor * x)
+
+
 def stepping_twice(cell: Any) -> Any:
     """The cell, with a `call` of its own."""
     original = cell.call
@@ -150,6 +161,9 @@ MODELS: dict[str, Callable[[], Any]] = {
     "a cell that counts": lambda: of(*(L.RNN(CountedCell(4), return_sequences=k < 2) for k in range(3))),
     "activations of one name": lambda: of(
         *(L.LSTM(4, return_sequences=k < 2, activation=scaled_by(0.5 + k)) for k in range(3))
+    ),
+    "activations without a name": lambda: of(
+        *(L.LSTM(4, return_sequences=k < 2, activation=Scaled(0.5 + k)) for k in range(3))
     ),
     "a `call` of one's own": lambda: of(
         *(L.RNN(stepping_twice(L.GRUCell(4)) if k else L.GRUCell(4), return_sequences=k < 2) for k in range(3))
