@@ -370,8 +370,7 @@ def memory() -> None:
     script = """if True:
         import pathlib, re, sys
         import keras, numpy as np, tensorflow as tf
-        import keras_jacmon
-from keras_jacmon import JacobianMeter
+        from keras_jacmon import JacobianMeter
         units, steps, features, measures = int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
         model = keras.Sequential([keras.Input((steps, features)), keras.layers.LSTM(units)])
         probe = tf.constant(np.random.default_rng(0).normal(size=(32, steps, features)), tf.float32)
