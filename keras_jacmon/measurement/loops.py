@@ -11,6 +11,7 @@ import tensorflow as tf
 from keras_jacmon.cell.kind import CellKind, CellKinds
 from keras_jacmon.graphs.trace import Traced, chosen_device, optimized_briefly, trace
 from keras_jacmon.measurement.shared import Shared
+from keras_jacmon.model.guard import shielded
 from keras_jacmon.model.layers import RecurrentLayer
 from keras_jacmon.model.recording import Recording, record_calls
 
@@ -43,7 +44,9 @@ def record_with_shared_loops(
     kinds = CellKinds([item.layer.cell for item in layers if item.adapter is None])
     if len(layers) == 1 and layers[0].adapter is None and kinds.is_of_keras(layers[0].layer.cell):
         stand_ins: list[tf.Tensor] = []
-        recording = record_calls(model, inputs, layers, partial(_left_out, stand_ins))
+        # What a stateful layer writes in vain must not be met by the other run.
+        with shielded(model):
+            recording = record_calls(model, inputs, layers, partial(_left_out, stand_ins))
         if not recording.graph.between((), recording.graph.outputs)[0] & {tensor.op.name for tensor in stand_ins}:
             return recording, kinds
     return record_calls(model, inputs, layers, partial(_shared, kinds)), kinds

@@ -131,6 +131,12 @@ def with_another_call_on_top() -> Any:
     return keras.Model(x, layer(x, initial_state=states))
 
 
+def stateful_and_called_twice() -> Any:
+    x = keras.Input((STEPS, 4), batch_size=len(PADDED))
+    layer = L.LSTM(4, stateful=True)
+    return keras.Model(x, [layer(x), layer(x)])
+
+
 MODELS: dict[str, Callable[[], Any]] = {
     "LSTM": lambda: of(*(L.LSTM(4, return_sequences=k < 2) for k in range(3))),
     "GRU": lambda: of(*(L.GRU(4, return_sequences=k < 2) for k in range(3))),
@@ -179,6 +185,7 @@ MODELS: dict[str, Callable[[], Any]] = {
     "called on its own output": called_on_its_own_output,
     "an encoder and a decoder": encoder_and_decoder,
     "another call from the last states": with_another_call_on_top,
+    "stateful and called twice": stateful_and_called_twice,
     "an only layer": lambda: of(L.LSTM(4), L.Dense(1)),
 }
 
