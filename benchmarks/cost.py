@@ -36,8 +36,9 @@ UNITS = (64, 256, 512, 1024)
 TURNS, WARM_UP = 15, 2
 # Batches of an epoch, and epochs both with and without a monitor.
 FIT_BATCHES, FIT_TURNS = 300, 7
-# Steps of the models that are started, and turns of each.
-START_STEPS, START_TURNS = 100, 3
+# Steps of the models that are started, and their kinds, depths and turns: a short start varies most.
+START_STEPS = 100
+STARTS = (("forward", 1, 9), ("forward", 5, 5), ("bidirectional", 6, 3))
 # (units, steps) for the table of memory.
 MEMORY_SIZES = ((256, 50), (256, 2000), (1024, 2000))
 # Seconds; a call that takes longer is timed once.
@@ -296,15 +297,14 @@ def start() -> None:
 
     # What a process pays once.
     seconds("forward", 1, "fast", next(sizes))
-    for kind, depth in (("forward", 1), ("forward", 5), ("bidirectional", 6)):
+    for kind, depth, count in STARTS:
         turns = []
-        for units in itertools.islice(sizes, START_TURNS):
+        for units in itertools.islice(sizes, count):
             turns.append([seconds(kind, depth, measures, units) for measures in (None, "standard", "fast")])
         _start_row(f"{depth} {kind}", turns)
         # The last size once more.
         again = [
-            [seconds(kind, depth, measures, units) for measures in (None, "standard", "fast")]
-            for _ in range(START_TURNS)
+            [seconds(kind, depth, measures, units) for measures in (None, "standard", "fast")] for _ in range(count)
         ]
         _start_row(f"{depth} {kind}, again", again)
     head("A meter and its first report", "calls", "`standard`", "`full`")
