@@ -49,6 +49,18 @@ class WeightedCell(keras.layers.Layer):
         return inputs @ tf.convert_to_tensor(self.kernel) + h @ tf.convert_to_tensor(self.recurrent_kernel)
 
 
+class ScaledCell(WeightedCell):
+    """A factor that its configuration does not tell, and that it reads from a number, a tensor or a variable."""
+
+    def __init__(self, factor: Any, **kwargs: Any) -> None:
+        super().__init__(4, **kwargs)
+        self.factor = factor
+
+    def call(self, inputs: Any, states: Any) -> Any:
+        new = tf.tanh(tf.convert_to_tensor(self.factor) * self.preactivation(inputs, states[0]))
+        return new, [new]
+
+
 class SeedCell(keras.layers.Layer):
     """The cell of the seed: two states, kernels in Dense layers made in `__init__`, no `build()`."""
 

@@ -10,7 +10,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from helpers import BATCH, MOMENTS, STEPS, WeightedCell, assert_layer, build, normal, randomize
+from helpers import BATCH, MOMENTS, STEPS, ScaledCell, WeightedCell, assert_layer, build, normal, randomize
 
 from keras_jacmon import register_jacobian
 from keras_jacmon.measurement.shared import Shared
@@ -20,18 +20,6 @@ pytestmark = pytest.mark.fast
 
 L = keras.layers
 PROBE, NARROW = normal(BATCH, STEPS, 4), normal(BATCH, STEPS, 2)
-
-
-class ScaledCell(WeightedCell):
-    """A factor that its configuration does not tell, and that it reads from a number, a tensor or a variable."""
-
-    def __init__(self, factor: Any, **kwargs: Any) -> None:
-        super().__init__(4, **kwargs)
-        self.factor = factor
-
-    def call(self, inputs: Any, states: Any) -> Any:
-        new = tf.tanh(tf.convert_to_tensor(self.factor) * self.preactivation(inputs, states[0]))
-        return new, [new]
 
 
 class CountedCell(WeightedCell):

@@ -11,7 +11,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from helpers import BATCH, STEPS, WeightedCell, build, normal, randomize
+from helpers import BATCH, STEPS, ScaledCell, WeightedCell, build, normal, randomize
 
 from keras_jacmon.graphs.trace import trace
 from keras_jacmon.measurement.loops import record_with_shared_loops
@@ -28,18 +28,6 @@ pytestmark = pytest.mark.fast
 L = keras.layers
 PROBE = normal(BATCH, STEPS, 4)
 PADDED = np.where(np.arange(STEPS)[None, :, None] < np.array([STEPS, 2, 1])[:, None, None][:BATCH], PROBE[:3], 0.0)
-
-
-class ScaledCell(WeightedCell):
-    """A factor that its configuration does not tell, and that it reads from a number or a variable."""
-
-    def __init__(self, factor: Any, **kwargs: Any) -> None:
-        super().__init__(4, **kwargs)
-        self.factor = factor
-
-    def call(self, inputs: Any, states: Any) -> Any:
-        new = tf.tanh(tf.convert_to_tensor(self.factor) * self.preactivation(inputs, states[0]))
-        return new, [new]
 
 
 class CountedCell(WeightedCell):
