@@ -9,6 +9,7 @@ import keras
 import tensorflow as tf
 
 from keras_jacmon.cell.kind import CellKind, CellKinds
+from keras_jacmon.cell.step import half_precision_layers
 from keras_jacmon.graphs.trace import Traced, chosen_device, optimized_briefly, trace
 from keras_jacmon.measurement.shared import Shared
 from keras_jacmon.model.guard import shielded
@@ -76,8 +77,8 @@ def _left_out(stand_ins: list[tf.Tensor], layer: keras.layers.RNN, _: Callable[.
 def _shared(kinds: CellKinds, layer: keras.layers.RNN, loop: Callable[..., Any]) -> Callable[..., Any]:
     """Returns a function that does what the loop of a layer does, in the graph that is being traced.
 
-    A loop that may do something else for each layer is called itself: one with dropout, or of a cell that reads more
-    than it is given, or whose weights Keras casts, as in mixed precision.
+    A loop that may do something else for each layer is called itself: one in half precision, which is not
+    `optimized_briefly`, one with dropout, or of a cell that reads more than it is given, or whose weights Keras casts.
     """
 
     def run(inputs: tf.Tensor, states: Any, mask: Any, **kwargs: Any) -> Any:
@@ -92,7 +93,9 @@ def _shared(kinds: CellKinds, layer: keras.layers.RNN, loop: Callable[..., Any])
 
 def _kind_of(kinds: CellKinds, layer: keras.layers.RNN, inputs: tf.Tensor, states: Any) -> CellKind | None:
     """Returns the kind of a layer's cell; None if its loop cannot be shared."""
-    if kinds.are_cast(layer.cell) or tf.distribute.has_strategy() or not vars(layer).keys() >= _FORWARDS.keys():
+    if half_precision_layers(layer) or kinds.are_cast(layer.cell) or tf.distribute.has_strategy():
+        return None
+    if not vars(layer).keys() >= _FORWARDS.keys():
         return None
     first = tf.TensorSpec([inputs.shape[0], *inputs.shape[2:]], inputs.dtype)
     kind = kinds.of(layer.cell, states, [first, *map(_spec, keras.tree.flatten(states))])

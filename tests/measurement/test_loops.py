@@ -243,6 +243,13 @@ def test_a_loop_that_reads_more_than_it_is_given_is_traced_each_time(monkeypatch
     assert once == again > 1
 
 
+def test_a_loop_in_half_precision_is_traced_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    layers = [L.LSTM(4, return_sequences=True, dtype="float16") for _ in "ab"]
+    model = build(of(*layers), tf.constant(PADDED, tf.float32))
+    once, again = (steps_traced(model, monkeypatch) for _ in range(2))
+    assert once == again
+
+
 def test_the_loop_of_an_only_layer_is_not_traced(monkeypatch: pytest.MonkeyPatch) -> None:
     assert steps_traced(build(of(L.LSTM(6), L.Dense(1)), tf.constant(PADDED, tf.float32)), monkeypatch) == 0
 
