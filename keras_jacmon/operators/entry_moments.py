@@ -1,5 +1,6 @@
 """The spread of the entries of several blocks, and of one of diagonals and kernels, which is not formed for it."""
 
+import functools
 import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -38,18 +39,13 @@ def pooled(
 class _Factor:
     """The contribution of one slot of a product to a block: `Diag(a) Vᵀ Diag(b)`.
 
-    a is `(points, m)` and b `(points, n)`, or None for ones; V is `(n, m)`, shared by all points.
+    a is `(points, m)` and b `(points, n)`, or None for ones; V is `(n, m)`, shared by all points, or `(1, m)` if all of
+    its rows are alike and b is given.
     """
 
     a: tf.Tensor | None
     V: tf.Tensor
     b: tf.Tensor | None
-
-    @property
-    def row_sums(self) -> tf.Tensor:
-        """The sums of the entries of each row, `(points, m)`; of a factor with b."""
-        sums = self.b @ self.V
-        return sums if self.a is None else self.a * sums
 
     @property
     def entry_sum(self) -> tf.Tensor:
@@ -58,13 +54,26 @@ class _Factor:
             with graph_of(self.V):
                 per_source = tf.reduce_sum(self.V, axis=1)
                 everything = tf.reduce_sum(per_source)
-            return everything if self.b is None else tf.linalg.matvec(self.b, per_source)
+            return everything if self.b is None else tf.linalg.matvec(self._summed(self.b), per_source)
         if self.b is not None:
-            return tf.reduce_sum(self.row_sums, axis=-1)
+            return tf.reduce_sum(self.a * (self._summed(self.b) @ self.V), axis=-1)
         with graph_of(self.V):
             # A product with ones takes half of the time of a sum along the first axis.
             per_unit = tf.squeeze(tf.ones([1, self.V.shape[0]], self.V.dtype) @ self.V, axis=0)
         return tf.linalg.matvec(self.a, per_unit)
+
+    def _summed(self, b: tf.Tensor) -> tf.Tensor:
+        """b, summed if all rows of V are alike."""
+        return tf.reduce_sum(b, axis=-1, keepdims=True) if self.V.shape[0] < b.shape[-1] else b
+
+    @functools.cached_property
+    def _row_of_means(self) -> tf.Tensor:
+        with graph_of(self.V):
+            return tf.reduce_mean(self.V, axis=0, keepdims=True)
+
+    @functools.cached_property
+    def _mean_of_b(self) -> tf.Tensor:
+        return tf.reduce_mean(self.b, axis=-1, keepdims=True)
 
     def times(self, other: "_Factor") -> "_Factor":
         """The product entry by entry."""
@@ -72,17 +81,18 @@ class _Factor:
             V = self.V * other.V
         return _Factor(_product_or_one(self.a, other.a), V, _product_or_one(self.b, other.b))
 
-    def nearly_centred(self) -> list["_Factor"]:
-        """Factors with the same entries, but for one number in each row: the entries less about their mean."""
+    @property
+    def levels(self) -> tf.Tensor:
+        """A number near the mean of each row, `(points, m)` or `(1, m)`."""
+        level = self._row_of_means if self.b is None else self._mean_of_b * self._row_of_means
+        return level if self.a is None else self.a * level
+
+    def without_levels(self) -> list["_Factor"]:
+        """Factors with the same entries, less the level of their row."""
         with graph_of(self.V):
-            means = tf.reduce_mean(self.V, axis=0, keepdims=True)
-            centred = _Factor(self.a, self.V - means, self.b)
-            if self.b is None:
-                return [centred]
-            ones = tf.ones_like(self.V)
-        # V b = (V - mean V) b + mean V (b - mean b) + mean V mean b, and the last one is the same for the whole row.
-        spread = self.b - tf.reduce_mean(self.b, axis=-1, keepdims=True)
-        return [centred, _Factor(means if self.a is None else means * self.a, ones, spread)]
+            centred = _Factor(self.a, self.V - self._row_of_means, self.b)
+        # V b = (V - mean V) b + mean V (b - mean b) + mean V mean b, and the last one is the level.
+        return [centred] if self.b is None else [centred, _Factor(self.a, self._row_of_means, self.b - self._mean_of_b)]
 
 
 def _factors(into: Diagonal, kernel: Kernel, out: Diagonal) -> list[_Factor]:
@@ -95,7 +105,9 @@ def _factors(into: Diagonal, kernel: Kernel, out: Diagonal) -> list[_Factor]:
 Way = tuple[Diagonal, Kernel, Diagonal]
 
 
-def spread_within_rows(direct: Diagonal | None, ways: Iterable[Way], columns: int, dtype: tf.DType) -> list[tf.Tensor]:
+def spread_within_rows(
+    direct: Diagonal | None, ways: Iterable[Way], row_sums: tf.Tensor, columns: int, dtype: tf.DType
+) -> list[tf.Tensor]:
     """Returns the terms of the sum of `(J_ik - mean of row i)²` over a block: tensors `(points,)`, `(1,)` or `()`.
 
     Centred before squaring: the difference of the sum of squares and the square of the sum would cancel for entries
@@ -105,26 +117,30 @@ def spread_within_rows(direct: Diagonal | None, ways: Iterable[Way], columns: in
     Args:
         direct: `Diagonal` from the source to the new state; None if there is none.
         ways: For each product between them, the diagonal to it, its kernel, and the diagonal from it.
+        row_sums: `(points, m)` or `(1, m)`, the sums of the block's rows.
         columns: Integer, number of columns of the block.
         dtype: Type of the entries.
     """
     ways = list(ways)
+    rest = None if direct is None else direct.row_sums(dtype)
     is_plain = all(into.values is None and out.pieces is not None for into, _, out in ways)
     if is_plain and sum(len(out.link.slots) for _, _, out in ways) > 1:
         factors, sums = _centred_with_squares(ways)
     else:
-        factors = [part for way in ways for factor in _factors(*way) for part in factor.nearly_centred()]
+        whole = [factor for way in ways for factor in _factors(*way)]
+        factors = [part for factor in whole for part in factor.without_levels()]
         sums = [factor.times(factor).entry_sum for factor in factors]
         pairs = [left.times(right).entry_sum for left, right in itertools.combinations(factors, 2)]
         # Each pair of different factors stands twice in the square of their sum.
         sums += [2 * total(pairs)] if pairs else []
-    # The sums of rows that are left, which are small.
-    rest = [factor.row_sums for factor in factors if factor.b is not None]
+        if any(factor.b is not None for factor in whole):
+            # What cancels here is rounding, squared.
+            rest = row_sums - columns * total([factor.levels for factor in whole])
     if direct is not None:
         for slot in direct.link.slots:
             sums += _direct_sums(direct, slot, factors, dtype)
-        rest.append(direct.row_sums(dtype))
-    return [*sums, tf.reduce_sum(tf.square(total(rest)), axis=-1) / -columns] if rest else sums
+    # The means of rows that are left, which are small.
+    return sums if rest is None else [*sums, tf.reduce_sum(tf.square(rest), axis=-1) / -columns]
 
 
 def _centred_with_squares(ways: Sequence[Way]) -> tuple[list[_Factor], list[tf.Tensor]]:
@@ -137,9 +153,9 @@ def _centred_with_squares(ways: Sequence[Way]) -> tuple[list[_Factor], list[tf.T
         V = kernels[0] if len(kernels) == 1 else tf.concat(kernels, axis=1)
         V -= tf.reduce_mean(V, axis=0, keepdims=True)
         # For each unit the products of the columns of two slots; each pair of different slots stands twice in a square.
-        twice = np.where(np.eye(slots), 1.0, 2.0)[:, :, None]
-        weights = tf.constant(twice, V.dtype) * tf.einsum("nsi,nti->sti", V, V)
-        columns = tf.unstack(tf.reshape(weights, [slots * slots, V.shape[2], 1]))
+        by_unit = tf.transpose(V, [2, 1, 0])
+        weights = np.where(np.eye(slots), 1.0, 2.0) * tf.matmul(by_unit, by_unit, transpose_b=True)
+        columns = tf.unstack(tf.reshape(weights, [V.shape[2], slots * slots, 1]), axis=1)
         factors = [_Factor(a, part, None) for a, part in zip(derivatives, tf.unstack(V, axis=1), strict=True)]
     # One pair after the other: all at once they would be moved about in memory, which takes longer than the products.
     squares = total(
@@ -162,7 +178,7 @@ def _direct_sums(
     sums = [tf.reduce_sum(tf.square(d), axis=-1)]
     for factor in factors:
         with graph_of(factor.V):
-            V = 2 * tf.gather_nd(factor.V, np.stack([places, units], axis=1))
+            V = 2 * tf.gather_nd(factor.V, np.stack([np.minimum(places, factor.V.shape[0] - 1), units], axis=1))
         a = None if factor.a is None else take(factor.a, units)
         weights = _product_or_one(a, None if factor.b is None else take(factor.b, places))
         sums.append(tf.linalg.matvec(d if weights is None else d * weights, V))

@@ -9,7 +9,7 @@ import tensorflow as tf
 
 from keras_jacmon.graphs.trace import graph_of
 from keras_jacmon.structure.index_map import IndexMap
-from keras_jacmon.tensors import Points, joined, known_sizes, take, take_each, total
+from keras_jacmon.tensors import ChosenPoints, Points, joined, known_sizes, take, take_each, total
 
 
 @dataclass(frozen=True)
@@ -46,12 +46,21 @@ class Diagonal:
         """The diagonal at some of the points."""
         if self.pieces is None:
             return self
+        if isinstance(points, ChosenPoints):
+            # Few, as a rule: what they have is put together, and not what all points have.
+            values = Diagonal(self.link, tuple((units, points.of(part)) for units, part in self.pieces)).values
+        else:
+            values = points.of(self.values)
         # Of all units together, as products with vectors need them.
-        values = points.of(self.values)
         return Diagonal(self.link, ((np.arange(self.link.node_size), values),))
 
     def forward(self, tangent: tf.Tensor) -> tf.Tensor:
         """The change of the target for a change of the base, both `(points, ..., units)`."""
+        known = [units.tolist() for units, _ in self.pieces or ()]
+        if len(known) > 1 and tangent.shape[0] == 1 and all(slot.tolist() in known for slot in self.link.slots):
+            # Shared by all points, it is smaller than the derivatives, which need not be put together.
+            ways = zip(map(self.at, self.link.slots), take_each(tangent, self.link.slots), strict=True)
+            return total([_beside(derivatives, part) * part for derivatives, part in ways])
         scaled = tangent if self.values is None else _beside(self.values, tangent) * tangent
         return total(take_each(scaled, self.link.slots))
 

@@ -226,7 +226,7 @@ class StructuredJacobian(JacobianOperator):
     @functools.cached_property
     def within_rows(self) -> list[tf.Tensor]:
         """The terms of the spread within the rows of a single block, each `(points,)`, `(1,)` or `()`."""
-        return spread_within_rows(*self._ways(), sum(self._sources.values()), self.dtype)
+        return spread_within_rows(*self._ways(), self.row_sums, sum(self._sources.values()), self.dtype)
 
     def _ways(self) -> tuple[Diagonal | None, list[tuple[Diagonal, Kernel, Diagonal]]]:
         """The direct diagonal of a single block, and for each product its inner diagonal, kernel and outer diagonal."""

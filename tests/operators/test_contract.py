@@ -140,10 +140,9 @@ def test_sums_are_those_of_the_entries(name: str, points: int) -> None:
     np.testing.assert_allclose(spread, np.prod(dense.shape[1:]) * dense.var(axis=(1, 2)), atol=1e-12, strict=True)
 
 
-@pytest.mark.parametrize("scaled", [(False, False), (True, False), (False, True), (True, True)])
-def test_entries_that_are_nearly_equal_keep_their_spread(scaled: tuple[bool, bool]) -> None:
-    """In single precision the difference of two sums would be zero, or less."""
-    n, (before, after) = 64, scaled
+def nearly_equal(*, before: bool, after: bool) -> StructuredJacobian:
+    """The Jacobians of 64 units at 5 points, with derivatives before the kernel, after it, or neither."""
+    n = 64
 
     def near_one(*shape: int, seed: int) -> Any:
         return (1.0 + 1e-4 * normal(*shape, seed=seed)).astype(np.float32)
@@ -153,20 +152,36 @@ def test_entries_that_are_nearly_equal_keep_their_spread(scaled: tuple[bool, boo
         pieces = ((units, tf.constant(near_one(5, n, seed=seed))),) if varies else None
         return Diagonal(IndexMap(units[None], n, unchanged=not varies), pieces)
 
+    return StructuredJacobian(
+        points=5,
+        outputs={0: n},
+        sources={H: n},
+        kernels={PRODUCT: Kernel(tf.constant(near_one(n, n, seed=18)))},
+        outer={(0, PRODUCT): factor(19, varies=after)},
+        inner={(PRODUCT, H): factor(20, varies=before)},
+        dtype=tf.float32,
+    )
+
+
+@pytest.mark.parametrize("scaled", [(False, False), (True, False), (False, True), (True, True)])
+def test_entries_that_are_nearly_equal_keep_their_spread(scaled: tuple[bool, bool]) -> None:
+    """In single precision the difference of two sums would be zero, or less."""
+
     def numbers() -> Any:
-        J = StructuredJacobian(
-            points=5,
-            outputs={0: n},
-            sources={H: n},
-            kernels={PRODUCT: Kernel(tf.constant(near_one(n, n, seed=18)))},
-            outer={(0, PRODUCT): factor(19, varies=after)},
-            inner={(PRODUCT, H): factor(20, varies=before)},
-            dtype=tf.float32,
-        )
+        J = nearly_equal(before=scaled[0], after=scaled[1])
         return J.to_dense(), J.spread()
 
     dense, spread = in_graph(numbers)
-    np.testing.assert_allclose(spread, n**2 * dense.astype(np.float64).var(axis=(1, 2)), rtol=2e-3)
+    np.testing.assert_allclose(spread, 64**2 * dense.astype(np.float64).var(axis=(1, 2)), rtol=2e-3)
+
+
+@pytest.mark.parametrize(("scaled", "products"), [((False, True), 0), ((True, False), 1), ((True, True), 3)])
+def test_the_spread_takes_few_products_with_a_kernel(scaled: tuple[bool, bool], products: int) -> None:
+    """Each takes as long as a step of the cell."""
+    with tf.Graph().as_default() as graph:
+        nearly_equal(before=scaled[0], after=scaled[1]).spread()
+    factors = [operation.inputs for operation in graph.get_operations() if operation.type == "MatMul"]
+    assert [right.shape for left, right in factors if left.shape[0] == 5].count([64, 64]) == products
 
 
 @each_operator
