@@ -121,14 +121,12 @@ def spread_within_rows(
         columns: Integer, number of columns of the block.
         dtype: Type of the entries.
     """
-    ways = list(ways)
     rest = None if direct is None else direct.row_sums(dtype)
-    is_plain = all(into.values is None and out.pieces is not None for into, _, out in ways)
-    if is_plain and sum(len(out.link.slots) for _, _, out in ways) > 1:
-        factors, sums = _centred_with_squares(ways)
+    whole = [factor for way in ways for factor in _factors(*way)]
+    factors = [part for factor in whole for part in factor.without_levels()]
+    if all(factor.a is not None and factor.b is None for factor in factors):
+        sums = _squares_after_kernels(factors)
     else:
-        whole = [factor for way in ways for factor in _factors(*way)]
-        factors = [part for factor in whole for part in factor.without_levels()]
         sums = [factor.times(factor).entry_sum for factor in factors]
         pairs = [left.times(right).entry_sum for left, right in itertools.combinations(factors, 2)]
         # Each pair of different factors stands twice in the square of their sum.
@@ -143,28 +141,25 @@ def spread_within_rows(
     return sums if rest is None else [*sums, tf.reduce_sum(tf.square(rest), axis=-1) / -columns]
 
 
-def _centred_with_squares(ways: Sequence[Way]) -> tuple[list[_Factor], list[tf.Tensor]]:
-    """Centres the factors of ways that have a and no b, all at once, and sums the squares of their sum's entries."""
-    found = [out.at(slot) for _, _, out in ways for slot in out.link.slots]
-    derivatives = [a for a in found if a is not None]
-    slots = len(found)
-    kernels = [kernel.rows(into.link.targets).by_slot(out.link.slots) for into, kernel, out in ways]
-    with graph_of(kernels[0]):
-        V = kernels[0] if len(kernels) == 1 else tf.concat(kernels, axis=1)
-        V -= tf.reduce_mean(V, axis=0, keepdims=True)
-        # For each unit the products of the columns of two slots; each pair of different slots stands twice in a square.
-        by_unit = tf.transpose(V, [2, 1, 0])
-        weights = np.where(np.eye(slots), 1.0, 2.0) * tf.matmul(by_unit, by_unit, transpose_b=True)
-        columns = tf.unstack(tf.reshape(weights, [V.shape[2], slots * slots, 1]), axis=1)
-        factors = [_Factor(a, part, None) for a, part in zip(derivatives, tf.unstack(V, axis=1), strict=True)]
+def _squares_after_kernels(factors: Sequence[_Factor]) -> list[tf.Tensor]:
+    """The sum of the squares of the sum of factors with a and no b, in few operations."""
+    if not factors:
+        return []
+    with graph_of(factors[0].V):
+        ones = tf.ones([factors[0].V.shape[0], 1], factors[0].V.dtype)
+
+    def products(left: _Factor, right: _Factor) -> tf.Tensor:
+        product = left.times(right)
+        with graph_of(product.V):
+            # A product with ones takes half of the time of a sum along the first axis.
+            per_unit = tf.matmul(product.V, ones, transpose_a=True)
+        return tf.matmul(product.a, per_unit)
+
     # One pair after the other: all at once they would be moved about in memory, which takes longer than the products.
-    squares = total(
-        [
-            (derivatives[s] * derivatives[t]) @ columns[slots * s + t]
-            for s, t in itertools.combinations_with_replacement(range(slots), 2)
-        ]
-    )
-    return factors, [tf.squeeze(squares, axis=1)]
+    sums = [products(factor, factor) for factor in factors]
+    pairs = [products(left, right) for left, right in itertools.combinations(factors, 2)]
+    # Each pair of different factors stands twice in the square of their sum.
+    return [tf.squeeze(total([*sums, 2 * total(pairs)] if pairs else sums), axis=1)]
 
 
 def _direct_sums(

@@ -152,11 +152,6 @@ class Kernel:
                 self._columns[key] = take(self.matrix, units)
         return self._columns[key]
 
-    def by_slot(self, slots: npt.NDArray[np.int64]) -> tf.Tensor:
-        """The columns of each slot, `(units in, slots, units)`, zero where an index is -1."""
-        with graph_of(self.matrix):
-            return tf.reshape(take(self.matrix, slots.ravel()), [self.matrix.shape[0], *slots.shape])
-
 
 @dataclass(frozen=True)
 class Order:
