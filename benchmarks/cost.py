@@ -39,6 +39,8 @@ FIT_BATCHES, FIT_TURNS = 300, 7
 # Steps of the models that are started, and their kinds, depths and turns: a short start varies most.
 START_STEPS = 100
 STARTS = (("forward", 1, 9), ("forward", 5, 5), ("bidirectional", 6, 3))
+# Turns of the table of first variances.
+FIRST_TURNS = 5
 # (units, steps) for the table of memory.
 MEMORY_SIZES = ((256, 50), (256, 2000), (1024, 2000))
 # Seconds; a call that takes longer is timed once.
@@ -107,14 +109,14 @@ def make_model(kind: str, units: int, steps: int | None = STEPS) -> tuple[keras.
     return model, layer
 
 
-def seconds_of_loop(layer: keras.layers.RNN, probe: tf.Tensor) -> float:
-    """Returns the median time of a plain loop with a gradient tape that takes the hidden variance at each step."""
+def loop_by_hand(layer: keras.layers.RNN, steps: int) -> Callable[[tf.Tensor], tf.Tensor]:
+    """Returns a plain compiled loop with a gradient tape that takes the hidden variance at each step."""
 
     @tf.function
     def variances(inputs: tf.Tensor) -> tf.Tensor:
         states = layer.cell.get_initial_state(BATCH)
-        values = tf.TensorArray(tf.float32, STEPS)
-        for step in tf.range(STEPS):
+        values = tf.TensorArray(tf.float32, steps)
+        for step in tf.range(steps):
             h = states[0]
             with tf.GradientTape() as tape:
                 tape.watch(h)
@@ -124,7 +126,14 @@ def seconds_of_loop(layer: keras.layers.RNN, probe: tf.Tensor) -> float:
             states = new
         return values.stack()
 
-    graph = variances.get_concrete_function(probe)
+    found: Callable[[tf.Tensor], tf.Tensor] = variances
+    return found
+
+
+def seconds_of_loop(layer: keras.layers.RNN, probe: tf.Tensor) -> float:
+    """Returns the median time of a loop by hand."""
+    loop = loop_by_hand(layer, STEPS)
+    graph = loop.get_concrete_function(probe)
     start = time.perf_counter()
     graph(probe).numpy()
     seconds = time.perf_counter() - start
@@ -307,6 +316,12 @@ def start() -> None:
             [seconds(kind, depth, measures, units) for measures in (None, "standard", "fast")] for _ in range(count)
         ]
         _start_row(f"{depth} {kind}, again", again)
+    head(
+        f"Until the first `variance` of an LSTM, {START_STEPS} steps, {BATCH} samples",
+        "a `batch_jacobian` loop", "a meter", "`fit` alone",
+    )  # fmt: skip
+    turns = [_first_variances(x, y, units) for units in itertools.islice(sizes, FIRST_TURNS)]
+    row(*(f"{statistics.median(found):.2f} s" for found in zip(*turns, strict=True)))
     head("A meter and its first report", "calls", "`standard`", "`full`")
     for kind, depth in (("forward", 1), ("bidirectional", 6)):
         spent, units = [], next(sizes)
@@ -316,6 +331,19 @@ def start() -> None:
             JacobianMeter(model, x, measures=measures)(suggestions=False)
             spent.append(time.perf_counter() - begin)
         row(depth * (1 + (kind == "bidirectional")), *(f"{found:.1f} s" for found in spent))
+
+
+def _first_variances(x: tf.Tensor, y: tf.Tensor, units: int) -> list[float]:
+    """Returns the seconds until the first variances by hand and by a meter, and until the first batch of `fit`."""
+    keras.backend.clear_session()
+    model, clock = stack("forward", 1, units), Clock()
+    begins = [time.perf_counter()]
+    loop_by_hand(model.layers[1], START_STEPS)(x).numpy()
+    begins.append(time.perf_counter())
+    JacobianMeter(model, x, measures="variance")(suggestions=False)
+    begins.append(time.perf_counter())
+    model.fit(x, y, verbose=0, callbacks=[clock])
+    return [end - begin for begin, end in itertools.pairwise([*begins, clock.begin])]
 
 
 def _start_row(name: str, turns: list[list[float]]) -> None:
