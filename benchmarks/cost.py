@@ -109,8 +109,8 @@ def make_model(kind: str, units: int, steps: int | None = STEPS) -> tuple[keras.
     return model, layer
 
 
-def loop_by_hand(layer: keras.layers.RNN, steps: int) -> Callable[[tf.Tensor], tf.Tensor]:
-    """Returns a plain compiled loop with a gradient tape that takes the hidden variance at each step."""
+def loop_by_hand(layer: keras.layers.RNN, steps: int) -> Any:
+    """Returns a `tf.function`, a plain loop with a gradient tape that takes the hidden variance at each step."""
 
     @tf.function
     def variances(inputs: tf.Tensor) -> tf.Tensor:
@@ -126,8 +126,7 @@ def loop_by_hand(layer: keras.layers.RNN, steps: int) -> Callable[[tf.Tensor], t
             states = new
         return values.stack()
 
-    found: Callable[[tf.Tensor], tf.Tensor] = variances
-    return found
+    return variances
 
 
 def seconds_of_loop(layer: keras.layers.RNN, probe: tf.Tensor) -> float:
