@@ -121,7 +121,6 @@ def spread_within_rows(
         columns: Integer, number of columns of the block.
         dtype: Type of the entries.
     """
-    rest = None if direct is None else direct.row_sums(dtype)
     whole = [factor for way in ways for factor in _factors(*way)]
     factors = [part for factor in whole for part in factor.without_levels()]
     if all(factor.a is not None and factor.b is None for factor in factors):
@@ -131,14 +130,18 @@ def spread_within_rows(
         pairs = [left.times(right).entry_sum for left, right in itertools.combinations(factors, 2)]
         # Each pair of different factors stands twice in the square of their sum.
         sums += [2 * total(pairs)] if pairs else []
-        if any(factor.b is not None for factor in whole):
-            # What cancels here is rounding, squared.
-            rest = row_sums - columns * total([factor.levels for factor in whole])
     if direct is not None:
         for slot in direct.link.slots:
             sums += _direct_sums(direct, slot, factors, dtype)
-    # The means of rows that are left, which are small.
-    return sums if rest is None else [*sums, tf.reduce_sum(tf.square(rest), axis=-1) / -columns]
+    # The sums of rows that are left, which are small.
+    if any(factor.b is not None for factor in whole):
+        # What cancels here is rounding, squared.
+        rest = row_sums - columns * total([factor.levels for factor in whole])
+    elif direct is not None:
+        rest = direct.row_sums(dtype)
+    else:
+        return sums
+    return [*sums, tf.reduce_sum(tf.square(rest), axis=-1) / -columns]
 
 
 def _squares_after_kernels(factors: Sequence[_Factor]) -> list[tf.Tensor]:
