@@ -87,10 +87,14 @@ def unroll(
     precomputed = unroll_plan.precompute(inputs) if unroll_plan else None
 
     def take_step(t: tf.Tensor, states: list[tf.Tensor]) -> tuple[list[tf.Tensor], list[tf.Tensor]]:
-        new, values = precomputed.step(inputs[t], states, t) if precomputed else (step(inputs[t], states), [])
-        points = [*states, *values] if keep is None else [tf.gather(x, keep[t]) for x in (*states, *values, *new)]
+        new, values = precomputed.step(states, t) if precomputed else (step(inputs[t], states), [])
+        points = [*states, *values]
+        if keep is not None:
+            kept = tf.gather(keep, t)
+            points = [tf.gather(tensor, kept) for tensor in (*points, *new)]
         if mask is not None:
-            new = [_keep_where(mask[t], value, old) for value, old in zip(new, states, strict=True)]
+            here = tf.gather(mask, t)
+            new = [_keep_where(here, value, old) for value, old in zip(new, states, strict=True)]
         return new, points
 
     stored = [*sequence.states, *saved] if keep is None else [*sequence.states, *saved, *sequence.states]

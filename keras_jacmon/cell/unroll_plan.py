@@ -98,13 +98,10 @@ class Precomputed:
     values: dict[str, tf.Tensor]
     partial_sums: Sequence[tuple[Sum, tf.Tensor]]
 
-    def step(
-        self, inputs: tf.Tensor, states: Sequence[tf.Tensor], t: tf.Tensor
-    ) -> tuple[list[tf.Tensor], list[tf.Tensor]]:
-        """Takes one step.
+    def step(self, states: Sequence[tf.Tensor], t: tf.Tensor) -> tuple[list[tf.Tensor], list[tf.Tensor]]:
+        """Takes one step. The inputs themselves are among the values if it reads them.
 
         Args:
-            inputs: Tensor `(batch, ...)`, the inputs of the step.
             states: Sequence of tensors `(batch, ...)`, the states before the step.
             t: Integer tensor `()`, the position of the step.
 
@@ -112,8 +109,7 @@ class Precomputed:
             List of the new states, and list of the values of the plan's `saved` tensors.
         """
         graph = self.plan.graph
-        feeds = {**self.plan.weights_only, graph.step_inputs.name: inputs}
-        feeds |= {name: value[t] for name, value in self.values.items()}
+        feeds = {**self.plan.weights_only, **{name: tf.gather(value, t) for name, value in self.values.items()}}
         feeds |= {tensor.name: state for tensor, state in zip(graph.states, states, strict=True)}
         # In the order of the products, since the factor of one may be made from another one.
         for part, partial in self.partial_sums:
@@ -121,7 +117,7 @@ class Precomputed:
                 continue
             factor, matrix = part.of_states
             (feeds[factor.name],) = graph.replay([factor], feeds)
-            value = feeds[factor.name] @ matrix + (partial if partial.shape.rank == 1 else partial[t])
-            feeds[part.tensor.name] = part.shaped(value)
+            here = partial if partial.shape.rank == 1 else tf.gather(partial, t)
+            feeds[part.tensor.name] = part.shaped(feeds[factor.name] @ matrix + here)
         results = graph.replay([*graph.new_states, *self.plan.saved], feeds)
         return results[: len(states)], results[len(states) :]

@@ -11,9 +11,9 @@ from keras_jacmon.structure.movers import Labels
 from keras_jacmon.structure.ops import moves_units, passes_unchanged
 from keras_jacmon.structure.structure import Structure
 
-# With more parts than this, or with narrower ones, one product for each part takes longer than one product for all of
-# them and a split: 1.1 times as long at 64 units, 0.75 times at 128.
-_MOST_PARTS, _LEAST_UNITS = 8, 128
+# With more parts than this, or with narrower or wider ones, one product for each part takes longer than one product for
+# all of them and a split: 1.1 times as long at 64 units, 0.6 times at 128, as long at 256 and 1.1 times at 1024.
+_MOST_PARTS, _LEAST_UNITS, _MOST_UNITS = 8, 128, 511
 
 
 def unroll_plan_of(
@@ -33,9 +33,10 @@ def unroll_plan_of(
     states = [Node.state(q) for q in range(len(graph.states))]
     products = [node for node in map(Node.product, range(len(structure.products))) if structure.reaches(node, states)]
     segments = {node: [segment.tensor for segment in structure.segments(node, states)] for node in products}
-    saved = [tensor for tensors in segments.values() for tensor in tensors]
-
-    sums = [part for node in products for part in _as_sums(structure, segments[node], node, weights_only, kernels)]
+    by_node = {node: _as_sums(structure, segments[node], node, weights_only, kernels) for node in products}
+    sums = [part for parts in by_node.values() for part in parts]
+    ends = [segments[node] if parts else _whole(structure, segments[node]) for node, parts in by_node.items()]
+    saved = [tensor for tensors in ends for tensor in tensors]
     done = {part.tensor.name for part in sums}
     wanted = [*graph.new_states, *saved, *(part.of_states[0] for part in sums if part.of_states)]
     wanted = [tensor for tensor in wanted if tensor.name not in done]
@@ -44,6 +45,18 @@ def unroll_plan_of(
     rest = [tensor for name, tensor in inputs_only.items() if name in needed]
     of_inputs = _as_sums(structure, rest, None, weights_only, kernels)
     return UnrollPlan(graph, weights_only, [] if of_inputs else rest, [*sums, *of_inputs], saved)
+
+
+def _whole(structure: Structure, parts: Sequence[tf.Tensor]) -> Sequence[tf.Tensor]:
+    """Finds the one tensor that others are the parts of: it is saved in each step, and divided for all steps at once.
+
+    Returns:
+        List of this tensor; the parts themselves if they are not all that one operation makes of it.
+    """
+    operation = parts[0].op
+    if len(parts) == 1 or {part.name for part in parts} != {part.name for part in operation.outputs}:
+        return parts
+    return [tensor for tensor in operation.inputs if structure.varies(tensor)]
 
 
 def _as_sums(
@@ -59,7 +72,8 @@ def _as_sums(
         List of `Sum`s; empty unless all of the tensors are such sums. If one of them is not, the wide product that they
         have in common is still needed, and nothing is gained.
     """
-    if len(tensors) > 1 and (len(tensors) > _MOST_PARTS or min(map(structure.size, tensors)) < _LEAST_UNITS):
+    sizes = list(map(structure.size, tensors))
+    if len(sizes) > 1 and (len(sizes) > _MOST_PARTS or min(sizes) < _LEAST_UNITS or max(sizes) > _MOST_UNITS):
         return []
     sums = [_as_sum(structure, tensor, of_states, weights_only, kernels) for tensor in tensors]
     found = [part for part in sums if part is not None]

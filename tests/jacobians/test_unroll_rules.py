@@ -14,6 +14,7 @@ from structure_laws import double_precision
 
 from keras_jacmon.cell.step import CellStep
 from keras_jacmon.cell.trajectory import UnrollInputs, unroll
+from keras_jacmon.graphs.calls import function_graph
 from keras_jacmon.jacobians.cell_jacobian import CellJacobian
 
 if TYPE_CHECKING:
@@ -186,3 +187,85 @@ def test_cells_of_all_kinds_are_unrolled_as_they_are(case: Case) -> None:
     sums = assert_unrolled_as_the_cell(cell, inputs, states)
     if case in WIDE_CASES:
         assert sums >= GATES[case.id.removeprefix("wide_")][1]
+
+
+@pytest.mark.parametrize(("units", "sums", "saved"), [(64, 0, 1), (128, 4, 4), (511, 4, 4), (512, 0, 1)])
+def test_gates_are_products_of_their_own_at_the_sizes_at_which_that_is_faster(
+    units: int, sums: int, saved: int
+) -> None:
+    """Elsewhere the one product of all gates is saved, and divided for all steps at once."""
+    cell = keras.layers.LSTMCell(units)
+    states = [tf.zeros([SAMPLES, units], tf.float64)] * 2
+    cell(x := tf.zeros([SAMPLES, FEATURES], tf.float64), states)
+
+    @tf.function(autograph=False)
+    def counted() -> tuple[int, int]:
+        unroll_plan = CellJacobian(CellStep(cell, states), x, states).unroll_plan()
+        assert unroll_plan is not None
+        return len([part for part in unroll_plan.sums if part.of_states]), len(unroll_plan.saved)
+
+    assert tuple(map(int, counted())) == (sums, saved)
+
+
+def nested(c: Any, x: Any, h: Any) -> Any:
+    first, rest = tf.split(x + h @ c.U, 2, axis=-1)
+    second, third = tf.split(rest, 2, axis=-1)
+    return tf.concat([tf.tanh(first), tf.sigmoid(second), tf.sin(third)], axis=-1)
+
+
+def test_parts_of_parts_are_saved_as_they_are() -> None:
+    cell, states = FunctionCell(nested), [tf.zeros([SAMPLES, UNITS], tf.float64)]
+    cell(x := tf.zeros([SAMPLES, FEATURES], tf.float64), states)
+
+    @tf.function(autograph=False)
+    def sizes() -> list[int]:
+        unroll_plan = CellJacobian(CellStep(cell, states), x, states).unroll_plan()
+        assert unroll_plan is not None
+        return [tensor.shape[-1] for tensor in unroll_plan.saved]
+
+    assert sorted(map(int, sizes())) == [1, 1, 2]
+
+
+class RawCell(FunctionCell):
+    """Hands the inputs to the function as they are."""
+
+    def call(self, inputs: Any, states: Any) -> tuple[Any, list[Any]]:
+        new_h = self.function(self, inputs, states[0])
+        return new_h, [new_h]
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda c, x, h: tf.tanh(x * (h @ c.U)),
+        lambda c, x, h: tf.tanh(h @ c.U + tf.reduce_mean(x, axis=0, keepdims=True)),
+        lambda c, x, h: tf.tanh(h @ c.U + x + tf.cast(tf.shape(x)[0], x.dtype)),
+    ],
+    ids=["a factor", "a mean of the samples", "their number"],
+)
+def test_a_step_may_read_the_inputs_as_they_are(function: Any) -> None:
+    cell, states = RawCell(function, UNITS), [tf.constant(normal(SAMPLES, UNITS, seed=1), tf.float64)]
+    inputs = tf.cast(normal(TIME, SAMPLES, UNITS), tf.float64)
+    cell(inputs[0], states)
+    randomize(cell, scale=0.5)
+    assert_unrolled_as_the_cell(cell, inputs, states)
+
+
+def test_a_step_takes_nothing_from_the_inputs_that_it_has_in_products() -> None:
+    cell = keras.layers.LSTMCell(UNITS)
+    states = [tf.zeros([SAMPLES, UNITS], tf.float64)] * 2
+    inputs = tf.zeros([TIME, SAMPLES, FEATURES], tf.float64)
+    cell(inputs[0], states)
+    bodies: list[Any] = []
+
+    @tf.function(autograph=False)
+    def run(inputs: Any) -> Any:
+        jacobian = CellJacobian(CellStep(cell, states), inputs[0], states)
+        last = unroll(jacobian.step, UnrollInputs(inputs, tuple(states), None), jacobian.unroll_plan()).last
+        (loop,) = [op for op in last[0].graph.get_operations() if op.type in ("While", "StatelessWhile")]
+        bodies.append(function_graph(loop.graph, loop.get_attr("body").name))
+        return last
+
+    run(inputs)
+    sizes = [op.outputs[0].shape for op in bodies[0].get_operations() if op.type == "GatherV2"]
+    assert sizes == [[SAMPLES, 4 * UNITS]]
