@@ -131,6 +131,11 @@ class Kernel:
 
     def backward(self, vectors: tf.Tensor) -> tf.Tensor:
         """The transpose of `forward`."""
+        if not tf.executing_eagerly() and vectors.graph is self.matrix.graph:
+            # Not in a loop, it is run once, as a rule for a few points, which are transposed sooner than the matrix.
+            *leading, units = known_sizes(vectors)
+            product = tf.matmul(self.matrix, tf.reshape(vectors, [-1, units]), transpose_b=True)
+            return tf.reshape(tf.transpose(product), [*leading, self.matrix.shape[0]])
         return _times(vectors, self.transposed)
 
     def take(self, points: Points) -> "Kernel":  # noqa: ARG002 - as `Order.take`

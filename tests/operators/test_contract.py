@@ -184,6 +184,22 @@ def test_the_spread_takes_few_products_with_a_kernel(scaled: tuple[bool, bool], 
     assert [right.shape for left, right in factors if left.shape[0] == 5].count([64, 64]) == products
 
 
+@pytest.mark.parametrize("in_a_loop", [False, True])
+def test_a_kernel_is_transposed_once_and_only_for_a_loop(*, in_a_loop: bool) -> None:
+    matrix, vectors = normal(6, 8, seed=0), normal(3, 2, 8, seed=1)
+    transposed: list[list[int]] = []
+
+    @tf.function(autograph=False)
+    def run(matrix: tf.Tensor, vectors: tf.Tensor) -> tf.Tensor:
+        kernel, graph = Kernel(matrix), matrix.graph
+        products = tf.map_fn(kernel.backward, vectors) if in_a_loop else kernel.backward(vectors)
+        transposed.extend(op.inputs[0].shape.as_list() for op in graph.get_operations() if op.type == "Transpose")
+        return products
+
+    np.testing.assert_allclose(run(tf.constant(matrix), tf.constant(vectors)), vectors @ matrix.T, rtol=1e-5)
+    assert ([6, 8] in transposed) == in_a_loop
+
+
 @each_operator
 def test_blocks_have_no_entry_in_common_and_make_up_the_whole(name: str) -> None:
     def numbers() -> Any:
