@@ -12,8 +12,10 @@ from tensorflow.python.framework import op_callbacks
 
 StaticT = TypeVar("StaticT")
 
-# Passes of TensorFlow's graph optimizer that take a good part of a first run, and make no later run faster.
+# Passes of TensorFlow's graph optimizer that take a good part of a first run, and make no later run faster; the second
+# time with one that has nothing to do without a GPU.
 _IDLE_PASSES = ("constant_folding", "shape_optimization", "implementation_selector")
+_IDLE_WITHOUT_GPU = (*_IDLE_PASSES, "layout_optimizer")
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,7 @@ def optimized_briefly() -> Iterator[None]:
     passes.meta_optimizer_iterations = rewriter_config_pb2.RewriterConfig.ONE
     passes.memory_optimization = rewriter_config_pb2.RewriterConfig.NO_MEM_OPT
     passes.disable_tfg_optimizer = True
-    for name in _IDLE_PASSES:
+    for name in _IDLE_PASSES if tf.config.list_logical_devices("GPU") else _IDLE_WITHOUT_GPU:
         setattr(passes, name, rewriter_config_pb2.RewriterConfig.OFF)
     present.function_call_options = context.FunctionCallOptions(chosen.executor_type, config)
     try:

@@ -114,7 +114,9 @@ class CompiledMeasurement(NamedTuple):
     def __call__(self, draw: tf.Tensor, sequence: SequenceTensors, weights: Sequence[tf.Tensor]) -> CallResults:
         """Measures a call with the given weights of its cell, in the order of its kind."""
         # Keras' variables are shielded while tracing; a `tf.Variable` that a custom cell writes to is put back here.
-        given = tf.nest.map_structure(_filled_up, (sequence, list(weights)), self.specs)
+        given = sequence, list(weights)
+        if not sequence[0].shape.is_compatible_with(self.specs[0][0].shape):
+            given = tf.nest.map_structure(_filled_up, given, self.specs)
         with put_back(self.foreign), optimized_briefly():
             results: CallResults = self.function(draw, *given)
         return results

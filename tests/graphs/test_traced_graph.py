@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import tensorflow as tf
+from tensorflow.core.protobuf import config_pb2
 from tensorflow.python.eager import context
 
 from keras_jacmon.graphs.trace import optimized_briefly, trace
@@ -36,6 +37,18 @@ def test_a_run_leaves_the_settings_of_tensorflow_as_they_are() -> None:
         checked(tf.constant(float("nan")))
     assert present.function_call_options is before
     assert before.as_attrs() == attributes
+
+
+@pytest.mark.parametrize("devices", [[], ["a GPU"]])
+def test_what_speeds_up_convolutions_on_a_gpu_is_left_out_without_one(
+    monkeypatch: pytest.MonkeyPatch, devices: list[str]
+) -> None:
+    monkeypatch.setattr(tf.config, "list_logical_devices", lambda _: devices)
+    with optimized_briefly():
+        serialized = context.context().function_call_options.config_proto_serialized
+    passes = config_pb2.ConfigProto.FromString(serialized).graph_options.rewrite_options
+    assert (passes.layout_optimizer == passes.OFF) == (not devices)
+    assert passes.constant_folding == passes.OFF
 
 
 def test_an_error_while_tracing_is_raised_as_it_is() -> None:
