@@ -14,7 +14,8 @@ from keras_jacmon.cell.step import cell_type
 from keras_jacmon.cell.trajectory import UnrollInputs
 from keras_jacmon.jacobians.cell_jacobian import CellJacobian, Choice, Method
 from keras_jacmon.jacobians.dependencies import Dependencies
-from keras_jacmon.jacobians.views import View, choice_of_states, chosen_view, floating_states, size
+from keras_jacmon.jacobians.views import View, floating_states, size
+from keras_jacmon.measurement.cell_views import CellViews
 from keras_jacmon.measurement.results import CallResults, MeasuredArray, PlannedFlow, PlannedSensitivity
 from keras_jacmon.measures.flow import FlowPlan
 from keras_jacmon.measures.gains import Gains, by_span, gains_by_span
@@ -30,7 +31,7 @@ from keras_jacmon.measures.kinds import (
 )
 from keras_jacmon.measures.registry import KEYS, Quantity, Selection, key_of, views_of
 from keras_jacmon.measures.sensitivity import Sensitivities
-from keras_jacmon.options import Options, ViewName, states_in
+from keras_jacmon.options import Options, ViewName
 from keras_jacmon.report.layer_report import LayerReport
 
 
@@ -123,8 +124,8 @@ class CallMetadata:
         """
         first, states = sequence.of_a_step, sequence.states
         floating = floating_states(states)
-        views, notes = _views_and_notes(floating, dependencies, with_inputs="inputs" in asked)
-        labels, left_out = _chosen_views(asked, jacobian.step.structure, floating, dependencies)
+        found = CellViews.of(asked, jacobian.step.structure, floating, dependencies)
+        views, labels, left_out = found.named, found.labels, found.left_out
         everything: tuple[ViewName, ...] = (*views, *dict.fromkeys(labels.values()))
         choices = {name: jacobian.choices(view) for name, view in (*zip(views, views, strict=True), *labels.items())}
         columns = {view: View.of(view, states).columns(first, states) for view in everything}
@@ -136,7 +137,7 @@ class CallMetadata:
             labels,
             left_out,
             choices,
-            (*notes, *left_out.values()),
+            (*found.notes, *left_out.values()),
             columns,
             options,
             {
@@ -349,72 +350,3 @@ def _places(spectra_at: tf.Tensor | None, time: int, *, go_backwards: bool) -> A
         return np.empty((0, 2), np.int64)
     step, sample = spectra_at.numpy().T
     return np.stack([time - 1 - step if go_backwards else step, sample], axis=1)
-
-
-def _chosen_views(
-    asked: Sequence[ViewName], structure: Any, floating: Sequence[int], dependencies: Dependencies
-) -> tuple[dict[str, ViewName], dict[str, str]]:
-    """Returns the views of chosen states by their names in reports, and by name the reasons why others are missing.
-
-    Args:
-        asked: The views that the user asked for.
-        structure: The structure of the states.
-        floating: Indices of the floating-point states.
-        dependencies: The dependencies of new states on old ones.
-    """
-    labels: dict[str, ViewName] = {}
-    left_out: dict[str, str] = {}
-    for label in filter(lambda view: isinstance(view, str), asked):
-        states = states_in(str(label))
-        if states is None:
-            continue
-        missing = f"the view `{label}` is left out: "
-        try:
-            view = chosen_view(states, structure, floating)
-        except ValueError:
-            left_out[str(label)] = f"{missing}it is not one of different {choice_of_states(structure, floating)}"
-            continue
-        places = [list(floating).index(int(place)) for place in view]
-        if any(dependencies.depends[new][old] for new in places for old in places):
-            labels[str(label)] = view
-        else:
-            left_out[str(label)] = f"{missing}no gradient connects its states"
-    return labels, left_out
-
-
-def _views_and_notes(
-    floating: Sequence[int], dependencies: Dependencies, *, with_inputs: bool
-) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Returns the views that a cell has, and notes on missing views and on states without influence.
-
-    Args:
-        floating: Indices of the floating-point states.
-        dependencies: The dependencies of new states on old ones.
-        with_inputs: Boolean, True if the user asked for the inputs view.
-    """
-    depends = dependencies.depends
-    views, notes = [], []
-    if depends[0][0]:
-        views.append("hidden")
-    else:
-        notes.append(
-            f"new state {floating[0]} does not depend on the old one (no gradient connects them), "
-            "so the hidden view is left out"
-        )
-    if len(floating) > 1 and any(map(any, depends)):
-        views.append("joint")
-        notes += [
-            f"old state {state} has no influence on the new states (no gradient connects them)"
-            for state, influences in zip(floating, zip(*depends, strict=True), strict=True)
-            if not any(influences)
-        ]
-        notes += [
-            f"old state {floating[place]} is carried on and never felt by the output (no gradient connects them): "
-            "flow, growth and horizon of the joint view do not see it, `joint/flow_of_all` does"
-            for place in dependencies.carried
-        ]
-    if with_inputs and dependencies.on_inputs:
-        views.append("inputs")
-    elif with_inputs:
-        notes.append("no gradient connects the new state with the inputs, so the inputs view is left out")
-    return tuple(views), tuple(notes)
