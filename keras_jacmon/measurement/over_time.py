@@ -1,9 +1,11 @@
 """One call of a recurrent layer over its whole sequence: the flow, and the Lyapunov exponents.
 
 A long sequence is unrolled in segments, forwards for the exponents. The flow needs the Jacobians in the opposite
-order: the states at the beginning of each segment are saved, and each segment is unrolled once more.
+order: the states at the beginning of each segment are saved, and each segment is unrolled once more. Where the points
+of the whole sequence are known already, segments of them will do, which bound the memory of their derivatives.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -83,10 +85,13 @@ def measure_sequence(
         tuple(_start_flow(samples, planned.plan, context) for planned in measurement.flows),
         {view: _start_exponents(samples, sizes[view], context) for view in chaotic},
     )
-    if points is not None and time is not None and time <= measurement.most_steps:
+    is_short = time is not None and time <= measurement.most_steps
+    if points is None:
+        numbers, exponents = _in_segments(_UnrolledSegments(measurement), carry, warmup, context)
+    elif is_short or points.operators:
         numbers, exponents = _at_once(measurement, points, carry, warmup, context)
     else:
-        numbers, exponents = _in_segments(measurement, carry, warmup, context)
+        numbers, exponents = _in_segments(_KnownSegments(measurement, points), carry, warmup, context)
     found = {view: lyapunov.lyapunov_exponents(exponents[view], warmup=warmup) for view in chaotic}
     return numbers, [MeasuredArray.of(measure.function(found[view], sizes[view])) for view, measure in quantities]
 
@@ -119,47 +124,108 @@ def _at_once(
     return numbers, {view: _exponents(steps[view], start, warmup, context) for view, start in carry.exponents.items()}
 
 
+@dataclass(frozen=True)
+class _Segments(ABC):
+    """The segments of a sequence.
+
+    Attributes:
+        measurement: The sequence and the operators of its cell.
+    """
+
+    measurement: SequenceMeasurement
+
+    @property
+    @abstractmethod
+    def initial(self) -> list[tf.Tensor]:
+        """The states before the first segment, if segments are made from the states before them; otherwise none."""
+
+    @abstractmethod
+    def at(self, index: tf.Tensor, states: Sequence[tf.Tensor]) -> tuple[UnrollInputs, PointBatch, list[tf.Tensor]]:
+        """Returns a segment, its points, and the states before the next one, as far as they are needed.
+
+        Args:
+            index: Integer scalar, number of the segment.
+            states: Sequence of the states before it, as `initial`.
+        """
+
+
+class _UnrolledSegments(_Segments):
+    """Segments whose points are found by unrolling the cell."""
+
+    @property
+    def initial(self) -> list[tf.Tensor]:
+        return list(self.measurement.sequence.states)
+
+    def at(self, index: tf.Tensor, states: Sequence[tf.Tensor]) -> tuple[UnrollInputs, PointBatch, list[tf.Tensor]]:
+        part, trajectory = segment_at(self.measurement, index, states)
+        return part, PointBatch.of(trajectory), list(trajectory.last)
+
+
+@dataclass(frozen=True)
+class _KnownSegments(_Segments):
+    """Segments whose points are known.
+
+    Attributes:
+        points: The points of the whole sequence.
+    """
+
+    points: PointBatch
+
+    @property
+    def initial(self) -> list[tf.Tensor]:
+        return []
+
+    def at(self, index: tf.Tensor, states: Sequence[tf.Tensor]) -> tuple[UnrollInputs, PointBatch, list[tf.Tensor]]:
+        start, stop = _range_of(self.measurement, index)
+        samples = known_sizes(self.measurement.sequence.inputs)[1]
+        part = self.measurement.sequence.between(start, stop, self.measurement.sequence.states)
+        return part, self.points.between(start * samples, stop * samples), list(states)
+
+
 def _in_segments(
-    measurement: SequenceMeasurement, carry: _Carry, warmup: int | tf.Tensor, context: MeasureContext
+    segments: _Segments, carry: _Carry, warmup: int | tf.Tensor, context: MeasureContext
 ) -> tuple[list[tf.Tensor], dict[ViewName, Any]]:
     """Walks through the segments forwards for the exponents, and backwards for the flow."""
-    starts, exponents = _forwards(measurement, carry, warmup, context)
-    return (_backwards(measurement, carry, starts, context) if carry.flows else []), exponents
+    starts, exponents = _forwards(segments, carry, warmup, context)
+    return (_backwards(segments, carry, starts, context) if carry.flows else []), exponents
 
 
 def _forwards(
-    measurement: SequenceMeasurement, carry: _Carry, warmup: int | tf.Tensor, context: MeasureContext
+    segments: _Segments, carry: _Carry, warmup: int | tf.Tensor, context: MeasureContext
 ) -> tuple[list[tf.TensorArray], dict[ViewName, Any]]:
     """Returns the states at the beginning of each segment, and the exponents of the whole sequence by view."""
-    initial, count = measurement.sequence.states, segment_count(measurement)
+    measurement, initial = segments.measurement, segments.initial
+    if not initial and not carry.exponents:
+        return [], {}
+    count = segment_count(measurement)
 
     def body(index: tf.Tensor, states: list[tf.Tensor], starts: Any, exponents: Any) -> tuple[Any, ...]:
-        part, trajectory = segment_at(measurement, index, states)
+        part, points, after = segments.at(index, states)
         starts = [array.write(index, state) for array, state in zip(starts, states, strict=True)]
-        steps = steps_of(measurement, part, PointBatch.of(trajectory), set(exponents), context)
+        steps = steps_of(measurement, part, points, set(exponents), context)
         exponents = {view: _exponents(steps[view], known, warmup, context) for view, known in exponents.items()}
-        return index + 1, list(trajectory.last), starts, exponents
+        return index + 1, after, starts, exponents
 
     empty = [tf.TensorArray(s.dtype, count, element_shape=s.shape, clear_after_read=False) for s in initial]
     _, _, starts, exponents = tf.while_loop(
         lambda index, *_: index < count,
         body,
-        [tf.constant(0), list(initial), empty, carry.exponents],
+        [tf.constant(0), initial, empty, carry.exponents],
         parallel_iterations=1,
     )
     return starts, exponents
 
 
 def _backwards(
-    measurement: SequenceMeasurement, carry: _Carry, starts: list[tf.TensorArray], context: MeasureContext
+    segments: _Segments, carry: _Carry, starts: list[tf.TensorArray], context: MeasureContext
 ) -> list[tf.Tensor]:
-    """Returns what `flow_segment` does for the whole sequence, for each flow; unrolls each segment once more."""
+    """Returns what `flow_segment` does for the whole sequence, for each flow."""
+    measurement = segments.measurement
     count, flows = segment_count(measurement), measurement.flows
 
     def body(index: tf.Tensor, carries: Any, arrays: Any) -> tuple[Any, ...]:
-        part, trajectory = segment_at(measurement, index, [array.read(index) for array in starts])
-        views = {planned.view for planned in flows}
-        steps = steps_of(measurement, part, PointBatch.of(trajectory), views, context)
+        part, points, _ = segments.at(index, [array.read(index) for array in starts])
+        steps = steps_of(measurement, part, points, {planned.view for planned in flows}, context)
         found = [
             _flow_segment(steps[planned.view], known, planned.plan, context)
             for planned, known in zip(flows, carries, strict=True)
@@ -187,9 +253,14 @@ def segment_at(
     measurement: SequenceMeasurement, index: tf.Tensor, states: Sequence[tf.Tensor]
 ) -> tuple[UnrollInputs, Trajectory]:
     """Returns one segment that begins with the given states, and its trajectory."""
-    start, time = index * measurement.most_steps, tf.shape(measurement.sequence.inputs)[0]
-    part = measurement.sequence.between(start, tf.minimum(start + measurement.most_steps, time), states)
+    part = measurement.sequence.between(*_range_of(measurement, index), states)
     return part, unroll(measurement.step, part, measurement.unroll_plan)
+
+
+def _range_of(measurement: SequenceMeasurement, index: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    """Returns the first step of a segment, and the one after its last."""
+    start, time = index * measurement.most_steps, tf.shape(measurement.sequence.inputs)[0]
+    return start, tf.minimum(start + measurement.most_steps, time)
 
 
 def _flow_segment(

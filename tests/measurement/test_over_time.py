@@ -10,6 +10,7 @@ import pytest
 from helpers import BATCH, BY_ID, FEATURES, build, make_model, normal, reference_jacobians
 
 from keras_jacmon import JacobianMeter, Report, measure
+from keras_jacmon.graphs.calls import function_graph
 from keras_jacmon.measures.registry import MEASURES
 
 if TYPE_CHECKING:
@@ -40,6 +41,8 @@ def products(J: NDArray[Any], *, backwards: bool) -> NDArray[np.float64]:
     ("case_id", "go_backwards", "max_bytes"),
     [
         ("partly_mixing", True, 3000),
+        # Steps one after the other, and in segments of known points.
+        ("partly_mixing", False, 60_000),
         *(
             pytest.param(*other, marks=pytest.mark.soak)
             for other in (("lstm", False, 2**30), ("gru_reset_before", False, 3000), ("bare_state", True, 2**30))
@@ -72,6 +75,37 @@ def test_the_flow_is_that_of_the_products(case_id: str, go_backwards: bool, max_
         total = np.linalg.slogdet(P[-1])[1] / length
         if np.isfinite(total) and total > -10:
             np.testing.assert_allclose(found[f"{prefix}lyapunov"][:, sample].sum(), total, atol=2e-2)
+
+
+def loops_in(graph: Any) -> int:
+    """The loops of a graph, and those in their bodies."""
+    names = [operation.get_attr("body").name for operation in graph.get_operations() if "While" in operation.type]
+    return len(names) + sum(loops_in(function_graph(graph, name)) for name in names)
+
+
+@pytest.mark.parametrize(("masked", "bytes_for_all"), [(True, 2**21), (False, 400_000)])
+def test_points_that_are_known_are_not_found_again(masked: bool, bytes_for_all: int) -> None:  # noqa: FBT001 - pytest passes it by name
+    """The states of a whole sequence take less memory than the derivatives at all of its points.
+
+    Without a mask the derivatives have been evaluated for the measures of single steps, and serve again.
+    """
+    layer = L.LSTM(12, go_backwards=masked, name="lstm")
+    model = masked_model(layer) if masked else build(keras.Sequential([keras.Input((STEPS, FEATURES)), layer]), PROBE)
+    mask = np.arange(STEPS)[None] < (np.array([STEPS, 6, 2]) if masked else np.full(BATCH, STEPS))[:, None]
+    found: dict[int, Any] = {}
+    for max_bytes in (2**13, 300_000, bytes_for_all):
+        meter = JacobianMeter(
+            model, PROBE * mask[..., None], measures=OVER_TIME, exact_flow=True, exponents=100, max_bytes=max_bytes
+        )
+        found[loops_in(meter.graphs[0])] = meter(suggestions=False)["lstm"]
+    # At once: the steps, the flow and the exponents. Of known points one loop over the segments for each of the two. Of
+    # others also one for the measures of single steps, each with a loop over the steps in it.
+    assert list(found) == [8, 5, 3]
+    of_flow = JacobianMeter(model, PROBE * mask[..., None], measures=["joint/flow"], max_bytes=300_000)
+    assert loops_in(of_flow.graphs[0]) == 3
+    for key in OVER_TIME:
+        np.testing.assert_allclose(found[5][key], found[3][key], rtol=1e-4, atol=1e-4, err_msg=key)
+        np.testing.assert_allclose(found[8][key], found[3][key], rtol=1e-4, atol=1e-4, err_msg=key)
 
 
 @pytest.mark.fast
