@@ -297,13 +297,17 @@ class CallMetadata:
         return f"{how}, not reached by {unreached.sum()} of {total}" if unreached.any() else how
 
     def _undecided(self, layer: LayerReport) -> list[str]:
-        """Returns notes on values that are NaN because too few exponents are known."""
-        time = len(layer.mask)
-        # A sample that ends within the warm-up has no exponents.
-        after_warmup = layer.mask.sum(axis=0) > (time // 10 if self.options.warmup is None else self.options.warmup)
-        notes = []
-        for key in layer.sequences:
-            view, measure = KEYS[key]
+        """Returns notes on values that are NaN because too few exponents are known, or no step is left for them."""
+        warmup = len(layer.mask) // 10 if self.options.warmup is None else self.options.warmup
+        steps = layer.mask.sum(axis=0)
+        after_warmup, notes = steps > warmup, []
+        chaotic = {key: KEYS[key] for key in layer.sequences if isinstance(KEYS[key].measure.kind, Exponents)}
+        # That a sample is masked throughout is said elsewhere.
+        if chaotic and (without := int(((steps > 0) & ~after_warmup).sum())):
+            names = " and ".join(f"`{key}`" for key in chaotic)
+            why = f"the warm-up of {warmup} steps leaves them no step"
+            notes.append(f"{names} of {without} of {len(steps)} samples are NaN: {why}")
+        for key, (view, measure) in chaotic.items():
             if not (isinstance(measure.kind, Exponents) and measure.kind.may_be_undecided):
                 continue
             undecided = int(np.isnan(layer[key][after_warmup]).sum())

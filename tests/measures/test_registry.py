@@ -129,6 +129,23 @@ def test_the_largest_eigenvalues_of_large_matrices_are_those_of_lapack_or_nan() 
     np.testing.assert_allclose(np.abs(found[0]), np.abs(expected).max(), rtol=1e-2)
 
 
+@pytest.mark.parametrize("masked", [True, False])
+def test_exponents_without_a_step_after_the_warm_up_are_a_note(masked: bool) -> None:  # noqa: FBT001 - pytest passes it by name
+    probe = PROBE * (np.arange(6) < np.array([6, 2, 0])[:, None])[..., None] if masked else PROBE
+    layer = keras.layers.SimpleRNN(6, name="rnn")
+    inputs = keras.Input(probe.shape[1:])
+    model = keras.Model(inputs, layer(keras.layers.Masking()(inputs)))
+    warmup = 2 if masked else 6
+    report = measure(model, probe, measures=["lyapunov", "kaplan_yorke"], warmup=warmup)["rnn"]
+    # The sample without any step is told of elsewhere.
+    who, why = f"{1 if masked else 3} of 3 samples", f"the warm-up of {warmup} steps leaves them no step"
+    (note,) = [note for note in report.notes if "warm-up" in note]
+    assert note == f"`lyapunov` and `kaplan_yorke` of {who} are NaN: {why}"
+    assert np.isnan(report["lyapunov"]).any(axis=0).sum() == (2 if masked else 3)
+    report = measure(model, probe, measures=["lyapunov"], warmup=1)["rnn"]
+    assert not any("warm-up" in note for note in report.notes)
+
+
 def test_a_dimension_that_too_few_exponents_leave_open_is_a_note() -> None:
     layer = keras.layers.SimpleRNN(6, activation="linear", name="rnn")
     model = model_of(layer)
