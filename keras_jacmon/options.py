@@ -35,9 +35,14 @@ def label_of(view: str | ChosenStates) -> str:
 def states_in(label: str) -> ChosenStates | None:
     """Returns the states in the name of a view in reports; None if it is none of chosen states."""
     parts = label.split("+")
-    if label in VIEWS or not all(part.isidentifier() or part.isdecimal() for part in parts):
+    if label in VIEWS or not all(part.isidentifier() or _is_position(part) for part in parts):
         return None
-    return tuple(int(part) if part.isdecimal() else part for part in parts)
+    return tuple(int(part) if _is_position(part) else part for part in parts)
+
+
+def _is_position(part: str) -> bool:
+    """True for a number as reports write it: not for `00`, which would name a state a second time."""
+    return part.isdecimal() and part == str(int(part))
 
 
 def _option(default: Any, description: str) -> Any:

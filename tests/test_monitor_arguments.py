@@ -76,6 +76,7 @@ TOLERANCE = "Expected a relative tolerance from 0 up to, not including, 1. Recei
         ("on_error", "ignore", "Expected 'warn' or 'raise'. Received: on_error='ignore'"),
         ("measures", ["variance", "norm"], f"{MEASURES}['variance', 'norm']"),
         ("measures", "norm", f"{MEASURES}['norm']"),
+        ("measures", "00/variance", f"{MEASURES}['00/variance']. Did you mean 'variance'?"),
         ("measures", [], f"{MEASURES}[]"),
         ("measures", {"variance": 1}, f"{MEASURES}{{'variance': 1}}"),
         ("measures", 3, f"{MEASURES}3"),
@@ -148,6 +149,9 @@ SHUFFLED = (
     "Expected a dataset that does not shuffle (reading one that does changes the order that training sees); pass a "
     "batch instead, e.g. `x[:32]`, or build the probe before `shuffle()`. Received: a dataset with `shuffle()`"
 )
+SINGLE_VALUE = (
+    "Expected arrays or tensors; of a list of numbers make one by `np.array(probe)`. Received: a single value of type "
+)
 ITERATOR = (
     "Expected an array, tensor, dict, list or dataset: a batch taken from an iterator would be missing in the training"
     ". Received: "
@@ -165,7 +169,9 @@ ITERATOR = (
         (dict, "Expected a batch of model inputs. Received: {}"),
         (with_nan, "Expected finite numbers. Received: an array of shape (4, 5, 3) with 2 NaN or Inf"),
         (lambda: np.array([None]), "Expected numbers. Received: an array of dtype object"),
-        (lambda: None, "Expected numbers. Received: an array of dtype object"),
+        (lambda: None, f"{SINGLE_VALUE}NoneType"),
+        (PROBE.tolist, f"{SINGLE_VALUE}float"),
+        (lambda: {"inputs": "text"}, f"{SINGLE_VALUE}str"),
         (
             lambda: tf.ragged.constant([[1.0], [1.0, 2.0]]),
             "Expected dense arrays; pad them and mask the padding. Received: RaggedTensor",

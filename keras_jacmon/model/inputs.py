@@ -173,6 +173,10 @@ def _shuffles(dataset: tf.data.Dataset) -> bool:
 def _as_array(leaf: Any) -> np.ndarray[Any, Any]:
     if isinstance(leaf, (tf.RaggedTensor, tf.SparseTensor)):
         raise invalid_argument("probe", "dense arrays; pad them and mask the padding", type(leaf).__name__)
+    if leaf is None or isinstance(leaf, (bool, int, float, str, bytes)):
+        # A list stands for several inputs, and so its numbers for inputs of their own.
+        expected = "arrays or tensors; of a list of numbers make one by `np.array(probe)`"
+        raise invalid_argument("probe", expected, f"a single value of type {type(leaf).__name__}")
     try:
         array = np.asarray(leaf)
     except ValueError as error:
