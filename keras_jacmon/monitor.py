@@ -18,7 +18,8 @@ from keras_jacmon.options import takes_options
 from keras_jacmon.regularization.regularizer import JacobianRegularizer
 from keras_jacmon.report.changes import Change
 from keras_jacmon.report.frame import to_dataframe
-from keras_jacmon.report.html import as_html, moments_of
+from keras_jacmon.report.html import as_html
+from keras_jacmon.report.packing import moments_of
 from keras_jacmon.report.plots import plot
 from keras_jacmon.report.report import Report
 from keras_jacmon.report.verdict import Verdict

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from keras_jacmon.dashboard.metadata import Curve, bounds, measure_of
+from keras_jacmon.dashboard.measure_facts import facts_of
+from keras_jacmon.dashboard.packed import Curve, bounds
 from keras_jacmon.dashboard.stack import Moment, Stack
 
 # Cells of an answer's heat map, so that it stays below 1 MB.
@@ -81,14 +82,16 @@ def experiments(runs: Sequence[str], known: Sequence[str]) -> list[dict[str, Any
 
 
 def in_words(header: Mapping[str, Any]) -> str:
-    """Returns the verdict in words.
+    """Returns the verdict in words, or the reason why there is none.
 
     Args:
         header: Header of a packed summary.
     """
     verdict = header["verdict"]
     if not verdict:
-        return "not judged: no flow of the joint view"
+        # Event files written before there were reasons have none.
+        reason = header.get("why_no_verdict")
+        return f"no verdict: {reason}" if reason else "no verdict"
     after = ""
     if verdict["state"] != "stable":
         after = f" after {verdict['horizon']:.0f} of {header['time']} steps"
@@ -118,9 +121,10 @@ def worst_first(lines: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def heat_map(stack: Stack, key: str, columns: int) -> dict[str, Any]:
-    """Returns a measure by training step and position, in at most so many columns that the answer stays small.
+    """Returns a measure by training step and position.
 
-    A cell that stands for several steps or positions has their mean, their least and their greatest value.
+    It has at most `columns` columns, fewer if the answer would be too large. A cell that stands for several steps
+    or positions has their mean, their least and their greatest value.
 
     Args:
         stack: `Stack` of the measure.
@@ -131,7 +135,7 @@ def heat_map(stack: Stack, key: str, columns: int) -> dict[str, Any]:
     shown = max(1, min(measurements, columns, _MOST_CELLS // max(1, rows)))
     first = bounds(measurements, shown) if measurements else np.zeros(1, int)
     mean, least, greatest, present = _columns(stack, first[:-1])
-    measure = measure_of(key)
+    facts = facts_of(key)
     return {
         "key": key,
         "length": stack.length,
@@ -146,9 +150,9 @@ def heat_map(stack: Stack, key: str, columns: int) -> dict[str, Any]:
         "nan": stack.nan,
         "inf": stack.inf,
         "measurements": measurements,
-        "reference": plain(measure.reference),
-        "unit": measure.unit,
-        "linear": measure.linear,
+        "reference": plain(facts.reference),
+        "unit": facts.unit,
+        "linear": facts.linear,
     }
 
 
@@ -189,15 +193,15 @@ def measurement(moments: Sequence[Moment], step: int, key: str) -> dict[str, Any
     """
     moment = min(moments, key=lambda one: abs(one.step - step))
     packed = moment.packed
-    measure = measure_of(key)
+    facts = facts_of(key)
     spectra = {name: (one.step, array) for one in moments for name, array in one.packed.spectra.items()}
     flow = next(iter(packed.flows.items()), None)
     return {
         "step": moment.step,
         "key": key,
-        "reference": plain(measure.reference),
-        "unit": measure.unit,
-        "linear": measure.linear,
+        "reference": plain(facts.reference),
+        "unit": facts.unit,
+        "linear": facts.linear,
         "words": in_words(packed.header),
         "verdict": _plain_verdict(packed.header["verdict"]),
         "target": packed.header["targets"].get(key),

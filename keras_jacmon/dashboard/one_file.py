@@ -146,7 +146,7 @@ def _keys(moments: Sequence[Moment]) -> list[str]:
 
 
 def _spread(count: int, most: int) -> list[int]:
-    """Returns at most so many places, evenly spread, with the first and the last one."""
+    """Returns at most `most` places among `count`, evenly spread, with the first and the last one."""
     if count <= most:
         return list(range(count))
     return sorted({round(at * (count - 1) / (most - 1)) for at in range(most)})

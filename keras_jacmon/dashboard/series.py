@@ -15,7 +15,8 @@ from tensorboard.context import RequestContext
 from tensorboard.data import provider
 
 from keras_jacmon.dashboard.answers import MOST_ROWS, SPARKS
-from keras_jacmon.dashboard.metadata import PLUGIN, TAG, read_header, unpack
+from keras_jacmon.dashboard.codec import read_header, unpack
+from keras_jacmon.dashboard.metadata import PLUGIN, TAG
 from keras_jacmon.dashboard.stack import Moment, Stack, stack_of
 
 # More than TensorBoard keeps by default, see `plugin.Loader`.

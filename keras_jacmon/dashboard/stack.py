@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from keras_jacmon.dashboard.metadata import Curve, Packed, bounds, unpack_curves
+from keras_jacmon.dashboard.codec import unpack_curves
+from keras_jacmon.dashboard.packed import Curve, Packed, bounds
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,9 @@ import numpy as np
 from tensorboard.compat.proto import summary_pb2
 from tensorboard.plugins.custom_scalar import layout_pb2, metadata
 
-from keras_jacmon.dashboard.metadata import measure_of
+from keras_jacmon.dashboard.measure_facts import facts_of
 from keras_jacmon.report.layer_report import LayerReport
+from keras_jacmon.report.reductions import REDUCTIONS, Reduction
 
 LAYOUT_TAG = metadata.CONFIG_SUMMARY_TAG
 
@@ -18,9 +19,6 @@ LEAST, GREATEST = "least", "greatest"
 
 # Charts of a layer, beyond which there are no margins and no histograms.
 _CHARTS = 10
-
-# Measures whose number is no mean over the samples.
-_OF_ALL_SAMPLES = ("sensitivity", "relative_sensitivity", "state_norm")
 
 # A histogram takes as many bytes as ten scalars, and the Jacobian tab has the quantiles.
 _HISTOGRAMS = 2
@@ -66,14 +64,23 @@ def description(key: str, layer: LayerReport) -> str:
         key: String, a key of the scalars.
         layer: `LayerReport`.
     """
-    measure = measure_of(key)
     if key.endswith("horizon"):
         return f"Steps until a gradient has vanished or exploded; at {len(layer.mask)} or beyond the sequence: never."
-    unit = f" In {measure.unit}." if measure.unit else ""
-    keeps = "" if measure.reference is None else f" A layer that keeps its gradient has {measure.reference:g}."
+    measured, reduction = _source(key, layer)
+    facts = facts_of(measured)
+    unit = f" In {facts.unit}." if facts.unit else ""
+    keeps = "" if facts.reference is None else f" A layer that keeps its gradient has {facts.reference:g}."
     spread = " The runs `min` and `max` are the least and greatest step." if key in layer.values else ""
-    how = "over the probe" if key.rpartition("/")[2] in _OF_ALL_SAMPLES else "mean over the probe"
+    how = reduction.remark or "mean over the probe"
     return f"{key} of {layer.cell} with {layer.units} units, {how}.{unit}{keeps}{spread}"
+
+
+def _source(key: str, layer: LayerReport) -> tuple[str, Reduction]:
+    """Returns the measure behind a key of the scalars and its reduction, such as `lyapunov` behind `lyapunov_1`."""
+    for measured, name in layer.reductions.items():
+        if measured + REDUCTIONS[name].suffix == key:
+            return measured, REDUCTIONS[name]
+    return key, REDUCTIONS["mean"]
 
 
 def layout(layers: Mapping[str, Charts]) -> bytes:

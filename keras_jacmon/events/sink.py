@@ -16,7 +16,7 @@ class Sink(Protocol):
 
         Args:
             report: `Report`, the measurement.
-            step: Integer, the iteration count of the optimizer.
+            step: Integer, the step of the report: the iteration count of the optimizer, or the epoch.
             scalars: Dict of further numbers by name; None for no others. Defaults to None.
             sentences: Sequence of strings, one for each verdict that changed. Defaults to none.
 

@@ -3,19 +3,17 @@
 import contextlib
 import itertools
 import os
-import uuid
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import tensorflow as tf
-from tensorboard.compat.proto import summary_pb2
 from tensorboard.plugins.histogram.summary_v2 import histogram_pb
 
-from keras_jacmon.dashboard.metadata import PLUGIN, TAG, pack
-from keras_jacmon.errors import invalid_argument
+from keras_jacmon.dashboard.codec import pack
+from keras_jacmon.dashboard.metadata import TAG, summary_metadata
 from keras_jacmon.events.charts import (
     GREATEST,
     LAYOUT_TAG,
@@ -26,6 +24,7 @@ from keras_jacmon.events.charts import (
     layout,
     layout_metadata,
 )
+from keras_jacmon.events.event_file import EventFile, check_writable
 from keras_jacmon.options import VIEWS
 from keras_jacmon.report.layer_report import LayerReport
 from keras_jacmon.report.packing import packed
@@ -47,7 +46,8 @@ class EventWriter:
         log_dir: String or path, the directory that `tensorboard --logdir` is given; made if it is not there.
         positions: Integer, the maximum number of positions of a curve in the Jacobian tab; a longer sequence is binned.
             Defaults to 256.
-        name: String, a directory below `jacobian` and the beginning of all tags; None for neither. Defaults to None.
+        name: String, a directory below `jacobian`, and the beginning of the tags of all charts and texts; the tags of
+            the layout and of the summaries for the Jacobian tab are without it. None for neither. Defaults to None.
 
     Raises:
         ValueError: If nothing can be written there.
@@ -58,9 +58,9 @@ class EventWriter:
         self._number = 0
         self.directory = tf.io.gfile.join(os.fspath(log_dir), "jacobian", *([] if name is None else [name]))
         self._prefix = "" if name is None else f"{name}/"
-        self._main = _EventFile(self.directory)
+        self._main = EventFile(self.directory)
         # Runs of their own: the same tag in several runs is one chart.
-        self._extremes = [_EventFile(tf.io.gfile.join(self.directory, run)) for run in ("min", "max")]
+        self._extremes = [EventFile(tf.io.gfile.join(self.directory, run)) for run in ("min", "max")]
         self._described: set[str] = set()
         check_writable(log_dir, self.directory)
 
@@ -71,7 +71,7 @@ class EventWriter:
 
         Args:
             report: `Report`.
-            step: Integer, the iteration count of the optimizer.
+            step: Integer, the step in the files: the iteration count of the optimizer, or the epoch.
             scalars: Dict of further numbers by tag; None for no others. Defaults to None.
             sentences: Sequence of strings, one for each verdict that changed; the text summary `verdicts` has them.
                 Defaults to none.
@@ -89,8 +89,7 @@ class EventWriter:
             ]
         try:
             for file, content in contents:
-                with _as_os_errors():
-                    file.write(step, content)
+                file.write(step, content)
         except OSError:
             with contextlib.suppress(OSError):
                 self.close()
@@ -109,7 +108,7 @@ class EventWriter:
                 files.callback(file.close)
 
     def _write_main(self, report: Report, scalars: Mapping[str, float], sentences: Sequence[str]) -> None:
-        tags = {name: self._prefix + _prefix(name, report.layers) for name in report.layers}
+        tags = {name: self._prefix + _layer_tag(name, report.layers) for name in report.layers}
         charts = {tags[name]: charts_of(layer) for name, layer in report.layers.items()}
         if not self._described:
             tf.summary.write(LAYOUT_TAG, np.array(layout(charts), object), metadata=layout_metadata())
@@ -122,121 +121,11 @@ class EventWriter:
         _write_packed(report, self._positions, self._number)
 
 
-class _EventFile:
-    """An event file in a directory, begun when something is written.
-
-    Args:
-        directory: String, made if it is not there.
-    """
-
-    def __init__(self, directory: str) -> None:
-        self._directory = directory
-        self._writer: Any = None
-        self._suffix = ""
-
-    def write(self, step: int, content: Callable[[], None]) -> None:
-        """Calls a function that writes summaries, and flushes.
-
-        Args:
-            step: Integer, the step of the summaries.
-            content: Callable without arguments.
-
-        Raises:
-            OSError: If the file is gone.
-            tf.errors.OpError: If TensorFlow cannot write.
-        """
-        if self._writer is None:
-            self._open()
-        # `record_if`: another callback's `TensorBoard(update_freq=...)` switches summaries off between its own.
-        with self._writer.as_default(np.int64(step)), tf.summary.record_if(True):  # noqa: FBT003 - positional only
-            try:
-                content()
-                self._writer.flush()
-            except tf.errors.OpError:
-                # A writer that is open would fail again when the context ends, and stay everybody's default.
-                with contextlib.suppress(OSError):
-                    self.close()
-                raise
-        # A removed file is still open: TensorFlow would go on writing to nowhere, without an error.
-        if not self._is_there():
-            self.close()
-            raise FileNotFoundError(f"the event file in {self._directory} was removed, and the events in it are lost")
-
-    def close(self) -> None:
-        """Closes the file, if it is open.
-
-        Raises:
-            OSError: If TensorFlow cannot write the last of it.
-        """
-        if self._writer is not None:
-            writer, self._writer = self._writer, None
-            with _as_os_errors():
-                writer.close()
-
-    def _open(self) -> None:
-        _try_writing(self._directory)
-        # The suffix tells the file from those that others write there.
-        self._suffix = f".{uuid.uuid4().hex[:8]}.v2"
-        self._writer = tf.summary.create_file_writer(self._directory, filename_suffix=self._suffix)
-
-    def _is_there(self) -> bool:
-        try:
-            return any(name.endswith(self._suffix) for name in tf.io.gfile.listdir(self._directory))
-        except tf.errors.NotFoundError:
-            return False
-
-
-@contextlib.contextmanager
-def _as_os_errors() -> Iterator[None]:
-    """Raises TensorFlow's errors as OSError.
-
-    A file that cannot grow is an `OutOfRangeError`, which Keras would take for the end of the data.
-    """
-    try:
-        yield
-    except tf.errors.OpError as error:
-        raise OSError(error.message) from error
-
-
-def check_writable(log_dir: str | os.PathLike[str], directory: str) -> None:
-    """Checks that files can be written, by writing one.
-
-    Args:
-        log_dir: String or path, as the user gave it.
-        directory: String, the directory to write to; made if it is not there.
-
-    Raises:
-        ValueError: If not.
-    """
-    try:
-        _try_writing(directory)
-    except (tf.errors.OpError, OSError) as error:
-        raise invalid_argument(
-            "log_dir",
-            "a directory that can be written to, or None to write no event files",
-            f"log_dir={os.fspath(log_dir)!r} ({error})",
-        ) from error
-
-
-def _try_writing(directory: str) -> None:
-    # TensorFlow's file system also knows buckets.
-    tf.io.gfile.makedirs(directory)
-    # A name of its own, since others may try at the same time.
-    trial = tf.io.gfile.join(directory, f".keras_jacmon.{uuid.uuid4().hex}")
-    try:
-        with tf.io.gfile.GFile(trial, "w") as file:
-            # An empty file fits on a full disk.
-            file.write(" " * 4096)
-    finally:
-        if tf.io.gfile.exists(trial):
-            tf.io.gfile.remove(trial)
-
-
 def _write_extremes(report: Report, prefix: str, which: int) -> None:
     """Writes the least (0) or the greatest (1) step of each key."""
     for name, layer in report.layers.items():
         for key in layer.values:
-            _scalar(f"{prefix}{_prefix(name, report.layers)}/{key}", layer.extremes(key)[which])
+            _scalar(f"{prefix}{_layer_tag(name, report.layers)}/{key}", layer.extremes(key)[which])
 
 
 def _write_sentences(sentences: Sequence[str], prefix: str) -> None:
@@ -250,18 +139,11 @@ def _write_packed(report: Report, positions: int, number: int) -> None:
     """Writes the summary of each layer that the Jacobian tab reads."""
     for order, (name, layer) in enumerate(report.layers.items()):
         content = pack(packed(name, layer, positions=positions, order=order, number=number))
-        tf.summary.write(f"{_prefix(name, report.layers)}/{TAG}", content, metadata=_packed_metadata())
+        # Without the name of the monitor, which the run has: the tab looks for `<layer>/packed`.
+        tf.summary.write(f"{_layer_tag(name, report.layers)}/{TAG}", content, metadata=summary_metadata())
 
 
-def _packed_metadata() -> Any:
-    # Without a data class the Rust data server drops the summary.
-    return summary_pb2.SummaryMetadata(
-        plugin_data=summary_pb2.SummaryMetadata.PluginData(plugin_name=PLUGIN),
-        data_class=summary_pb2.DATA_CLASS_TENSOR,
-    )
-
-
-def _prefix(name: str, names: Collection[str]) -> str:
+def _layer_tag(name: str, names: Collection[str]) -> str:
     """Returns the beginning of a layer's tags: its name, unless that reads as a view of another layer."""
     above, _, last = name.rpartition("/")
     if above not in names or last not in VIEWS:

@@ -3,11 +3,8 @@
 import html
 from typing import TYPE_CHECKING
 
-from keras_jacmon.dashboard.stack import Moment
-from keras_jacmon.report.packing import packed
-
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Mapping
 
     from keras_jacmon.report.layer_report import LayerReport
 
@@ -31,20 +28,3 @@ def as_html(layers: "Mapping[str, LayerReport]") -> str:
         lines.append(f"<tr>{head}<td style='text-align:left'>{html.escape(words)}{advice}</td>{numbers}</tr>")
     head = "".join(f"<th>{html.escape(key)}</th>" for key in ("layer", "verdict", *keys))
     return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
-
-
-def moments_of(
-    reports: "Sequence[tuple[int, Mapping[str, LayerReport]]]", positions: int = 256
-) -> dict[str, list[Moment]]:
-    """Returns what the page shows of the reports of a training, by layer.
-
-    Args:
-        reports: Pairs of step and layers, in the order of the steps.
-        positions: Integer, the maximum number of bins of the position. Defaults to 256.
-    """
-    found: dict[str, list[Moment]] = {}
-    for number, (step, layers) in enumerate(reports, 1):
-        for order, (name, layer) in enumerate(layers.items()):
-            one = packed(name, layer, positions=positions, order=order, number=number)
-            found.setdefault(name, []).append(Moment(step, one))
-    return found

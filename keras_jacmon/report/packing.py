@@ -1,17 +1,39 @@
-"""Packing of a layer report for the dashboard: curves over the position and the span, spectra, the verdict."""
+"""Packing of layer reports for the dashboard: curves over the position and the span, spectra, the verdict."""
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from keras_jacmon.dashboard.metadata import MOST_VALUES, Curve, Packed, bounds
+from keras_jacmon.dashboard.packed import Curve, Packed, bounds
+from keras_jacmon.dashboard.stack import Moment
 from keras_jacmon.report.layer_report import LayerReport
 from keras_jacmon.report.reductions import FloatArray
 
 # The quantiles of the band.
 _LOW, _HIGH = 0.1, 0.9
+
+# Maximum number of eigenvalues, and of singular values, of a view that are kept of one measurement.
+_MOST_VALUES = 512
+
+
+def moments_of(
+    reports: Sequence[tuple[int, Mapping[str, LayerReport]]], positions: int = 256
+) -> dict[str, list[Moment]]:
+    """Returns what the page shows of the reports of a training, by layer.
+
+    Args:
+        reports: Pairs of step and layers, in the order of the steps.
+        positions: Integer, the maximum number of bins of the position. Defaults to 256.
+    """
+    found: dict[str, list[Moment]] = {}
+    for number, (step, layers) in enumerate(reports, 1):
+        for order, (name, layer) in enumerate(layers.items()):
+            one = packed(name, layer, positions=positions, order=order, number=number)
+            found.setdefault(name, []).append(Moment(step, one))
+    return found
 
 
 def packed(name: str, layer: LayerReport, *, positions: int = 256, order: int = 0, number: int = 1) -> Packed:
@@ -35,6 +57,7 @@ def packed(name: str, layer: LayerReport, *, positions: int = 256, order: int = 
         "order": order,
         "number": number,
         "verdict": None if verdict is None else dataclasses.asdict(verdict) | {"suggestions": list(verdict.advice)},
+        "why_no_verdict": layer.why_no_verdict() if verdict is None else "",
         "notes": list(layer.notes),
         "targets": layer.targets,
     }
@@ -109,6 +132,6 @@ def _quantiles(values: npt.NDArray[np.float64], valid: npt.NDArray[np.bool_]) ->
 
 def _thinned(spectrum: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """Returns the spectra of some points, evenly spread, and of long spectra the largest values."""
-    kept = spectrum[:, :MOST_VALUES]
-    points = max(1, MOST_VALUES // max(1, kept.shape[1]))
+    kept = spectrum[:, :_MOST_VALUES]
+    points = max(1, _MOST_VALUES // max(1, kept.shape[1]))
     return kept[:: max(1, -(-len(kept) // points))]

@@ -12,8 +12,9 @@ from keras_jacmon.report import archive
 from keras_jacmon.report.chosen import key_of
 from keras_jacmon.report.curve import FALL, RISE
 from keras_jacmon.report.frame import to_dataframe
-from keras_jacmon.report.html import as_html, moments_of
+from keras_jacmon.report.html import as_html
 from keras_jacmon.report.layer_report import LayerReport
+from keras_jacmon.report.packing import moments_of
 from keras_jacmon.report.plots import plot
 from keras_jacmon.report.records import from_record, to_record
 from keras_jacmon.report.table import table

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import base64
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,15 +14,19 @@ import pytest
 from dashboards import HOSTILE, KEYS, client, make_layer, make_reports, write
 from event_files import read_summaries
 
-from keras_jacmon import Report
+from keras_jacmon import LayerReport, Report
 from keras_jacmon.dashboard import plugin
 from keras_jacmon.dashboard.answers import experiments
 from keras_jacmon.dashboard.files import STATIC, STATIC_DIRECTORY
 from keras_jacmon.dashboard.metadata import PLUGIN
+from keras_jacmon.events import writer
 from keras_jacmon.events.writer import EventWriter
+from keras_jacmon.report.packing import packed
 
 if TYPE_CHECKING:
     from werkzeug.test import Client
+
+    from keras_jacmon.dashboard.packed import Packed
 
 ROUTES = f"/data/plugin/{PLUGIN}"
 REPORTS = make_reports(calm=0.0, worst=-1.0, worse=-0.5)
@@ -149,6 +154,47 @@ def test_nan_and_inf_are_data(tmp_path: Path) -> None:
     assert (answer["nan"], answer["inf"]) == (4, 4)
     assert floats(answer["present"], "u1").all()
     np.testing.assert_array_equal(floats(answer["mean"])[3:5], [np.nan, np.inf])
+
+
+def layers_without_a_verdict() -> dict[str, LayerReport]:
+    """Make layers that are not judged, by the reason."""
+    not_measured, broken, masked = make_layer(), make_layer(), make_layer()
+    del not_measured.sequences["joint/flow"]
+    not_measured.reductions.clear()
+    for layer in (broken, masked):
+        layer.sequences["joint/flow"][:] = np.nan
+    masked.mask[:] = False
+    return {
+        "`joint/flow`, on which it rests, was not measured": not_measured,
+        "`joint/flow` is NaN, because weights, states or Jacobians are not finite": broken,
+        "all steps of the probe are masked": masked,
+    }
+
+
+def test_a_layer_without_a_verdict_has_the_reason(tmp_path: Path) -> None:
+    layers = layers_without_a_verdict()
+    write(tmp_path, [(0, Report(layers))])
+    served = client(tmp_path)
+    for line in get(served, "layers", run="jacobian")["layers"]:
+        reason = line["layer"]
+        assert layers[reason].why_no_verdict() == reason
+        assert (line["state"], line["words"]) == ("not judged", f"no verdict: {reason}")
+        answer = get(served, "measurement", run="jacobian", layer=reason, key="variance", step=0)
+        assert (answer["verdict"], answer["words"]) == (None, f"no verdict: {reason}")
+
+
+def test_event_files_from_before_there_were_reasons_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def packed_without_a_reason(*args: Any, **options: Any) -> Packed:
+        found = packed(*args, **options)
+        return replace(found, header={key: part for key, part in found.header.items() if key != "why_no_verdict"})
+
+    monkeypatch.setattr(writer, "packed", packed_without_a_reason)
+    layers = layers_without_a_verdict()
+    write(tmp_path, [(0, Report({**layers, "judged": make_layer(-0.5)}))])
+    lines = get(client(tmp_path), "layers", run="jacobian")["layers"]
+    words = {line["layer"]: line["words"] for line in lines}
+    assert words.pop("judged").startswith("vanishing after")
+    assert words == dict.fromkeys(layers, "no verdict")
 
 
 def test_an_earlier_spectrum_is_shown_with_its_step(tmp_path: Path) -> None:

@@ -10,7 +10,8 @@ from tensorboard.backend.event_processing.data_provider import MultiplexerDataPr
 from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
 from tensorboard.context import RequestContext
 
-from keras_jacmon.dashboard.metadata import PLUGIN, pack
+from keras_jacmon.dashboard.codec import pack
+from keras_jacmon.dashboard.metadata import PLUGIN
 from keras_jacmon.dashboard.series import Series
 from keras_jacmon.dashboard.stack import Moment, stack_of, stack_of_moments
 from keras_jacmon.report.packing import packed

@@ -9,9 +9,8 @@ import pytest
 from dashboards import make_layer
 
 from keras_jacmon import LayerReport
-from keras_jacmon.dashboard.metadata import MEASURES, bounds, pack, read_header, unpack
-from keras_jacmon.measures import registry
-from keras_jacmon.report.packing import curve_of, packed
+from keras_jacmon.dashboard.codec import pack, read_header, unpack
+from keras_jacmon.report.packing import packed
 
 pytestmark = pytest.mark.fast
 
@@ -37,28 +36,6 @@ def test_what_is_packed_comes_back(positions: int) -> None:
     assert (list(only.curves), only.flows, only.spectra) == (["joint/variance"], {}, {})
     np.testing.assert_array_equal(only.curves["joint/variance"].mean, after.curves["joint/variance"].mean)
     assert read_header(pack(before))["layer"] == "lstm"
-
-
-def test_a_curve_has_the_numbers_of_the_report() -> None:
-    layer = make_layer()
-    curve = packed("lstm", layer).curves["joint/variance"]
-    values = layer["joint/variance"]
-    np.testing.assert_allclose(curve.mean, layer.over_time("joint/variance"), rtol=1e-6)
-    np.testing.assert_allclose(curve.low, np.quantile(values, 0.1, axis=1), rtol=1e-6)
-    np.testing.assert_allclose(curve.high, np.quantile(values, 0.9, axis=1), rtol=1e-6)
-    np.testing.assert_array_equal(curve.least, curve.mean)
-
-
-def test_a_bin_has_the_least_and_the_greatest_of_its_positions() -> None:
-    values = np.ones((1000, 3), np.float32)
-    values[537] = 50.0
-    values[801, 1] = -2.0
-    curve = curve_of(values, np.ones((1000, 3), bool), 10)
-    np.testing.assert_array_equal(bounds(1000, 10), np.arange(0, 1001, 100))
-    np.testing.assert_allclose(curve.greatest, [1, 1, 1, 1, 1, 50, 1, 1, 1, 1])
-    np.testing.assert_allclose(curve.least, [1] * 8 + [0.0, 1.0])
-    np.testing.assert_allclose(curve.mean[5], 1.49)
-    np.testing.assert_allclose(curve.low, 1.0)
 
 
 def test_what_is_not_measured_is_told_from_nan_and_inf() -> None:
@@ -89,12 +66,3 @@ def test_damaged_bytes_are_refused(damage: slice) -> None:
     content = pack(packed("lstm", make_layer()))
     with pytest.raises(ValueError, match="packed summary"):
         unpack(content[damage])
-
-
-def test_the_measures_are_those_of_the_registry() -> None:
-    assert list(MEASURES) == list(registry.MEASURES)
-    for name, measure in registry.MEASURES.items():
-        expected = float(measure.reference) if measure.reference else None
-        assert MEASURES[name].reference == expected
-        assert MEASURES[name].unit in (measure.unit, "")
-        assert MEASURES[name].unit or measure.unit == "dimensionless"
