@@ -25,7 +25,7 @@ import keras_jacmon
 from keras_jacmon.model.layers import find_recurrent_layers
 from keras_jacmon.report.suggestion import Suggestion
 from keras_jacmon.report.verdict import Verdict
-from keras_jacmon.stabilization.flossing import ExponentsLoss
+from keras_jacmon.stabilization.flossing import ExponentsObjective
 
 UNITS, STEPS, BATCH, FEATURES = 128, 30, 16, 3
 DEPTHS, TARGETS = (2, 5), (1.0, 0.5)
@@ -132,7 +132,7 @@ def flossing(_: str | None) -> None:
     model = keras.Sequential([keras.Input((WINDOW, 1)), layer])
     bits = np.random.default_rng(0).integers(0, 2, size=(1, WINDOW, 1)).astype("float32")
     layers = find_recurrent_layers(model)
-    loss = ExponentsLoss(model, tf.constant(bits), layers, count=EXPONENTS, target=0.0, seed=0)
+    loss = ExponentsObjective(model, tf.constant(bits), layers, count=EXPONENTS, target=0.0, seed=0)
     optimizer, weights = keras.optimizers.Adam(1e-3), model.trainable_variables
     optimizer.build(weights)
     apply = tf.function(lambda slopes: optimizer.apply(slopes, weights))

@@ -5,11 +5,29 @@ python docs/write_measures.py
 
 from pathlib import Path
 
-from keras_jacmon.measures.registry import markdown_table
+from keras_jacmon.measures.registry import MEASURES
 
 PAGE = Path(__file__).parent / "measures.md"
 BEGIN = "<!-- The table is generated: python docs/write_measures.py -->\n"
 END = "<!-- end of the table -->\n"
+
+
+def markdown_table() -> str:
+    """Returns the Markdown table of all measures."""
+    head = ["measure", "preset", "definition", "unit", "keeps", "can be held", "reading"]
+    rows = [
+        [
+            f"`{m.name}`",
+            f'`"{m.cost}"`' if m.kind.selectable else "-",
+            m.definition,
+            m.unit,
+            m.reference or "-",
+            "yes" if m.differentiable else "-",
+            m.reading,
+        ]
+        for m in MEASURES.values()
+    ]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in [head, ["---"] * len(head), *rows])
 
 
 def with_table(page: str) -> str:

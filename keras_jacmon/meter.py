@@ -13,18 +13,15 @@ import tensorflow as tf
 from keras_jacmon.errors import UnmeasurableError, invalid_argument, message_of, sentence
 from keras_jacmon.jacobians.cell_jacobian import Assumptions, Choice
 from keras_jacmon.jacobians.diagnosis import diagnose
-from keras_jacmon.measurement.compiled import (
-    CompiledMeasurement,
-    CompiledMeasurements,
-    MeasurableCall,
-    SequenceTensors,
-)
+from keras_jacmon.measurement.assembly import report_of
+from keras_jacmon.measurement.compiled import CompiledMeasurement, CompiledMeasurements
 from keras_jacmon.measurement.failures import explaining_failures, unmeasurable
+from keras_jacmon.measurement.measurable_call import MeasurableCall, SequenceTensors
 from keras_jacmon.measurement.plan import MeasurementPlan
 from keras_jacmon.measurement.recorded_model import RecordedModel
 from keras_jacmon.measurement.results import CallResults
 from keras_jacmon.measurement.trials import Trials, applied, changes_of, copies_with, search, why_not_on_copies
-from keras_jacmon.measures.registry import filtered
+from keras_jacmon.measures.selection import filtered
 from keras_jacmon.model.building import build
 from keras_jacmon.model.distribution import check_distribution
 from keras_jacmon.model.inputs import fit_probe
@@ -263,15 +260,19 @@ class JacobianMeter:
                 results = measurement(self._draw(), sequence, call.kind.values())
             remaining = self._assumptions_after(call, measurement.metadata.cell, results)
             if remaining is None:
-                return measurement.metadata.report(
-                    results, go_backwards=call.go_backwards, notes=call.notes, loss_gradient=loss_gradient
+                return report_of(
+                    measurement.metadata,
+                    results,
+                    go_backwards=call.go_backwards,
+                    notes=call.notes,
+                    loss_gradient=loss_gradient,
                 )
             # Assigned last: if tracing fails or is interrupted, the next measurement uses the old traces.
             self._measurement_of(call, remaining, slow=slow)
             self._assumptions[call.name] = remaining
 
     def _draw(self) -> tf.Tensor:
-        # Of numbers of Python TensorFlow keeps a copy on the device, for ever.
+        # An array: TensorFlow keeps a copy of every Python number on the device, for ever.
         return tf.constant(np.int32(self._measurements))
 
     def _with_suggestions(
@@ -307,10 +308,10 @@ class JacobianMeter:
         measurement = self._measurement_of(call, slow=False)
         if on_model:
             with applied(self._model, change):
-                results = measurement(self._draw(), self._recorded()[0][call.name], call.kind.values())
+                results = measurement(self._draw(), self._recorded().sequences[call.name], call.kind.values())
         else:
             results = measurement(self._draw(), sequence, copies_with(call, change))
-        return measurement.metadata.report(results, go_backwards=call.go_backwards)
+        return report_of(measurement.metadata, results, go_backwards=call.go_backwards)
 
     def _assumptions_after(self, call: MeasurableCall, cell: str, results: CallResults) -> Assumptions | None:
         """Returns the assumptions that remain after a check that failed, and warns of it; None if none failed."""

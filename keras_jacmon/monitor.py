@@ -294,9 +294,9 @@ class JacobianMonitor(keras.callbacks.Callback):
         else:
             self._warn_of_neighbours()
         self._prepare_penalty()
-        if self._traced.held is not None:
+        if self._traced.regularized is not None:
             # Not before this hook can raise no more: Keras would not say that the training has ended.
-            self._traced.held.attach(to_fit=True)
+            self._traced.regularized.attach(to_fit=True)
 
     def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
         """Measures after every `update_freq` batches."""
@@ -312,7 +312,7 @@ class JacobianMonitor(keras.callbacks.Callback):
         if self._schedule.is_due_after_epoch():
             self._measure(last=epoch + 1 == (self.params or {}).get("epochs"))
         if logs is not None:
-            self._log_values.add_to(logs, self._held_values(), self._name)
+            self._log_values.add_to(logs, self._penalty_values(), self._name)
 
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
         """Measures after the last batch, takes the penalty out of the losses and closes the event file."""
@@ -325,9 +325,11 @@ class JacobianMonitor(keras.callbacks.Callback):
 
     def _prepare_penalty(self) -> None:
         """Prepares the penalty of the next batch, counted over the trainings before this one, too."""
-        if self._traced.held is not None:
+        if self._traced.regularized is not None:
             before = (self._schedule.start or 0) * batches_per_iteration(self.model)
-            self._attempt("Taking states for the regularizer", self._traced.held.begin, before + self._schedule.done)
+            self._attempt(
+                "Taking states for the regularizer", self._traced.regularized.begin, before + self._schedule.done
+            )
 
     def _measure(self, *, last: bool = False) -> None:
         """Measures once, and hands the report on to the event file, to `reports` and to the logs of the epoch."""
@@ -365,24 +367,24 @@ class JacobianMonitor(keras.callbacks.Callback):
     def _write(self, report: Report, step: int, changes: Sequence[Change]) -> None:
         """Writes a report to the event file."""
         if self._writer is not None:
-            scalars = self._held_values()
+            scalars = self._penalty_values()
             sentences = [change.sentence(step) for change in changes]
             at = self._epochs if self._in_epochs else step
             self._attempt("Writing the event file", self._writer.write, report, at, scalars, sentences)
 
-    def _held_values(self) -> dict[str, float]:
+    def _penalty_values(self) -> dict[str, float]:
         """Returns the penalty with the present weights, NaN if it cannot be computed, and a strength that is chosen."""
-        held = self._traced.held
-        if held is None:
+        regularized = self._traced.regularized
+        if regularized is None:
             return {}
-        value = self._attempt("Evaluating the penalty", held.penalty)
+        value = self._attempt("Evaluating the penalty", regularized.penalty)
         penalty = {PENALTY: float("nan") if value is None else float(value)}
-        return penalty if held.strength is None else penalty | {STRENGTH: held.strength}
+        return penalty if regularized.strength is None else penalty | {STRENGTH: regularized.strength}
 
     def _warn_of_unused_penalty(self) -> None:
         """Warns after the first epoch if the training does not look at the penalty."""
-        held = self._traced.held
-        if held is None or held.is_used or not self._schedule.done:
+        regularized = self._traced.regularized
+        if regularized is None or regularized.is_used or not self._schedule.done:
             return
         self._announcements.warn_once(
             PENALTY,

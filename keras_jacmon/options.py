@@ -45,6 +45,11 @@ def _is_position(part: str) -> bool:
     return part.isdecimal() and part == str(int(part))
 
 
+def default_warmup(steps: Any) -> Any:
+    """Returns a tenth of a number of steps, an integer or an integer tensor: what exponents leave out by default."""
+    return steps // 10
+
+
 def _option(default: Any, description: str) -> Any:
     return dataclasses.field(default=default, metadata={"help": description})
 
@@ -92,6 +97,10 @@ class Options:
             ("max_entries", self.max_entries, 0),
         ):
             check_whole(name, value, least)
+
+    def warmup_of(self, steps: Any) -> Any:
+        """Returns the number of steps that the exponents leave out of a sequence, as `default_warmup` does."""
+        return default_warmup(steps) if self.warmup is None else self.warmup
 
     @classmethod
     def of(cls, owner: type, given: Mapping[str, Any]) -> "Options":

@@ -2,10 +2,16 @@
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import tensorflow as tf
+
+HALF_PRECISION = (tf.float16, tf.bfloat16)
+
+# The golden ratio, less one.
+_GOLDEN = 0.6180339887498949
 
 
 def as_points(tensor: tf.Tensor) -> tf.Tensor:
@@ -17,6 +23,39 @@ def as_points(tensor: tf.Tensor) -> tf.Tensor:
 def known_sizes(tensor: tf.Tensor) -> list[int | tf.Tensor]:
     """Returns the size of each axis: an integer where it is known before the graph runs, a tensor otherwise."""
     return [tf.shape(tensor)[axis] if size is None else size for axis, size in enumerate(tensor.shape)]
+
+
+def spec_of(tensor: Any) -> tf.TensorSpec:
+    """Returns shape and type of a tensor, or of a variable."""
+    return tf.TensorSpec(tensor.shape, tensor.dtype)
+
+
+def specs_of(tensors: Any) -> Any:
+    """Returns shape and type of each tensor in a structure; None stays None."""
+    return tf.nest.map_structure(lambda tensor: None if tensor is None else spec_of(tensor), tensors)
+
+
+def swapped(tensor: tf.Tensor) -> tf.Tensor:
+    """Swaps the first two axes: `(batch, time, ...)` to `(time, batch, ...)`."""
+    return tf.transpose(tensor, [1, 0, *range(2, tensor.shape.rank)])
+
+
+def aligned(flags: tf.Tensor, tensor: tf.Tensor) -> tf.Tensor:
+    """Reshapes `(points,)` to `(points, 1, ...)`, with as many axes as a tensor `(points, ...)`."""
+    return tf.reshape(flags, [-1] + [1] * (tensor.shape.rank - 1))
+
+
+def finite_points(tensor: tf.Tensor) -> tf.Tensor:
+    """Returns boolean `(points,)`: True where all values of a tensor `(points, ...)` are finite."""
+    return tf.reduce_all(tf.math.is_finite(tensor), axis=range(1, tensor.shape.rank))
+
+
+def golden_shares(index: tf.Tensor) -> tf.Tensor:
+    """Returns a number from 0 up to 1 for each integer: those of neighbours are far apart, and all are spread evenly.
+
+    They are the fractional parts of multiples of the golden ratio.
+    """
+    return tf.cast(index, tf.float64) * _GOLDEN % 1.0
 
 
 def with_shape(tensor: tf.Tensor, shape: Sequence[int | None] | tf.TensorShape) -> tf.Tensor:

@@ -13,7 +13,7 @@ from helpers import normal
 from trainings import BATCH, FEATURES, PROBE, SAMPLES, STEPS, X, Y, assert_refused, compiled
 
 from keras_jacmon import JacobianMonitor, JacobianRegularizer, measure
-from keras_jacmon.measures.registry import KEYS, PRESETS
+from keras_jacmon.measures.selection import KEYS, PRESETS
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -48,7 +48,7 @@ class CellGraph(TracedGraph):
             super().__init__(lambda inputs, *states: step(inputs, states), specs, inline=True)
         except Exception as error:
             reason = message_of(error).splitlines()[0]
-            raise NotImplementedError(f"it cannot be traced for any number of rows: {reason}") from error
+            raise NotImplementedError(f"it cannot be traced for any number of points: {reason}") from error
         self.step_inputs, *self.states = self.inputs
         self.new_states = self.outputs
         needed = self.between((), self.new_states)[0]

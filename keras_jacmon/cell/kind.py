@@ -11,6 +11,7 @@ import tensorflow as tf
 
 from keras_jacmon.cell.step import CellStep, cell_type
 from keras_jacmon.graphs.traced_graph import TracedGraph
+from keras_jacmon.tensors import spec_of
 
 # Their options say how they take a step.
 _OF_KERAS = (keras.layers.GRUCell, keras.layers.LSTMCell, keras.layers.SimpleRNNCell)
@@ -71,7 +72,7 @@ def cell_kind(cell: Any, states: Any, specs: Sequence[tf.TensorSpec]) -> CellKin
         `CellKind`.
     """
     weights = tuple(cell.weights) if isinstance(cell, keras.Layer) else ()
-    weight_specs = [tf.TensorSpec(weight.shape, weight.dtype) for weight in weights]
+    weight_specs = list(map(spec_of, weights))
     written: list[keras.Variable] = []
 
     def take_step(*tensors: tf.Tensor) -> list[tf.Tensor]:

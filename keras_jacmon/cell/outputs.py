@@ -10,7 +10,7 @@ from keras_jacmon.cell.step import CellStep, widened
 from keras_jacmon.cell.trajectory import UnrollInputs, unroll
 from keras_jacmon.errors import message_of
 from keras_jacmon.model.recording import RecurrentCall
-from keras_jacmon.tensors import as_points, known_sizes
+from keras_jacmon.tensors import as_points, known_sizes, swapped
 
 _ROUNDING_UNITS = {tf.float16: 2.0**-10, tf.bfloat16: 2.0**-7, tf.float32: 2.0**-23, tf.float64: 2.0**-52}
 
@@ -105,7 +105,7 @@ def _expected(sequence: UnrollInputs, stepped: tf.Tensor, returned: tf.Tensor) -
     time, batch = known_sizes(sequence.inputs)[:2]
     valid = tf.ones([time, batch], tf.bool) if sequence.mask is None else sequence.mask
     if returned.shape.rank == stepped.shape.rank:
-        expected = tf.transpose(returned, [1, 0, *range(2, returned.shape.rank)])
+        expected = swapped(returned)
     else:
         expected = returned[None]
         later = tf.cumsum(tf.cast(valid, tf.int32), reverse=True, exclusive=True)

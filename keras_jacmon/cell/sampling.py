@@ -9,9 +9,7 @@ import tensorflow as tf
 from keras_jacmon.cell.step import CellStep
 from keras_jacmon.cell.trajectory import UnrollInputs, unroll
 from keras_jacmon.cell.unroll_plan import UnrollPlan
-from keras_jacmon.tensors import as_points, known_sizes
-
-_GOLDEN = 0.6180339887498949
+from keras_jacmon.tensors import aligned, as_points, finite_points, golden_shares, known_sizes
 
 
 class Sample(NamedTuple):
@@ -61,11 +59,9 @@ def sample(
         steps = (tf.range(time // stride) * stride + draw) % time
         tensors = [tf.gather(tensor, steps) for tensor in tensors]
     inputs, *points, valid = map(as_points, tensors)
-    finite = [tf.reduce_all(tf.math.is_finite(x), axis=range(1, x.shape.rank)) for x in points if x.dtype.is_floating]
+    finite = [finite_points(x) for x in points if x.dtype.is_floating]
     valid = tf.reduce_all(tf.stack([valid, *finite]), axis=0)
-    inputs, *points = (
-        tf.where(tf.reshape(valid, [-1] + [1] * (x.shape.rank - 1)), x, tf.zeros_like(x)) for x in (inputs, *points)
-    )
+    inputs, *points = (tf.where(aligned(valid, x), x, tf.zeros_like(x)) for x in (inputs, *points))
     states, new = points[: len(sequence.states)], points[len(sequence.states) :]
     dtype = next(state.dtype for state in states if state.dtype.is_floating)
     return Sample(inputs, tuple(states), tuple(new), tf.cast(valid, dtype))
@@ -104,7 +100,7 @@ def _choose_samples(
         Integer tensor `(time, width)`, the samples; Boolean tensor `(time, width)`, True for an unmasked one.
     """
     # Neighbouring steps begin with different samples.
-    share = tf.cast(tf.range(time), tf.float64) * _GOLDEN % 1.0
+    share = golden_shares(tf.range(time))
     first = tf.cast(share * tf.cast(samples, tf.float64), tf.int32)[:, None] + draw * width
     turn = first + tf.range(width)
     if mask is None:

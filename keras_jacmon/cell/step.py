@@ -9,8 +9,7 @@ import tensorflow as tf
 
 from keras_jacmon.model.adapted_cell import AdaptedCell
 from keras_jacmon.model.internals import sublayers, training_argument, without_masks
-
-_HALF = (tf.float16, tf.bfloat16)
+from keras_jacmon.tensors import HALF_PRECISION
 
 
 class CellStep:
@@ -135,7 +134,7 @@ def full_precision(cell: Any) -> Iterator[None]:
 
 def half_precision_layers(layer: Any) -> list[keras.Layer]:
     """Returns a layer and the layers in it, as far as they compute in half precision."""
-    return [inner for inner in sublayers(layer) if tf.as_dtype(inner.compute_dtype) in _HALF]
+    return [inner for inner in sublayers(layer) if tf.as_dtype(inner.compute_dtype) in HALF_PRECISION]
 
 
 def cell_type(cell: Any) -> type:
@@ -146,7 +145,7 @@ def cell_type(cell: Any) -> type:
 def widened(tensor: Any) -> tf.Tensor:
     """Returns the tensor in float32 if it has half precision, and unchanged otherwise."""
     tensor = tf.convert_to_tensor(tensor)
-    return tf.cast(tensor, tf.float32) if tensor.dtype in _HALF else tensor
+    return tf.cast(tensor, tf.float32) if tensor.dtype in HALF_PRECISION else tensor
 
 
 def _like(value: tf.Tensor, old: tf.Tensor, cell: Any) -> tf.Tensor:

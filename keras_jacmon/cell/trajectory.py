@@ -9,7 +9,7 @@ import tensorflow as tf
 from keras_jacmon.cell.step import CellStep, widened
 from keras_jacmon.cell.unroll_plan import UnrollPlan
 from keras_jacmon.model.recording import RecurrentCall
-from keras_jacmon.tensors import known_sizes, with_shape
+from keras_jacmon.tensors import aligned, known_sizes, swapped, with_shape
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class UnrollInputs:
     @classmethod
     def of(cls, call: RecurrentCall) -> "UnrollInputs":
         """Returns the inputs of a recorded call."""
-        inputs, mask = widened(_swapped(call.inputs)), None if call.mask is None else _swapped(call.mask)
+        inputs, mask = widened(swapped(call.inputs)), None if call.mask is None else swapped(call.mask)
         if call.go_backwards:
             inputs, mask = tf.reverse(inputs, [0]), None if mask is None else tf.reverse(mask, [0])
         return cls(inputs, tuple(widened(state) for state in keras.tree.flatten(call.states)), mask)
@@ -151,11 +151,6 @@ def _loop(
     return last, stacks
 
 
-def _swapped(tensor: tf.Tensor) -> tf.Tensor:
-    """Swaps the first two axes: `(batch, time, ...)` to `(time, batch, ...)`."""
-    return tf.transpose(tensor, [1, 0, *range(2, tensor.shape.rank)])
-
-
 def _keep_where(mask: tf.Tensor, new: tf.Tensor, old: tf.Tensor) -> tf.Tensor:
     """Returns the new state where the mask `(batch,)` is True, and the old state elsewhere."""
-    return tf.where(tf.reshape(mask, [-1] + [1] * (new.shape.rank - 1)), new, old)
+    return tf.where(aligned(mask, new), new, old)

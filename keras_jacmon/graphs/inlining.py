@@ -14,6 +14,7 @@ from keras_jacmon.graphs.calls import CALLS, function_graph, has_custom_gradient
 from keras_jacmon.graphs.constants import constant_value
 from keras_jacmon.graphs.copies import capture, copy_operations
 from keras_jacmon.graphs.trace import trace
+from keras_jacmon.tensors import spec_of
 
 # Maximum number of entries of a sparse kernel that is written as a dense one.
 _MOST_ENTRIES = 2**24
@@ -41,7 +42,7 @@ class GradientRule:
 
     def __init__(self, graph: Any, operation: tf.Operation) -> None:
         function = framework_ops.get_gradient_function(operation)
-        specs = [tf.TensorSpec(tensor.shape, tensor.dtype) for tensor in operation.outputs]
+        specs = list(map(spec_of, operation.outputs))
 
         def differentiate(*seeds: tf.Tensor) -> tuple[list[tf.Tensor], list[bool]]:
             gradients = function(operation, *seeds)
@@ -105,7 +106,7 @@ class CustomGradient:
 def lay_out(graph: Any, *inputs: tf.Tensor) -> tuple[list[tf.Tensor], list[CustomGradient]]:
     """Lays out a graph in the present one, with operations instead of calls of functions.
 
-    Custom gradients become such that need no tensor of the first graph.
+    Custom gradients are rewritten so that they need no tensor of the first graph.
 
     Args:
         graph: Graph of a function.

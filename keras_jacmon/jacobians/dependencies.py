@@ -10,6 +10,7 @@ from keras_jacmon.cell.step import CellStep
 from keras_jacmon.graphs.calls import CALLS, function_graph
 from keras_jacmon.graphs.trace import trace
 from keras_jacmon.jacobians.views import floating_states, size
+from keras_jacmon.tensors import spec_of
 
 # Operations that call Python.
 _PYTHON = frozenset({"EagerPyFunc", "PyFunc", "PyFuncStateless"})
@@ -61,7 +62,7 @@ def find_dependencies(step: CellStep, inputs: tf.Tensor, states: Sequence[tf.Ten
     Raises:
         ValueError: If a step runs Python, draws random numbers, or leaves something for the next one beside the states.
     """
-    specs = [tf.TensorSpec(tensor.shape, tensor.dtype) for tensor in (inputs, *states)]
+    specs = [spec_of(tensor) for tensor in (inputs, *states)]
     return trace(lambda inputs, *states: ([], _dependencies(step, inputs, states)), specs, ordered=False).static
 
 

@@ -16,9 +16,10 @@ from keras_jacmon.jacobians.points import PointBatch
 from keras_jacmon.jacobians.recurrent_weights import RecurrentWeights
 from keras_jacmon.jacobians.registered_forms import registered_form
 from keras_jacmon.jacobians.views import floating_states, size
-from keras_jacmon.measurement.assembly import CallMetadata
-from keras_jacmon.measurement.over_time import SequenceMeasurement, measure_sequence
-from keras_jacmon.measurement.per_step import StepMeasurement, in_segments
+from keras_jacmon.measurement.metadata import CallMetadata
+from keras_jacmon.measurement.over_time import measure_sequence
+from keras_jacmon.measurement.per_segment import in_segments
+from keras_jacmon.measurement.per_step import StepMeasurement
 from keras_jacmon.measurement.results import (
     CallResults,
     MeasuredArray,
@@ -26,11 +27,12 @@ from keras_jacmon.measurement.results import (
     PlannedSensitivity,
     SensitivityResults,
 )
+from keras_jacmon.measurement.segments import SequenceMeasurement
 from keras_jacmon.measurement.sensitivity import measure_sensitivity, plan_sensitivity
 from keras_jacmon.measurement.subsampling import UNKNOWN_SAMPLES, Subsample, choose_places
 from keras_jacmon.measures.context import MeasureContext
 from keras_jacmon.measures.kinds import Exponents, Flow, Sensitivity
-from keras_jacmon.measures.registry import KEYS, Selection, filtered, of_kind, views_of
+from keras_jacmon.measures.selection import KEYS, Selection, filtered, of_kind, views_of
 from keras_jacmon.options import Options, ViewName
 from keras_jacmon.tensors import known_sizes
 
@@ -173,9 +175,9 @@ class _Call:
         return *in_segments(sequence, steps, measurement, measure_segment), None
 
     def _whole(self, steps: int, results: CallResults) -> tuple[SequenceMeasurement, list[tf.Tensor]]:
-        """Returns the sequence for measures over time, which begin after the results so far, and these results.
+        """Returns the sequence for measures over time, and the results that it waits for.
 
-        So the two do not hold memory together.
+        So the memory of both is not held at once.
         """
         sequence, measurement = self.sequence, self.measurement
         options = measurement.context.options

@@ -9,10 +9,9 @@ import tensorflow as tf
 from keras_jacmon.measurement.results import MeasuredArray
 from keras_jacmon.measures.context import MeasureContext, Measured
 from keras_jacmon.measures.kinds import PerStep
-from keras_jacmon.measures.registry import Quantity, Selection
+from keras_jacmon.measures.selection import Quantity, Selection
 from keras_jacmon.options import ViewName
-
-_GOLDEN = 0.6180339887498949
+from keras_jacmon.tensors import golden_shares
 
 # The operators of some points, by view.
 Operators = Mapping[ViewName, Any]
@@ -114,5 +113,5 @@ def spread_evenly(total: tf.Tensor | int, count: int) -> tf.Tensor:
     count = tf.minimum(tf.constant(count, tf.int64), total)
     index = tf.range(count)
     start, stop = index * total // count, (index + 1) * total // count
-    share = tf.cast(index, tf.float64) * _GOLDEN % 1.0
+    share = golden_shares(index)
     return start + tf.cast(share * tf.cast(stop - start, tf.float64), tf.int64)

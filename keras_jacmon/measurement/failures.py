@@ -8,7 +8,7 @@ import tensorflow as tf
 
 from keras_jacmon.cell.step import cell_type
 from keras_jacmon.errors import UnmeasurableError, message_of
-from keras_jacmon.measurement.compiled import MeasurableCall
+from keras_jacmon.measurement.measurable_call import MeasurableCall
 from keras_jacmon.model.internals import tensors_in
 
 

@@ -15,6 +15,7 @@ from keras_jacmon.measurement.shared import Shared
 from keras_jacmon.model.guard import shielded
 from keras_jacmon.model.layers import RecurrentLayer
 from keras_jacmon.model.recording import Recording, record_calls
+from keras_jacmon.tensors import spec_of, specs_of
 
 if TYPE_CHECKING:
     from collections.abc import Hashable
@@ -98,7 +99,7 @@ def _kind_of(kinds: CellKinds, layer: keras.layers.RNN, inputs: tf.Tensor, state
     if not vars(layer).keys() >= _FORWARDS.keys():
         return None
     first = tf.TensorSpec([inputs.shape[0], *inputs.shape[2:]], inputs.dtype)
-    kind = kinds.of(layer.cell, states, [first, *map(_spec, keras.tree.flatten(states))])
+    kind = kinds.of(layer.cell, states, [first, *map(spec_of, keras.tree.flatten(states))])
     return kind if kind.is_self_contained else None
 
 
@@ -115,7 +116,7 @@ def _call(layer: keras.layers.RNN, loop: Callable[..., Any], kind: CellKind, giv
 
     inputs, states, mask, weights = given
     given = (in_order(inputs), states, keras.tree.map_structure(in_order, mask), weights)
-    specs = keras.tree.map_structure(_spec, given)
+    specs = specs_of(given)
     is_masked = any(leaf is not None for leaf in keras.tree.flatten(mask))
     settings = type(layer).inner_loop, layer.unroll, is_masked and layer.zero_output_for_mask, chosen_device()
     key: Hashable = (kind.key, str(specs), *settings)
@@ -123,10 +124,6 @@ def _call(layer: keras.layers.RNN, loop: Callable[..., Any], kind: CellKind, giv
     with optimized_briefly():
         last, sequence, new = function(*given)
     return last, sequence if layer.return_sequences else sequence[:, -1:], new
-
-
-def _spec(tensor: tf.Tensor | None) -> tf.TensorSpec | None:
-    return None if tensor is None else tf.TensorSpec(tensor.shape, tensor.dtype)
 
 
 @contextlib.contextmanager

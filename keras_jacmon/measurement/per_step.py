@@ -2,13 +2,11 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import tensorflow as tf
 
-from keras_jacmon.cell.trajectory import UnrollInputs
 from keras_jacmon.jacobians.cell_jacobian import CellJacobian
 from keras_jacmon.jacobians.checks import check_independence, check_points
 from keras_jacmon.jacobians.diagnosis import CheckResults
@@ -17,11 +15,11 @@ from keras_jacmon.jacobians.views import View, size
 from keras_jacmon.measurement.chunks import PointSource, measure_points
 from keras_jacmon.measurement.results import MeasuredArray
 from keras_jacmon.measurement.subsampling import Subsample, indices_of
-from keras_jacmon.measures.context import MeasureContext
+from keras_jacmon.measures.context import MeasureContext, Purpose
 from keras_jacmon.measures.kinds import PerStep, Spectrum
-from keras_jacmon.measures.registry import Quantity, Selection, filtered, of_kind, views_of
+from keras_jacmon.measures.selection import Quantity, Selection, filtered, of_kind, views_of
 from keras_jacmon.options import ViewName
-from keras_jacmon.tensors import ChosenPoints
+from keras_jacmon.tensors import ChosenPoints, aligned
 
 # More (point, vector) pairs at once than this do not fit a cache and are no faster.
 _MOST_POINTS = 2**14
@@ -191,7 +189,7 @@ class StepMeasurement:
         total = points.count if valid is None else tf.size(valid)
         # Half as many points as are measured at once, since autodiff takes its memory beside them.
         most = max(1, self._chunk(points, ()) // 2) if self.independent else self.samples
-        seed = tf.random.experimental.stateless_fold_in([self.context.options.seed, 3], self.draw)
+        seed = tf.random.experimental.stateless_fold_in([self.context.options.seed, Purpose.CHECKS], self.draw)
 
         def at(indices: tf.Tensor) -> tuple[PointBatch, list[tf.Tensor]]:
             chosen = tf.cast(indices if valid is None else tf.gather(valid, indices), tf.int32)
@@ -243,87 +241,12 @@ class StepMeasurement:
         inside, beyond = ChosenPoints(tf.minimum(following, count - 1)), ChosenPoints(chosen % samples)
         return [
             tf.where(
-                tf.reshape(within, [-1] + [1] * (end.shape.rank - 1)),
+                aligned(within, end),
                 inside.of(states),
                 beyond.of(end),
             )
             for states, end in zip(points.states, last, strict=True)
         ]
-
-
-def in_segments(
-    sequence: UnrollInputs,
-    steps: int,
-    measurement: StepMeasurement,
-    measure_segment: Callable[
-        [UnrollInputs, tf.Tensor, tf.Tensor], tuple[list[MeasuredArray], CheckResults, tuple[tf.Tensor, ...]]
-    ],
-) -> tuple[list[MeasuredArray], CheckResults]:
-    """Measures a bounded number of steps at a time, so that a long sequence is never held as a whole.
-
-    Args:
-        sequence: The whole sequence.
-        steps: Integer, maximum number of steps of a segment.
-        measurement: `StepMeasurement`, for its quantities and their context.
-        measure_segment: Function from a segment, its index and its first step to the values, the results of the checks
-            and the states after the last step.
-
-    Returns:
-        The values of each quantity, and the worst results of the checks.
-    """
-    time = tf.shape(sequence.inputs)[0]
-    count = -(-time // steps)
-
-    def body(
-        index: tf.Tensor, states: Sequence[tf.Tensor], lists: list[MeasuredArray], worst: CheckResults
-    ) -> tuple[Any, ...]:
-        start = index * steps
-        part = sequence.between(start, tf.minimum(start + steps, time), states)
-        arrays, checks, last = measure_segment(part, index, start)
-        return index + 1, list(last), _written(lists, index, arrays), worst.worst(checks)
-
-    real = measurement.context.dtype
-    empty = [_empty_lists(quantity, count, real) for quantity in measurement.quantities]
-    _, _, lists, checks = tf.while_loop(
-        lambda index, *_: index < count,
-        body,
-        [tf.constant(0), list(sequence.states), empty, CheckResults.zero(real)],
-        # The next segment could be unrolled while this one is measured, and would need its memory beside it.
-        parallel_iterations=1,
-    )
-    first = PointBatch(sequence.inputs[0], sequence.states)
-    widths = [measurement.width(quantity, first) for quantity in measurement.quantities]
-    return list(map(_joined, lists, widths)), checks
-
-
-def _empty_lists(quantity: Quantity, count: tf.Tensor, real: tf.DType) -> MeasuredArray:
-    """Returns a quantity's lists of values and uncertainties, for `count` segments."""
-    value, uncertainty = (
-        tf.TensorArray(dtype, count, infer_shape=False, element_shape=[None])
-        for dtype in (quantity.measure.kind.dtype(real), real)
-    )
-    return MeasuredArray(value, uncertainty, tf.constant(True))  # noqa: FBT003 - positional only
-
-
-def _written(lists: list[MeasuredArray], index: tf.Tensor, arrays: list[MeasuredArray]) -> list[MeasuredArray]:
-    """Returns the lists with the values of one segment."""
-    return [
-        MeasuredArray(
-            known.value.write(index, tf.reshape(array.value, [-1])),
-            known.uncertainty.write(index, tf.reshape(array.uncertainty, [-1])),
-            known.is_exact & array.is_exact,
-        )
-        for known, array in zip(lists, arrays, strict=True)
-    ]
-
-
-def _joined(lists: MeasuredArray, width: int | None) -> MeasuredArray:
-    """Returns the values of all segments, `(points,)` or `(points, width)`."""
-    value, uncertainty = (
-        array.concat() if width is None else tf.reshape(array.concat(), [-1, width])
-        for array in (lists.value, lists.uncertainty)
-    )
-    return MeasuredArray(value, uncertainty, lists.is_exact)
 
 
 def _tensors(found: Mapping[Quantity, MeasuredArray]) -> list[tf.Tensor]:

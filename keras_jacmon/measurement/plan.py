@@ -6,7 +6,7 @@ from typing import Any
 
 import keras
 
-from keras_jacmon.measures.registry import Selection, select_measures
+from keras_jacmon.measures.selection import Selection, select_measures
 from keras_jacmon.model.inputs import read_probe, read_targets
 from keras_jacmon.model.layers import as_list
 from keras_jacmon.options import Options

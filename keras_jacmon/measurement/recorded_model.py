@@ -7,32 +7,32 @@ from typing import Any, NamedTuple
 import keras
 import tensorflow as tf
 
-from keras_jacmon.cell.outputs import OutputDifferences, compare_outputs, differing
+from keras_jacmon.cell.outputs import differing
 from keras_jacmon.cell.step import half_precision_layers
-from keras_jacmon.cell.trajectory import UnrollInputs
 from keras_jacmon.errors import invalid_argument, message_of
 from keras_jacmon.graphs.trace import Traced, optimized_briefly, trace
-from keras_jacmon.measurement.compiled import MeasurableCall, SequenceTensors
 from keras_jacmon.measurement.loops import record_with_shared_loops
+from keras_jacmon.measurement.measurable_call import MeasurableCall, SequenceTensors
+from keras_jacmon.measurement.recorded_calls import RecordedCalls, RecordedTensors
 from keras_jacmon.measures.registry import MEASURES
-from keras_jacmon.model.guard import foreign_variables, put_back, shielded
+from keras_jacmon.model.guard import foreign_put_back, shielded
 from keras_jacmon.model.inputs import hint_at_slip
 from keras_jacmon.model.layers import RecurrentLayer
 from keras_jacmon.model.loss_gradient import LossGradients, loss_gradients
-from keras_jacmon.model.recording import Recording
+from keras_jacmon.tensors import spec_of
 
 
-class _Recorded(NamedTuple):
-    """The recording of a model's calls, known when it is traced.
+class ModelPass(NamedTuple):
+    """A pass of a model on the probe.
 
     Attributes:
-        calls: List of the calls.
-        recording: The recorded tensors of the model; must live as long as the graph.
-        refusals: Dict by name of a call, the reason why the steps of its registered recurrence cannot be taken.
+        sequences: Dict by name of a call, what the layer receives.
+        loss_gradients: Dict by name of a call, the norms of the gradient of the loss; empty without targets.
+        refusals: Dict by name of a call, the reason why its registered recurrence is not that of its layer.
     """
 
-    calls: list[MeasurableCall]
-    recording: Recording
+    sequences: dict[str, SequenceTensors]
+    loss_gradients: dict[str, tf.Tensor]
     refusals: dict[str, str]
 
 
@@ -73,16 +73,12 @@ class RecordedModel:
         _, differences = self._run(self._recording, self._inputs)
         return static.refusals | differing(differences)
 
-    def __call__(self) -> tuple[dict[str, SequenceTensors], dict[str, tf.Tensor], dict[str, str]]:
-        """Runs the model with the weights of this moment.
-
-        Returns:
-            Three dicts by name of the call: what the layer receives, the norms of the gradient of the loss, if any, and
-            the reasons why registered recurrences are not those of their layers.
-        """
+    def __call__(self) -> ModelPass:
+        """Runs the model with the weights of this moment."""
         sequences, differences = self._run(self._recording, self._inputs)
+        names = [call.name for call in self.calls]
         norms = {} if self._loss is None else self._run(self._loss, self._tensors())
-        return dict(zip((call.name for call in self.calls), sequences, strict=True)), norms, differing(differences)
+        return ModelPass(dict(zip(names, sequences, strict=True)), norms, differing(differences))
 
     def _tensors(self) -> list[tf.Tensor]:
         return [*self._inputs, *keras.tree.flatten(self._targets)]
@@ -90,12 +86,10 @@ class RecordedModel:
     def _run(self, traced: Traced[Any], tensors: Sequence[tf.Tensor]) -> Any:
         """Runs a traced function of the model, and puts back the variables that Keras does not know."""
         optimization = contextlib.nullcontext() if self._has_half_precision else optimized_briefly()
-        with put_back(foreign_variables(traced.graph.graph, self._model, [])), optimization:
+        with foreign_put_back(traced.graph.graph, self._model), optimization:
             return traced(*tensors)
 
-    def _record(
-        self, *inputs: tf.Tensor
-    ) -> tuple[tuple[list[SequenceTensors], dict[str, OutputDifferences]], _Recorded]:
+    def _record(self, *inputs: tf.Tensor) -> tuple[RecordedTensors, RecordedCalls]:
         """Records the calls of the model on the probe, in the graph that is being traced."""
         with shielded(self._model):
             try:
@@ -103,11 +97,7 @@ class RecordedModel:
                 recording, kinds = record_with_shared_loops(self._model, packed, self._layers)
             except Exception as error:
                 raise self._refusal(inputs, error) from error
-            sequences = [UnrollInputs.of(call) for call in recording.calls]
-            calls = MeasurableCall.all_of(recording.calls, sequences, kinds)
-            differences, refusals = compare_outputs(recording.calls)
-        tensors = [(part.inputs, part.states, part.mask) for part in sequences]
-        return (tensors, differences), _Recorded(calls, recording, refusals)
+            return RecordedCalls.of(recording, kinds)
 
     def _differentiate_loss(self, *tensors: tf.Tensor) -> tuple[dict[str, tf.Tensor], LossGradients]:
         """Returns the norms of the gradient of the loss, by name of the call, in the graph that is being traced."""
@@ -143,4 +133,4 @@ class RecordedModel:
 
 
 def _specs(tensors: Sequence[tf.Tensor]) -> list[tf.TensorSpec]:
-    return [tf.TensorSpec(tensor.shape, tensor.dtype) for tensor in tensors]
+    return list(map(spec_of, tensors))

@@ -14,16 +14,13 @@ from keras_jacmon.jacobians.cell_jacobian import CellJacobian
 from keras_jacmon.jacobians.points import PointBatch
 from keras_jacmon.jacobians.recurrent_weights import RecurrentWeights
 from keras_jacmon.jacobians.views import floating_states, side_by_side, size
-from keras_jacmon.measurement.over_time import SequenceMeasurement, segment_at, segment_count, steps_of
 from keras_jacmon.measurement.results import PlannedSensitivity, SensitivityResults
-from keras_jacmon.measures.context import MeasureContext
+from keras_jacmon.measurement.segments import SequenceMeasurement
+from keras_jacmon.measures.context import MeasureContext, Purpose
 from keras_jacmon.measures.flow import FlowPlan, start_flow
 from keras_jacmon.measures.sensitivity import SensitivityCarry, add_derivatives, add_outer_products, lead_backwards
 from keras_jacmon.options import Options, ViewName
 from keras_jacmon.tensors import known_sizes
-
-# Purpose of the random numbers, beside those that other measures have.
-_PURPOSE = 8
 
 # With longer segments the products of all steps with each other take longer than the sums do.
 _MOST_STEPS = 128
@@ -101,7 +98,7 @@ def measure_sensitivity(
     if at_once:
         # Fewer samples at a time rather than several segments, which need sums.
         chunk = min(chunk, points // time)
-    vectors = start_flow(samples, plan, context.seeds(_PURPOSE), context.dtype).vectors
+    vectors = start_flow(samples, plan, context.seeds(Purpose.SENSITIVITY), context.dtype).vectors
     if isinstance(samples, int) and samples <= chunk:
         numbers, norms = whole.of_samples(sequence, vectors)
     else:
@@ -190,14 +187,14 @@ class _Pass:
             trajectory = unroll(measurement.step, sequence, measurement.unroll_plan)
             numbers, carry = self._segment(measurement, sequence, trajectory, carry, vectorized=vectorized)
             return numbers, self._norms(trajectory.last), carry.deviation
-        starts, last = _forwards(measurement)
+        starts, last = measurement.states_at_segments()
 
         def body(index: tf.Tensor, carry: SensitivityCarry, kept: tf.TensorArray) -> tuple[tf.Tensor, ...]:
-            part, trajectory = segment_at(measurement, index, [array.read(index) for array in starts])
+            part, trajectory = measurement.segment_at(index, [array.read(index) for array in starts])
             numbers, carry = self._segment(measurement, part, trajectory, carry, vectorized=vectorized)
             return index - 1, carry, kept.write(index, numbers)
 
-        count = segment_count(measurement)
+        count = measurement.segment_count
         empty = tf.TensorArray(tf.float64, count, infer_shape=False, element_shape=[None, 2, None])
         _, carry, kept = tf.while_loop(
             lambda index, *_: index >= 0, body, [count - 1, carry, empty], parallel_iterations=1
@@ -215,7 +212,7 @@ class _Pass:
     ) -> tuple[tf.Tensor, SensitivityCarry]:
         """Leads the vectors through a segment, and adds what its steps do."""
         points = PointBatch.of(trajectory)
-        found, carry = lead_backwards(steps_of(measurement, part, points, {"joint"}, self.context)["joint"], carry)
+        found, carry = lead_backwards(measurement.steps_of(part, points, {"joint"}, self.context)["joint"], carry)
         time, samples = known_sizes(part.inputs)[:2]
         size = [self.plan.vectors, sum(self.plan.sizes)]
         if self.weights.products:
@@ -236,24 +233,6 @@ class _Pass:
         floating = [last[place] for place in floating_states(last)]
         felt = [state for state, begins in zip(floating, self.plan.begins, strict=True) if begins]
         return tf.norm(tf.cast(side_by_side(felt), tf.float64), axis=-1)
-
-
-def _forwards(measurement: SequenceMeasurement) -> tuple[list[tf.TensorArray], list[tf.Tensor]]:
-    """Returns the states at the beginning of each segment, and the last ones."""
-    initial, count = list(measurement.sequence.states), segment_count(measurement)
-
-    def body(
-        index: tf.Tensor, states: list[tf.Tensor], starts: list[tf.TensorArray]
-    ) -> tuple[tf.Tensor, list[tf.Tensor], list[tf.TensorArray]]:
-        starts = [array.write(index, state) for array, state in zip(starts, states, strict=True)]
-        _, trajectory = segment_at(measurement, index, states)
-        return index + 1, list(trajectory.last), starts
-
-    empty = [tf.TensorArray(s.dtype, count, element_shape=s.shape, clear_after_read=False) for s in initial]
-    _, last, starts = tf.while_loop(
-        lambda index, *_: index < count, body, [tf.constant(0), initial, empty], parallel_iterations=1
-    )
-    return starts, last
 
 
 def _entries(shape: Sequence[int]) -> int:

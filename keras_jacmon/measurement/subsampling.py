@@ -9,7 +9,7 @@ import tensorflow as tf
 
 from keras_jacmon.measurement.chunks import spread_evenly
 from keras_jacmon.measures.kinds import Spectrum
-from keras_jacmon.measures.registry import Selection, filtered, of_kind
+from keras_jacmon.measures.selection import Selection, filtered, of_kind
 from keras_jacmon.options import Options
 
 # A graph may not know how many samples it will get.

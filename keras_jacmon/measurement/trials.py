@@ -12,7 +12,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_jacmon.measurement.compiled import MeasurableCall
+from keras_jacmon.measurement.measurable_call import MeasurableCall
 from keras_jacmon.measurement.secant import MOST_GAIN, Secant
 from keras_jacmon.model.guard import assign_all
 from keras_jacmon.report.suggestion import Change, Suggestion

@@ -1,5 +1,6 @@
 """The contract of a measure: the context that it gets with the operator, and the values that it returns."""
 
+import enum
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -20,6 +21,20 @@ class Measured(NamedTuple):
 
     value: tf.Tensor
     uncertainty: tf.Tensor | None
+
+
+@enum.unique
+class Purpose(enum.IntEnum):
+    """A use of random numbers; each has a stream of its own. Other integers would change the values of the measures."""
+
+    MOMENTS = 1
+    SPECTRAL_NORM = 2
+    CHECKS = 3
+    SPECTRAL_RADIUS = 4
+    FLOW = 5
+    EXPONENTS = 6
+    EIGENVALUES = 7
+    SENSITIVITY = 8
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +66,7 @@ class MeasureContext:
         points = self.num_points or operator.shape[0] or UNKNOWN_POINTS
         return int(points * operator.shape[-2] * operator.shape[-1]) <= self.options.max_entries
 
-    def seeds(self, purpose: int, draw: tf.Tensor | int = 0) -> tf.Tensor:
+    def seeds(self, purpose: Purpose, draw: tf.Tensor | int = 0) -> tf.Tensor:
         """The seed of a stateless draw: a stream of its own for each purpose, chunk of points and draw."""
         if isinstance(self.stream, int) and isinstance(draw, int):
             # Outside of the graph, which then holds a constant.
@@ -59,6 +74,6 @@ class MeasureContext:
                 return self._seed(purpose, draw)
         return self._seed(purpose, draw)
 
-    def _seed(self, purpose: int, draw: tf.Tensor | int) -> tf.Tensor:
+    def _seed(self, purpose: Purpose, draw: tf.Tensor | int) -> tf.Tensor:
         seed = tf.random.experimental.stateless_fold_in([self.options.seed, purpose], self.stream)
         return tf.random.experimental.stateless_fold_in(seed, draw)

@@ -23,8 +23,8 @@ _STEPS, _RANDOM_PART, _SQUARINGS = 8, 0.25, 12
 TINY = 1e-12
 
 
-# An eigenvalue moves by `1 / |wᴴ v|` times a change of J, with its left and right unit vectors w and v. Below so many
-# times the root of the rounding, the matrix is defective as far as rounding can tell.
+# An eigenvalue moves by `1 / |wᴴ v|` times a change of J, with its left and right unit vectors w and v. Up to this
+# multiple of √ε, with ε the machine epsilon, an overlap `|wᴴ v|` may be zero but for rounding, and J defective.
 _LEAST_OVERLAP = 3.0
 
 

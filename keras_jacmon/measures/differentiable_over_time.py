@@ -9,12 +9,11 @@ from dataclasses import dataclass
 import tensorflow as tf
 
 from keras_jacmon.measures.differentiable import TINY
+from keras_jacmon.measures.differentiable_exponents import differentiable_exponents
 from keras_jacmon.measures.flow import FlowPlan, start_flow
-from keras_jacmon.measures.lyapunov import differentiable_exponents, start_lyapunov
+from keras_jacmon.measures.lyapunov import start_lyapunov
 from keras_jacmon.measures.steps import Steps
-
-# The number of exponents, from the largest on, as in reports.
-_EXPONENTS = 8
+from keras_jacmon.options import Options, default_warmup
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,9 +52,9 @@ def lyapunov(steps: Steps, beginnings: Beginnings) -> tf.Tensor:
     References:
         R. Engelken, "Gradient flossing: improving gradient descent through dynamic control of Jacobians", 2023.
     """
-    count = min(_EXPONENTS, steps.size)
+    count = min(Options.exponents, steps.size)
     start = start_lyapunov(steps.samples, steps.size, count, beginnings.first, steps.dtype).vectors
-    return differentiable_exponents(steps, start, warmup=steps.time // 10, formed=True)
+    return differentiable_exponents(steps, start, warmup=default_warmup(steps.time), formed=True)
 
 
 # By the names of the registry.

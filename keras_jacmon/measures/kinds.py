@@ -120,7 +120,7 @@ class Sensitivity(OverTime):
 
 @dataclass(frozen=True)
 class SensitiveState(Sensitivity):
-    """A function of the same argument that comes with every measure of this kind."""
+    """A function of `Sensitivities` that is added to every selection with a sensitivity of its view."""
 
     selectable: ClassVar[bool] = False
 

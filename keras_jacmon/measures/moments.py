@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import tensorflow as tf
 
-from keras_jacmon.measures.context import MeasureContext, Measured
+from keras_jacmon.measures.context import MeasureContext, Measured, Purpose
 from keras_jacmon.operators.contract import JacobianOperator
 from keras_jacmon.operators.entry_moments import pooled
 from keras_jacmon.operators.formed import as_jacobian_operator
@@ -145,7 +145,7 @@ def _estimated(
     points = operator.batch_shape_tensor()[0]
 
     def body(draw: tf.Tensor, draws: tf.TensorArray) -> tuple[tf.Tensor, tf.TensorArray]:
-        bits = tf.random.stateless_uniform([points, m], context.seeds(1, draw), 0, 2, tf.int32)
+        bits = tf.random.stateless_uniform([points, m], context.seeds(Purpose.MOMENTS, draw), 0, 2, tf.int32)
         z = tf.cast(2 * bits - 1, operator.dtype)
         image = operator.matvec(z, adjoint=True) - (mean * tf.reduce_sum(z, axis=-1))[:, None]
         return draw + 1, draws.write(draw, tf.reduce_sum(image**2, axis=-1))

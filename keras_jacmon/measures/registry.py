@@ -1,28 +1,27 @@
-"""Registry of all measures: names, presets, definitions and methods."""
+"""Registry of all measures: names, definitions and methods."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
-from keras_jacmon.errors import did_you_mean, invalid_argument
-from keras_jacmon.measures import eigen, lyapunov, moments, sensitivity, spectrum
+from keras_jacmon.measures import arnoldi, eigen, lyapunov, moments, sensitivity, singular_values, spectral_norm
 from keras_jacmon.measures.kinds import (
     Exponents,
     Flow,
     Kind,
     Loss,
-    OverTime,
     PerStep,
     SensitiveState,
     Sensitivity,
     Spectrum,
     WholeFlow,
 )
-from keras_jacmon.options import VIEWS, Options, ViewName, label_of, states_in
+from keras_jacmon.options import VIEWS, Options
 from keras_jacmon.report.curve import growth, horizon
 
-_SQUARE = ("hidden", "joint")
+# The views that have a square J in every cell.
+SQUARE = ("hidden", "joint")
 
 # Of a matrix that is formed: products with kernels, their sum, its transpose, and what a decomposition works in. For
 # cells of 128 to 512 units 8 to 9 were measured.
@@ -79,7 +78,7 @@ class Measure:
     reference: str
     reading: str
     cost: Literal["fast", "standard", "full"]
-    views: tuple[str, ...] = _SQUARE
+    views: tuple[str, ...] = SQUARE
     needs_square: bool = False
     method: Callable[[Options, int], str] = lambda *_: "exact"
     differentiable: bool = False
@@ -138,7 +137,7 @@ MEASURES = {
         Measure(
             "spectral_norm",
             PerStep(of_several=True),
-            spectrum.spectral_norms,
+            spectral_norm.spectral_norms,
             definition="the largest singular value of J; above 32 columns to a relative `tolerance` (0.01)",
             unit="dimensionless",
             reference="1",
@@ -149,8 +148,8 @@ MEASURES = {
             differentiable=True,
             uncertainty="residual",
             expensive=True,
-            dense_up_to=spectrum.EXACT_SIZE,
-            kept_vectors=spectrum.MAX_STEPS,
+            dense_up_to=spectral_norm.EXACT_SIZE,
+            kept_vectors=spectral_norm.MAX_STEPS,
         ),
         Measure(
             "spectral_radius",
@@ -168,12 +167,12 @@ MEASURES = {
             uncertainty="residual",
             expensive=True,
             dense_up_to=eigen.EXACT_SIZE,
-            kept_vectors=2 * eigen.KRYLOV,
+            kept_vectors=2 * arnoldi.KRYLOV,
         ),
         Measure(
             "condition_number",
             PerStep(may_be_infinite=True),
-            eigen.condition_number,
+            singular_values.condition_number,
             definition="the largest singular value over the smallest one",
             unit="dimensionless",
             reference="1",
@@ -186,7 +185,7 @@ MEASURES = {
         Measure(
             "singular_values",
             Spectrum(),
-            lambda operator, _: eigen.singular_values(operator),
+            lambda operator, _: singular_values.singular_values(operator),
             definition="all singular values of J, at 16 steps and samples (`spectra`)",
             unit="dimensionless",
             reference="1",
@@ -334,131 +333,3 @@ MEASURES = {
         ),
     )
 }
-
-
-def markdown_table() -> str:
-    """Returns the Markdown table of all measures, for `docs/measures.md`."""
-    head = ["measure", "preset", "definition", "unit", "keeps", "can be held", "reading"]
-    rows = [
-        [
-            f"`{m.name}`",
-            f'`"{m.cost}"`' if m.kind.selectable else "-",
-            m.definition,
-            m.unit,
-            m.reference or "-",
-            "yes" if m.differentiable else "-",
-            m.reading,
-        ]
-        for m in MEASURES.values()
-    ]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in [head, ["---"] * len(head), *rows])
-
-
-def key_of(view: ViewName, measure: str) -> str:
-    """The key of a measure in reports: the view and the name, or the name alone for the hidden view."""
-    return measure if view == "hidden" else f"{label_of(view)}/{measure}"
-
-
-class Quantity(NamedTuple):
-    """A measure of the Jacobians of one view.
-
-    Attributes:
-        view: String, one of `VIEWS`, or the states that the user chose, such as `"v+a"`; then, for a cell, the
-            positions of these states.
-        measure: The measure.
-    """
-
-    view: ViewName
-    measure: Measure
-
-    @property
-    def key(self) -> str:
-        """Its key in reports."""
-        return key_of(self.view, self.measure.name)
-
-
-# What is measured, in the order of views and measures.
-Selection = tuple[Quantity, ...]
-
-
-# By key, in the order of reports.
-KEYS = {key_of(view, m.name): Quantity(view, m) for view in VIEWS for m in MEASURES.values() if view in m.views}
-
-# Those that can be asked for.
-_NAMES = [key for key, (_, measure) in KEYS.items() if measure.kind.selectable]
-
-
-def _preset_views(measure: Measure, views: tuple[str, ...]) -> tuple[str, ...]:
-    if isinstance(measure.kind, OverTime):
-        return (measure.kind.preset_view,)
-    return _SQUARE if measure.needs_square else views
-
-
-def _preset(costs: tuple[str, ...], views: tuple[str, ...]) -> tuple[str, ...]:
-    """The measures of some costs in some views; those over time of one view alone."""
-    return tuple(
-        key
-        for key, (view, measure) in KEYS.items()
-        if key in _NAMES and measure.cost in costs and view in _preset_views(measure, views)
-    )
-
-
-PRESETS = {
-    "fast": _preset(("fast",), _SQUARE),
-    "standard": _preset(("fast", "standard"), _SQUARE),
-    "full": _preset(("fast", "standard", "full"), VIEWS),
-}
-
-
-def select_measures(names: Iterable[str] | str | None) -> Selection:
-    """Selects the measures of these names, in the order of the registry.
-
-    Growth and horizon bring the flow that they are read off, and measures of the sensitivity each other.
-
-    Args:
-        names: Names of measures, `"variance"` of the hidden view, `"joint/variance"` of the joint one, `"v+a/variance"`
-            of chosen states, and of presets; None for `"standard"`.
-
-    Raises:
-        ValueError: If a name is unknown, or there is none.
-    """
-    expected = f"names out of {list(PRESETS)}, or of {_NAMES}, or measures of one step such as 'v+a/variance' or "
-    expected += "'0+1/variance' of chosen states"
-    if isinstance(names, Mapping) or not (names is None or isinstance(names, Iterable)):
-        raise invalid_argument("measures", expected, repr(names))
-    names = ["standard"] if names is None else [names] if isinstance(names, str) else list(names)
-    chosen = {name: quantity for name in names if (quantity := _of_chosen_states(name)) is not None}
-    unknown = [name for name in names if name not in (*_NAMES, *PRESETS, *chosen)]
-    if unknown or not names:
-        hints = [did_you_mean(name, [*PRESETS, *_NAMES]) for name in unknown]
-        raise invalid_argument("measures", expected, f"{names}{''.join(hints)}")
-    wanted = {key for name in names if name not in chosen for key in PRESETS.get(name, (name,))}
-    wanted |= {key_of(KEYS[key].view, "flow") for key in wanted if isinstance(KEYS[key].measure.kind, Flow)}
-    sensitive = {KEYS[key].view for key in wanted if isinstance(KEYS[key].measure.kind, Sensitivity)}
-    wanted |= {key for key, (view, m) in KEYS.items() if view in sensitive and isinstance(m.kind, Sensitivity)}
-    return (*(quantity for key, quantity in KEYS.items() if key in wanted), *chosen.values())
-
-
-def _of_chosen_states(name: object) -> Quantity | None:
-    """Returns the measure of one step in a view of chosen states; None for any other name."""
-    label, _, measure = name.rpartition("/") if isinstance(name, str) else ("", "", "")
-    known = MEASURES.get(measure)
-    # What looks like one of the views is misspelt.
-    if known is None or not known.kind.selectable or known.kind.over_time or did_you_mean(label, VIEWS):
-        return None
-    return None if states_in(label) is None else Quantity(label, known)
-
-
-def filtered(selection: Selection, keep: Callable[[Measure], bool]) -> Selection:
-    """The part of a selection whose measures fulfil a condition."""
-    return tuple(quantity for quantity in selection if keep(quantity.measure))
-
-
-def of_kind(selection: Selection, *kinds: type[Kind]) -> Selection:
-    """The part of a selection whose measures are of some kinds."""
-    return filtered(selection, lambda measure: isinstance(measure.kind, kinds))
-
-
-def views_of(selection: Selection) -> list[ViewName]:
-    """The views in a selection, each once, in order."""
-    return list(dict.fromkeys(view for view, _ in selection))

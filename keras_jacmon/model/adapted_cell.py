@@ -9,9 +9,7 @@ import tensorflow as tf
 
 from keras_jacmon.model.packing import Packing, real_form
 from keras_jacmon.model.recurrences import Adapter, Recurrence, Step
-from keras_jacmon.tensors import as_points, known_sizes
-
-_HALF = (tf.float16, tf.bfloat16)
+from keras_jacmon.tensors import HALF_PRECISION, as_points, known_sizes, spec_of, swapped
 
 # The rank of a batch of steps.
 _RANK_OF_STEPS = 2
@@ -127,7 +125,7 @@ class AdaptedCall:
         """
         place = hidden_place(self.states)
         valid = tf.ones(tf.shape(self.inputs)[:2], tf.bool) if self.mask is None else self.mask
-        by_step = [tf.transpose(tensor, [1, 0, *range(2, tensor.shape.rank)]) for tensor in (self.inputs, added, valid)]
+        by_step = [swapped(tensor) for tensor in (self.inputs, added, valid)]
         by_step = [tensor[::-1] if self.go_backwards else tensor for tensor in by_step]
 
         def take_step(states: list[tf.Tensor], here: list[tf.Tensor]) -> list[tf.Tensor]:
@@ -154,7 +152,7 @@ def hidden_place(states: Sequence[tf.Tensor]) -> int:
 
 def _spec(value: Any) -> Any:
     """Returns the specification of a tensor; any other argument as it is."""
-    return tf.TensorSpec(value.shape, value.dtype) if tf.is_tensor(value) else value
+    return spec_of(value) if tf.is_tensor(value) else value
 
 
 def _zeros(spec: Any, compute_dtype: str) -> Any:
@@ -162,7 +160,7 @@ def _zeros(spec: Any, compute_dtype: str) -> Any:
     if not isinstance(spec, tf.TensorSpec):
         return spec
     sizes = [1 if size is None else size for size in spec.shape]
-    return tf.zeros(sizes, compute_dtype if spec.dtype in _HALF else spec.dtype)
+    return tf.zeros(sizes, compute_dtype if spec.dtype in HALF_PRECISION else spec.dtype)
 
 
 def _check_shapes(inputs: Any, states: Any, mask: tf.Tensor | None) -> None:

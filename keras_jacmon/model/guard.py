@@ -1,7 +1,7 @@
 """Guards that restore the state of a model after a measurement or a trace."""
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import keras
@@ -14,7 +14,7 @@ from keras_jacmon.model.internals import losses_put_back, without_masks
 def shielded(model: keras.Layer) -> Iterator[None]:
     """Restores what calls of a model change: its variables, the masks of its cells and the losses of its layers.
 
-    A `tf.Variable` that a layer writes to without Keras is not shielded; see `put_back`.
+    A `tf.Variable` that a layer writes to without Keras is not shielded; see `foreign_put_back`.
 
     Args:
         model: Keras model.
@@ -23,17 +23,26 @@ def shielded(model: keras.Layer) -> Iterator[None]:
         yield
 
 
-def foreign_variables(graph: tf.Graph, model: keras.Layer, own: Iterable[tf.Variable]) -> list[tf.Variable]:
-    """Returns the variables that a graph uses and that belong neither to the model nor to this package.
+def foreign_put_back(graph: tf.Graph, model: keras.Layer) -> contextlib.AbstractContextManager[None]:
+    """Restores the values of the `foreign_variables` of a graph at the end of the context.
 
     Args:
         graph: `tf.Graph` of a traced function.
         model: Keras model.
-        own: Iterable of `tf.Variable`, the variables of this package.
+    """
+    return put_back(foreign_variables(graph, model))
+
+
+def foreign_variables(graph: tf.Graph, model: keras.Layer) -> list[tf.Variable]:
+    """Returns the variables that a graph uses and that do not belong to the model.
+
+    Args:
+        graph: `tf.Graph` of a traced function.
+        model: Keras model.
     """
     # A graph refers to a mirrored variable by the copy of its replica.
     parts = [part for variable in model.variables for part in getattr(variable.value, "values", [variable.value])]
-    known = {id(variable) for variable in [*parts, *own]}
+    known = {id(variable) for variable in parts}
     return [variable for variable in graph.variables if id(variable) not in known]
 
 

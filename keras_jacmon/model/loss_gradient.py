@@ -14,9 +14,9 @@ from keras_jacmon.graphs.traced_graph import TracedGraph
 from keras_jacmon.model.adapted_cell import AdaptedCall, hidden_place
 from keras_jacmon.model.internals import training_argument
 from keras_jacmon.model.layers import RecurrentLayer
+from keras_jacmon.model.observing import call_names, in_graph, shadowing
 from keras_jacmon.model.packing import like_original
-from keras_jacmon.model.recording import call_names, in_graph, shadowing
-from keras_jacmon.tensors import as_points, known_sizes
+from keras_jacmon.tensors import as_points, known_sizes, spec_of, swapped
 
 # A power of two, so that it rounds nothing.
 _SCALE = 1024.0
@@ -69,7 +69,7 @@ def loss_gradients(
         return [_times_samples(gradient) for gradient in gradients], call_names(adder.layers)
 
     flat = keras.tree.flatten([inputs, targets])
-    specs = [tf.TensorSpec(tensor.shape, tensor.dtype) for tensor in flat]
+    specs = list(map(spec_of, flat))
     traced = trace(run, specs)
     graph = TracedGraph(traced, specs)
     replayed = graph.replay(graph.outputs, dict(zip([i.name for i in graph.inputs], flat, strict=True)))
@@ -195,7 +195,7 @@ def _linked(returned: tf.Tensor, adapted: AdaptedCall, outputs: tf.Tensor) -> tf
     fixed = tf.stop_gradient(returned)
     if returned.shape.rank == stepped.shape.rank - 1:
         return fixed + stepped[-1] - tf.stop_gradient(stepped[-1])
-    by_position = tf.transpose(stepped, [1, 0, *range(2, stepped.shape.rank)])
+    by_position = swapped(stepped)
     if adapted.go_backwards:
         # Keras returns the outputs in the order of the steps, a scan in the order of the positions.
         turned = by_position[:, ::-1]

@@ -1,7 +1,8 @@
 """Layers that look recurrent, and that nothing is known of."""
 
 import re
-from collections.abc import Iterable, Iterator
+import types
+from collections.abc import Iterator
 from typing import Any
 
 import keras
@@ -67,15 +68,12 @@ def _direct_parts(layer: keras.Layer) -> list[Any]:
 def _names_used(kind: type) -> set[str]:
     """Returns the names that the methods of a user's class use."""
     own = [base for base in kind.__mro__ if not base.__module__.startswith(("keras.", "builtins"))]
-    codes = [
-        value.__code__ for base in own for value in vars(base).values() if callable(value) and "__code__" in dir(value)
-    ]
+    codes = [value.__code__ for base in own for value in vars(base).values() if isinstance(value, types.FunctionType)]
     return {name for code in codes for part in _with_inner(code) for name in part.co_names}
 
 
-def _with_inner(code: Any) -> Iterator[Any]:
+def _with_inner(code: types.CodeType) -> Iterator[types.CodeType]:
     """Yields the code of a function, and of the functions defined in it."""
     yield code
-    inner: Iterable[Any] = [constant for constant in code.co_consts if "co_names" in dir(constant)]
-    for part in inner:
+    for part in filter(lambda constant: isinstance(constant, types.CodeType), code.co_consts):
         yield from _with_inner(part)

@@ -1,1 +1,1 @@
-"""Jacobians as linear operators, with products and sums of entries that need no matrix."""
+"""Jacobians as linear operators; structured ones sum their entries without a matrix."""

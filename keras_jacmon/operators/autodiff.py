@@ -9,7 +9,7 @@ import tensorflow as tf
 from keras_jacmon.graphs.trace import trace
 from keras_jacmon.operators.contract import JacobianOperator
 from keras_jacmon.operators.formed import FormedJacobian
-from keras_jacmon.tensors import Points, known_sizes
+from keras_jacmon.tensors import Points, known_sizes, spec_of
 
 Product = Callable[[tf.Tensor], tf.Tensor]
 
@@ -144,7 +144,7 @@ class AutodiffJacobian(JacobianOperator):
             here = AutodiffJacobian(**self.parameters)
             return here._columns(vectors, adjoint=adjoint), None
 
-        return trace(multiply, [tf.TensorSpec(vectors.shape, vectors.dtype)])(vectors)
+        return trace(multiply, [spec_of(vectors)])(vectors)
 
     def _columns_of_copies(self, vectors: tf.Tensor, *, adjoint: bool) -> tf.Tensor:
         """As `_columns`, by a single product at the points, repeated for each column."""
@@ -201,7 +201,7 @@ class AutodiffJacobian(JacobianOperator):
         """The product with J: (points, n) -> (points, m)."""
         if self._twice:
             with contextlib.suppress(*_NOT_TWICE):
-                _, product = self._forward()
+                product = self._forward()
                 # Some gradients have none of their own, which TensorFlow does not say before it is asked.
                 product(self._point)
                 return product
@@ -215,8 +215,8 @@ class AutodiffJacobian(JacobianOperator):
             value = self._function(self._point, self._context)
         return value, _gradient(tape, value, self._point, vectors)
 
-    def _forward(self) -> tuple[tf.Tensor, Product]:
-        """The function's value and the product with J, by the tape applied twice; raises where that cannot be."""
+    def _forward(self) -> Product:
+        """The product with J, by the tape applied twice; raises where that cannot be."""
         with tf.GradientTape(persistent=True, watch_accessed_variables=False) as outer:
             with tf.GradientTape(watch_accessed_variables=False) as inner:
                 inner.watch(self._point)
@@ -224,7 +224,7 @@ class AutodiffJacobian(JacobianOperator):
             covector = tf.zeros_like(value)
             outer.watch(covector)
             pulled = _gradient(inner, value, self._point, covector)
-        return value, lambda vectors: _gradient(outer, pulled, covector, vectors)
+        return lambda vectors: _gradient(outer, pulled, covector, vectors)
 
 
 def _calls_a_function(operation: tf.Operation) -> bool:

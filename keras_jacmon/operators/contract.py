@@ -32,7 +32,7 @@ class JacobianOperator(tf.linalg.LinearOperator):
         return tf.linalg.matrix_transpose(self.matmul(tf.linalg.matrix_transpose(vectors), adjoint=adjoint))
 
     def entry_sum(self) -> tf.Tensor:
-        """The sum of all entries, `(points,)`: by default from one product with Jᵀ, as the squares are."""
+        """The sum of all entries, `(points,)`: by default from one product with Jᵀ."""
         ones = tf.ones([self.batch_shape_tensor()[0], int(self.shape[-2])], self.dtype)
         return tf.reduce_sum(self.matvec(ones, adjoint=True), axis=-1)
 

@@ -1,4 +1,4 @@
-"""The spread of the entries of several blocks, and of one of diagonals and kernels, which is not formed for it."""
+"""The spread of the entries of a Jacobian: pooled over blocks, and in closed form for a structured block."""
 
 import functools
 import itertools

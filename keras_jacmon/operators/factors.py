@@ -1,4 +1,4 @@
-"""Elementwise ways between states and products: diagonal matrices, up to an order of the units."""
+"""Factors of a structured Jacobian: diagonals, kernels and permutations."""
 
 import functools
 from dataclasses import dataclass

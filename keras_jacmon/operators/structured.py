@@ -22,8 +22,8 @@ class StructuredJacobian(JacobianOperator):
     """`J = D + Σ A_m W_mᵀ B_m` at each point: D, A, B index-mapped diagonals, the kernels W shared by all points.
 
     Where a product multiplies the result of another one, B holds that product: a chain. Products with vectors take
-    one product with each kernel. The sum of the entries and the sum of their squares are closed forms, O(units) per
-    point where `B_m = 1`, O(units²) at most; a chain has none for the sum of squares.
+    one product with each kernel. The sum of the entries and their spread are closed forms, O(units) per point where
+    `B_m = 1`, O(units²) at most; a chain has none for the spread, nor have the others that `has_closed_form` names.
 
     Args:
         points: Integer or scalar tensor, number of points.
@@ -191,7 +191,7 @@ class StructuredJacobian(JacobianOperator):
 
     @property
     def has_closed_form(self) -> bool:
-        """True unless a product multiplies the result of another one, or units are complex or made from many units.
+        """True unless a product multiplies the result of another one, or units are sorted, complex or made from many.
 
         The closed form takes each pair of the ways from a unit of a product to a new state.
         """

@@ -8,13 +8,14 @@ import keras
 import tensorflow as tf
 
 from keras_jacmon.graphs.trace import Traced, trace
-from keras_jacmon.model.guard import foreign_variables, put_back, shielded
+from keras_jacmon.model.guard import foreign_put_back, shielded
 from keras_jacmon.model.loss_gradient import gradients_by_weights
+from keras_jacmon.tensors import spec_of
 
 # The norm of the penalty's gradient over that of the loss's.
 SHARE = 0.1
 
-# A distance below this part of the target is none to hurry for.
+# Below this fraction of the target a distance counts as small.
 _NEAR = 0.05
 
 
@@ -47,7 +48,7 @@ class AutoStrength:
         self._model, self._weights, self._penalty = model, weights, penalty
         self._given = keras.tree.flatten([inputs, targets])
         self._structure = keras.tree.map_structure(lambda _: 0, [inputs, targets])
-        self._loss: Traced[None] = trace(self._of_loss, [tf.TensorSpec(x.shape, x.dtype) for x in self._given])
+        self._loss: Traced[None] = trace(self._of_loss, list(map(spec_of, self._given)))
         # The largest distance of the measure from its target so far.
         self._farthest = 0.0
 
@@ -57,7 +58,7 @@ class AutoStrength:
         Args:
             target: Number, the typical target of the measure; 1 on a logarithmic scale.
         """
-        with put_back(foreign_variables(self._loss.graph.graph, self._model, [])):
+        with foreign_put_back(self._loss.graph.graph, self._model):
             of_loss = float(self._loss(*self._given))
         with tf.GradientTape() as tape:
             penalty = self._penalty()

@@ -9,12 +9,12 @@ import tensorflow as tf
 from keras_jacmon.graphs.trace import Traced, trace
 from keras_jacmon.jacobians.cell_jacobian import Assumptions
 from keras_jacmon.jacobians.diagnosis import CheckResults, diagnose
-from keras_jacmon.measurement.compiled import MeasurableCall, SequenceTensors
+from keras_jacmon.measurement.measurable_call import MeasurableCall, SequenceTensors
 from keras_jacmon.model.distribution import own_variable
-from keras_jacmon.model.guard import foreign_variables, put_back
+from keras_jacmon.model.guard import foreign_put_back
 from keras_jacmon.regularization.compiled_penalty import CompiledPenalties, CompiledPenalty
+from keras_jacmon.regularization.penalty import Moment, NewPoints, PenaltyPoints
 from keras_jacmon.regularization.penalty_config import PenaltyConfig
-from keras_jacmon.regularization.point_penalty import Moment, NewPoints, PenaltyPoints
 
 # Returns the sequence of a call, and the objects that must live as long as the graph that is being traced.
 Record = Callable[[], tuple[SequenceTensors, Any]]
@@ -141,7 +141,7 @@ class CallPenalty:
             # Not once for all: each replica of a distributed training has variables of its own.
             traced = trace(self._record)
             self._alive.append(traced)
-        with put_back(foreign_variables(traced.graph.graph, self._model, [])):
+        with foreign_put_back(traced.graph.graph, self._model):
             sequence: SequenceTensors = traced()
         return sequence
 

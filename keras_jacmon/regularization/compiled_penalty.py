@@ -11,13 +11,15 @@ from keras_jacmon.graphs.trace import Traced, trace
 from keras_jacmon.jacobians.cell_jacobian import Assumptions, CellJacobian
 from keras_jacmon.jacobians.dependencies import find_dependencies
 from keras_jacmon.jacobians.views import chosen_view, floating_states
-from keras_jacmon.measurement.compiled import MeasurableCall, SequenceTensors
-from keras_jacmon.model.guard import foreign_variables, put_back, shielded
+from keras_jacmon.measurement.measurable_call import MeasurableCall, SequenceTensors
+from keras_jacmon.model.guard import foreign_put_back, shielded
 from keras_jacmon.options import ViewName
 from keras_jacmon.regularization.loss_terms import SCOPE
+from keras_jacmon.regularization.penalty import Moment, NewPoints, Penalty, PenaltyPoints
 from keras_jacmon.regularization.penalty_config import PenaltyConfig
-from keras_jacmon.regularization.point_penalty import Moment, NewPoints, PenaltyPoints, PointPenalty
+from keras_jacmon.regularization.point_penalty import PointPenalty
 from keras_jacmon.regularization.sequence_penalty import SequencePenalty
+from keras_jacmon.tensors import spec_of, specs_of
 
 if TYPE_CHECKING:
     from collections.abc import Hashable
@@ -66,7 +68,7 @@ class CompiledPenalty:
     ) -> None:
         self._model, self._call, self._config = model, call, config
         self._view, self._assumptions = view, assumptions
-        self._weights = [tf.TensorSpec(weight.shape, weight.dtype) for weight in call.kind.weights]
+        self._weights = list(map(spec_of, call.kind.weights))
         self._refresh = trace(self._refreshed, [_MOMENT, call.specs, self._weights])
         self._logged: Traced[CellJacobian] | None = None
         self._eager: Traced[CellJacobian] | None = None
@@ -105,7 +107,7 @@ class CompiledPenalty:
 
     def _run(self, traced: Traced[Any], *tensors: Any) -> Any:
         # A cell may count its calls.
-        with put_back(foreign_variables(traced.graph.graph, self._model, [])):
+        with foreign_put_back(traced.graph.graph, self._model):
             return traced(*tensors)
 
     def _value(self) -> Traced[CellJacobian]:
@@ -141,10 +143,10 @@ class CompiledPenalty:
     ) -> tuple[NewPoints, _Refresh]:
         with shielded(self._model):
             found, jacobian = self._penalty(weights).new_points(sequence, moment)
-        specs = tf.nest.map_structure(_spec_of, (found.points, found.leading))
+        specs = specs_of((found.points, found.leading))
         return found, _Refresh(PointSpecs(*specs), jacobian)
 
-    def _penalty(self, weights: list[tf.Tensor]) -> PointPenalty | SequencePenalty:
+    def _penalty(self, weights: list[tf.Tensor]) -> Penalty:
         given = list(zip(self._call.kind.weights, weights, strict=True))
         step = CellStep(self._call.cell, self._call.states, given)
         kind = SequencePenalty if self._config.is_over_time else PointPenalty
@@ -210,7 +212,3 @@ def view_of(view: str | tuple[int | str, ...], call: MeasurableCall) -> ViewName
     if not connected:
         raise ValueError(f"No gradient connects the new state with the old one, or the inputs, of its {name} view.")
     return name
-
-
-def _spec_of(tensor: tf.Tensor | None) -> tf.TensorSpec | None:
-    return None if tensor is None else tf.TensorSpec(tensor.shape, tensor.dtype)

@@ -2,7 +2,6 @@
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -10,34 +9,20 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_jacmon.cell.outputs import OutputDifferences, compare_outputs, differing
+from keras_jacmon.cell.outputs import differing
 from keras_jacmon.cell.trajectory import UnrollInputs
 from keras_jacmon.graphs.trace import Traced, trace
-from keras_jacmon.measurement.compiled import MeasurableCall, SequenceTensors
 from keras_jacmon.measurement.loops import record_with_shared_loops
+from keras_jacmon.measurement.measurable_call import MeasurableCall, SequenceTensors
+from keras_jacmon.measurement.recorded_calls import RecordedCalls, RecordedTensors
 from keras_jacmon.model.distribution import own_variable
-from keras_jacmon.model.guard import foreign_variables, put_back, shielded
+from keras_jacmon.model.guard import foreign_put_back, shielded
 from keras_jacmon.model.layers import RecurrentLayer
 from keras_jacmon.model.recording import Recording, record_calls
 from keras_jacmon.regularization.call_penalty import CallPenalty
 from keras_jacmon.regularization.compiled_penalty import CompiledPenalties
 from keras_jacmon.regularization.penalty_config import PenaltyConfig
 from keras_jacmon.regularization.second_derivatives import register_second_derivatives
-
-
-@dataclass(frozen=True)
-class _Calls:
-    """The calls of a model, known when its pass on the probe is recorded.
-
-    Attributes:
-        calls: List of the recorded calls.
-        recording: The recording; must live as long as the graph.
-        refusals: Dict by name of a call, the reason why the steps of its registered recurrence cannot be taken.
-    """
-
-    calls: list[MeasurableCall]
-    recording: Recording
-    refusals: dict[str, str]
 
 
 class ModelPenalty:
@@ -71,12 +56,13 @@ class ModelPenalty:
     ) -> None:
         self._model, self._inputs, self._layers, self._config, self._targets = model, inputs, layers, config, targets
         self._turn, self._step = own_variable(-1), own_variable(0)
-        # Calls with a note already that some of their points are left out.
-        self._told: set[str] = set()
+        # Calls with a note already that they have no penalty, or that points of theirs are left out.
+        self._told_of_none: set[str] = set()
+        self._told_of_some: set[str] = set()
         self.calls: dict[str, CallPenalty] = {}
         register_second_derivatives()
         self._compiled = CompiledPenalties(model, config)
-        self._recording: Traced[_Calls] = trace(partial(self._record, layers))
+        self._recording: Traced[RecordedCalls] = trace(partial(self._record, layers))
         layer_names = {id(item.layer): item.name for item in layers}
         for call in self._recording.static.calls:
             target = self._target_of(call.name, layer_names[id(call.layer)])
@@ -110,7 +96,7 @@ class ModelPenalty:
             ValueError: If a registered recurrence is not that of its layer.
         """
         self._turn.assign_add(1)
-        with put_back(foreign_variables(self._recording.graph.graph, self._model, [])):
+        with foreign_put_back(self._recording.graph.graph, self._model):
             sequences, differences = self._recording()
         for key, reason in (self._recording.static.refusals | differing(differences)).items():
             with _naming(key):
@@ -124,15 +110,15 @@ class ModelPenalty:
             if note is not None:
                 notes.append(f"Layer `{key}`: {note}")
                 changed = True
-            if not int(result.valid) and key not in self._told:
-                self._told.add(key)
+            if not int(result.valid) and key not in self._told_of_none:
+                self._told_of_none.add(key)
                 notes.append(
                     f"Layer `{key}`: all steps of the probe are masked, or its states are not finite, so it has no "
                     "penalty. Give a probe with steps that are not masked."
                 )
             left_out = int(result.left_out)
-            if left_out and key not in self._told:
-                self._told.add(key)
+            if left_out and key not in self._told_of_some:
+                self._told_of_some.add(key)
                 notes.append(
                     f"Layer `{key}`: at {left_out} points of its trajectory the penalty is not finite. Such points "
                     "are left out; later ones of this layer are not warned of."
@@ -150,7 +136,7 @@ class ModelPenalty:
 
     def begin(self, step: int) -> None:
         """Prepares the batch after `step` batches: other random vectors, and fresh states at other points."""
-        # Of numbers of Python TensorFlow keeps a copy on the device, for ever.
+        # An array: TensorFlow keeps a copy of every Python number on the device, for ever.
         self._step.assign(np.int32(step))
         if self._config.states == "fresh":
             self._turn.assign_add(1)
@@ -159,17 +145,10 @@ class ModelPenalty:
         """Returns the penalty with the present weights."""
         return sum(call.to_log() for call in self.calls.values())
 
-    def _record(
-        self, layers: Sequence[RecurrentLayer]
-    ) -> tuple[tuple[list[SequenceTensors], dict[str, OutputDifferences]], _Calls]:
+    def _record(self, layers: Sequence[RecurrentLayer]) -> tuple[RecordedTensors, RecordedCalls]:
         """Records the calls of some layers on the probe, in the graph that is being traced."""
         with shielded(self._model):
-            recording, kinds = record_with_shared_loops(self._model, self._inputs, layers)
-            sequences = [UnrollInputs.of(call) for call in recording.calls]
-            calls = [MeasurableCall.of(*found, kinds) for found in zip(recording.calls, sequences, strict=True)]
-            differences, refusals = compare_outputs(recording.calls)
-        tensors = [(part.inputs, part.states, part.mask) for part in sequences]
-        return (tensors, differences), _Calls(calls, recording, refusals)
+            return RecordedCalls.of(*record_with_shared_loops(self._model, self._inputs, layers))
 
     def _target_of(self, call: str, layer: str) -> tf.Variable | None:
         """Returns the target of a call: its own, or the target of its layer, or the target of all others."""

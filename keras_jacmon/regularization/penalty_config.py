@@ -61,9 +61,9 @@ class PenaltyConfig:
         return not self.is_over_time and self.measure != "spectral_radius"
 
     def __post_init__(self) -> None:
-        held = [*DIFFERENTIABLE, *DIFFERENTIABLE_OVER_TIME]
-        if self.measure not in held:
-            expected = f"a measure with a derivative: {held}"
+        differentiable = [*DIFFERENTIABLE, *DIFFERENTIABLE_OVER_TIME]
+        if self.measure not in differentiable:
+            expected = f"a measure with a derivative: {differentiable}"
             known = f"{self.measure!r}, which is none of them" if self.measure in MEASURES else repr(self.measure)
             raise invalid_argument("measure", expected, f"measure={known}")
         choices: tuple[tuple[str, Any, tuple[Any, ...]], ...] = (

@@ -1,27 +1,35 @@
 """The penalty at points of a trajectory: squared distances of a measure of the Jacobians there from a target."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
 
-import keras
 import tensorflow as tf
 
 from keras_jacmon.cell.sampling import Sample, sample, without_values
-from keras_jacmon.cell.step import CellStep
 from keras_jacmon.cell.trajectory import UnrollInputs
-from keras_jacmon.jacobians.cell_jacobian import Assumptions, CellJacobian
+from keras_jacmon.jacobians.cell_jacobian import CellJacobian
 from keras_jacmon.jacobians.checks import check_independence, check_points
 from keras_jacmon.jacobians.diagnosis import CheckResults
 from keras_jacmon.jacobians.points import PointBatch
 from keras_jacmon.jacobians.views import floating_states, side_by_side
-from keras_jacmon.measurement.compiled import SequenceTensors
+from keras_jacmon.measurement.measurable_call import SequenceTensors
 from keras_jacmon.measurement.per_step import CHECKED_POINTS
 from keras_jacmon.measures.context import MeasureContext
-from keras_jacmon.measures.differentiable import DIFFERENTIABLE, TINY, Directions, eigenvector_parts, refined_vectors
-from keras_jacmon.measures.spectrum import leading_singular_vectors
+from keras_jacmon.measures.differentiable import DIFFERENTIABLE, Directions, eigenvector_parts, refined_vectors
+from keras_jacmon.measures.spectral_norm import leading_singular_vectors
 from keras_jacmon.operators.contract import JacobianOperator
 from keras_jacmon.options import Options, ViewName
+from keras_jacmon.regularization.penalty import (
+    Moment,
+    NewPoints,
+    Penalty,
+    PenaltyPoints,
+    Purpose,
+    mended,
+    of_loss_type,
+    seed_of,
+    squared_distance,
+)
 from keras_jacmon.regularization.penalty_config import PenaltyConfig
 from keras_jacmon.tensors import known_sizes
 
@@ -32,75 +40,11 @@ _LOGGED_TOLERANCE = 1e-3
 _MOST_HOISTED = 2**24
 
 
-class Moment(NamedTuple):
-    """The numbers that a penalty depends on beside weights and points.
-
-    Attributes:
-        target: Scalar, the target of the measure.
-        turn: Integer scalar, the number of times that points of the trajectory were taken.
-        step: Integer scalar, the number of batches so far; it seeds the random vectors.
-    """
-
-    target: tf.Tensor
-    turn: tf.Tensor
-    step: tf.Tensor
-
-
-class PenaltyPoints(NamedTuple):
-    """Points that a penalty is taken at.
-
-    Attributes:
-        inputs: Tensor `(points, ...)`.
-        states: Tuple of tensors `(points, ...)`, the flat states before the step.
-        weights: Tensor `(points,)`, 0 for a point that does not count.
-    """
-
-    inputs: tf.Tensor
-    states: tuple[tf.Tensor, ...]
-    weights: tf.Tensor
-
-
-class NewPoints(NamedTuple):
-    """Points that were taken from a trajectory, and the findings there.
-
-    Attributes:
-        points: `PenaltyPoints`; those without a finite penalty do not count.
-        leading: Tensor `(points, n)`, the leading singular vectors there; None if the measure needs none.
-        checks: Checks of the assumptions behind the Jacobians, at some of the points.
-        left_out: Integer scalar, the number of points without a finite penalty.
-        valid: Integer scalar, the number of points that are not masked and have finite states.
-    """
-
-    points: PenaltyPoints
-    leading: tf.Tensor | None
-    checks: CheckResults
-    left_out: tf.Tensor
-    valid: tf.Tensor
-
-
-class PointPenalty:
-    """The penalty on a cell as a function of points, or of sequences, in the graph that is being traced.
-
-    Args:
-        step: `CellStep`, the cell's step.
-        config: `PenaltyConfig`.
-        view: The view for this cell.
-        assumptions: The assumptions behind the Jacobians.
-    """
-
-    def __init__(self, step: CellStep, config: PenaltyConfig, view: ViewName, assumptions: Assumptions) -> None:
-        self._cell_step, self._config, self._view, self._assumptions = step, config, view, assumptions
+class PointPenalty(Penalty):
+    """The penalty on a cell as a function of points, in the graph that is being traced."""
 
     def new_points(self, sequence: SequenceTensors, moment: Moment) -> tuple[NewPoints, CellJacobian]:
-        """Takes points of a trajectory.
-
-        Args:
-            sequence: The sequence that the cell is unrolled along.
-            moment: The numbers of this moment.
-
-        Returns:
-            The points, and the Jacobian, which must live as long as the graph.
-        """
+        """Takes points of a trajectory, all steps and samples alike."""
         chosen, jacobian = self._sampled(sequence, moment)
         points, leading = PointBatch(chosen.inputs, chosen.states), None
         if self._config.measure == "spectral_norm":
@@ -117,17 +61,7 @@ class PointPenalty:
     def at(
         self, chosen: PenaltyPoints, known: tf.Tensor | None, moment: Moment, *, anew: bool
     ) -> tuple[tf.Tensor, CellJacobian]:
-        """Returns the penalty at points that were taken before.
-
-        Args:
-            chosen: The points.
-            known: Leading singular vectors of other weights or points; None if the measure needs none.
-            moment: The numbers of this moment.
-            anew: Boolean, True to find leading singular vectors anew.
-
-        Returns:
-            A scalar, and the Jacobian, which must live as long as the graph.
-        """
+        """Returns the penalty at points that were taken before."""
         jacobian = self._jacobian(chosen.inputs, chosen.states)
         distances, points = self._distances(jacobian, moment), PointBatch(chosen.inputs, chosen.states)
         leading = self._present_leading(distances, points, known, anew=anew)
@@ -137,14 +71,7 @@ class PointPenalty:
     def along(
         self, sequence: SequenceTensors, known: tf.Tensor | None, moment: Moment, *, anew: bool
     ) -> tuple[tf.Tensor, CellJacobian]:
-        """Returns the penalty at points of the present trajectory; results and other arguments are those of `at`.
-
-        Args:
-            sequence: The sequence that the cell is unrolled along.
-            known: See `at`.
-            moment: See `at`.
-            anew: See `at`.
-        """
+        """Returns the penalty at points of the present trajectory."""
         chosen, jacobian = self._sampled(sequence, moment)
         inputs, states = chosen.inputs, chosen.states
         if not self._config.through_states:
@@ -174,12 +101,12 @@ class PointPenalty:
         if anew:
             options = Options(seed=self._config.seed, tolerance=_LOGGED_TOLERANCE)
             return tf.stop_gradient(self._found_leading(distances.jacobian, fixed, options))
-        seed = tf.random.experimental.stateless_fold_in([self._config.seed, 6], distances.moment.step)
+        seed = seed_of(self._config, Purpose.LEADING_VECTORS, distances.moment.step)
         return tf.stop_gradient(refined_vectors(distances.operator(fixed), known, seed))
 
     def _checked(self, jacobian: CellJacobian, points: PointBatch, chosen: Sample, moment: Moment) -> CheckResults:
         """Returns the results of the checks, at the points with a weight."""
-        seed = tf.random.experimental.stateless_fold_in([self._config.seed, 4], moment.turn)
+        seed = seed_of(self._config, Purpose.CHECKS, moment.turn)
         valid = tf.cast(tf.where(chosen.weights > 0)[:, 0], tf.int32)
 
         def checked(check: Callable[..., CheckResults], some: tf.Tensor) -> CheckResults:
@@ -195,9 +122,6 @@ class PointPenalty:
         jacobian = self._jacobian(unrolled.inputs[0], unrolled.states)
         plan = without_values(jacobian.unroll_plan(), known_sizes(unrolled.inputs)[:2], _MOST_HOISTED)
         return sample(self._cell_step, unrolled, plan, self._config.rows, moment.turn), jacobian
-
-    def _jacobian(self, inputs: tf.Tensor, states: Sequence[tf.Tensor]) -> CellJacobian:
-        return CellJacobian(self._cell_step, inputs, states, self._assumptions)
 
 
 @dataclass(frozen=True, eq=False)
@@ -217,7 +141,7 @@ class _Distances:
     moment: Moment
 
     def __call__(self, points: PointBatch, leading: tf.Tensor | None) -> tf.Tensor:
-        seed = tf.random.experimental.stateless_fold_in([self.config.seed, 5], self.moment.step)
+        seed = seed_of(self.config, Purpose.VECTORS, self.moment.step)
         directions = Directions(self.config.vectors, seed, leading)
         draws = DIFFERENTIABLE[self.config.measure](self.operator(points), directions)
         return squared_distance(draws, tf.cast(self.moment.target, draws.dtype), self.config)
@@ -255,53 +179,10 @@ class _Distances:
         return of_loss_type(total)
 
     def _mean_where(self, points: PointBatch, leading: tf.Tensor | None, finite: tf.Tensor) -> tf.Tensor:
-        # A point that is not finite would make the whole gradient NaN, even with a weight of zero.
-        stand_in = tf.argmax(finite)
-
-        def mended(tensor: tf.Tensor) -> tf.Tensor:
-            keep = tf.reshape(finite, [-1] + [1] * (tensor.shape.rank - 1))
-            # XLA would compile a slice anew for each place, and with it the step of the training at each batch.
-            return tf.where(keep, tensor, tf.gather(tensor, stand_in))
-
-        leading = None if leading is None else mended(leading)
-        distances = self(PointBatch(mended(points.inputs), tuple(map(mended, points.states))), leading)
+        inputs, states, leading = mended((points.inputs, points.states, leading), finite)
+        distances = self(PointBatch(inputs, states), leading)
         shares = tf.cast(finite, distances.dtype)
         return tf.reduce_sum(shares * distances) / tf.maximum(tf.reduce_sum(shares), 1)
-
-
-def of_loss_type(value: tf.Tensor) -> tf.Tensor:
-    """Returns a value in the type of Keras' own losses, but not in half precision."""
-    return tf.cast(value, tf.float64 if keras.config.floatx() == "float64" else tf.float32)
-
-
-def squared_distance(draws: tf.Tensor, target: tf.Tensor, config: PenaltyConfig) -> tf.Tensor:
-    """Returns `(measure - target)²` at each point, or the square for the logarithms; zero on the allowed side.
-
-    Args:
-        draws: `(draws, points)`, the measure or independent estimates of it. Products of different estimates make the
-            square unbiased.
-        target: Scalar.
-        config: `PenaltyConfig`, for its `scale` and `side`.
-
-    Returns:
-        `(points,)`.
-    """
-    if config.scale == "log":
-        # The logarithm of an estimate has a bias, which falls with the number of vectors.
-        value = tf.reduce_mean(draws, axis=0, keepdims=True)
-        # No derivative below, where it would be larger than any number.
-        difference = tf.math.log(tf.maximum(value, TINY)) - tf.math.log(target)
-    else:
-        difference = draws - target
-    count = int(difference.shape[0])
-    square = tf.reduce_sum(difference, axis=0) ** 2
-    if count > 1:
-        square = (square - tf.reduce_sum(difference**2, axis=0)) / (count * (count - 1))
-    if config.side == "both":
-        return square
-    mean = tf.reduce_mean(difference, axis=0)
-    wrong = mean > 0 if config.side == "at_most" else mean < 0
-    return tf.where(wrong, square, tf.zeros_like(square))
 
 
 def _are_finite(distances: tf.Tensor) -> tf.Tensor:

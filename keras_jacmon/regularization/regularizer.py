@@ -10,8 +10,8 @@ import keras
 
 from keras_jacmon.errors import invalid_argument
 from keras_jacmon.model.inputs import read_probe, read_targets
-from keras_jacmon.regularization.held_model import RegularizedModel
 from keras_jacmon.regularization.penalty_config import PenaltyConfig
+from keras_jacmon.regularization.regularized_model import RegularizedModel
 from keras_jacmon.regularization.schedule import AUTO, Schedule, ScheduledNumber, schedule_from_config
 
 
@@ -185,9 +185,9 @@ class JacobianRegularizer:
         Example:
 
         ```python
-        with regularizer.attached(model, x[:32], targets=y[:32]) as held:
+        with regularizer.attached(model, x[:32], targets=y[:32]) as regularized:
             for step, (x, y) in enumerate(data):
-                held.begin(step)
+                regularized.begin(step)
                 train_step(x, y)        # a `tf.function` must be traced in here, not before
         ```
 
@@ -207,12 +207,12 @@ class JacobianRegularizer:
         """
         arrays = read_probe(probe)
         wanted = None if targets is None else read_targets(targets, arrays)
-        held = self.prepare(model, arrays, layers, targets=wanted)
-        held.attach()
+        regularized = self.prepare(model, arrays, layers, targets=wanted)
+        regularized.attach()
         try:
-            yield held
+            yield regularized
         finally:
-            held.detach()
+            regularized.detach()
 
     def get_config(self) -> dict[str, Any]:
         """Returns the arguments with their present values; schedules as Keras serializes them.

@@ -4,49 +4,41 @@ from collections.abc import Sequence
 
 import tensorflow as tf
 
-from keras_jacmon.cell.step import CellStep
 from keras_jacmon.cell.trajectory import UnrollInputs, unroll
-from keras_jacmon.jacobians.cell_jacobian import Assumptions, CellJacobian
+from keras_jacmon.jacobians.cell_jacobian import CellJacobian
 from keras_jacmon.jacobians.checks import check_independence, check_points
 from keras_jacmon.jacobians.dependencies import find_dependencies
 from keras_jacmon.jacobians.diagnosis import CheckResults
 from keras_jacmon.jacobians.points import PointBatch
 from keras_jacmon.jacobians.views import floating_states, size
-from keras_jacmon.measurement.compiled import SequenceTensors
+from keras_jacmon.measurement.measurable_call import SequenceTensors
 from keras_jacmon.measurement.per_step import CHECKED_POINTS
 from keras_jacmon.measures.differentiable_over_time import DIFFERENTIABLE_OVER_TIME, Beginnings
 from keras_jacmon.measures.flow import FlowPlan
 from keras_jacmon.measures.steps import Steps
-from keras_jacmon.options import ViewName
-from keras_jacmon.regularization.penalty_config import PenaltyConfig
-from keras_jacmon.regularization.point_penalty import (
+from keras_jacmon.regularization.penalty import (
     Moment,
     NewPoints,
+    Penalty,
     PenaltyPoints,
+    Purpose,
+    mended,
     of_loss_type,
+    seed_of,
     squared_distance,
 )
-from keras_jacmon.tensors import as_points, known_sizes
+from keras_jacmon.tensors import as_points, finite_points, known_sizes, swapped
 
 
-class SequencePenalty:
+class SequencePenalty(Penalty):
     """The penalty on a cell as a function of trajectories, in the graph that is being traced.
 
     Its points are samples: inputs and states are `(samples, time, ...)`, and weights `(samples, time)`, 0 at the steps
-    that are skipped.
-
-    Args:
-        step: `CellStep`, the cell's step.
-        config: `PenaltyConfig`.
-        view: The view for this cell.
-        assumptions: The assumptions behind the Jacobians.
+    that are skipped. There are no leading singular vectors.
     """
 
-    def __init__(self, step: CellStep, config: PenaltyConfig, view: ViewName, assumptions: Assumptions) -> None:
-        self._cell_step, self._config, self._view, self._assumptions = step, config, view, assumptions
-
     def new_points(self, sequence: SequenceTensors, moment: Moment) -> tuple[NewPoints, CellJacobian]:
-        """Takes the trajectories of some samples; see `PointPenalty.new_points`."""
+        """Takes the trajectories of some samples."""
         points, new, jacobian = self._sampled(sequence, moment)
         checks = self._checked(jacobian, points, new, moment)
         usable = self._are_usable(jacobian, points, moment)
@@ -59,24 +51,24 @@ class SequencePenalty:
     def at(
         self,
         chosen: PenaltyPoints,
-        known: None,  # noqa: ARG002 - as that of points
+        known: tf.Tensor | None,  # noqa: ARG002 - as in the base class
         moment: Moment,
         *,
-        anew: bool,  # noqa: ARG002 - as that of points
+        anew: bool,  # noqa: ARG002 - as in the base class
     ) -> tuple[tf.Tensor, CellJacobian]:
-        """Returns the penalty along trajectories that were taken before; see `PointPenalty.at`."""
+        """Returns the penalty along trajectories that were taken before."""
         jacobian = self._jacobian(chosen.inputs[:, 0], [state[:, 0] for state in chosen.states])
         return self._mean(jacobian, chosen, tf.reduce_any(chosen.weights > 0, axis=1), moment), jacobian
 
     def along(
         self,
         sequence: SequenceTensors,
-        known: None,  # noqa: ARG002 - as that of points
+        known: tf.Tensor | None,  # noqa: ARG002 - as in the base class
         moment: Moment,
         *,
-        anew: bool,  # noqa: ARG002 - as that of points
+        anew: bool,  # noqa: ARG002 - as in the base class
     ) -> tuple[tf.Tensor, CellJacobian]:
-        """Returns the penalty along the present trajectories; see `PointPenalty.along`."""
+        """Returns the penalty along the present trajectories."""
         points, _, jacobian = self._sampled(sequence, moment)
         if not self._config.through_states:
             points = PenaltyPoints(*tf.nest.map_structure(tf.stop_gradient, tuple(points)))
@@ -86,15 +78,9 @@ class SequencePenalty:
     def _mean(self, jacobian: CellJacobian, points: PenaltyPoints, counts: tf.Tensor, moment: Moment) -> tf.Tensor:
         """Returns the mean over the samples that count and whose distance is finite; zero if there are none."""
         counts &= tf.math.is_finite(tf.stop_gradient(self._distances(jacobian, points, moment)))
-        # Any other would make the whole gradient NaN.
-        stand_in = tf.argmax(counts)
-
-        def mended(tensor: tf.Tensor) -> tf.Tensor:
-            keep = tf.reshape(counts, [-1] + [1] * (tensor.shape.rank - 1))
-            return tf.where(keep, tensor, tf.gather(tensor, stand_in))
 
         def mean() -> tf.Tensor:
-            safe = PenaltyPoints(*tf.nest.map_structure(mended, tuple(points)))
+            safe = PenaltyPoints(*mended(tuple(points), counts))
             distances = self._distances(jacobian, safe, moment)
             shares = tf.cast(counts, distances.dtype)
             return tf.reduce_sum(shares * distances) / tf.reduce_sum(shares)
@@ -111,13 +97,13 @@ class SequencePenalty:
             fixed = PenaltyPoints(tf.stop_gradient(points.inputs), tuple(states), points.weights)
             distances = self._distances(jacobian, fixed, moment)
         slopes = tape.gradient(distances, [states[q] for q in floating], unconnected_gradients="zero")
-        finite = [tf.reduce_all(tf.math.is_finite(x), axis=range(1, x.shape.rank)) for x in slopes]
+        finite = [finite_points(x) for x in slopes]
         return tf.reduce_all(tf.stack([tf.math.is_finite(distances), *finite]), axis=0)
 
     def _distances(self, jacobian: CellJacobian, points: PenaltyPoints, moment: Moment) -> tf.Tensor:
         """Returns the mean squared distance of the values of each sample from the target, `(samples,)`."""
-        inputs, mask = _swapped(points.inputs), _swapped(points.weights) > 0
-        states = list(map(_swapped, points.states))
+        inputs, mask = swapped(points.inputs), swapped(points.weights) > 0
+        states = list(map(swapped, points.states))
         time, samples = known_sizes(inputs)[:2]
 
         def at(t: tf.Tensor) -> tf.linalg.LinearOperator:
@@ -131,9 +117,7 @@ class SequencePenalty:
         sizes = self._sizes(points.states)
         steps = Steps(time, at, mask, samples, sum(sizes), states[floating_states(states)[0]].dtype, every)
         plan = FlowPlan.of(sizes, self._begins(inputs, states), self._config.vectors, cheap=False)
-        seeds = [
-            tf.random.experimental.stateless_fold_in([self._config.seed, 7], number) for number in (moment.step, 0)
-        ]
+        seeds = [seed_of(self._config, Purpose.TRAJECTORIES, number) for number in (moment.step, 0)]
         values = DIFFERENTIABLE_OVER_TIME[self._config.measure](steps, Beginnings(plan, *seeds))
         # Several values are no draws of one, whose products would be taken.
         flat = tf.reshape(values, [1, -1])
@@ -169,18 +153,18 @@ class SequencePenalty:
             weights = tf.ones([width, time], dtype)
         else:
             weights = tf.cast(tf.transpose(tf.gather(unrolled.mask, chosen, axis=1)), dtype)
-        points = PenaltyPoints(_swapped(trajectory.inputs), tuple(map(_swapped, trajectory.states)), weights)
+        points = PenaltyPoints(swapped(trajectory.inputs), tuple(map(swapped, trajectory.states)), weights)
         return points, trajectory.new, jacobian
 
     def _checked(
         self, jacobian: CellJacobian, points: PenaltyPoints, new: Sequence[tf.Tensor], moment: Moment
     ) -> CheckResults:
         """Returns the results of the checks at the points that are not skipped."""
-        seed = tf.random.experimental.stateless_fold_in([self._config.seed, 4], moment.turn)
-        flat = PointBatch(as_points(_swapped(points.inputs)), tuple(as_points(_swapped(s)) for s in points.states))
+        seed = seed_of(self._config, Purpose.CHECKS, moment.turn)
+        flat = PointBatch(as_points(swapped(points.inputs)), tuple(as_points(swapped(s)) for s in points.states))
         made = list(map(as_points, new))
-        finite = [tf.reduce_all(tf.math.is_finite(x), axis=range(1, x.shape.rank)) for x in made if x.dtype.is_floating]
-        valid = tf.reduce_all(tf.stack([as_points(_swapped(points.weights)) > 0, *finite]), axis=0)
+        finite = [finite_points(x) for x in made if x.dtype.is_floating]
+        valid = tf.reduce_all(tf.stack([as_points(swapped(points.weights)) > 0, *finite]), axis=0)
         places = tf.cast(tf.where(valid)[:, 0], tf.int32)
         few = places[:CHECKED_POINTS]
         views = [self._view]
@@ -189,11 +173,3 @@ class SequencePenalty:
             return checks
         others = check_independence(jacobian, views, flat.take(places), [tf.gather(x, places) for x in made], seed)
         return checks.worst(others)
-
-    def _jacobian(self, inputs: tf.Tensor, states: Sequence[tf.Tensor]) -> CellJacobian:
-        return CellJacobian(self._cell_step, inputs, states, self._assumptions)
-
-
-def _swapped(tensor: tf.Tensor) -> tf.Tensor:
-    """Swaps time and samples, the first two axes."""
-    return tf.transpose(tensor, [1, 0, *range(2, tensor.shape.rank)])

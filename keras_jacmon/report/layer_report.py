@@ -34,7 +34,7 @@ class LayerReport:
             only (`max_rows`): True where they were. Defaults to none.
         certificate: Float, dimensionless. If the Jacobians rest on a structure that was found in the cell: the largest
             relative difference between products with them and autodiff at the points that were compared this time,
-            except for one in twenty. None without such a structure. Defaults to None.
+            except for one point in 200, where it is largest. None without such a structure. Defaults to None.
         sequences: Dict of float arrays, the measures of whole sequences: `"flow"` `(span, batch)`, in nats, the natural
             logarithm of the gain over the last 1, 2, ... steps; `"lyapunov"` `(exponent, batch)`, in nats per step;
             `"growth"` (nats per step), `"horizon"` (steps) and `"kaplan_yorke"` (dimensionless), `(batch,)`;

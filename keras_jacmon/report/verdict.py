@@ -11,11 +11,11 @@ from keras_jacmon.report.curve import FALL, RISE, State, added, fate, growth, me
 from keras_jacmon.report.reductions import FloatArray
 from keras_jacmon.report.suggestion import Suggestion
 
-# A step stands out if the logarithm of its gain differs from the median by so much, and by so many times the median
-# difference: of normal numbers, three in a million do.
+# A step stands out if the logarithm of its gain differs from the median by more than log 1.5, and by more than 7 times
+# the median difference: of normal numbers, three in a million do.
 _LEAST_EXCESS, _OUTLIER = math.log(1.5), 7.0
 
-# A threshold beyond the probe is worth a word within so many times its length.
+# A threshold beyond the probe is named if it is met within this multiple of the probe's length.
 _SOON = 5
 
 # The relative change of the last state that a step of the training may make.

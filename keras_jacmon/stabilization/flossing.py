@@ -12,12 +12,15 @@ from keras_jacmon.graphs.trace import Traced, trace
 from keras_jacmon.jacobians.cell_jacobian import CellJacobian
 from keras_jacmon.jacobians.points import PointBatch
 from keras_jacmon.jacobians.views import floating_states
-from keras_jacmon.measures.lyapunov import differentiable_exponents, start_lyapunov
+from keras_jacmon.measures.context import Purpose
+from keras_jacmon.measures.differentiable_exponents import differentiable_exponents
+from keras_jacmon.measures.lyapunov import start_lyapunov
 from keras_jacmon.measures.steps import Steps
-from keras_jacmon.model.guard import foreign_variables, put_back, shielded
+from keras_jacmon.model.guard import foreign_put_back, shielded
 from keras_jacmon.model.layers import RecurrentLayer
 from keras_jacmon.model.recording import Recording, RecurrentCall, record_calls
 from keras_jacmon.operators.contract import JacobianOperator
+from keras_jacmon.options import default_warmup
 from keras_jacmon.stabilization.gradient import slopes_of
 from keras_jacmon.tensors import PointRange, known_sizes
 
@@ -25,7 +28,7 @@ from keras_jacmon.tensors import PointRange, known_sizes
 _FORMED = 4
 
 
-class ExponentsLoss:
+class ExponentsObjective:
     """The mean of `(exponent - target)²` over calls, samples and the leading exponents.
 
     The gradient passes the products of Jacobians, their QR decompositions, and the states.
@@ -70,7 +73,7 @@ class ExponentsLoss:
 
     def value_and_slopes(self) -> tuple[tf.Tensor, list[tf.Tensor]]:
         """Returns the loss with the present weights, and its derivatives by all trained weights of the layers."""
-        with put_back(foreign_variables(self._traced.graph.graph, self._model, [])):
+        with foreign_put_back(self._traced.graph.graph, self._model):
             return self._traced()
 
     def _value_and_slopes(self) -> tuple[tuple[tf.Tensor, list[tf.Tensor]], Traced[Any]]:
@@ -110,11 +113,14 @@ class ExponentsLoss:
 
         size = int(whole.shape[-1])
         steps = Steps(time, at, sequence.mask, samples, size, whole.dtype, lambda: whole)
-        start = start_lyapunov(samples, size, min(self._count, size), (self._seed, 6), whole.dtype).vectors
+        start = start_lyapunov(
+            samples, size, min(self._count, size), (self._seed, Purpose.EXPONENTS), whole.dtype
+        ).vectors
         formed = _FORMED * int(start.shape[-1]) >= size
-        exponents = differentiable_exponents(steps, start, warmup=time // 10, formed=formed)
+        warmup = default_warmup(time)
+        exponents = differentiable_exponents(steps, start, warmup=warmup, formed=formed)
         if sequence.mask is not None:
             # Other samples have no step after the warm-up.
-            counts = tf.math.count_nonzero(sequence.mask, axis=0, dtype=tf.int32) > time // 10
+            counts = tf.math.count_nonzero(sequence.mask, axis=0, dtype=tf.int32) > warmup
             exponents = tf.boolean_mask(exponents, counts, axis=1)
         return exponents, jacobian

@@ -8,8 +8,8 @@ import numpy as np
 
 from keras_jacmon.errors import invalid_argument, is_number
 from keras_jacmon.measures.differentiable import TINY
-from keras_jacmon.measures.registry import key_of
-from keras_jacmon.options import ChosenStates, label_of
+from keras_jacmon.measures.selection import key_of
+from keras_jacmon.options import ChosenStates, default_warmup, label_of
 from keras_jacmon.report.reductions import FloatArray
 from keras_jacmon.report.report import Report
 
@@ -108,7 +108,7 @@ class Goal:
         layer = report[self.call]
         if not self._is_of_exponents:
             return layer.valid(self.key)
-        return layer[self.key][:, layer.mask.sum(axis=0) > len(layer.mask) // 10]
+        return layer[self.key][:, layer.mask.sum(axis=0) > default_warmup(len(layer.mask))]
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Gradient descent on `(measure - target)²`, where the measure is one of a step by the penalties of the regularizer."""
+"""Gradient descent on the mean of `(measure - target)²`."""
 
 import math
 import warnings
@@ -16,6 +16,7 @@ from keras_jacmon.regularization.model_penalty import ModelPenalty
 from keras_jacmon.regularization.penalty_config import PenaltyConfig
 from keras_jacmon.stabilization.goals import Goal, Standing, View
 from keras_jacmon.stabilization.moves import Copies, Moves, RelativeMoves
+from keras_jacmon.tensors import spec_of
 
 # Of relative moves: 3 % of a weight.
 _LEARNING_RATE = 0.03
@@ -24,7 +25,7 @@ _LEARNING_RATE = 0.03
 _STEPS_PER_ROW = 32
 
 
-class Loss(Protocol):
+class Objective(Protocol):
     """A function of the weights of a model."""
 
     def renew(self) -> None:
@@ -37,8 +38,8 @@ class Loss(Protocol):
         """Returns the derivatives of the loss by the weights."""
 
 
-class PenaltyLoss:
-    """The penalties of the goals in one direction, as a loss.
+class PenaltyObjective:
+    """The penalties of the goals in one direction, as an objective.
 
     Args:
         model: A built Keras model.
@@ -75,7 +76,7 @@ class PenaltyLoss:
     def gradients(self, weights: Sequence[keras.Variable]) -> list[tf.Tensor]:
         """Returns the derivatives of the mean of the penalties by the weights."""
         with tf.GradientTape() as tape:
-            loss = tf.add_n([call() for call in self._penalty.calls.values()])
+            loss = self._penalty.value()
         return slopes_of(loss, tape, weights)
 
 
@@ -83,7 +84,7 @@ class Gradient:
     """Updates weights by a Keras optimizer.
 
     Args:
-        losses: Sequence of `Loss`; their sum is minimized.
+        losses: Sequence of `Objective`; their sum is minimized.
         weights: Sequence of the weights that change.
         optimizer: Keras optimizer, used by nothing else; None for Adam on relative moves of the weights, whose learning
             rate is halved after each round that made the loss larger.
@@ -91,7 +92,7 @@ class Gradient:
 
     def __init__(
         self,
-        losses: Sequence[Loss],
+        losses: Sequence[Objective],
         weights: Sequence[keras.Variable],
         optimizer: keras.optimizers.Optimizer | None,
     ) -> None:
@@ -99,7 +100,7 @@ class Gradient:
         self._moves: Moves = RelativeMoves(weights) if optimizer is None else Copies(weights)
         self._optimizer = keras.optimizers.Adam(_LEARNING_RATE) if optimizer is None else optimizer
         self._optimizer.build(self._moves.variables)
-        specs = [tf.TensorSpec(weight.shape, weight.dtype) for weight in weights]
+        specs = list(map(spec_of, weights))
         self._update: Traced[None] = trace(self._updated, specs)
         self._step, self._last_loss = 0, math.inf
         self.notes: list[str] = []

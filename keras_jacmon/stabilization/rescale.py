@@ -179,7 +179,7 @@ class _Kernel:
 
 
 def _gates(weights: Sequence[keras.Variable]) -> int:
-    """The number of gates whose recurrent kernels stand side by side, from units to so many times the units."""
+    """Returns the number of gates in the recurrent kernel `(units, gates * units)`; 1 for a kernel of another shape."""
     shapes = [weight.shape for weight in weights if weight.name == KERNELS[TIME]]
     units, columns = shapes[0][-2:] if shapes else (1, 1)
     return columns // units if columns % units == 0 else 1

@@ -17,7 +17,7 @@ from keras_jacmon.model.inputs import fit_probe, read_probe
 from keras_jacmon.model.layers import check_model, find_recurrent_layers, select_layers
 from keras_jacmon.options import LARGEST_SEED, label_of, states_in
 from keras_jacmon.stabilization.best_weights import BestWeights, are_finite, changeable_weights
-from keras_jacmon.stabilization.flossing import ExponentsLoss
+from keras_jacmon.stabilization.flossing import ExponentsObjective
 from keras_jacmon.stabilization.goals import (
     GROWTH,
     LYAPUNOV,
@@ -30,7 +30,7 @@ from keras_jacmon.stabilization.goals import (
     targets_of,
     view_of,
 )
-from keras_jacmon.stabilization.gradient import Gradient, Loss, PenaltyLoss, penalty_config
+from keras_jacmon.stabilization.gradient import Gradient, Objective, PenaltyObjective, penalty_config
 from keras_jacmon.stabilization.history import History
 from keras_jacmon.stabilization.method import Method
 from keras_jacmon.stabilization.rescale import Rescale
@@ -39,14 +39,29 @@ from keras_jacmon.stabilization.result import StabilizeResult
 # Points of a layer that each check measures.
 _CHECKED_POINTS = 32
 
-# Updates between two checks, and the most of them: an update of a rescaling is a whole round.
-_ROUNDS = {"gradient": (5, 500), "rescale": (1, 20), "flossing": (10, 500)}
 
-# The measures that each method knows, its default first.
-_MEASURES = {
-    "gradient": ["spectral_radius", *(name for name in DIFFERENTIABLE if name != "spectral_radius"), GROWTH, LYAPUNOV],
-    "rescale": ["spectral_radius", *(name for name in DIFFERENTIABLE if name != "spectral_radius"), GROWTH],
-    "flossing": [LYAPUNOV],
+@dataclass(frozen=True)
+class _MethodFacts:
+    """The limits of a method.
+
+    Attributes:
+        updates_per_check: Integer, updates between two checks.
+        most_updates: Integer, maximum number of updates, if the user gives none.
+        measures: List of the measures that it knows, its default first.
+    """
+
+    updates_per_check: int
+    most_updates: int
+    measures: list[str]
+
+
+_OF_ONE_STEP = ["spectral_radius", *(name for name in DIFFERENTIABLE if name != "spectral_radius")]
+
+# An update of a rescaling is a whole round.
+_METHODS = {
+    "gradient": _MethodFacts(5, 500, [*_OF_ONE_STEP, GROWTH, LYAPUNOV]),
+    "rescale": _MethodFacts(1, 20, [*_OF_ONE_STEP, GROWTH]),
+    "flossing": _MethodFacts(10, 500, [LYAPUNOV]),
 }
 
 
@@ -66,12 +81,9 @@ class _Settings:
     seed: int
 
     def __post_init__(self) -> None:
-        for name, value, known in (
-            ("method", self.method, list(_ROUNDS)),
-            ("measure", self.measure, _MEASURES.get(self.method, [])),
-        ):
-            if value not in known:
-                raise invalid_argument(name, f"one of {known}", f"{name}={value!r}")
+        known = _METHODS[self.method].measures
+        if self.measure not in known:
+            raise invalid_argument("measure", f"one of {known}", f"measure={self.measure!r}")
         is_named = isinstance(self.view, tuple) and states_in(label_of(self.view)) == self.view
         is_chosen = is_named and self.measure not in (GROWTH, LYAPUNOV)
         if self.view not in ("hidden", "joint") and not is_chosen:
@@ -172,7 +184,10 @@ def stabilize(
         R. Engelken, "Gradient flossing: improving gradient descent through dynamic control of Jacobians", arXiv
         2312.17306.
     """
-    measure = _MEASURES.get(method, [""])[0] if measure is None else measure
+    if method not in list(_METHODS):
+        raise invalid_argument("method", f"one of {list(_METHODS)}", f"method={method!r}")
+    facts = _METHODS[method]
+    measure = facts.measures[0] if measure is None else measure
     settings = _Settings(
         targets_of(target, measure),
         measure,
@@ -180,7 +195,7 @@ def stabilize(
         view if isinstance(view, str) or not isinstance(view, Iterable) else tuple(view),
         tolerance,
         patience,
-        _ROUNDS.get(method, (0, 0))[1] if steps is None else steps,
+        facts.most_updates if steps is None else steps,
         rows,
         exponents,
         seed,
@@ -263,7 +278,7 @@ class _Stabilizer:
         updates, within = 0, 0
         try:
             while updates < settings.steps and within < settings.patience:
-                count = min(_ROUNDS[settings.method][0], settings.steps - updates)
+                count = min(_METHODS[settings.method].updates_per_check, settings.steps - updates)
                 if not method.advance(standing, count):
                     break
                 updates += count
@@ -289,17 +304,17 @@ class _Stabilizer:
         weights = [weight for item in self._layers for weight in self._weights[item.name]]
         return Gradient(self._losses(), weights, optimizer)
 
-    def _losses(self) -> list[Loss]:
+    def _losses(self) -> list[Objective]:
         settings, of_model = self._settings, (self._model, self._inputs, self._layers)
         if settings.measure == LYAPUNOV:
             target = settings.targets[TIME]
-            return [ExponentsLoss(*of_model, count=settings.exponents, target=target, seed=settings.seed)]
-        losses: list[Loss] = []
+            return [ExponentsObjective(*of_model, count=settings.exponents, target=target, seed=settings.seed)]
+        losses: list[Objective] = []
         for direction in dict.fromkeys(goal.direction for goal in self._goals):
             goals = [goal for goal in self._goals if goal.direction == direction]
             view = view_of(direction, settings.view)
             config = penalty_config(settings.measure, view, settings.rows, settings.seed)
-            losses.append(PenaltyLoss(*of_model, goals, config))
+            losses.append(PenaltyObjective(*of_model, goals, config))
         return losses
 
 

@@ -123,7 +123,7 @@ def _outcome(call: _Call) -> _Outcome:
     except NotImplementedError as error:
         name = _name_of(operation)
         which = "" if name == operation.type else f" (operation `{name}`)"
-        reason = str(error) or f"`{operation.type}` mixes units or rows{which}"
+        reason = str(error) or f"`{operation.type}` mixes units or points{which}"
         return _Outcome([_unstructured(known.values(), reason)] * len(operation.outputs))
 
 

@@ -58,7 +58,7 @@ def begun_before(callback: CallbackT) -> list[CallbackT]:
 
 
 def _attributes(found: object) -> dict[str, Any]:
-    """Returns the attributes of a list of callbacks, which its class or its own dict may be found by; else none."""
+    """Returns the attributes of a `CallbackList`, found itself or by its `__dict__`; else none."""
     if type(found) is dict:
         return found
     # The type and not the class, which some objects make up when they are asked for it.

@@ -34,13 +34,13 @@ class LogValues:
         """Makes all values NaN: old ones under a new epoch would be wrong, and `CSVLogger` wants the same keys."""
         self._scalars = dict.fromkeys(self._scalars, float("nan"))
 
-    def add_to(self, logs: dict[str, Any], held: Mapping[str, float], name: str | None) -> None:
+    def add_to(self, logs: dict[str, Any], of_regularizer: Mapping[str, float], name: str | None) -> None:
         """Adds the values to the logs of an epoch.
 
         Args:
             logs: Dict that Keras hands from callback to callback.
-            held: Mapping from keys to the numbers of a regularizer; empty without one.
+            of_regularizer: Mapping from keys to the numbers of a regularizer; empty without one.
             name: String, the name of the monitor, which stands before each key; None for no name.
         """
-        values = {**self._scalars, **held}
+        values = {**self._scalars, **of_regularizer}
         logs.update(values if name is None else {f"{name}_{key}": value for key, value in values.items()})

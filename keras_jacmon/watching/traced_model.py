@@ -9,7 +9,7 @@ import keras
 from keras_jacmon.errors import UnmeasurableError
 from keras_jacmon.measurement.plan import MeasurementPlan
 from keras_jacmon.meter import JacobianMeter
-from keras_jacmon.regularization.held_model import RegularizedModel
+from keras_jacmon.regularization.regularized_model import RegularizedModel
 from keras_jacmon.regularization.regularizer import JacobianRegularizer
 from keras_jacmon.report.report import Report
 from keras_jacmon.watching.preparation import PreparationLine
@@ -25,7 +25,7 @@ class TracedModel:
         strict: Boolean, True to raise if no layer of a model can be measured, False to warn.
         verbose: Boolean, True to say at once what is being prepared, False where it takes long.
         meter: `JacobianMeter` of the model; None before the first model, and if it cannot be measured.
-        held: `RegularizedModel`; None without a regularizer, and before the first model.
+        regularized: `RegularizedModel`; None without a regularizer, and before the first model.
     """
 
     plan: MeasurementPlan
@@ -33,7 +33,7 @@ class TracedModel:
     strict: bool
     verbose: bool
     meter: JacobianMeter | None = field(default=None, init=False)
-    held: RegularizedModel | None = field(default=None, init=False)
+    regularized: RegularizedModel | None = field(default=None, init=False)
     _traced_for: list[Any] = field(default_factory=list, init=False)
 
     @property
@@ -47,7 +47,7 @@ class TracedModel:
 
     def prepare(self, model: keras.Model) -> None:
         """Traces the measurement and the penalty of a model."""
-        self.meter = self.held = None
+        self.meter = self.regularized = None
         # Until it is known that it can be measured.
         self._traced_for = [model]
         line = PreparationLine()
@@ -55,7 +55,7 @@ class TracedModel:
             meter = self._meter_of(model, line)
             if self.regularizer is not None:
                 line.begin("the penalty")
-                self.held = self.regularizer.prepare(
+                self.regularized = self.regularizer.prepare(
                     model, self.plan.probe, self.plan.layers, targets=self.plan.targets
                 )
         self.meter = meter
@@ -71,12 +71,12 @@ class TracedModel:
             suggestions: Boolean, True to try changes of layers that are not stable.
         """
         report = meter(slow=slow, suggestions=suggestions)
-        return report if self.held is None else self.held.with_targets(report)
+        return report if self.regularized is None else self.regularized.with_targets(report)
 
     def let_go(self) -> None:
         """Takes the penalty out of the losses of the model."""
-        if self.held is not None:
-            self.held.detach()
+        if self.regularized is not None:
+            self.regularized.detach()
 
     def _meter_of(self, model: keras.Model, line: PreparationLine) -> JacobianMeter | None:
         """Returns the meter; None, with a warning, if no layer can be measured and the user named none."""

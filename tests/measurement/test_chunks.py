@@ -9,7 +9,7 @@ from helpers import normal
 
 from keras_jacmon.measurement.chunks import PointSource, measure_points, spread_evenly
 from keras_jacmon.measures.context import MeasureContext
-from keras_jacmon.measures.registry import KEYS
+from keras_jacmon.measures.selection import KEYS
 from keras_jacmon.options import Options
 
 pytestmark = pytest.mark.fast

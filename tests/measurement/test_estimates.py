@@ -26,7 +26,7 @@ from helpers import (
 from keras_jacmon import JacobianMeter, measure
 from keras_jacmon.measurement.chunks import PointSource, measure_points
 from keras_jacmon.measures.context import MeasureContext
-from keras_jacmon.measures.registry import KEYS
+from keras_jacmon.measures.selection import KEYS
 from keras_jacmon.options import Options
 
 L = keras.layers

@@ -1,4 +1,4 @@
-"""Eigenvalues and singular values, against LAPACK, exact identities and the known values of random matrices."""
+"""Eigenvalues, against LAPACK, exact identities and the known values of random matrices."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ from helpers import normal, soak_but, step_jacobians
 from sequences import built, in_graph, of_cell, rotations
 
 from keras_jacmon.measures import eigen
+from keras_jacmon.measures.arnoldi import arnoldi_radius
 from keras_jacmon.measures.context import MeasureContext
 from keras_jacmon.measures.differentiable import Directions
 from keras_jacmon.measures.differentiable import spectral_radius as differentiable_radius
-from keras_jacmon.measures.eigen import condition_number, eigenvalues, singular_values, spectral_radius
+from keras_jacmon.measures.eigen import eigenvalues, spectral_radius
+from keras_jacmon.measures.singular_values import condition_number, singular_values
 from keras_jacmon.options import Options
 
 if TYPE_CHECKING:
@@ -48,9 +50,7 @@ def radius(J: NDArray[Any], tolerance: float = 1e-2, seed: int = 0) -> NDArray[A
 
 def iterated(J: NDArray[Any], tolerance: float = 1e-2, seed: int = 0) -> tuple[NDArray[Any], NDArray[Any]]:
     """The way of large matrices, and its residual, for matrices of any size."""
-    measured = in_graph(
-        lambda: tuple(eigen._arnoldi_radius(full(J), MeasureContext(Options(seed=seed, tolerance=tolerance))))
-    )
+    measured = in_graph(lambda: tuple(arnoldi_radius(full(J), MeasureContext(Options(seed=seed, tolerance=tolerance)))))
     return measured[0], measured[1]
 
 
@@ -134,6 +134,22 @@ def test_a_gru_at_the_origin(structured: bool) -> None:  # noqa: FBT001 - a para
     expected = 0.5 + np.linalg.eigvals(cell.recurrent_kernel.numpy()[:, 12:]) / 4
     for row in range(2):
         np.testing.assert_allclose(np.poly(found[row]), np.poly(expected), atol=1e-5)
+
+
+def test_the_largest_eigenvalues_of_large_matrices_are_those_of_lapack_or_nan() -> None:
+    n = eigen.SPECTRUM_SIZE + 8
+    # All eigenvalues of an orthogonal matrix are as large as the largest.
+    J = np.stack([normal(n, n, seed=2) / np.sqrt(n), np.linalg.qr(normal(n, n, seed=3))[0]])
+    operator = tf.linalg.LinearOperatorFullMatrix(tf.constant(J, tf.float32))
+    found, lost = eigen.leading_eigenvalues(operator, MeasureContext(Options(tolerance=1e-2))).numpy()
+    assert found.shape == lost.shape == (eigen.LEADING,)
+    assert np.isnan(lost).any()
+    known, expected = found[~np.isnan(found)], np.linalg.eigvals(J[0])
+    assert len(known) >= eigen.LEADING // 2
+    nearest = np.abs(known[:, None] - expected[None]).min(axis=1)
+    assert (nearest < 2e-2).all()
+    assert (np.diff(np.abs(known)) <= 0).all()
+    np.testing.assert_allclose(np.abs(found[0]), np.abs(expected).max(), rtol=1e-2)
 
 
 # Spectral radius -------------------------------------------------------------------------------------------------
@@ -288,44 +304,7 @@ def test_the_seed_decides_the_iteration() -> None:
     assert np.all(radius(J, 0.3, seed=1) != radius(J, 0.3, seed=2))
 
 
-# Singular values -------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
-@pytest.mark.parametrize("shape", [(1, 1), (5, 5), (33, 33), (4, 7), (7, 4)])
-def test_singular_values_are_those_of_lapack(shape: tuple[int, int], dtype: Any) -> None:
-    J = normal(3, *shape).astype(dtype)
-    expected = np.linalg.svd(J.astype(np.float64), compute_uv=False)
-    tolerance = 1e-5 if dtype == np.float32 else 1e-12
-    found = singular_values(full(J)).numpy()
-    np.testing.assert_allclose(found, expected.astype(dtype), rtol=tolerance, atol=tolerance, strict=True)
-    condition = condition_number(full(J), MeasureContext())
-    assert condition.uncertainty is None
-    np.testing.assert_allclose(condition.value, expected[:, 0] / expected[:, -1], rtol=100 * tolerance)
-
-
-def test_all_singular_values_of_an_orthogonal_matrix_are_one() -> None:
-    J = rotations(3, 20).astype(np.float32)
-    np.testing.assert_allclose(singular_values(full(J)), np.ones((3, 20), np.float32), rtol=1e-5, strict=True)
-    np.testing.assert_allclose(condition_number(full(J), MeasureContext()).value, np.ones(3, np.float32), rtol=1e-5)
-
-
-def test_a_singular_matrix_has_no_condition() -> None:
-    J = np.stack([np.zeros((4, 4)), np.diag([1.0, 1, 1, 0]), np.ones((4, 4)), np.diag([4.0, 3, 2, 1])])
-    np.testing.assert_array_equal(condition_number(full(J), MeasureContext()).value, [INF, INF, INF, 4])
-    np.testing.assert_allclose(singular_values(full(J))[:2], [[0, 0, 0, 0], [1, 1, 1, 0]])
-
-
-@both
-def test_singular_values_of_a_cell(structured: bool) -> None:  # noqa: FBT001 - a parameter of the test
-    cell = built(keras.layers.SimpleRNNCell(6, seed=1), 2)
-    found = in_graph(
-        lambda: singular_values(of_cell(cell, np.zeros((1, 2, 2), np.float32), structured=structured).at(0))
-    )
-    np.testing.assert_allclose(found, np.ones((2, 6), np.float32), rtol=1e-5, strict=True)
-
-
-# All of them -----------------------------------------------------------------------------------------------------
+# With singular values --------------------------------------------------------------------------------------------
 
 MEASURES: dict[str, Callable[[Any], Any]] = {
     "eigenvalues": eigenvalues,

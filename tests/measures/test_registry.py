@@ -1,4 +1,4 @@
-"""What the registry promises: presets, methods in words, memory of measures that form J, and what can be held."""
+"""What the registry promises: methods in words, memory of measures that form J, and what can be held."""
 
 from __future__ import annotations
 
@@ -8,17 +8,14 @@ from typing import Any
 import keras
 import numpy as np
 import pytest
-import tensorflow as tf
 from helpers import normal, reference_jacobians, soak_but
 from watched_points import WatchedCell, watched_points
 
 from keras_jacmon import JacobianRegularizer, Report, measure
-from keras_jacmon.measures import eigen
-from keras_jacmon.measures.context import MeasureContext
 from keras_jacmon.measures.differentiable import DIFFERENTIABLE
 from keras_jacmon.measures.differentiable_over_time import DIFFERENTIABLE_OVER_TIME
 from keras_jacmon.measures.kinds import Spectrum
-from keras_jacmon.measures.registry import MEASURES, PRESETS
+from keras_jacmon.measures.registry import MEASURES
 from keras_jacmon.options import Options
 
 PROBE = normal(3, 6, 2, seed=11)
@@ -27,13 +24,6 @@ PROBE = normal(3, 6, 2, seed=11)
 def model_of(*layers: Any, steps: int = 6) -> Any:
     keras.utils.set_random_seed(4)
     return keras.Sequential([keras.Input((steps, 2)), *layers])
-
-
-def test_presets_nest() -> None:
-    fast, standard, full = (set(PRESETS[name]) for name in ("fast", "standard", "full"))
-    assert fast < standard < full
-    # Each measure that can be asked for has a preset.
-    assert {key.rpartition("/")[-1] for key in full} == set(MEASURES) - {"loss_gradient", "flow_of_all", "state_norm"}
 
 
 def test_what_can_be_held_is_what_has_a_derivative() -> None:
@@ -111,22 +101,6 @@ def test_max_bytes_bounds_what_is_formed(name: str) -> None:
     one_by_one = isinstance(MEASURES[name].kind, Spectrum)
     assert at_once == ({1: 16} if one_by_one else {18: 1})
     assert by_chunk == ({1: 16} if one_by_one else {3: 6})
-
-
-def test_the_largest_eigenvalues_of_large_matrices_are_those_of_lapack_or_nan() -> None:
-    n = eigen.SPECTRUM_SIZE + 8
-    # All eigenvalues of an orthogonal matrix are as large as the largest.
-    J = np.stack([normal(n, n, seed=2) / np.sqrt(n), np.linalg.qr(normal(n, n, seed=3))[0]])
-    operator = tf.linalg.LinearOperatorFullMatrix(tf.constant(J, tf.float32))
-    found, lost = eigen.leading_eigenvalues(operator, MeasureContext(Options(tolerance=1e-2))).numpy()
-    assert found.shape == lost.shape == (eigen.LEADING,)
-    assert np.isnan(lost).any()
-    known, expected = found[~np.isnan(found)], np.linalg.eigvals(J[0])
-    assert len(known) >= eigen.LEADING // 2
-    nearest = np.abs(known[:, None] - expected[None]).min(axis=1)
-    assert (nearest < 2e-2).all()
-    assert (np.diff(np.abs(known)) <= 0).all()
-    np.testing.assert_allclose(np.abs(found[0]), np.abs(expected).max(), rtol=1e-2)
 
 
 @pytest.mark.parametrize("masked", [True, False])

@@ -14,7 +14,7 @@ from trainings import Stops, assert_equal, values_of
 
 from keras_jacmon import stabilize
 from keras_jacmon.model.layers import find_recurrent_layers
-from keras_jacmon.stabilization.flossing import ExponentsLoss
+from keras_jacmon.stabilization.flossing import ExponentsObjective
 
 STEPS, UNITS = 12, 4
 PROBE = normal(2, STEPS, 2, seed=3)
@@ -25,7 +25,7 @@ def test_the_gradient_is_that_of_finite_differences() -> None:
     layer = keras.layers.SimpleRNN(UNITS, dtype="float64", return_sequences=True)
     model = keras.Sequential([keras.Input((STEPS, 2), dtype="float64"), layer])
     probe = tf.constant(PROBE, tf.float64)
-    loss = ExponentsLoss(model, probe, find_recurrent_layers(model), count=3, target=0.1, seed=0)
+    loss = ExponentsObjective(model, probe, find_recurrent_layers(model), count=3, target=0.1, seed=0)
     gradients = loss.gradients(layer.weights)
     for weight, gradient in zip(layer.weights, gradients, strict=True):
         direction = np.random.default_rng(5).normal(size=weight.shape)

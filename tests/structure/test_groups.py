@@ -108,5 +108,5 @@ def test_the_reason_is_what_the_cell_says_and_not_the_lines_of_keras_around_it()
         return tf.tanh(x + h @ cell.U)
 
     x, h = (tf.constant(normal(7, n), tf.float64) for n in (FEATURES, 4))
-    with pytest.raises(NotImplementedError, match=r"^it cannot be .* number of rows: this cell must know its rows$"):
+    with pytest.raises(NotImplementedError, match=r"^it cannot be .* number of points: this cell must know its rows$"):
         structured_blocks(built(knowing_its_rows), x, [h])

@@ -45,7 +45,7 @@ def test_adding_an_elementwise_operation_is_adding_a_row(monkeypatch: pytest.Mon
     row = ops.OPERATIONS["Softsign"]
     monkeypatch.delitem(ops.OPERATIONS, "Softsign")
     before = structure_of_step(step)
-    assert "`Softsign` mixes units or rows" in str(before.reason(0, Node.state(0)))
+    assert "`Softsign` mixes units or points" in str(before.reason(0, Node.state(0)))
     assert not before.point_by_point
     monkeypatch.setitem(ops.OPERATIONS, "Softsign", row)
     after = structure_of_step(step)

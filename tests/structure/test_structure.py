@@ -524,7 +524,7 @@ def test_the_explanation_is_a_table() -> None:
     model, layer = make_model(BY_ID["partly_mixing"], PROBE)
     lines = str(explain(model, PROBE)).splitlines()
     # Without a name of this cell, since equal cells share the explanation.
-    mixes = "autodiff: `Softmax` mixes units or rows"
+    mixes = "autodiff: `Softmax` mixes units or points"
     assert lines == [
         f"{layer.name}:",
         f"  hidden  d state 0 / d state 0  {mixes}",

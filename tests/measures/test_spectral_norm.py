@@ -11,7 +11,7 @@ import tensorflow as tf
 from helpers import normal
 
 from keras_jacmon.measures.context import MeasureContext, Measured
-from keras_jacmon.measures.spectrum import (
+from keras_jacmon.measures.spectral_norm import (
     EXACT_SIZE,
     LEAST_STEPS,
     _orthogonal,

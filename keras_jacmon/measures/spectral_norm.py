@@ -1,4 +1,4 @@
-"""Singular values of a Jacobian from products with vectors."""
+"""The spectral norm: the largest singular value of a Jacobian, and its right singular vectors."""
 
 import itertools
 import math
@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from keras_jacmon.measures.context import MeasureContext, Measured
-from keras_jacmon.measures.eigen import largest_singular_value
+from keras_jacmon.measures.context import MeasureContext, Measured, Purpose
+from keras_jacmon.measures.singular_values import largest_singular_value
+from keras_jacmon.measures.solver_inputs import normalised
 from keras_jacmon.operators.contract import JacobianOperator
 from keras_jacmon.operators.formed import as_jacobian_operator
 from keras_jacmon.tensors import ChosenPoints, take
@@ -68,15 +69,21 @@ def _iterated_norms(stack: "_Stack", context: MeasureContext) -> list[Measured]:
     return list(map(Measured, stack.split(value), stack.split(residual)))
 
 
-class LeadingTriplet(NamedTuple):
-    """The largest singular value of each matrix `(points,)`, its residual, and right singular vectors `(points, n)`."""
+class LeadingSingularVectors(NamedTuple):
+    """The largest singular value at each point, with its right singular vector.
+
+    Attributes:
+        value: Tensor `(points,)`, the largest singular values.
+        residual: Tensor `(points,)`, the residual norms, as the uncertainty of `spectral_norms`.
+        vectors: Tensor `(points, n)`, right singular vectors.
+    """
 
     value: tf.Tensor
     residual: tf.Tensor
     vectors: tf.Tensor
 
 
-def leading_singular_vectors(operator: tf.linalg.LinearOperator, context: MeasureContext) -> LeadingTriplet:
+def leading_singular_vectors(operator: tf.linalg.LinearOperator, context: MeasureContext) -> LeadingSingularVectors:
     """The largest singular values as `spectral_norms` finds them for large matrices, with right singular vectors.
 
     Args:
@@ -84,11 +91,11 @@ def leading_singular_vectors(operator: tf.linalg.LinearOperator, context: Measur
         context: As for `spectral_norms`.
 
     Returns:
-        The triplet; vectors of length one, or zero for matrices that are not finite.
+        Values, residuals and vectors; vectors of length one, or zero for matrices that are not finite.
     """
     value, residual, vectors = _lanczos(_Stack([as_jacobian_operator(operator)]), context, with_vectors=True)
     finite = tf.reduce_all(tf.math.is_finite(vectors), axis=-1, keepdims=True)
-    return LeadingTriplet(value, residual, tf.where(finite, vectors, tf.zeros_like(vectors)))
+    return LeadingSingularVectors(value, residual, tf.where(finite, vectors, tf.zeros_like(vectors)))
 
 
 class _Stack:
@@ -120,7 +127,7 @@ class _Stack:
             tf.random.stateless_normal([count, int(J.shape[-1])], seed, dtype=self.dtype)
             for J, count in zip(self._operators, self._counts, strict=True)
         ]
-        return _normalised(self._joined(normal, self.columns))[0]
+        return normalised(self._joined(normal, self.columns))[0]
 
     def take(self, points: tf.Tensor) -> "_Stack | None":
         """The stack of some points, by indices in ascending order; None if the points of an operator stay together."""
@@ -156,7 +163,7 @@ def _lanczos(stack: _Stack, context: MeasureContext, *, with_vectors: bool) -> t
         places = tf.expand_dims(active, axis=1)
         before = [tf.gather_nd(array, places) for array in found]
         # Where an invariant subspace has been found, rounding may blur the residual. NaN compares as better: it stays.
-        now = _leading_triplet(progress, squarings, with_vectors=with_vectors)
+        now = _leading_values(progress, squarings, with_vectors=with_vectors)
         is_worse = now[1] > before[1]
         best = [tf.where(is_worse, old, new) for old, new in zip(before, now, strict=True)]
         found = tuple(tf.tensor_scatter_nd_update(array, places, new) for array, new in zip(found, best, strict=True))
@@ -168,7 +175,7 @@ def _lanczos(stack: _Stack, context: MeasureContext, *, with_vectors: bool) -> t
         left = tf.squeeze(tf.where(going), axis=1)
         return steps + STEPS_BETWEEN_CHECKS, tf.gather(active, left), progress.take(left), found
 
-    start = _Progress.start(stack, stack.starts(context.seeds(2)))
+    start = _Progress.start(stack, stack.starts(context.seeds(Purpose.SPECTRAL_NORM)))
     # There is nothing yet: zeros.
     found = (start.beta, start.beta + np.inf, *([tf.zeros_like(start.v)] if with_vectors else []))
     *_, found = tf.while_loop(
@@ -228,10 +235,10 @@ def _advance(stack: _Stack, progress: _Progress, steps: tf.Tensor) -> _Progress:
         u, v, beta, alphas, betas, basis = state
         basis = tf.concat([basis, tf.expand_dims(v, axis=1)], axis=1)
         betas = tf.concat([betas, beta], axis=1)
-        u, alpha = _normalised(stack.matvec(v) - beta * u, _noise(alphas))
+        u, alpha = normalised(stack.matvec(v) - beta * u, _noise(alphas))
         alphas = tf.concat([alphas, alpha], axis=1)
         following = _orthogonal(stack.matvec(u, adjoint=True) - alpha * v, basis)
-        v, beta = _normalised(following, _noise(alphas))
+        v, beta = normalised(following, _noise(alphas))
         return u, v, beta, alphas, betas, basis
 
     return _Progress(
@@ -260,16 +267,8 @@ def _noise(alphas: tf.Tensor) -> tf.Tensor:
     return 10 * np.finfo(alphas.dtype.as_numpy_dtype).eps * tf.reduce_max(alphas, axis=1, keepdims=True)
 
 
-def _normalised(vectors: tf.Tensor, noise: tf.Tensor | None = None) -> tuple[tf.Tensor, tf.Tensor]:
-    """Vectors `(..., n)` of length one, or zero for noise, and their divisors, `(..., 1)`."""
-    norm = tf.norm(vectors, axis=-1, keepdims=True)
-    if noise is not None:
-        norm = tf.where(norm <= noise, tf.zeros([], norm.dtype), norm)
-    return tf.math.divide_no_nan(vectors, norm), norm
-
-
-def _leading_triplet(progress: _Progress, squarings: int, *, with_vectors: bool) -> tuple[tf.Tensor, ...]:
-    """The leading singular triplet of the whole matrix, as far as the upper bidiagonal B knows it.
+def _leading_values(progress: _Progress, squarings: int, *, with_vectors: bool) -> tuple[tf.Tensor, ...]:
+    """The leading singular value of the whole matrix, and its right vector, as far as the upper bidiagonal B knows it.
 
     With `A V = U B` and `Aᵀ U = V Bᵀ + β v eᵀ`, a unit vector p and `q = Bᵀ p / θ`, `θ = ‖Bᵀ p‖`, the triplet
     (θ, U p, V q) has the residuals `B q - θ p` and `β p_k`. p is the leading eigenvector of the small `B Bᵀ`, found by
@@ -291,7 +290,7 @@ def _leading_triplet(progress: _Progress, squarings: int, *, with_vectors: bool)
         power = power @ power
     # As a row, for the matrix is symmetric.
     chosen = tf.argmax(tf.linalg.diag_part(power), axis=-1)
-    p, _ = _normalised(tf.gather(power, tf.expand_dims(chosen, axis=1), batch_dims=1))
+    p, _ = normalised(tf.gather(power, tf.expand_dims(chosen, axis=1), batch_dims=1))
     image = p @ gram
     square = tf.reduce_sum(p * image, axis=-1, keepdims=True)
     value = tf.sqrt(square)
