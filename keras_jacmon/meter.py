@@ -347,6 +347,25 @@ class JacobianMeter:
         Raises:
             UnmeasurableError: If no layer can be measured, or one that the user named cannot.
         """
+        self._refuse_uncalled(required=required)
+        errors: dict[str, UnmeasurableError] = {}
+        for call in self._recorded.calls:
+            on_layer(f"`{call.name}`")
+            if (error := self._error_of(call)) is not None:
+                errors[call.name] = error
+        calls = [call for call in self._recorded.calls if call.name not in errors]
+        if errors and (required or not calls):
+            raise next(iter(errors.values()))
+        for error in errors.values():
+            warnings.warn(f"{str(error).rstrip('.')}. It is not measured.", stacklevel=4)
+        self._check_chosen_states(calls)
+        for call in calls:
+            for note in (*self._measurement_of(call).metadata.notes, *call.notes):
+                warnings.warn(f"Layer `{call.name}`: {note}", stacklevel=4)
+        return calls
+
+    def _refuse_uncalled(self, *, required: bool) -> None:
+        """Warns of layers without a recorded call; raises if the user named one, or if there is no call at all."""
         recorded = self._recorded
         reasons = "; ".join(f"layer `{name}`: {reason}" for name, reason in recorded.unmeasured.items())
         if reasons and required:
@@ -357,22 +376,7 @@ class JacobianMeter:
                 f"{registration_hint(self._model)}"
             )
         if reasons:
-            warnings.warn(f"Some recurrent layers are not measured. {sentence(reasons)}", stacklevel=4)
-        errors: dict[str, UnmeasurableError] = {}
-        for call in recorded.calls:
-            on_layer(f"`{call.name}`")
-            if (error := self._error_of(call)) is not None:
-                errors[call.name] = error
-        calls = [call for call in recorded.calls if call.name not in errors]
-        if errors and (required or not calls):
-            raise next(iter(errors.values()))
-        for error in errors.values():
-            warnings.warn(f"{str(error).rstrip('.')}. It is not measured.", stacklevel=4)
-        self._check_chosen_states(calls)
-        for call in calls:
-            for note in (*self._measurement_of(call).metadata.notes, *call.notes):
-                warnings.warn(f"Layer `{call.name}`: {note}", stacklevel=4)
-        return calls
+            warnings.warn(f"Some recurrent layers are not measured. {sentence(reasons)}", stacklevel=5)
 
     def _check_chosen_states(self, calls: Sequence[MeasurableCall]) -> None:
         """Refuses a view of chosen states that no call has."""

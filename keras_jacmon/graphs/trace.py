@@ -30,6 +30,11 @@ class Traced(Generic[StaticT]):
     graph: Any
     static: StaticT
 
+    @property
+    def is_self_contained(self) -> bool:
+        """True if the graph reads nothing but its arguments, so that it outlives what it was traced for."""
+        return not self.graph.graph.captures
+
     def __call__(self, *tensors: Any) -> Any:
         """Runs the graph for arguments that match the specs, and returns its tensors in the traced structure."""
         with unchecked():

@@ -146,7 +146,7 @@ class CellJacobian:
         self._form = registered_form(step.cell) if whole else None
         self._structure: Structure | None = None
         self._unstructured: CellGraph | None = None
-        self._reason = "its certificate failed"
+        self._reason = "its structure differs from autodiff"
         if not assumptions.independent:
             self._reason = "its samples are not independent of each other"
         if whole:
@@ -255,7 +255,9 @@ class CellJacobian:
                 operators[name] = self._hidden_of(wholes[whole], points)
         return operators
 
-    def certified(self, views: Sequence[ViewName], points: PointBatch) -> Iterator[tuple[View, JacobianOperator]]:
+    def without_autodiff(
+        self, views: Sequence[ViewName], points: PointBatch
+    ) -> Iterator[tuple[View, JacobianOperator]]:
         """The operators of some views that do not rest on autodiff."""
         for name in views:
             registered = self._registered(name, points)

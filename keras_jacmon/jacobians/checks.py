@@ -51,11 +51,18 @@ def check_points(
         sizes = [size(points.states[p]) for p in floating]
         of_new_states = [relative_differences(stepped, _beside(new_states, floating), sizes)]
     none = tf.zeros([], points.states[floating[0]].dtype)
-    # The last one, the influence, belongs to `check_independence`.
-    by_check = [of_structure, of_products, of_columns, of_new_states, []]
-    made = [tf.reduce_max(tf.concat(rows, axis=0) if rows[1:] else rows[0], axis=0) for rows in by_check if rows]
+    by_check = (of_structure, of_products, of_columns, of_new_states)
+    made = [tf.reduce_max(tf.concat(of, axis=0) if of[1:] else of[0], axis=0) for of in by_check if of]
     found = iter(tf.unstack(largest(tf.stack(made))) if made else [])
-    return CheckResults(*(next(found) if rows else none for rows in by_check))
+    structure, products, columns, dependence = (next(found) if of else none for of in by_check)
+    return CheckResults(
+        structure_residual=structure,
+        products=products,
+        columns=columns,
+        dependence=dependence,
+        # It belongs to `check_independence`.
+        influence=none,
+    )
 
 
 def _structure_differences(
@@ -68,7 +75,7 @@ def _structure_differences(
     floating = floating_states(points.states)
     differences: list[tf.Tensor] = []
     stepped: tf.Tensor | None = None
-    for view, operator in jacobian.certified(views, points):
+    for view, operator in jacobian.without_autodiff(views, points):
         outputs, sources = _sizes(view, points)
         w = in_turns(_normal(points, sum(outputs), seed, operator.dtype), outputs, points.count)
         # By Jᵀ, since a product with J takes the tape twice, with twice as many operations.

@@ -29,7 +29,7 @@ from keras_jacmon.measurement.results import (
 )
 from keras_jacmon.measurement.segments import SequenceMeasurement
 from keras_jacmon.measurement.sensitivity import measure_sensitivity, plan_sensitivity
-from keras_jacmon.measurement.subsampling import UNKNOWN_SAMPLES, Subsample, choose_places
+from keras_jacmon.measurement.subsampling import UNKNOWN_SAMPLES, Subsample, choose_subsample
 from keras_jacmon.measures.context import MeasureContext
 from keras_jacmon.measures.kinds import Exponents, Flow, Sensitivity
 from keras_jacmon.measures.selection import KEYS, Selection, filtered, of_kind, views_of
@@ -129,7 +129,7 @@ class _Call:
         """Measures single points, and then the products over time: the flows, and the exponents."""
         sequence, measurement, options = self.sequence, self.measurement, self.measurement.context.options
         shape = known_sizes(sequence.inputs)[:2]
-        subsample = choose_places(
+        subsample = choose_subsample(
             sequence.mask, shape, measurement.quantities, options, independent=measurement.independent
         )
         steps = _most_steps(sequence, self.unroll_plan, options.max_bytes // _SHARE_OF_TRAJECTORY)

@@ -11,7 +11,6 @@ from keras_jacmon.measures.context import MeasureContext, Measured
 from keras_jacmon.measures.kinds import PerStep
 from keras_jacmon.measures.selection import Quantity, Selection
 from keras_jacmon.options import ViewName
-from keras_jacmon.tensors import golden_shares
 
 # The operators of some points, by view.
 Operators = Mapping[ViewName, Any]
@@ -101,17 +100,3 @@ def _put(found: list[MeasuredArray], arrays: list[MeasuredArray], at: tf.Tensor)
         MeasuredArray(put(new.value, old.value), put(new.uncertainty, old.uncertainty), old.is_exact & new.is_exact)
         for new, old in zip(found, arrays, strict=True)
     ]
-
-
-def spread_evenly(total: tf.Tensor | int, count: int) -> tf.Tensor:
-    """Returns at most `count` of the numbers from 0 up to `total`, `(min(total, count),)`, spread evenly.
-
-    The range is cut into equal parts, with one number from each. The position of the number in its part follows the
-    golden ratio. A constant stride could meet the same sample of a batch each time.
-    """
-    total = tf.cast(total, tf.int64)
-    count = tf.minimum(tf.constant(count, tf.int64), total)
-    index = tf.range(count)
-    start, stop = index * total // count, (index + 1) * total // count
-    share = golden_shares(index)
-    return start + tf.cast(share * tf.cast(stop - start, tf.float64), tf.int64)

@@ -92,7 +92,7 @@ class CompiledMeasurements:
                 return self._compiled(call, measures, assumptions)
 
             # Kept at the end: an interrupted trace leaves nothing.
-            self._known[key] = _SHARED.get((key, *self._settings()), make) if _is_for_all(call) else make()
+            self._known[key] = _SHARED.get((key, *self._settings()), make, _is_for_all) if _may_be_shared(call) else make()
         return self._known[key]
 
     def _settings(self) -> "tuple[Hashable, ...]":
@@ -119,9 +119,14 @@ class CompiledMeasurements:
         return CompiledMeasurement(function, foreign, (call.specs, weights))
 
 
-def _is_for_all(call: MeasurableCall) -> bool:
-    """True if the measurement of a call may be shared with other models: it reads only what it is given."""
+def _may_be_shared(call: MeasurableCall) -> bool:
+    """True if the measurement of a call may be one for other models too, which have cells of the same kind."""
     return call.kind.is_self_contained and not tf.distribute.has_strategy()
+
+
+def _is_for_all(compiled: CompiledMeasurement) -> bool:
+    """True if a measurement reads only what it is given; autodiff may read the seed of a dropout that is not applied."""
+    return compiled.function.is_self_contained
 
 
 def _filled_up(tensor: tf.Tensor | None, spec: tf.TensorSpec | None) -> tf.Tensor | None:

@@ -20,7 +20,7 @@ class Shared(Generic[ObjectT]):
         self._known: OrderedDict[Hashable, ObjectT] = OrderedDict()
         self._lock = threading.Lock()
 
-    def get(self, key: Hashable, make: Callable[[], ObjectT]) -> ObjectT:
+    def get(self, key: Hashable, make: Callable[[], ObjectT], is_for_all: Callable[[ObjectT], bool]) -> ObjectT:
         """Returns the object of a key, made if it is not kept.
 
         Threads that ask for the same object at the same time make it each for itself.
@@ -28,12 +28,15 @@ class Shared(Generic[ObjectT]):
         Args:
             key: Hashable.
             make: Function without arguments; if it raises, nothing is kept.
+            is_for_all: Function that returns False for an object that only the caller may use, which is not kept.
         """
         with self._lock:
             if key in self._known:
                 self._known.move_to_end(key)
                 return self._known[key]
         made = make()
+        if not is_for_all(made):
+            return made
         with self._lock:
             self._known[key] = made
             while len(self._known) > self._most:

@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from keras_jacmon.measurement.chunks import spread_evenly
 from keras_jacmon.measures.kinds import Spectrum
 from keras_jacmon.measures.selection import Selection, filtered, of_kind
 from keras_jacmon.options import Options
+from keras_jacmon.tensors import golden_shares
 
 # A graph may not know how many samples it will get.
 UNKNOWN_SAMPLES = 2**10
@@ -39,7 +39,7 @@ class Subsample(NamedTuple):
         return Subsample(*(None if mask is None else mask[start:stop] for mask in self))
 
 
-def choose_places(
+def choose_subsample(
     mask: tf.Tensor | None,
     shape: Sequence[int | tf.Tensor],
     measures: Selection,
@@ -88,6 +88,20 @@ def _sample_points(
     places = tf.gather(places, spread_evenly(tf.size(places), count))
     chosen = tf.scatter_nd(places[:, None], tf.ones_like(places), tf.cast([time * samples], tf.int64))
     return tf.reshape(chosen > 0, [time, samples])
+
+
+def spread_evenly(total: tf.Tensor | int, count: int) -> tf.Tensor:
+    """Returns at most `count` of the numbers from 0 up to `total`, `(min(total, count),)`, spread evenly.
+
+    The range is cut into equal parts, with one number from each. The position of the number in its part follows the
+    golden ratio. A constant stride could meet the same sample of a batch each time.
+    """
+    total = tf.cast(total, tf.int64)
+    count = tf.minimum(tf.constant(count, tf.int64), total)
+    index = tf.range(count)
+    start, stop = index * total // count, (index + 1) * total // count
+    share = golden_shares(index)
+    return start + tf.cast(share * tf.cast(stop - start, tf.float64), tf.int64)
 
 
 def indices_of(mask: tf.Tensor) -> tf.Tensor:

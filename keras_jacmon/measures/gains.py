@@ -7,8 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from keras_jacmon.measures.flow import FlowPlan
-
-FloatArray = npt.NDArray[np.floating]
+from keras_jacmon.report.arrays import FloatArray
 
 # The relative variance that rounding may leave where there is none.
 _NO_SPREAD = 1e-12

@@ -19,9 +19,8 @@ import tensorflow as tf
 from keras_jacmon.measures.flow import FlowPlan
 from keras_jacmon.measures.gains import by_span, gains_by_span
 from keras_jacmon.measures.steps import Steps
+from keras_jacmon.report.arrays import FloatArray
 from keras_jacmon.report.reductions import at_whole_length
-
-FloatArray = npt.NDArray[np.floating]
 
 
 class SensitivityCarry(NamedTuple):

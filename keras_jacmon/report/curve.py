@@ -7,7 +7,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-Curve = npt.NDArray[np.floating]
+from keras_jacmon.report.arrays import FloatArray
 
 State = Literal["vanishing", "stable", "exploding"]
 
@@ -15,7 +15,7 @@ State = Literal["vanishing", "stable", "exploding"]
 FALL, RISE = 0.01, 100.0
 
 
-def mean_curve(log_gain: Curve) -> Curve:
+def mean_curve(log_gain: FloatArray) -> FloatArray:
     """Returns the flow of the mean sample: the logarithm of the geometric mean of the gains.
 
     The mean is taken of what each step adds, over the samples that have the step: so a sample that ends bends the curve
@@ -35,13 +35,13 @@ def mean_curve(log_gain: Curve) -> Curve:
     return np.asarray(np.cumsum(np.where(nothing, 0.0, means)))
 
 
-def added(log_gain: Curve) -> Curve:
+def added(log_gain: FloatArray) -> FloatArray:
     """Returns what each further step adds to the logarithm of the gain; NaN after -inf, where nothing is left."""
     with np.errstate(invalid="ignore"):
         return np.diff(log_gain, axis=0, prepend=0.0)
 
 
-def growth(log_gain: Curve) -> Curve:
+def growth(log_gain: FloatArray) -> FloatArray:
     """Returns the growth of a flow: the slope of its logarithm over the spans.
 
     Least squares through all finite spans and through span 0, whose gain is 1. Unlike `log_gain[K] / K` at the longest
@@ -64,7 +64,7 @@ def growth(log_gain: Curve) -> Curve:
     return np.where(np.isneginf(gains).any(axis=0), -math.inf, slope)
 
 
-def fate(curve: Curve, fall: float = FALL, rise: float = RISE) -> tuple[State, float]:
+def fate(curve: FloatArray, fall: float = FALL, rise: float = RISE) -> tuple[State, float]:
     """Returns the threshold that a curve meets first, and the span at which it does; inf if it meets none.
 
     Args:
@@ -78,7 +78,7 @@ def fate(curve: Curve, fall: float = FALL, rise: float = RISE) -> tuple[State, f
     return ("vanishing", vanished) if vanished < exploded else ("exploding", exploded)
 
 
-def horizon(log_gain: Curve, fall: float = FALL, rise: float = RISE) -> Curve:
+def horizon(log_gain: FloatArray, fall: float = FALL, rise: float = RISE) -> FloatArray:
     """Returns the first span at which a flow has fallen, or grown, to a threshold.
 
     Args:
@@ -96,7 +96,7 @@ def horizon(log_gain: Curve, fall: float = FALL, rise: float = RISE) -> Curve:
     return np.where(met.any(axis=0), np.argmax(met, axis=0) + 1.0, beyond)
 
 
-def nan_mean(values: Curve, axis: int) -> Curve:
+def nan_mean(values: FloatArray, axis: int) -> FloatArray:
     """Returns the mean of the values that are not NaN; NaN where there is none."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # NumPy's on means of nothing, and of inf and -inf

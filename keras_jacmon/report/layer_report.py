@@ -8,8 +8,9 @@ import numpy as np
 import numpy.typing as npt
 
 from keras_jacmon.errors import did_you_mean, invalid_argument
+from keras_jacmon.report.arrays import FloatArray
 from keras_jacmon.report.curve import FALL, RISE
-from keras_jacmon.report.reductions import REDUCTIONS, FloatArray, mean
+from keras_jacmon.report.reductions import REDUCTIONS, mean
 from keras_jacmon.report.suggestion import Suggestion
 from keras_jacmon.report.verdict import Verdict, judge
 

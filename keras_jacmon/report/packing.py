@@ -9,8 +9,8 @@ import numpy.typing as npt
 
 from keras_jacmon.dashboard.packed import Curve, Packed, bounds
 from keras_jacmon.dashboard.stack import Moment
+from keras_jacmon.report.arrays import FloatArray
 from keras_jacmon.report.layer_report import LayerReport
-from keras_jacmon.report.reductions import FloatArray
 
 # The quantiles of the band.
 _LOW, _HIGH = 0.1, 0.9

@@ -10,9 +10,9 @@ import numpy as np
 import numpy.typing as npt
 
 from keras_jacmon.errors import did_you_mean, invalid_argument
+from keras_jacmon.report.arrays import FloatArray
 from keras_jacmon.report.curve import FALL
 from keras_jacmon.report.layer_report import LayerReport
-from keras_jacmon.report.reductions import FloatArray
 
 # Inches: a column of most journals with two columns has 3.3 to 3.5.
 _SIZE = (3.4, 2.3)

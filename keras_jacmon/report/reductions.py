@@ -8,9 +8,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from keras_jacmon.report.arrays import FloatArray
 from keras_jacmon.report.curve import growth, horizon, mean_curve
-
-FloatArray = npt.NDArray[np.floating]
 
 
 def mean(values: FloatArray) -> float:

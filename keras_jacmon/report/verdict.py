@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from keras_jacmon.report.arrays import FloatArray
 from keras_jacmon.report.curve import FALL, RISE, State, added, fate, growth, mean_curve, nan_mean
-from keras_jacmon.report.reductions import FloatArray
 from keras_jacmon.report.suggestion import Suggestion
 
 # A step stands out if the logarithm of its gain differs from the median by more than log 1.5, and by more than 7 times

@@ -9,7 +9,7 @@ import numpy as np
 from keras_jacmon.errors import check_whole, invalid_argument
 from keras_jacmon.model.layers import RecurrentLayer, check_model, find_recurrent_layers, select_layers
 from keras_jacmon.options import LARGEST_SEED
-from keras_jacmon.report.reductions import FloatArray
+from keras_jacmon.report.arrays import FloatArray
 from keras_jacmon.stabilization.best_weights import changeable_weights
 
 # With fewer steps the interval of the random numbers, from 1 to `length - 1`, would be empty.

@@ -10,7 +10,7 @@ from keras_jacmon.errors import invalid_argument, is_number
 from keras_jacmon.measures.differentiable import TINY
 from keras_jacmon.measures.selection import key_of
 from keras_jacmon.options import ChosenStates, default_warmup, label_of
-from keras_jacmon.report.reductions import FloatArray
+from keras_jacmon.report.arrays import FloatArray
 from keras_jacmon.report.report import Report
 
 # The directions of a gradient's way through a stack of layers; in depth it passes the view of the inputs.
@@ -57,12 +57,14 @@ class Goal:
 
     Attributes:
         call: String, the key of the call in reports.
+        measure: String, the name of the measure.
         key: String, the key of the measure there.
         direction: String, `"time"` or `"depth"`.
         target: Float, in the unit of the measure.
     """
 
     call: str
+    measure: str
     key: str
     direction: str
     target: float
@@ -101,7 +103,7 @@ class Goal:
 
     @property
     def _is_of_exponents(self) -> bool:
-        return self.key.endswith(LYAPUNOV)
+        return self.measure == LYAPUNOV
 
     def _numbers(self, report: Report) -> FloatArray:
         """The values of all points, or all exponents of the samples with a step after the first tenth."""
@@ -164,7 +166,7 @@ def goals_in(report: Report, targets: Mapping[str, float], measure: str, view: V
             is_joint = direction == TIME and view == "joint"
             key = f"{layer.joint}{measure}" if is_joint else key_of(label_of(view_of(direction, view)), measure)
             if key in layer:
-                goals.append(Goal(name, key, direction, target))
+                goals.append(Goal(name, measure, key, direction, target))
         if not any(goal.direction == direction for goal in goals):
             square = ", for which a layer needs as many inputs as it has units" if measure == "spectral_radius" else ""
             expected = f"a direction in which a recurrent layer has a {measure}{square if direction == DEPTH else ''}"

@@ -9,7 +9,7 @@ import numpy as np
 
 from keras_jacmon.errors import invalid_argument
 from keras_jacmon.measurement.secant import MOST_GAIN, Secant
-from keras_jacmon.report.reductions import FloatArray
+from keras_jacmon.report.arrays import FloatArray
 from keras_jacmon.stabilization.goals import DEPTH, GROWTH, TIME, Goal, Standing
 
 # The names that Keras gives the kernels of its cells, for each direction.

@@ -7,7 +7,7 @@ import pytest
 import tensorflow as tf
 from helpers import normal
 
-from keras_jacmon.measurement.chunks import PointSource, measure_points, spread_evenly
+from keras_jacmon.measurement.chunks import PointSource, measure_points
 from keras_jacmon.measures.context import MeasureContext
 from keras_jacmon.measures.selection import KEYS
 from keras_jacmon.options import Options
@@ -42,18 +42,3 @@ def test_points_to_leave_out_are_nan(chunk: int) -> None:
     expected = np.linalg.norm(matrices, ord=2, axis=(1, 2))
     expected[[1, 2, 5]] = np.nan
     np.testing.assert_allclose(measured.value, expected, rtol=1e-2)
-
-
-@pytest.mark.parametrize(("total", "count"), [(0, 5), (1, 5), (5, 5), (53, 40), (64, 16), (1000, 7)])
-def test_numbers_spread_evenly_are_different_and_one_in_each_part(total: int, count: int) -> None:
-    places = spread_evenly(total, count).numpy()
-    expected = min(total, count)
-    assert places.shape == (expected,)
-    assert all(
-        index * total // expected <= place < (index + 1) * total // expected for index, place in enumerate(places)
-    )
-
-
-def test_numbers_spread_evenly_do_not_meet_the_same_sample_each_time() -> None:
-    samples = spread_evenly(4096, 64).numpy() % 64
-    assert len(np.unique(samples)) > 32

@@ -254,6 +254,17 @@ def test_a_cell_that_reads_what_it_is_not_given_shares_with_no_other_model() -> 
     assert first is not second
 
 
+def test_a_measurement_that_reads_a_seed_in_vain_is_not_shared() -> None:
+    """Keras' simple cell makes the mask of a dropout also where it is not applied."""
+
+    def graph() -> tf.Graph:
+        layers = [L.SimpleRNN(4, dropout=0.5, return_sequences=True), L.SimpleRNN(4, dropout=0.5)]
+        model = keras.Sequential([keras.Input(PROBE.shape[1:]), *layers])
+        return JacobianMeter(model, PROBE, measures=["variance"]).graphs[0]
+
+    assert graph() is not graph()
+
+
 def test_what_is_shared_holds_neither_model_nor_cell() -> None:
     model = of_one_layer(L.SimpleRNN(4, use_bias=False))
     meter = JacobianMeter(model, PROBE, measures=["variance"])
@@ -274,7 +285,7 @@ def test_the_objects_that_were_used_last_are_kept() -> None:
             made.append(key)
             return 10 * key
 
-        return shared.get(key, make)
+        return shared.get(key, make, lambda _: True)
 
     assert [get(key) for key in (1, 2, 1, 3, 1, 2)] == [10, 20, 10, 30, 10, 20]
     assert made == [1, 2, 3, 2]
@@ -287,5 +298,10 @@ def test_of_what_fails_nothing_is_kept() -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        shared.get("key", fail)
-    assert shared.get("key", lambda: 1) == 1
+        shared.get("key", fail, lambda _: True)
+    assert shared.get("key", lambda: 1, lambda _: True) == 1
+
+
+def test_of_what_only_the_caller_may_use_nothing_is_kept() -> None:
+    shared = Shared[int](most=2)
+    assert [shared.get("key", lambda made=made: made, lambda made: made > 1) for made in (1, 2, 3)] == [1, 2, 2]

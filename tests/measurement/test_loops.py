@@ -243,6 +243,19 @@ def test_a_loop_that_reads_more_than_it_is_given_is_traced_each_time(monkeypatch
     assert once == again > 1
 
 
+@pytest.mark.parametrize("dropout", ["dropout", "recurrent_dropout"])
+def test_a_loop_that_reads_a_seed_in_vain_does_not_outlive_its_model(dropout: str) -> None:
+    """Keras' simple cell makes the mask of a dropout also where it is not applied, unlike its others."""
+    for _ in range(2):
+        # Of a size that no other test has, whose loop might be known.
+        layers = [L.SimpleRNN(11, return_sequences=True, **{dropout: 0.5}) for _ in "ab"]
+        model = build(of(*layers), tf.constant(PADDED, tf.float32))
+        report = JacobianMeter(model, PADDED.astype(np.float32), measures=["variance"])(suggestions=False)
+        assert all(np.isfinite(layer.mean("variance")) for layer in report.values())
+        del layers, model
+        gc.collect()
+
+
 def test_a_loop_in_half_precision_is_traced_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
     layers = [L.LSTM(4, return_sequences=True, dtype="float16") for _ in "ab"]
     model = build(of(*layers), tf.constant(PADDED, tf.float32))

@@ -395,7 +395,7 @@ def test_a_wrong_structure_is_refuted_and_never_reported() -> None:
     assert_layer(report[layer.name], layer, PROBE, measures=MOMENTS)
     assert report[layer.name].certificate is None
     assert meter.trace_count == 2
-    assert {choice.why for choice in meter.choices[layer.name]["hidden"]} == {"its certificate failed"}
+    assert {choice.why for choice in meter.choices[layer.name]["hidden"]} == {"its structure differs from autodiff"}
     # From now on by autodiff, without another word.
     assert_layer(meter()[layer.name], layer, PROBE, measures=MOMENTS)
     assert meter.trace_count == 2
