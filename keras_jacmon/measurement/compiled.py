@@ -92,7 +92,9 @@ class CompiledMeasurements:
                 return self._compiled(call, measures, assumptions)
 
             # Kept at the end: an interrupted trace leaves nothing.
-            self._known[key] = _SHARED.get((key, *self._settings()), make, _is_for_all) if _may_be_shared(call) else make()
+            self._known[key] = (
+                _SHARED.get((key, *self._settings()), make, _is_for_all) if _may_be_shared(call) else make()
+            )
         return self._known[key]
 
     def _settings(self) -> "tuple[Hashable, ...]":

@@ -21,6 +21,9 @@ from keras_jacmon.tensors import spec_of
 # Of relative moves: 3 % of a weight.
 _LEARNING_RATE = 0.03
 
+# After this number of rounds, each at other points, without any derivative by the weights there will be none.
+_MOST_ROUNDS_IN_VAIN = 3
+
 # A product over time is that of all steps of a sample.
 _STEPS_PER_ROW = 32
 
@@ -102,7 +105,7 @@ class Gradient:
         self._optimizer.build(self._moves.variables)
         specs = list(map(spec_of, weights))
         self._update: Traced[None] = trace(self._updated, specs)
-        self._step, self._last_loss = 0, math.inf
+        self._step, self._last_loss, self._rounds_in_vain = 0, math.inf, 0
         self.notes: list[str] = []
 
     def advance(self, standing: Standing, updates: int) -> bool:
@@ -113,10 +116,19 @@ class Gradient:
         if self._step:
             for loss in self._losses:
                 loss.renew()
+        has_derivative = False
         for _ in range(updates):
-            self._update(*self._gradients())
+            has_derivative |= bool(self._update(*self._gradients()))
             self._step += 1
-        return True
+        self._rounds_in_vain = 0 if has_derivative else self._rounds_in_vain + 1
+        if self._rounds_in_vain < _MOST_ROUNDS_IN_VAIN:
+            return True
+        self.notes.append(
+            f"It ended there, since no weight had an influence on the measure in {_MOST_ROUNDS_IN_VAIN} rounds: its "
+            "derivative was zero at all points, as where all units are dead."
+        )
+        warnings.warn(self.notes[-1], stacklevel=5)
+        return False
 
     def _gradients(self) -> list[tf.Tensor]:
         for loss in self._losses:
@@ -124,10 +136,11 @@ class Gradient:
         each = [loss.gradients(self._weights) for loss in self._losses]
         return [tf.add_n(slopes) for slopes in zip(*each, strict=True)]
 
-    def _updated(self, *slopes: tf.Tensor) -> tuple[tuple[()], None]:
+    def _updated(self, *slopes: tf.Tensor) -> tuple[tf.Tensor, None]:
+        """Updates the weights, and returns True if one of the derivatives is not zero."""
         self._optimizer.apply(self._moves.gradients(slopes), self._moves.variables)
         self._moves.follow()
-        return (), None
+        return tf.reduce_any(tf.stack([tf.reduce_any(slope != 0) for slope in slopes])), None
 
 
 def slopes_of(loss: tf.Tensor, tape: tf.GradientTape, weights: Sequence[keras.Variable]) -> list[tf.Tensor]:

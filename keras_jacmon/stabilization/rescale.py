@@ -64,17 +64,40 @@ class Rescale:
                     raise invalid_argument("method", f"{expected}`{KERNELS[direction]}`", f"'rescale' for `{layer}`")
                 if measure != GROWTH and chosen[0].target <= 0:
                     raise invalid_argument("method", '"gradient" for a target of 0', "'rescale', which multiplies")
-                self._kernels.append(_Kernel(kernels, chosen, measure, _gates(weights[layer])))
+                self._add(kernels, chosen, _gates(weights[layer]))
+
+    def _add(self, weights: Sequence[keras.Variable], goals: Sequence[Goal], gates: int) -> None:
+        """Adds the kernels of a layer, to those of an earlier layer if they share one, as layers with one cell do."""
+        for place, known in enumerate(self._kernels):
+            if known.shares_with(weights):
+                union = list({id(weight): weight for weight in [*known.weights, *weights]}.values())
+                gates = gates if gates == known.gates else 1
+                self._kernels[place] = _Kernel(union, [*known.goals, *goals], self._measure, gates)
+                return
+        self._kernels.append(_Kernel(weights, goals, self._measure, gates))
 
     def advance(self, standing: Standing, updates: int) -> bool:  # noqa: ARG002 - one round is one update
         """Multiplies each kernel once."""
         if not self._are_tried:
+            self._leave_out_zeros(standing)
             self._leave_out_of_reach(standing)
             self._try_gates(standing)
             self._are_tried = True
         for kernel in self._kernels:
             kernel.advance(standing.values)
         return bool(self._kernels)
+
+    def _leave_out_zeros(self, standing: Standing) -> None:
+        """Leaves out the kernels whose measure is zero at all points, which no factor changes."""
+        for kernel in [kernel for kernel in self._kernels if kernel.is_zero(standing.values)]:
+            self._kernels.remove(kernel)
+            goal, name = kernel.goals[0], KERNELS[kernel.goals[0].direction]
+            self.notes.append(
+                f"`{goal.call}` stays as it is: the {self._measure} of its Jacobians is "
+                f"{standing.values[goal.name]:g}, which no factor of its `{name}` changes, as where all units are dead "
+                "or the kernel is zero."
+            )
+            warnings.warn(self.notes[-1], stacklevel=6)
 
     def _leave_out_of_reach(self, standing: Standing) -> None:
         """Leaves out the kernels whose measure stays above its target without them."""
@@ -121,12 +144,13 @@ class _Kernel:
         gates: Integer, number of the gates, whose kernels stand side by side.
 
     Attributes:
+        weights: The variables.
         goals: The goals.
         gates: Integer, number of the gates.
     """
 
     def __init__(self, weights: Sequence[keras.Variable], goals: Sequence[Goal], measure: str, gates: int) -> None:
-        self._weights, self.goals, self._is_logarithm, self.gates = weights, goals, measure == GROWTH, gates
+        self.weights, self.goals, self._is_logarithm, self.gates = weights, goals, measure == GROWTH, gates
         self._log_target = self._log(goals[0].target)
         self._secant = Secant(_DEGREES.get(measure, 1.0), math.log(MOST_GAIN))
         self._slopes = np.ones(gates)
@@ -146,20 +170,28 @@ class _Kernel:
 
     def multiplied(self, log_gains: FloatArray) -> list[FloatArray]:
         """Multiplies each gate by the exponential of a number, `(gates,)`, and returns the kernels before."""
-        before = [keras.ops.convert_to_numpy(weight) for weight in self._weights]
-        for weight, value in zip(self._weights, before, strict=True):
+        before = [keras.ops.convert_to_numpy(weight) for weight in self.weights]
+        for weight, value in zip(self.weights, before, strict=True):
             gains = np.repeat(np.exp(log_gains), value.shape[-1] // self.gates).astype(value.dtype)
             weight.assign(value * gains if weight.constraint is None else weight.constraint(value * gains))
         return before
 
     def put_back(self, values: Sequence[FloatArray]) -> None:
         """Gives the kernels earlier values."""
-        for weight, value in zip(self._weights, values, strict=True):
+        for weight, value in zip(self.weights, values, strict=True):
             weight.assign(value)
 
     def learn(self, gate: int, before: Mapping[str, float], values: Mapping[str, float]) -> None:
         """Keeps the power of a gate in the measure, from the values before and with the gain of a trial."""
         self._slopes[gate] = (self._log_of(values) - self._log_of(before)) / math.log(_TRIAL)
+
+    def shares_with(self, weights: Sequence[keras.Variable]) -> bool:
+        """Returns True if one of some variables is among the kernels."""
+        return any(weight is known for weight in weights for known in self.weights)
+
+    def is_zero(self, values: Mapping[str, float]) -> bool:
+        """Returns True if the measure is zero at all points; of growth, if nothing is left of a gradient."""
+        return self._log_of(values) == -math.inf
 
     def excess(self, values: Mapping[str, float]) -> float:
         """Returns the distance of the measure from its target, above 0 if it is larger."""
@@ -179,7 +211,11 @@ class _Kernel:
 
 
 def _gates(weights: Sequence[keras.Variable]) -> int:
-    """Returns the number of gates in the recurrent kernel `(units, gates * units)`; 1 for a kernel of another shape."""
-    shapes = [weight.shape for weight in weights if weight.name == KERNELS[TIME]]
-    units, columns = shapes[0][-2:] if shapes else (1, 1)
-    return columns // units if columns % units == 0 else 1
+    """Returns the number of gates in each recurrent kernel `(units, gates * units)`.
+
+    It is 1 for kernels of other shapes, and for several kernels with different numbers of gates, as of a stack of cells
+    of different kinds: they are then multiplied as a whole.
+    """
+    shapes = [weight.shape[-2:] for weight in weights if weight.name == KERNELS[TIME]]
+    counts = {columns // units if columns % units == 0 else 1 for units, columns in shapes}
+    return counts.pop() if len(counts) == 1 else 1
