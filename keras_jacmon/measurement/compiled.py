@@ -127,7 +127,7 @@ def _may_be_shared(call: MeasurableCall) -> bool:
 
 
 def _is_for_all(compiled: CompiledMeasurement) -> bool:
-    """True if a measurement reads only what it is given; autodiff may read the seed of a dropout that is not applied."""
+    """True if a measurement reads only what it is given; it may read the seed of a dropout that is not applied."""
     return compiled.function.is_self_contained
 
 
