@@ -31,9 +31,9 @@ class Traced(Generic[StaticT]):
     static: StaticT
 
     @property
-    def is_self_contained(self) -> bool:
-        """True if the graph reads nothing but its arguments, so that it outlives what it was traced for."""
-        return not self.graph.graph.captures
+    def refers_to_variables(self) -> bool:
+        """True if the graph refers to variables beside its arguments, and cannot be used when they are gone."""
+        return any(outer.dtype == tf.resource for outer, _ in self.graph.graph.captures)
 
     def __call__(self, *tensors: Any) -> Any:
         """Runs the graph for arguments that match the specs, and returns its tensors in the traced structure."""

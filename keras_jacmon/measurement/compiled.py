@@ -127,8 +127,8 @@ def _may_be_shared(call: MeasurableCall) -> bool:
 
 
 def _is_for_all(compiled: CompiledMeasurement) -> bool:
-    """True if a measurement reads only what it is given; it may read the seed of a dropout that is not applied."""
-    return compiled.function.is_self_contained
+    """True unless a measurement refers to a variable, such as the seed of a dropout that is not applied."""
+    return not compiled.function.refers_to_variables
 
 
 def _filled_up(tensor: tf.Tensor | None, spec: tf.TensorSpec | None) -> tf.Tensor | None:

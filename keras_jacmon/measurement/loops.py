@@ -121,7 +121,7 @@ def _call(layer: keras.layers.RNN, loop: Callable[..., Any], kind: CellKind, giv
     settings = type(layer).inner_loop, layer.unroll, is_masked and layer.zero_output_for_mask, chosen_device()
     key: Hashable = (kind.key, str(specs), *settings)
     # Keras may read the seed of a dropout that is not applied, which the step does not show.
-    function = _SHARED.get(key, lambda: trace(run, specs, inline=False), lambda traced: traced.is_self_contained)
+    function = _SHARED.get(key, lambda: trace(run, specs, inline=False), lambda traced: not traced.refers_to_variables)
     with optimized_briefly():
         last, sequence, new = function(*given)
     return last, sequence if layer.return_sequences else sequence[:, -1:], new

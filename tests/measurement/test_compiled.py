@@ -221,6 +221,11 @@ def test_models_share_the_measurements_of_equal_kinds() -> None:
     assert graph_of(L.SimpleRNN(4)) is graph
 
 
+def test_models_share_measurements_that_draw_random_numbers() -> None:
+    first, second = (JacobianMeter(of_one_layer(L.LSTM(4)), PROBE, measures="full").graphs[0] for _ in range(2))
+    assert first is second
+
+
 @pytest.mark.parametrize(
     ("layer", "options"),
     [
@@ -259,7 +264,8 @@ def test_a_measurement_that_reads_a_seed_in_vain_is_not_shared() -> None:
     """Keras' simple cell makes the mask of a dropout also where it is not applied."""
 
     def graph() -> tf.Graph:
-        layers = [L.SimpleRNN(4, dropout=0.5, return_sequences=True), L.SimpleRNN(4, dropout=0.5)]
+        # Of a size that no other test has: the measurement of one without dropout would do for these.
+        layers = [L.SimpleRNN(13, dropout=0.5, return_sequences=True), L.SimpleRNN(13, dropout=0.5)]
         model = keras.Sequential([keras.Input(PROBE.shape[1:]), *layers])
         return JacobianMeter(model, PROBE, measures=["variance"]).graphs[0]
 
