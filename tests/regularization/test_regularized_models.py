@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import keras
@@ -70,6 +71,25 @@ def test_points_without_a_finite_penalty_are_left_out(measured: str, states: Any
     assert np.isfinite(np.concatenate([variable.ravel() for variable in values_of(model.variables)])).all()
     values = monitor.reports[-1][1]["rnn"][measured]
     np.testing.assert_allclose(history["jac_penalty"][-1], np.mean((values[1:] - 1) ** 2), rtol=0.05)
+
+
+def test_a_layer_that_had_no_penalty_is_still_warned_of_for_points_that_are_left_out() -> None:
+    model = compiled(L.RNN(NormCell(4), name="rnn"))
+    weights = model.get_weights()
+    model.set_weights([np.full_like(weight, np.nan) for weight in weights])
+    regularizer = JacobianRegularizer(1.0, 1.0, refresh=1)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with regularizer.attached(model, PROBE) as regularized:
+            regularized.begin(0)
+            model.set_weights(weights)
+            for step in (1, 2):
+                regularized.begin(step)
+    sentences = [str(warning.message) for warning in caught if "penalty" in str(warning.message)]
+    assert [("has no penalty" in one, "Such points are left out" in one) for one in sentences] == [
+        (True, False),
+        (False, True),
+    ]
 
 
 @pytest.mark.filterwarnings("ignore:Layer `rnn`. at .* points")
