@@ -12,7 +12,7 @@ from keras_jacmon.cell.kind import CellKind, CellKinds
 from keras_jacmon.cell.trajectory import UnrollInputs
 from keras_jacmon.jacobians.registered_forms import registered_form
 from keras_jacmon.model.recording import RecurrentCall
-from keras_jacmon.tensors import spec_of
+from keras_jacmon.tensors import specs_of
 
 # Inputs, flat initial states, and the mask, which may be None.
 SequenceTensors = tuple[tf.Tensor, tuple[tf.Tensor, ...], tf.Tensor | None]
@@ -61,12 +61,7 @@ class MeasurableCall:
     @classmethod
     def of(cls, call: RecurrentCall, sequence: UnrollInputs, kinds: CellKinds) -> "MeasurableCall":
         """Makes it from a recorded call, the tensors that the cell is unrolled along, and the kinds of the cells."""
-
-        def spec(tensor: tf.Tensor) -> tf.TensorSpec:
-            return spec_of(tensor)
-
-        mask = None if sequence.mask is None else spec(sequence.mask)
-        specs = (spec(sequence.inputs), tuple(map(spec, sequence.states)), mask)
+        specs = specs_of((sequence.inputs, tuple(sequence.states), sequence.mask))
         if registered_form(call.cell) is None:
             first = tf.TensorSpec(sequence.inputs.shape[1:], sequence.inputs.dtype)
             kind = kinds.of(call.cell, call.states, [first, *specs[1]])

@@ -67,14 +67,13 @@ class Rescale:
                 self._add(kernels, chosen, _gates(weights[layer]))
 
     def _add(self, weights: Sequence[keras.Variable], goals: Sequence[Goal], gates: int) -> None:
-        """Adds the kernels of a layer, to those of an earlier layer if they share one, as layers with one cell do."""
-        for place, known in enumerate(self._kernels):
-            if known.shares_with(weights):
-                union = list({id(weight): weight for weight in [*known.weights, *weights]}.values())
-                gates = gates if gates == known.gates else 1
-                self._kernels[place] = _Kernel(union, [*known.goals, *goals], self._measure, gates)
-                return
-        self._kernels.append(_Kernel(weights, goals, self._measure, gates))
+        """Adds the kernels of a layer, together with those of the layers before that share one, as by a common cell."""
+        shared = [kernel for kernel in self._kernels if kernel.shares_with(weights)]
+        self._kernels = [kernel for kernel in self._kernels if kernel not in shared]
+        together = {id(weight): weight for part in (*(kernel.weights for kernel in shared), weights) for weight in part}
+        goals = [*(goal for kernel in shared for goal in kernel.goals), *goals]
+        gates = gates if all(kernel.gates == gates for kernel in shared) else 1
+        self._kernels.append(_Kernel(list(together.values()), goals, self._measure, gates))
 
     def advance(self, standing: Standing, updates: int) -> bool:  # noqa: ARG002 - one round is one update
         """Multiplies each kernel once."""

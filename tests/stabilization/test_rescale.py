@@ -48,6 +48,20 @@ def test_a_cell_that_two_layers_share_is_brought_to_the_target_of_both(kind: Any
         inputs = layer(inputs).numpy()
 
 
+@pytest.mark.filterwarnings("ignore:Layer `rnn.*`. the model also calls its cell")
+def test_cells_that_a_stack_shares_with_single_layers_are_multiplied_by_one_number() -> None:
+    first, second = L.SimpleRNNCell(UNITS), L.SimpleRNNCell(UNITS)
+    layers = [L.RNN(cells, return_sequences=True) for cells in (first, second, [first, second])]
+    model = of(*layers)
+    kernels = [cell.recurrent_kernel for cell in (first, second)]
+    before = values_of(kernels)
+    result = stabilize(model, PROBE, 0.4, method="rescale", verbose=0)
+    assert min(result.history["loss"]) < result.history["loss"][0]
+    gains = [factor_of(*pair) for pair in zip(kernels, before, strict=True)]
+    assert gains[0] == pytest.approx(gains[1], rel=1e-5)
+    assert gains[0] < 0.95
+
+
 @pytest.mark.parametrize("cells", [(L.LSTMCell, 4, L.GRUCell, 3), (L.LSTMCell, 4, L.GRUCell, 4)])
 def test_kernels_of_cells_of_different_kinds_are_multiplied_as_a_whole(cells: Any) -> None:
     first, units, second, others = cells
