@@ -9,9 +9,14 @@ from keras_jacmon.measures.context import MeasureContext, Measured, Purpose
 from keras_jacmon.operators.contract import JacobianOperator
 from keras_jacmon.operators.entry_moments import pooled
 from keras_jacmon.operators.formed import as_jacobian_operator
+from keras_jacmon.tensors import known_sizes
 
 # Random vectors of an estimate. The error of a mean over p points falls as 1/√(16 p).
 ESTIMATE_VECTORS = 16
+
+# Pairs of a point and a vector that are multiplied in a pass: fewer take longer to start than to multiply, and the
+# products of more do not stay in the processor's cache.
+_PAIRS = 2**10
 
 
 def variance(operator: tf.linalg.LinearOperator, context: MeasureContext) -> Measured:
@@ -106,7 +111,7 @@ def _spread(operator: JacobianOperator, mean: tf.Tensor, context: MeasureContext
     return _exact(operator, mean, context) if context.exact(operator) else _estimated(operator, mean, context)
 
 
-def _exact(operator: tf.linalg.LinearOperator, mean: tf.Tensor, context: MeasureContext) -> tuple[tf.Tensor, None]:
+def _exact(operator: JacobianOperator, mean: tf.Tensor, context: MeasureContext) -> tuple[tf.Tensor, None]:
     """Σ_ik (J_ik - mean)², some rows or columns of J at a time.
 
     Centred before squaring: the difference of sums would cancel.
@@ -115,21 +120,31 @@ def _exact(operator: tf.linalg.LinearOperator, mean: tf.Tensor, context: Measure
     # By the smaller side. A product with J takes about as long as two with Jᵀ where a tape gives both.
     adjoint = m <= 2 * n
     side = m if adjoint else n
-    points = operator.batch_shape_tensor()[0]
-    width = tf.clip_by_value(context.workspace_vectors // tf.maximum(points, 1), 1, side)
+    points = known_sizes(mean)[0]
+    width, at_a_time = _passes(points, side, context.workspace_vectors)
 
     def body(start: tf.Tensor, total: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        basis = tf.one_hot(tf.range(start, tf.minimum(start + width, side)), side, axis=0, dtype=operator.dtype)
-        basis = tf.broadcast_to(basis, [points, side, tf.shape(basis)[1]])
-        images = operator.matmul(basis, adjoint=adjoint)
-        squares = tf.reduce_sum((images - mean[:, None, None]) ** 2, axis=[1, 2])
+        basis = tf.one_hot(start + tf.range(tf.minimum(width, side - start)), side, dtype=operator.dtype)
+        if isinstance(width, int) and side % width == 0:
+            basis = tf.ensure_shape(basis, [width, side])
+        images = operator.columns(tf.broadcast_to(basis[:, None], [tf.shape(basis)[0], points, side]), adjoint=adjoint)
+        # One axis after the other: a sum over the last one loses fewer digits than one over both.
+        squares = tf.reduce_sum(tf.reduce_sum(tf.square(images - mean[:, None]), axis=2), axis=0)
         # The static shape of the mean may say that there is a single point where the shape of the images does not.
         return start + width, total + tf.ensure_shape(squares, mean.shape)
 
     _, total = tf.while_loop(
-        lambda start, _: start < side, body, [tf.constant(0), tf.zeros_like(mean)], parallel_iterations=1
+        lambda start, _: start < side, body, [tf.constant(0), tf.zeros_like(mean)], parallel_iterations=at_a_time
     )
     return total, None
+
+
+def _passes(points: int | tf.Tensor, side: int, most: int) -> tuple[int | tf.Tensor, int]:
+    """The number of vectors of a pass over J, and of passes at a time; `most` pairs of point and vector at once."""
+    if not isinstance(points, int):
+        return tf.clip_by_value(min(most, _PAIRS) // tf.maximum(points, 1), 1, side), 1
+    width = min(max(min(most, _PAIRS) // max(points, 1), 1), side)
+    return width, 2 if 2 * width * points <= most else 1
 
 
 def _estimated(

@@ -9,7 +9,7 @@ import tensorflow as tf
 from keras_jacmon.graphs.trace import trace
 from keras_jacmon.operators.contract import JacobianOperator
 from keras_jacmon.operators.formed import FormedJacobian
-from keras_jacmon.tensors import Points, known_sizes, spec_of
+from keras_jacmon.tensors import Points, known_sizes, spec_of, swapped
 
 Product = Callable[[tf.Tensor], tf.Tensor]
 
@@ -96,10 +96,14 @@ class AutodiffJacobian(JacobianOperator):
         x = tf.linalg.adjoint(x) if adjoint_arg else x
         if x.shape[-1] == 1:
             return tf.expand_dims(self._matvec(tf.squeeze(x, axis=-1), adjoint=adjoint), axis=-1)
-        return tf.transpose(self._columns(tf.transpose(x, [2, 0, 1]), adjoint=adjoint), [1, 2, 0])
+        return tf.transpose(self.columns(tf.transpose(x, [2, 0, 1]), adjoint=adjoint), [1, 2, 0])
 
     def _matvec(self, x: tf.Tensor, adjoint: bool = False) -> tf.Tensor:  # noqa: FBT001, FBT002 - as in the base class
         return self._product(adjoint=adjoint)(x)
+
+    def products(self, vectors: tf.Tensor, *, adjoint: bool = False) -> tf.Tensor:
+        """The products with rows."""
+        return swapped(self.columns(swapped(vectors), adjoint=adjoint))
 
     @property
     def is_vectorized(self) -> bool:
@@ -119,8 +123,8 @@ class AutodiffJacobian(JacobianOperator):
             self._function, point, context, self._range_dimension, twice=self._twice, vectorized=self._vectorized
         )
 
-    def _columns(self, vectors: tf.Tensor, *, adjoint: bool) -> tf.Tensor:
-        """The products with several vectors: (columns, points, k) -> (columns, points, l)."""
+    def columns(self, vectors: tf.Tensor, *, adjoint: bool = False) -> tf.Tensor:
+        """The products with several vectors: as derivatives have them, so that nothing is turned about."""
         if tf.executing_eagerly():
             return self._columns_eagerly(vectors, adjoint=adjoint)
         if self.is_vectorized:
@@ -136,18 +140,18 @@ class AutodiffJacobian(JacobianOperator):
         return self._columns_of_copies(vectors, adjoint=adjoint)
 
     def _columns_eagerly(self, vectors: tf.Tensor, *, adjoint: bool) -> tf.Tensor:
-        """As `_columns`, in a graph if that is worth tracing one for a single use."""
+        """As `columns`, in a graph if that is worth tracing one for a single use."""
         if self._independent and vectors.shape[0] * vectors.shape[1] <= _EAGER_POINTS:
             return self._columns_of_copies(vectors, adjoint=adjoint)
 
         def multiply(vectors: tf.Tensor) -> tuple[tf.Tensor, None]:
             here = AutodiffJacobian(**self.parameters)
-            return here._columns(vectors, adjoint=adjoint), None
+            return here.columns(vectors, adjoint=adjoint), None
 
         return trace(multiply, [spec_of(vectors)])(vectors)
 
     def _columns_of_copies(self, vectors: tf.Tensor, *, adjoint: bool) -> tf.Tensor:
-        """As `_columns`, by a single product at the points, repeated for each column."""
+        """As `columns`, by a single product at the points, repeated for each column."""
         columns, points = tf.shape(vectors)[0], tf.shape(vectors)[1]
         point, *context = [tf.tile(t, [columns] + [1] * (t.shape.rank - 1)) for t in (self._point, *self._context)]
         product = self._at(point, context).matvec(

@@ -4,7 +4,7 @@ import abc
 
 import tensorflow as tf
 
-from keras_jacmon.tensors import Points
+from keras_jacmon.tensors import Points, swapped
 
 
 class JacobianOperator(tf.linalg.LinearOperator):
@@ -30,6 +30,18 @@ class JacobianOperator(tf.linalg.LinearOperator):
             adjoint: Boolean, True to multiply with Jᵀ. Defaults to False.
         """
         return tf.linalg.matrix_transpose(self.matmul(tf.linalg.matrix_transpose(vectors), adjoint=adjoint))
+
+    def columns(self, vectors: tf.Tensor, *, adjoint: bool = False) -> tf.Tensor:
+        """The products with several vectors at each point, with the axis of the vectors in front.
+
+        Args:
+            vectors: Tensor `(k, points, n)`; `(k, points, m)` for products with Jᵀ.
+            adjoint: Boolean, True to multiply with Jᵀ. Defaults to False.
+
+        Returns:
+            Tensor `(k, points, m)`; `(k, points, n)` for products with Jᵀ.
+        """
+        return swapped(self.products(swapped(vectors), adjoint=adjoint))
 
     def entry_sum(self) -> tf.Tensor:
         """The sum of all entries, `(points,)`: by default from one product with Jᵀ."""

@@ -12,6 +12,8 @@ from helpers import normal
 
 from keras_jacmon.measures.context import MeasureContext, Measured
 from keras_jacmon.measures.moments import _exact, rms_singular_value, variance
+from keras_jacmon.operators.autodiff import AutodiffJacobian
+from keras_jacmon.operators.formed import WrappedJacobian
 from keras_jacmon.options import Options
 
 if TYPE_CHECKING:
@@ -166,8 +168,37 @@ class OneSide(tf.linalg.LinearOperatorFullMatrix):
 def test_the_exact_value_is_taken_by_the_smaller_side(m: int, n: int, adjoint: bool) -> None:  # noqa: FBT001 - pytest passes it by name
     J = normal(3, m, n)
     mean = tf.constant(J.mean(axis=(1, 2)))
-    value, _ = _exact(OneSide(tf.constant(J), adjoint=adjoint), mean, MeasureContext())
+    value, _ = _exact(WrappedJacobian(OneSide(tf.constant(J), adjoint=adjoint)), mean, MeasureContext())
     np.testing.assert_allclose(value.numpy(), J.var(axis=(1, 2)) * m * n, rtol=1e-4)
+
+
+@pytest.mark.parametrize("points", [2, 300, 1100])
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("m", [7, 8])
+def test_an_exact_value_is_the_same_however_many_vectors_are_in_a_pass(
+    points: int, m: int, *, known: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Passes of one, of some and of all vectors, the last of which may be a smaller one."""
+    x, W = normal(points, 9), normal(9, m, seed=1)
+    widths = []
+    columns = AutodiffJacobian.columns
+
+    def watched(operator: AutodiffJacobian, vectors: tf.Tensor, *, adjoint: bool = False) -> tf.Tensor:
+        widths.append(vectors.shape[0])
+        return columns(operator, vectors, adjoint=adjoint)
+
+    monkeypatch.setattr(AutodiffJacobian, "columns", watched)
+
+    @tf.function(autograph=False, input_signature=[tf.TensorSpec([points if known else None, 9])])
+    def run(x: tf.Tensor) -> Measured:
+        return variance(AutodiffJacobian(lambda x, _: tf.tanh(x @ W), x, [], m, vectorized=True), OPTIONS)
+
+    found = run(tf.constant(x))
+    J = (1 - np.tanh(x @ W) ** 2)[:, :, None] * W.T
+    assert found.uncertainty is None
+    np.testing.assert_allclose(found.value.numpy(), helpers.variance(J), rtol=1e-4)
+    # With 300 points three at a time, and eight are not divided by three.
+    assert widths == [{2: m, 300: None, 1100: 1}[points] if known else None]
 
 
 def estimate(measure: Any, J: NDArray[Any], seed: int, max_entries: int = 1) -> Any:

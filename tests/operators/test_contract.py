@@ -119,11 +119,15 @@ def test_products_are_those_with_the_dense_matrix(name: str, points: int) -> Non
         v, w = tf.constant(normal(points, n, seed=14)), tf.constant(normal(points, m, seed=15))
         columns = J.matmul(tf.eye(n, batch_shape=[points], dtype=tf.float64))
         rows = J.products(tf.eye(n, batch_shape=[points], dtype=tf.float64))
-        return J.to_dense(), columns, rows, v, J.matvec(v), w, J.matvec(w, adjoint=True)
+        basis = tf.broadcast_to(tf.eye(m, dtype=tf.float64)[:, None], [m, points, m])
+        in_front = J.columns(basis, adjoint=True), J.columns(basis[:1], adjoint=True)
+        return J.to_dense(), columns, rows, in_front, v, J.matvec(v), w, J.matvec(w, adjoint=True)
 
-    dense, columns, rows, v, image, w, pulled = in_graph(numbers)
+    dense, columns, rows, in_front, v, image, w, pulled = in_graph(numbers)
     np.testing.assert_allclose(columns, dense, atol=1e-12, strict=True)
     np.testing.assert_allclose(rows, np.swapaxes(dense, 1, 2), atol=1e-12, strict=True)
+    np.testing.assert_allclose(in_front[0], np.swapaxes(dense, 0, 1), atol=1e-12, strict=True)
+    np.testing.assert_allclose(in_front[1], np.swapaxes(dense, 0, 1)[:1], atol=1e-12, strict=True)
     np.testing.assert_allclose(image, np.einsum("bik,bk->bi", dense, v), atol=1e-12, strict=True)
     np.testing.assert_allclose(np.sum(w * image, axis=-1), np.sum(pulled * v, axis=-1), atol=1e-12, strict=True)
 
