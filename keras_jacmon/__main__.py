@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if words[:1] in (["view"], ["compare"]):
         return commands.run(words)
     parser = _parser()
-    options = _parsed(parser, arguments)
+    options = _parsed(parser, words)
     # What TensorFlow says of itself is no part of a report.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     try:
@@ -104,9 +104,8 @@ def _number_or_none(text: str) -> int | None:
     return None if text == "none" else int(text)
 
 
-def _parsed(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
+def _parsed(parser: argparse.ArgumentParser, words: list[str]) -> argparse.Namespace:
     """Parses the command line; a path behind a list of names is a path."""
-    words = list(sys.argv[1:] if arguments is None else arguments)
     options = parser.parse_intermixed_args(words)
     paths = [path for path in (options.model, options.probe) if path is not None]
     for names in (vars(options).get("measures"), options.layers):

@@ -90,7 +90,9 @@ def compare(before: Report, after: Report) -> tuple[list[str], bool]:
     lines = []
     for name in {**before.layers, **after.layers}:
         lines.append(f"{name}:" + (" WORSE" if name in worse else ""))
-        lines += [f"  {title:<6}  {_verdict(report, name)}" for title, report in (("before", before), ("after", after))]
+        for title, report in (("before", before), ("after", after)):
+            words = report[name].verdict_in_a_line() if name in report else "not there"
+            lines.append(f"  {title:<6}  {words}")
         lines += _numbers(before, after, name)
     return lines, bool(worse)
 
@@ -99,11 +101,6 @@ def _is_worse(before: Verdict | None, after: Verdict | None) -> bool:
     if before is None or after is None or after.state == "stable":
         return False
     return before.state == "stable" or after.horizon < _SHRINKS * before.horizon
-
-
-def _verdict(report: Report, name: str) -> str:
-    verdict = report[name].judge() if name in report else None
-    return str(verdict).partition("\n")[0] if verdict else "not judged" if name in report else "not there"
 
 
 def _numbers(before: Report, after: Report, name: str) -> Iterator[str]:

@@ -19,12 +19,12 @@ def as_html(layers: "Mapping[str, LayerReport]") -> str:
     lines = []
     for name, layer in layers.items():
         verdict = layer.judge()
-        words = str(verdict).partition("\n")[0] if verdict else "not judged"
         advice = "".join(f"<br>{html.escape(sentence)}" for sentence in verdict.advice) if verdict else ""
+        words = html.escape(layer.verdict_in_a_line())
         scalars = layer.scalars()
         cells = [f"{scalars[key]:.4g}" if key in scalars else "" for key in keys]
         numbers = "".join(f"<td>{cell}</td>" for cell in cells)
         head = f"<th scope='row'>{html.escape(name)}</th>"
-        lines.append(f"<tr>{head}<td style='text-align:left'>{html.escape(words)}{advice}</td>{numbers}</tr>")
+        lines.append(f"<tr>{head}<td style='text-align:left'>{words}{advice}</td>{numbers}</tr>")
     head = "".join(f"<th>{html.escape(key)}</th>" for key in ("layer", "verdict", *keys))
     return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"

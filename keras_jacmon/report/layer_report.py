@@ -309,6 +309,11 @@ class LayerReport:
             return "all steps of the probe are masked"
         return f"`{key}` is NaN, because weights, states or Jacobians are not finite"
 
+    def verdict_in_a_line(self) -> str:
+        """Returns the verdict without its advice, or the reason why there is none."""
+        verdict = self.judge()
+        return str(verdict).partition("\n")[0] if verdict else f"no verdict: {self.why_no_verdict()}"
+
     def _is_of_samples(self, key: str) -> bool:
         """True for a measure of whole sequences with one value for each sample."""
         return key in self.sequences and self.sequences[key].ndim == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from typing import TYPE_CHECKING, Any
@@ -54,6 +55,20 @@ def test_a_report_shows_its_verdict_and_means_in_a_notebook() -> None:
     assert str(report.verdict["lstm"]).partition("\n")[0] in shown
     assert f"{report['gru'].mean('joint/variance'):.4g}" in shown
     assert shown.count("<tr>") == 3
+
+
+def test_a_notebook_and_a_comparison_say_why_there_is_no_verdict(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    layer = make_layer()
+    report = Report({"lstm": dataclasses.replace(layer, sequences={}, reductions={})})
+    reason = f"no verdict: {report['lstm'].why_no_verdict()}"
+    assert "was not measured" in reason
+    assert reason in report._repr_html_()
+    Report({"lstm": layer}).save(tmp_path / "a.npz")
+    report.save(tmp_path / "b.npz")
+    assert main(["compare", str(tmp_path / "a.npz"), str(tmp_path / "b.npz")]) == 0
+    assert f"  after   {reason}\n" in capsys.readouterr().out
 
 
 def test_view_makes_the_page_of_event_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
