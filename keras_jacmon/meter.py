@@ -30,7 +30,7 @@ from keras_jacmon.model.unregistered import registration_hint
 from keras_jacmon.options import takes_options
 from keras_jacmon.report.layer_report import LayerReport
 from keras_jacmon.report.report import Report
-from keras_jacmon.report.suggestion import Change
+from keras_jacmon.report.suggestion import WeightChange
 from keras_jacmon.report.verdict import Verdict
 
 
@@ -287,7 +287,7 @@ class JacobianMeter:
             why = f"no change was tried, because {reason}: `keras_jacmon.suggest` tries on the model itself"
             return dataclasses.replace(layer, notes=(*layer.notes, why))
 
-        def verdict_with(change: Change) -> Verdict | None:
+        def verdict_with(change: WeightChange) -> Verdict | None:
             return self._changed(call, change, sequence, on_model=bool(reason)).judge()
 
         try:
@@ -302,7 +302,7 @@ class JacobianMeter:
         return dataclasses.replace(layer, suggestions=found, notes=layer.notes if found else (*layer.notes, why))
 
     def _changed(
-        self, call: MeasurableCall, change: Change, sequence: SequenceTensors, *, on_model: bool
+        self, call: MeasurableCall, change: WeightChange, sequence: SequenceTensors, *, on_model: bool
     ) -> LayerReport:
         """Measures a call with changed weights, without the slow measures, and keeps nothing of it."""
         measurement = self._measurement_of(call, slow=False)

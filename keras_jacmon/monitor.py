@@ -16,7 +16,7 @@ from keras_jacmon.events.writer import EventWriter
 from keras_jacmon.measurement.plan import MeasurementPlan
 from keras_jacmon.options import takes_options
 from keras_jacmon.regularization.regularizer import JacobianRegularizer
-from keras_jacmon.report.changes import Change
+from keras_jacmon.report.changes import VerdictChange
 from keras_jacmon.report.frame import to_dataframe
 from keras_jacmon.report.html import as_html
 from keras_jacmon.report.packing import moments_of
@@ -29,7 +29,7 @@ from keras_jacmon.watching.callback_list import begun_before, misplaced, neighbo
 from keras_jacmon.watching.failures import Failures
 from keras_jacmon.watching.log_values import PENALTY, STRENGTH, LogValues
 from keras_jacmon.watching.progress import MeasurementProgress
-from keras_jacmon.watching.schedule import Schedule, batches_per_iteration, iterations_of
+from keras_jacmon.watching.schedule import MeasurementSchedule, batches_per_iteration, iterations_of
 from keras_jacmon.watching.traced_model import TracedModel
 
 if TYPE_CHECKING:
@@ -139,7 +139,7 @@ class JacobianMonitor(keras.callbacks.Callback):
         check_name(name)
         plan = MeasurementPlan.read(JacobianMonitor, probe, layers=layers, targets=targets, options=options)
         self._traced = TracedModel(plan, regularizer, strict=on_error == "raise", verbose=bool(verbose))
-        self._schedule = Schedule(1 if update_freq == "batch" else update_freq, slow_freq)
+        self._schedule = MeasurementSchedule(1 if update_freq == "batch" else update_freq, slow_freq)
         self._log_dir, self._positions = log_dir, positions
         self._in_epochs, self._epochs = is_in_epochs(step, update_freq), -1
         self._max_reports = max_reports
@@ -364,7 +364,7 @@ class JacobianMonitor(keras.callbacks.Callback):
         self._write(report, step, changes)
         self._announcements.tell(report, changes, step, self._attempt)
 
-    def _write(self, report: Report, step: int, changes: Sequence[Change]) -> None:
+    def _write(self, report: Report, step: int, changes: Sequence[VerdictChange]) -> None:
         """Writes a report to the event file."""
         if self._writer is not None:
             scalars = self._penalty_values()

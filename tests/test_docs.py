@@ -15,7 +15,7 @@ from pages import ROOT, blocks, codes, page, reader_names, run, table
 
 import keras_jacmon
 from keras_jacmon import explain, measure
-from keras_jacmon.structure.ops import OPERATIONS, Kind
+from keras_jacmon.structure.ops import OPERATIONS, OpKind
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -102,7 +102,7 @@ def test_the_places_that_the_architecture_names_are_there() -> None:
 @pytest.mark.fast
 def test_each_kind_of_operation_is_explained_with_examples() -> None:
     described = table(page("docs/architecture.md"), "| kind | what the operation does | examples |")
-    assert [codes(kind)[0] for kind, _, _ in described] == [kind.name for kind in Kind]
+    assert [codes(kind)[0] for kind, _, _ in described] == [kind.name for kind in OpKind]
     for kind, _, examples in described:
         assert {OPERATIONS[name].kind.name for name in codes(examples)} <= set(codes(kind))
 

@@ -46,7 +46,7 @@ class Assumptions:
     products: bool = True
 
 
-class Method(str, enum.Enum):
+class JacobianMethod(str, enum.Enum):
     """The ways in which a block of a Jacobian is taken."""
 
     STRUCTURE = "structure"
@@ -71,13 +71,13 @@ class Choice:
 
     new: int
     old: int | None
-    how: Method
+    how: JacobianMethod
     why: str
 
     @property
     def is_structured(self) -> bool:
         """True if the block is known from the cell's graph."""
-        return self.how in (Method.STRUCTURE, Method.ZERO)
+        return self.how in (JacobianMethod.STRUCTURE, JacobianMethod.ZERO)
 
     @property
     def source(self) -> Node:
@@ -100,7 +100,7 @@ class ViewPlan:
     @property
     def is_registered(self) -> bool:
         """True if a registered form gives the view."""
-        return self.blocks[0].how is Method.REGISTERED_FORM
+        return self.blocks[0].how is JacobianMethod.REGISTERED_FORM
 
     def parts(self, *, structured: bool | None = None) -> list[tuple[View, bool]]:
         """The view as rectangles of blocks, each with a Boolean, True if it has a structure.
@@ -189,7 +189,7 @@ class CellJacobian:
             blocks = [self._choice(new, source) for new in view.outputs for source in view.sources]
             if self._registered(name, self._example) is not None:
                 why = getattr(self._form, "__name__", repr(self._form))
-                blocks = [replace(block, how=Method.REGISTERED_FORM, why=why) for block in blocks]
+                blocks = [replace(block, how=JacobianMethod.REGISTERED_FORM, why=why) for block in blocks]
             self._plans[name] = ViewPlan(view, tuple(blocks))
         return self._plans[name]
 
@@ -197,10 +197,10 @@ class CellJacobian:
         old = source.position if source.is_state else None
         reason = self._structure.reason(new, source) if self._structure else self._reason
         if reason is not None or self._structure is None:
-            return Choice(new, old, Method.AUTODIFF, reason or "")
+            return Choice(new, old, JacobianMethod.AUTODIFF, reason or "")
         if not self._structure.depends(new, source):
-            return Choice(new, old, Method.ZERO, "no gradient connects them")
-        return Choice(new, old, Method.STRUCTURE, self._structure.describe(new, source))
+            return Choice(new, old, JacobianMethod.ZERO, "no gradient connects them")
+        return Choice(new, old, JacobianMethod.STRUCTURE, self._structure.describe(new, source))
 
     def choices(self, name: ViewName) -> list[Choice]:
         """The choices for the blocks of a view."""
@@ -208,7 +208,7 @@ class CellJacobian:
 
     def has_structure(self, views: Sequence[ViewName]) -> bool:
         """True if a block of one of the views does not rest on autodiff."""
-        return any(block.how is not Method.AUTODIFF for name in views for block in self.plan(name).blocks)
+        return any(block.how is not JacobianMethod.AUTODIFF for name in views for block in self.plan(name).blocks)
 
     def _whole(self, name: ViewName, views: Sequence[ViewName]) -> ViewName:
         """The view that another one is made from: the hidden one is a block of the joint one, if both are wanted."""

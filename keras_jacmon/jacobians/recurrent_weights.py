@@ -10,7 +10,7 @@ from keras_jacmon.cell.kind import names_of
 from keras_jacmon.cell.step import CellStep
 from keras_jacmon.jacobians.points import PointBatch
 from keras_jacmon.jacobians.views import floating_states, side_by_side
-from keras_jacmon.structure.ops import Kind, is_linear, op_of
+from keras_jacmon.structure.ops import OpKind, is_linear, op_of
 from keras_jacmon.tensors import joined
 
 # Operations that hand on a weight as it is.
@@ -20,7 +20,7 @@ _PASSING = ("Cast", "Identity", "ReadVariableOp")
 _BRANCHES = ("If", "StatelessIf", "Case", "StatelessCase")
 
 # Kinds of operations that bring several operands together without multiplying them.
-_APART = (Kind.MOVES, Kind.COPIES, Kind.BROADCASTS)
+_APART = (OpKind.MOVES, OpKind.COPIES, OpKind.BROADCASTS)
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,7 +10,7 @@ import tensorflow as tf
 from keras_jacmon.cell.cell_graph import CellGraph
 from keras_jacmon.cell.step import cell_type
 from keras_jacmon.cell.trajectory import UnrollInputs
-from keras_jacmon.jacobians.cell_jacobian import CellJacobian, Choice, Method
+from keras_jacmon.jacobians.cell_jacobian import CellJacobian, Choice, JacobianMethod
 from keras_jacmon.jacobians.dependencies import Dependencies
 from keras_jacmon.jacobians.views import View, floating_states, size
 from keras_jacmon.measurement.cell_views import CellViews
@@ -156,5 +156,5 @@ def _flow_plan(
     """Returns the vectors with which the flow of a square view begins: in the output's states, or in the only one."""
     sizes = tuple(size(states[output]) for output in View.of(view, states).outputs)
     begins = tuple(len(sizes) == 1 or place in outputs for place in range(len(sizes)))
-    cheap = all(choice.how is not Method.AUTODIFF for choice in choices)
+    cheap = all(choice.how is not JacobianMethod.AUTODIFF for choice in choices)
     return FlowPlan.of(sizes, begins, options.flow_vectors, cheap=cheap)

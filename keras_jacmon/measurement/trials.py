@@ -15,7 +15,7 @@ import tensorflow as tf
 from keras_jacmon.measurement.measurable_call import MeasurableCall
 from keras_jacmon.measurement.secant import MOST_GAIN, Secant
 from keras_jacmon.model.guard import assign_all
-from keras_jacmon.report.suggestion import Change, Suggestion
+from keras_jacmon.report.suggestion import Suggestion, WeightChange
 from keras_jacmon.report.verdict import Verdict
 
 # Measurements of a change.
@@ -63,7 +63,7 @@ def why_not_on_copies(call: MeasurableCall, others: Sequence[MeasurableCall]) ->
     return ""
 
 
-def changes_of(call: MeasurableCall, places: Sequence[int] | None, model: keras.Layer) -> list[Change]:
+def changes_of(call: MeasurableCall, places: Sequence[int] | None, model: keras.Layer) -> list[WeightChange]:
     """Returns the changes of a call's trained weights that are worth a trial, none of them with an amount yet.
 
     First the bias of the gates that keep the state, then the weights that multiply the states.
@@ -81,20 +81,20 @@ def changes_of(call: MeasurableCall, places: Sequence[int] | None, model: keras.
         units = call.cell.units
         found.insert(0, ([call.cell.bias], (gate * units, (gate + 1) * units)))
     return [
-        Change(tuple(weight.path for weight in weights), 0.0, entries)
+        WeightChange(tuple(weight.path for weight in weights), 0.0, entries)
         for weights, entries in found
         if weights and all(id(weight) in trained and paths[weight.path] == 1 for weight in weights)
     ]
 
 
 def search(
-    layer: str, changes: Sequence[Change], before: Verdict, verdict_with: Callable[[Change], Verdict | None]
+    layer: str, changes: Sequence[WeightChange], before: Verdict, verdict_with: Callable[[WeightChange], Verdict | None]
 ) -> tuple[Suggestion, ...]:
     """Looks for the amount of each change, until one makes the layer stable.
 
     Args:
         layer: String, the name of the call.
-        changes: Sequence of `Change`, in the order in which they are tried.
+        changes: Sequence of `WeightChange`, in the order in which they are tried.
         before: `Verdict` on the weights as they are.
         verdict_with: Callable that measures a change.
 
@@ -111,7 +111,7 @@ def search(
     return tuple(sorted(found, key=_rank))
 
 
-def copies_with(call: MeasurableCall, change: Change) -> list[tf.Tensor]:
+def copies_with(call: MeasurableCall, change: WeightChange) -> list[tf.Tensor]:
     """Returns the values of a call's weights, of which those that change are changed copies."""
     return [
         tf.convert_to_tensor(change.applied(value.numpy())) if weight.path in change.weights else value
@@ -120,7 +120,7 @@ def copies_with(call: MeasurableCall, change: Change) -> list[tf.Tensor]:
 
 
 @contextlib.contextmanager
-def applied(model: keras.Layer, change: Change) -> Iterator[None]:
+def applied(model: keras.Layer, change: WeightChange) -> Iterator[None]:
     """Changes the weights of a model, and puts them back at the end of the context."""
     weights = change.weights_in(model.trainable_variables)
     before = [np.array(keras.ops.convert_to_numpy(weight)) for weight in weights]
@@ -144,7 +144,7 @@ def _recurrent_weights(call: MeasurableCall, places: Sequence[int] | None) -> li
 
 
 def _best_of(
-    layer: str, change: Change, before: Verdict, verdict_with: Callable[[Change], Verdict | None]
+    layer: str, change: WeightChange, before: Verdict, verdict_with: Callable[[WeightChange], Verdict | None]
 ) -> Suggestion | None:
     """Looks for the best amount of a change by the secant method; None if none helps."""
     is_factor = not change.entries

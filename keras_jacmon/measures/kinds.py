@@ -8,7 +8,7 @@ import tensorflow as tf
 
 
 @dataclass(frozen=True)
-class Kind:
+class MeasureKind:
     """The argument of a measure, and the form of its values.
 
     Attributes:
@@ -29,7 +29,7 @@ class Kind:
 
 
 @dataclass(frozen=True)
-class PerStep(Kind):
+class PerStep(MeasureKind):
     """A function of the Jacobian of one step.
 
     The measure's `function` maps an operator and a `MeasureContext` to `Measured`, `(points,)`.
@@ -44,7 +44,7 @@ class PerStep(Kind):
 
 
 @dataclass(frozen=True)
-class Spectrum(Kind):
+class Spectrum(MeasureKind):
     """Several values of the Jacobian of one step, the largest first.
 
     The measure's `function` maps an operator and a `MeasureContext` to a tensor `(points, values)`.
@@ -69,7 +69,7 @@ class Spectrum(Kind):
 
 
 @dataclass(frozen=True)
-class OverTime(Kind):
+class OverTime(MeasureKind):
     """A function of products of Jacobians over time.
 
     Attributes:
@@ -126,7 +126,7 @@ class SensitiveState(Sensitivity):
 
 
 @dataclass(frozen=True)
-class Loss(Kind):
+class Loss(MeasureKind):
     """A function of the gradient of the loss by the hidden state, `(samples, time, units)`; measured with targets."""
 
     selectable: ClassVar[bool] = False

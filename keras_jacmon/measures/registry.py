@@ -9,8 +9,8 @@ from keras_jacmon.measures import arnoldi, eigen, lyapunov, moments, sensitivity
 from keras_jacmon.measures.kinds import (
     Exponents,
     Flow,
-    Kind,
     Loss,
+    MeasureKind,
     PerStep,
     SensitiveState,
     Sensitivity,
@@ -71,7 +71,7 @@ class Measure:
     """
 
     name: str
-    kind: Kind
+    kind: MeasureKind
     function: Callable[..., Any]
     definition: str
     unit: str

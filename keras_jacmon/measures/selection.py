@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 from keras_jacmon.errors import did_you_mean, invalid_argument
-from keras_jacmon.measures.kinds import Flow, Kind, OverTime, Sensitivity
+from keras_jacmon.measures.kinds import Flow, MeasureKind, OverTime, Sensitivity
 from keras_jacmon.measures.registry import MEASURES, SQUARE, Measure
 from keras_jacmon.options import VIEWS, ViewName, label_of, states_in
 
@@ -109,7 +109,7 @@ def filtered(selection: Selection, keep: Callable[[Measure], bool]) -> Selection
     return tuple(quantity for quantity in selection if keep(quantity.measure))
 
 
-def of_kind(selection: Selection, *kinds: type[Kind]) -> Selection:
+def of_kind(selection: Selection, *kinds: type[MeasureKind]) -> Selection:
     """The part of a selection whose measures are of some kinds."""
     return filtered(selection, lambda measure: isinstance(measure.kind, kinds))
 

@@ -13,7 +13,7 @@ from keras_jacmon.measurement.measurable_call import MeasurableCall, SequenceTen
 from keras_jacmon.model.distribution import own_variable
 from keras_jacmon.model.guard import foreign_put_back
 from keras_jacmon.regularization.compiled_penalty import CompiledPenalties, CompiledPenalty
-from keras_jacmon.regularization.penalty import Moment, NewPoints, PenaltyPoints
+from keras_jacmon.regularization.penalty import NewPoints, PenaltyMoment, PenaltyPoints
 from keras_jacmon.regularization.penalty_config import PenaltyConfig
 
 # Returns the sequence of a call, and the objects that must live as long as the graph that is being traced.
@@ -124,8 +124,8 @@ class CallPenalty:
         consequence = f"{diagnosis.consequence} from now on" if self.holds else "It has no penalty"
         return f"{diagnosis.reason}. {consequence}"
 
-    def _moment(self) -> Moment:
-        return Moment(*(variable.read_value() for variable in (self._target, self._turn, self._step)))
+    def _moment(self) -> PenaltyMoment:
+        return PenaltyMoment(*(variable.read_value() for variable in (self._target, self._turn, self._step)))
 
     def _known_leading(self) -> tf.Tensor | None:
         return None if self._leading is None else self._leading.read_value()

@@ -15,7 +15,7 @@ from keras_jacmon.measurement.measurable_call import MeasurableCall, SequenceTen
 from keras_jacmon.model.guard import foreign_put_back, shielded
 from keras_jacmon.options import ViewName
 from keras_jacmon.regularization.loss_terms import SCOPE
-from keras_jacmon.regularization.penalty import Moment, NewPoints, Penalty, PenaltyPoints
+from keras_jacmon.regularization.penalty import NewPoints, Penalty, PenaltyMoment, PenaltyPoints
 from keras_jacmon.regularization.penalty_config import PenaltyConfig
 from keras_jacmon.regularization.point_penalty import PointPenalty
 from keras_jacmon.regularization.sequence_penalty import SequencePenalty
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Hashable
 
 _SCALAR, _INTEGER = tf.TensorSpec([], tf.float32), tf.TensorSpec([], tf.int32)
-_MOMENT = Moment(_SCALAR, _INTEGER, _INTEGER)
+_MOMENT = PenaltyMoment(_SCALAR, _INTEGER, _INTEGER)
 
 
 class PointSpecs(NamedTuple):
@@ -80,13 +80,17 @@ class CompiledPenalty:
         """The shapes and types of the points."""
         return self._refresh.static.specs
 
-    def refresh(self, call: MeasurableCall, sequence: SequenceTensors, moment: Moment) -> NewPoints:
+    def refresh(self, call: MeasurableCall, sequence: SequenceTensors, moment: PenaltyMoment) -> NewPoints:
         """Takes points of the trajectory of a call, with its present weights."""
         found: NewPoints = self._run(self._refresh, moment, sequence, call.kind.values())
         return found
 
     def __call__(
-        self, call: MeasurableCall, given: PenaltyPoints | SequenceTensors, leading: tf.Tensor | None, moment: Moment
+        self,
+        call: MeasurableCall,
+        given: PenaltyPoints | SequenceTensors,
+        leading: tf.Tensor | None,
+        moment: PenaltyMoment,
     ) -> tf.Tensor:
         """Returns the penalty on a call with its present weights, a scalar, which a tape can differentiate.
 
@@ -99,7 +103,11 @@ class CompiledPenalty:
         return self._run(self._value(), moment, given, leading, call.kind.values())
 
     def anew(
-        self, call: MeasurableCall, given: PenaltyPoints | SequenceTensors, leading: tf.Tensor | None, moment: Moment
+        self,
+        call: MeasurableCall,
+        given: PenaltyPoints | SequenceTensors,
+        leading: tf.Tensor | None,
+        moment: PenaltyMoment,
     ) -> tf.Tensor:
         """Returns the penalty as a call does, with leading singular vectors that are found anew."""
         self._logged = self._logged or self._traced_value(anew=True)
@@ -129,7 +137,7 @@ class CompiledPenalty:
         given = self.specs.points if self._config.states == "cached" else self._call.specs
 
         def value(
-            moment: Moment, given: Any, leading: tf.Tensor | None, weights: list[tf.Tensor]
+            moment: PenaltyMoment, given: Any, leading: tf.Tensor | None, weights: list[tf.Tensor]
         ) -> tuple[tf.Tensor, CellJacobian]:
             penalty = self._penalty(weights)
             computed = penalty.at if self._config.states == "cached" else penalty.along
@@ -139,7 +147,7 @@ class CompiledPenalty:
         return trace(value, [_MOMENT, given, self.specs.leading, self._weights], inline=False)
 
     def _refreshed(
-        self, moment: Moment, sequence: SequenceTensors, weights: list[tf.Tensor]
+        self, moment: PenaltyMoment, sequence: SequenceTensors, weights: list[tf.Tensor]
     ) -> tuple[NewPoints, _Refresh]:
         with shielded(self._model):
             found, jacobian = self._penalty(weights).new_points(sequence, moment)

@@ -19,7 +19,7 @@ from keras_jacmon.tensors import aligned
 
 
 @enum.unique
-class Purpose(enum.IntEnum):
+class PenaltyPurpose(enum.IntEnum):
     """The purposes of the random numbers of a penalty, each a stream of its own."""
 
     CHECKS = 4
@@ -28,7 +28,7 @@ class Purpose(enum.IntEnum):
     TRAJECTORIES = 7
 
 
-class Moment(NamedTuple):
+class PenaltyMoment(NamedTuple):
     """The numbers that a penalty depends on beside weights and points.
 
     Attributes:
@@ -88,7 +88,7 @@ class Penalty(ABC):
         self._cell_step, self._config, self._view, self._assumptions = step, config, view, assumptions
 
     @abstractmethod
-    def new_points(self, sequence: SequenceTensors, moment: Moment) -> tuple[NewPoints, CellJacobian]:
+    def new_points(self, sequence: SequenceTensors, moment: PenaltyMoment) -> tuple[NewPoints, CellJacobian]:
         """Takes points of a trajectory.
 
         Args:
@@ -101,7 +101,7 @@ class Penalty(ABC):
 
     @abstractmethod
     def at(
-        self, chosen: PenaltyPoints, known: tf.Tensor | None, moment: Moment, *, anew: bool
+        self, chosen: PenaltyPoints, known: tf.Tensor | None, moment: PenaltyMoment, *, anew: bool
     ) -> tuple[tf.Tensor, CellJacobian]:
         """Returns the penalty at points that were taken before.
 
@@ -117,7 +117,7 @@ class Penalty(ABC):
 
     @abstractmethod
     def along(
-        self, sequence: SequenceTensors, known: tf.Tensor | None, moment: Moment, *, anew: bool
+        self, sequence: SequenceTensors, known: tf.Tensor | None, moment: PenaltyMoment, *, anew: bool
     ) -> tuple[tf.Tensor, CellJacobian]:
         """Returns the penalty at points of the present trajectory; results and other arguments are those of `at`.
 
@@ -132,12 +132,12 @@ class Penalty(ABC):
         return CellJacobian(self._cell_step, inputs, states, self._assumptions)
 
 
-def seed_of(config: PenaltyConfig, purpose: Purpose, number: int | tf.Tensor) -> tf.Tensor:
+def seed_of(config: PenaltyConfig, purpose: PenaltyPurpose, number: int | tf.Tensor) -> tf.Tensor:
     """Returns the seed of a stateless draw: a stream of its own for each purpose and number.
 
     Args:
         config: `PenaltyConfig`, for the user's seed.
-        purpose: `Purpose` of the draw.
+        purpose: `PenaltyPurpose` of the draw.
         number: Integer or integer scalar, such as the number of batches so far.
     """
     return tf.random.experimental.stateless_fold_in([config.seed, purpose], number)

@@ -20,11 +20,11 @@ from keras_jacmon.measures.spectral_norm import leading_singular_vectors
 from keras_jacmon.operators.contract import JacobianOperator
 from keras_jacmon.options import Options, ViewName
 from keras_jacmon.regularization.penalty import (
-    Moment,
     NewPoints,
     Penalty,
+    PenaltyMoment,
     PenaltyPoints,
-    Purpose,
+    PenaltyPurpose,
     mended,
     of_loss_type,
     seed_of,
@@ -43,7 +43,7 @@ _MOST_HOISTED = 2**24
 class PointPenalty(Penalty):
     """The penalty on a cell as a function of points, in the graph that is being traced."""
 
-    def new_points(self, sequence: SequenceTensors, moment: Moment) -> tuple[NewPoints, CellJacobian]:
+    def new_points(self, sequence: SequenceTensors, moment: PenaltyMoment) -> tuple[NewPoints, CellJacobian]:
         """Takes points of a trajectory, all steps and samples alike."""
         chosen, jacobian = self._sampled(sequence, moment)
         points, leading = PointBatch(chosen.inputs, chosen.states), None
@@ -59,7 +59,7 @@ class PointPenalty(Penalty):
         return NewPoints(taken, leading, checks, left_out, tf.math.count_nonzero(chosen.weights)), jacobian
 
     def at(
-        self, chosen: PenaltyPoints, known: tf.Tensor | None, moment: Moment, *, anew: bool
+        self, chosen: PenaltyPoints, known: tf.Tensor | None, moment: PenaltyMoment, *, anew: bool
     ) -> tuple[tf.Tensor, CellJacobian]:
         """Returns the penalty at points that were taken before."""
         jacobian = self._jacobian(chosen.inputs, chosen.states)
@@ -69,7 +69,7 @@ class PointPenalty(Penalty):
         return distances.mean(points, leading, chosen.weights, distances.are_finite(points, leading)), jacobian
 
     def along(
-        self, sequence: SequenceTensors, known: tf.Tensor | None, moment: Moment, *, anew: bool
+        self, sequence: SequenceTensors, known: tf.Tensor | None, moment: PenaltyMoment, *, anew: bool
     ) -> tuple[tf.Tensor, CellJacobian]:
         """Returns the penalty at points of the present trajectory."""
         chosen, jacobian = self._sampled(sequence, moment)
@@ -81,7 +81,7 @@ class PointPenalty(Penalty):
         finite = distances.are_finite(points, leading) & distances.are_usable(points, leading)
         return distances.mean(points, leading, chosen.weights, finite), jacobian
 
-    def _distances(self, jacobian: CellJacobian, moment: Moment) -> "_Distances":
+    def _distances(self, jacobian: CellJacobian, moment: PenaltyMoment) -> "_Distances":
         return _Distances(self._config, self._view, jacobian, moment)
 
     def _found_leading(self, jacobian: CellJacobian, points: PointBatch, options: Options) -> tf.Tensor:
@@ -101,12 +101,14 @@ class PointPenalty(Penalty):
         if anew:
             options = Options(seed=self._config.seed, tolerance=_LOGGED_TOLERANCE)
             return tf.stop_gradient(self._found_leading(distances.jacobian, fixed, options))
-        seed = seed_of(self._config, Purpose.LEADING_VECTORS, distances.moment.step)
+        seed = seed_of(self._config, PenaltyPurpose.LEADING_VECTORS, distances.moment.step)
         return tf.stop_gradient(refined_vectors(distances.operator(fixed), known, seed))
 
-    def _checked(self, jacobian: CellJacobian, points: PointBatch, chosen: Sample, moment: Moment) -> CheckResults:
+    def _checked(
+        self, jacobian: CellJacobian, points: PointBatch, chosen: Sample, moment: PenaltyMoment
+    ) -> CheckResults:
         """Returns the results of the checks, at the points with a weight."""
-        seed = seed_of(self._config, Purpose.CHECKS, moment.turn)
+        seed = seed_of(self._config, PenaltyPurpose.CHECKS, moment.turn)
         valid = tf.cast(tf.where(chosen.weights > 0)[:, 0], tf.int32)
 
         def checked(check: Callable[..., CheckResults], some: tf.Tensor) -> CheckResults:
@@ -116,7 +118,7 @@ class PointPenalty(Penalty):
         checks = checked(check_points, valid[:CHECKED_POINTS])
         return checks if jacobian.point_by_point else checks.worst(checked(check_independence, valid))
 
-    def _sampled(self, sequence: SequenceTensors, moment: Moment) -> tuple[Sample, CellJacobian]:
+    def _sampled(self, sequence: SequenceTensors, moment: PenaltyMoment) -> tuple[Sample, CellJacobian]:
         """Returns a sample of the points of a trajectory, and the Jacobian there."""
         unrolled = UnrollInputs(*sequence)
         jacobian = self._jacobian(unrolled.inputs[0], unrolled.states)
@@ -138,10 +140,10 @@ class _Distances:
     config: PenaltyConfig
     view: ViewName
     jacobian: CellJacobian
-    moment: Moment
+    moment: PenaltyMoment
 
     def __call__(self, points: PointBatch, leading: tf.Tensor | None) -> tf.Tensor:
-        seed = seed_of(self.config, Purpose.VECTORS, self.moment.step)
+        seed = seed_of(self.config, PenaltyPurpose.VECTORS, self.moment.step)
         directions = Directions(self.config.vectors, seed, leading)
         draws = DIFFERENTIABLE[self.config.measure](self.operator(points), directions)
         return squared_distance(draws, tf.cast(self.moment.target, draws.dtype), self.config)

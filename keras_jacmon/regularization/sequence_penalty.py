@@ -17,11 +17,11 @@ from keras_jacmon.measures.differentiable_over_time import DIFFERENTIABLE_OVER_T
 from keras_jacmon.measures.flow import FlowPlan
 from keras_jacmon.measures.steps import Steps
 from keras_jacmon.regularization.penalty import (
-    Moment,
     NewPoints,
     Penalty,
+    PenaltyMoment,
     PenaltyPoints,
-    Purpose,
+    PenaltyPurpose,
     mended,
     of_loss_type,
     seed_of,
@@ -37,7 +37,7 @@ class SequencePenalty(Penalty):
     that are skipped. There are no leading singular vectors.
     """
 
-    def new_points(self, sequence: SequenceTensors, moment: Moment) -> tuple[NewPoints, CellJacobian]:
+    def new_points(self, sequence: SequenceTensors, moment: PenaltyMoment) -> tuple[NewPoints, CellJacobian]:
         """Takes the trajectories of some samples."""
         points, new, jacobian = self._sampled(sequence, moment)
         checks = self._checked(jacobian, points, new, moment)
@@ -52,7 +52,7 @@ class SequencePenalty(Penalty):
         self,
         chosen: PenaltyPoints,
         known: tf.Tensor | None,  # noqa: ARG002 - as in the base class
-        moment: Moment,
+        moment: PenaltyMoment,
         *,
         anew: bool,  # noqa: ARG002 - as in the base class
     ) -> tuple[tf.Tensor, CellJacobian]:
@@ -64,7 +64,7 @@ class SequencePenalty(Penalty):
         self,
         sequence: SequenceTensors,
         known: tf.Tensor | None,  # noqa: ARG002 - as in the base class
-        moment: Moment,
+        moment: PenaltyMoment,
         *,
         anew: bool,  # noqa: ARG002 - as in the base class
     ) -> tuple[tf.Tensor, CellJacobian]:
@@ -75,7 +75,9 @@ class SequencePenalty(Penalty):
         usable = self._are_usable(jacobian, points, moment) & tf.reduce_any(points.weights > 0, axis=1)
         return self._mean(jacobian, points, usable, moment), jacobian
 
-    def _mean(self, jacobian: CellJacobian, points: PenaltyPoints, counts: tf.Tensor, moment: Moment) -> tf.Tensor:
+    def _mean(
+        self, jacobian: CellJacobian, points: PenaltyPoints, counts: tf.Tensor, moment: PenaltyMoment
+    ) -> tf.Tensor:
         """Returns the mean over the samples that count and whose distance is finite; zero if there are none."""
         counts &= tf.math.is_finite(tf.stop_gradient(self._distances(jacobian, points, moment)))
 
@@ -88,7 +90,7 @@ class SequencePenalty(Penalty):
         none = tf.zeros([], points.weights.dtype)
         return of_loss_type(tf.cond(tf.reduce_any(counts), mean, lambda: none))
 
-    def _are_usable(self, jacobian: CellJacobian, points: PenaltyPoints, moment: Moment) -> tf.Tensor:
+    def _are_usable(self, jacobian: CellJacobian, points: PenaltyPoints, moment: PenaltyMoment) -> tf.Tensor:
         """Returns boolean `(samples,)`: True if the distance and its derivative by the states are finite."""
         floating = floating_states(points.states)
         states = [tf.stop_gradient(state) for state in points.states]
@@ -100,7 +102,7 @@ class SequencePenalty(Penalty):
         finite = [finite_points(x) for x in slopes]
         return tf.reduce_all(tf.stack([tf.math.is_finite(distances), *finite]), axis=0)
 
-    def _distances(self, jacobian: CellJacobian, points: PenaltyPoints, moment: Moment) -> tf.Tensor:
+    def _distances(self, jacobian: CellJacobian, points: PenaltyPoints, moment: PenaltyMoment) -> tf.Tensor:
         """Returns the mean squared distance of the values of each sample from the target, `(samples,)`."""
         inputs, mask = swapped(points.inputs), swapped(points.weights) > 0
         states = list(map(swapped, points.states))
@@ -117,7 +119,7 @@ class SequencePenalty(Penalty):
         sizes = self._sizes(points.states)
         steps = Steps(time, at, mask, samples, sum(sizes), states[floating_states(states)[0]].dtype, every)
         plan = FlowPlan.of(sizes, self._begins(inputs, states), self._config.vectors, cheap=False)
-        seeds = [seed_of(self._config, Purpose.TRAJECTORIES, number) for number in (moment.step, 0)]
+        seeds = [seed_of(self._config, PenaltyPurpose.TRAJECTORIES, number) for number in (moment.step, 0)]
         values = DIFFERENTIABLE_OVER_TIME[self._config.measure](steps, Beginnings(plan, *seeds))
         # Several values are no draws of one, whose products would be taken.
         flat = tf.reshape(values, [1, -1])
@@ -138,7 +140,7 @@ class SequencePenalty(Penalty):
         return tuple(place in outputs for place in range(len(floating_states(states))))
 
     def _sampled(
-        self, sequence: SequenceTensors, moment: Moment
+        self, sequence: SequenceTensors, moment: PenaltyMoment
     ) -> tuple[PenaltyPoints, tuple[tf.Tensor, ...], CellJacobian]:
         """Returns the trajectories of some samples, other ones at each turn; their new states; and the Jacobian."""
         unrolled = UnrollInputs(*sequence)
@@ -157,10 +159,10 @@ class SequencePenalty(Penalty):
         return points, trajectory.new, jacobian
 
     def _checked(
-        self, jacobian: CellJacobian, points: PenaltyPoints, new: Sequence[tf.Tensor], moment: Moment
+        self, jacobian: CellJacobian, points: PenaltyPoints, new: Sequence[tf.Tensor], moment: PenaltyMoment
     ) -> CheckResults:
         """Returns the results of the checks at the points that are not skipped."""
-        seed = seed_of(self._config, Purpose.CHECKS, moment.turn)
+        seed = seed_of(self._config, PenaltyPurpose.CHECKS, moment.turn)
         flat = PointBatch(as_points(swapped(points.inputs)), tuple(as_points(swapped(s)) for s in points.states))
         made = list(map(as_points, new))
         finite = [finite_points(x) for x in made if x.dtype.is_floating]

@@ -8,7 +8,7 @@ from keras_jacmon.report.verdict import Verdict
 
 
 @dataclass(frozen=True)
-class Change:
+class VerdictChange:
     """The change of a layer's verdict.
 
     Attributes:
@@ -37,14 +37,14 @@ class VerdictHistory:
 
     _newest: dict[str, Verdict] = field(default_factory=dict)
 
-    def update(self, verdicts: Mapping[str, Verdict]) -> list[Change]:
+    def update(self, verdicts: Mapping[str, Verdict]) -> list[VerdictChange]:
         """Takes the verdicts of a report, and returns those that changed their state.
 
         Args:
             verdicts: Mapping from layers to verdicts. A layer that is missing keeps the verdict that it had.
         """
         changes = [
-            Change(name, self._newest[name], verdict)
+            VerdictChange(name, self._newest[name], verdict)
             for name, verdict in verdicts.items()
             if name in self._newest and self._newest[name].state != verdict.state
         ]

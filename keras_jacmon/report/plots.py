@@ -206,7 +206,7 @@ def _is_wide(values: FloatArray) -> bool:
 
 
 @dataclass(frozen=True)
-class Kind:
+class FigureKind:
     """A kind of figure.
 
     Attributes:
@@ -219,8 +219,8 @@ class Kind:
 
 
 KINDS = {
-    "heatmap": Kind(_draw_heatmap, lambda layer: list(layer.values)),
-    "curve": Kind(_draw_curve, lambda layer: list(layer.values)),
-    "flow": Kind(_draw_flow, lambda layer: [key for key in (f"{layer.joint}flow",) if key in layer.sequences]),
-    "spectrum": Kind(_draw_spectrum, lambda layer: list(layer.spectra)),
+    "heatmap": FigureKind(_draw_heatmap, lambda layer: list(layer.values)),
+    "curve": FigureKind(_draw_curve, lambda layer: list(layer.values)),
+    "flow": FigureKind(_draw_flow, lambda layer: [key for key in (f"{layer.joint}flow",) if key in layer.sequences]),
+    "spectrum": FigureKind(_draw_spectrum, lambda layer: list(layer.spectra)),
 }

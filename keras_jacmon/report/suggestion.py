@@ -12,7 +12,7 @@ from keras_jacmon.errors import invalid_argument
 
 
 @dataclass(frozen=True)
-class Change:
+class WeightChange:
     """A change of weights by one number: a factor, or a shift of some entries.
 
     Attributes:
@@ -59,7 +59,7 @@ class Suggestion:
 
     Attributes:
         layer: String, the key of the layer in the report.
-        change: `Change`.
+        change: `WeightChange`.
         growth: Float, nats per step, of the layer as it is.
         predicted: Float, nats per step, of the layer after the change, if nothing else is changed.
         state: String, the verdict on the layer as it is: `"vanishing"` or `"exploding"`.
@@ -80,7 +80,7 @@ class Suggestion:
     """
 
     layer: str
-    change: Change
+    change: WeightChange
     growth: float
     predicted: float
     state: str
@@ -93,8 +93,8 @@ class Suggestion:
         Raises:
             TypeError: If fields are missing, unknown or of another type.
         """
-        change = Change(**record.get("change", {}))
-        found = cls(**{**record, "change": Change(tuple(change.weights), change.amount, tuple(change.entries))})
+        change = WeightChange(**record.get("change", {}))
+        found = cls(**{**record, "change": WeightChange(tuple(change.weights), change.amount, tuple(change.entries))})
         numbers = (found.growth, found.predicted, change.amount, *change.entries)
         words = (found.layer, found.state, found.predicted_state, *change.weights)
         if not all(isinstance(n, (int, float)) for n in numbers) or not all(isinstance(w, str) for w in words):

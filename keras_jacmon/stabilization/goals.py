@@ -17,7 +17,7 @@ from keras_jacmon.report.report import Report
 TIME, DEPTH = "time", "depth"
 
 Target = float | Mapping[str, float]
-View = str | ChosenStates
+GivenView = str | ChosenStates
 
 # The measures of products over time, which are logarithms.
 GROWTH, LYAPUNOV = "growth", "lyapunov"
@@ -137,17 +137,17 @@ class Standing:
         return cls(float(np.mean([goal.loss(report) for goal in goals])), values, within, report)
 
 
-def measured_keys(targets: Mapping[str, float], measure: str, view: View) -> list[str]:
+def measured_keys(targets: Mapping[str, float], measure: str, view: GivenView) -> list[str]:
     """Returns the keys of the measures that a report needs for goals of these targets."""
     return [key_of(label_of(view_of(direction, view)), measure) for direction in targets]
 
 
-def view_of(direction: str, view: View) -> View:
+def view_of(direction: str, view: GivenView) -> GivenView:
     """Returns the view of a direction, with the given one through time."""
     return "inputs" if direction == DEPTH else view
 
 
-def goals_in(report: Report, targets: Mapping[str, float], measure: str, view: View) -> list[Goal]:
+def goals_in(report: Report, targets: Mapping[str, float], measure: str, view: GivenView) -> list[Goal]:
     """Returns the goals for the layers of a report, where it has the measure.
 
     Args:

@@ -14,7 +14,7 @@ from keras_jacmon.model.distribution import own_variable
 from keras_jacmon.model.layers import RecurrentLayer
 from keras_jacmon.regularization.model_penalty import ModelPenalty
 from keras_jacmon.regularization.penalty_config import PenaltyConfig
-from keras_jacmon.stabilization.goals import Goal, Standing, View
+from keras_jacmon.stabilization.goals import GivenView, Goal, Standing
 from keras_jacmon.stabilization.moves import Copies, Moves, RelativeMoves
 from keras_jacmon.tensors import spec_of
 
@@ -149,7 +149,7 @@ def slopes_of(loss: tf.Tensor, tape: tf.GradientTape, weights: Sequence[keras.Va
     return list(map(tf.convert_to_tensor, tape.gradient(loss, values, unconnected_gradients="zero")))
 
 
-def penalty_config(measure: str, view: View, rows: int, seed: int) -> PenaltyConfig:
+def penalty_config(measure: str, view: GivenView, rows: int, seed: int) -> PenaltyConfig:
     """Returns the settings of a penalty at points that change between two rounds only."""
     is_over_time = measure in DIFFERENTIABLE_OVER_TIME
     return PenaltyConfig(

@@ -22,9 +22,9 @@ from keras_jacmon.stabilization.goals import (
     GROWTH,
     LYAPUNOV,
     TIME,
+    GivenView,
     Standing,
     Target,
-    View,
     goals_in,
     measured_keys,
     targets_of,
@@ -72,7 +72,7 @@ class _Settings:
     targets: dict[str, float]
     measure: str
     method: str
-    view: View
+    view: GivenView
     tolerance: float
     patience: int
     steps: int

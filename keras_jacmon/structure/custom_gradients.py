@@ -7,7 +7,7 @@ import tensorflow as tf
 
 from keras_jacmon.cell.cell_graph import CellGraph
 from keras_jacmon.graphs.inlining import CustomGradient
-from keras_jacmon.structure.ops import Kind, is_linear, op_of
+from keras_jacmon.structure.ops import OpKind, is_linear, op_of
 
 
 def acts_unit_by_unit(graph: CellGraph, gradient: CustomGradient, positions: Iterable[int]) -> bool:
@@ -27,7 +27,7 @@ def acts_unit_by_unit(graph: CellGraph, gradient: CustomGradient, positions: Ite
     affected, linear, sums = {gradient.seed.name}, {gradient.seed.name}, set[str]()
     for operation in graph.operations:
         made_from = [k for k, tensor in enumerate(operation.inputs) if tensor.name in affected]
-        if not made_from or op_of(operation).kind is Kind.SIZES or operation.type == "ZerosLike":
+        if not made_from or op_of(operation).kind is OpKind.SIZES or operation.type == "ZerosLike":
             continue
         names = [tensor.name for tensor in operation.outputs]
         affected.update(names)

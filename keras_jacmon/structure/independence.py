@@ -10,7 +10,7 @@ from keras_jacmon.cell.cell_graph import CellGraph
 from keras_jacmon.graphs.calls import has_custom_gradient
 from keras_jacmon.graphs.constants import constant_value
 from keras_jacmon.structure.custom_gradients import acts_unit_by_unit
-from keras_jacmon.structure.ops import Kind, keeps_points, move, op_of
+from keras_jacmon.structure.ops import OpKind, keeps_points, move, op_of
 
 
 class _Made(enum.Enum):
@@ -60,7 +60,7 @@ def _made(graph: CellGraph, operation: tf.Operation, known: Mapping[int, _Made])
     row = op_of(operation)
     if _Made.MIXED in known.values():
         return _Made.MIXED
-    if row.kind is Kind.SIZES:
+    if row.kind is OpKind.SIZES:
         return _Made.SIZES
     points = [k for k, material in known.items() if material is _Made.POINTS]
     if not points and all(tensor.dtype.is_integer for tensor in operation.outputs):
@@ -87,25 +87,25 @@ def _keeps_points(graph: CellGraph, operation: tf.Operation, positions: list[int
         NotImplementedError: If it is not known.
     """
     row, proven = op_of(operation), False
-    if row.kind is Kind.COPIES:
+    if row.kind is OpKind.COPIES:
         return True
     outputs = [graph.units(tensor) for tensor in operation.outputs]
     operands = {k: graph.units(operation.inputs[k]) for k in positions}
-    if row.kind in (Kind.ELEMENTWISE, Kind.BROADCASTS):
+    if row.kind in (OpKind.ELEMENTWISE, OpKind.BROADCASTS):
         # With different ranks, broadcasting would pair the points of one operand with the units of another.
         proven = all(len(units) == len(outputs[0]) for units in operands.values())
-    elif row.kind is Kind.MOVES:
+    elif row.kind is OpKind.MOVES:
         labels = {k: np.zeros((1, *units), np.int64) for k, units in operands.items()}
         # An output that is made from sizes alone has no points.
         proven = bool(positions) and bool(move(operation, labels, graph.units, outputs, 1))
-    elif row.kind in (Kind.REDUCES, Kind.MIXES_AXES):
+    elif row.kind in (OpKind.REDUCES, OpKind.MIXES_AXES):
         axes = constant_value(operation.inputs[1])
         proven = positions == [0] and axes is not None and all(axis % (1 + len(operands[0])) for axis in np.ravel(axes))
-    elif row.kind in (Kind.SORTS, Kind.MIXES_LAST_AXIS):
+    elif row.kind in (OpKind.SORTS, OpKind.MIXES_LAST_AXIS):
         proven = len(outputs[0]) > 0
     elif row.pairs_points and len(positions) == len(operation.inputs):
         # From rank 3 on, the first axis only counts the products.
         proven = all(len(units) > 1 for units in operands.values())
-    elif row.kind is Kind.PRODUCT and len(positions) == 1:
+    elif row.kind is OpKind.PRODUCT and len(positions) == 1:
         proven = keeps_points(operation, positions[0], 1 + len(operands[positions[0]]), 1 + len(outputs[0]))
     return proven

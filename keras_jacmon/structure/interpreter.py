@@ -18,7 +18,7 @@ from keras_jacmon.structure.custom_gradients import acts_unit_by_unit
 from keras_jacmon.structure.independence import independent_tensors
 from keras_jacmon.structure.index_map import Node, separated
 from keras_jacmon.structure.movers import Labels
-from keras_jacmon.structure.ops import Kind, keeps_points, move, op_of, passes_unchanged
+from keras_jacmon.structure.ops import OpKind, keeps_points, move, op_of, passes_unchanged
 from keras_jacmon.structure.structure import Origin, Product, Structure
 
 # Maximum number of units of one node that a unit is made from; with more of them it counts as unstructured.
@@ -255,13 +255,13 @@ def _sorted(call: _Call) -> _Outcome:
     return _Outcome([found, Origin()], product)
 
 
-_RULES: Mapping[Kind, _Rule] = {
-    Kind.COPIES: _copied,
-    Kind.ELEMENTWISE: _elementwise,
-    Kind.MOVES: _moved,
-    Kind.PRODUCT: _product,
-    Kind.REDUCES: _reduced,
-    Kind.SORTS: _sorted,
+_RULES: Mapping[OpKind, _Rule] = {
+    OpKind.COPIES: _copied,
+    OpKind.ELEMENTWISE: _elementwise,
+    OpKind.MOVES: _moved,
+    OpKind.PRODUCT: _product,
+    OpKind.REDUCES: _reduced,
+    OpKind.SORTS: _sorted,
 }
 
 

@@ -21,7 +21,7 @@ from keras_jacmon.structure.movers import Labels, Mover
 KeepsPoints = Callable[[tf.Operation, int, int, int], bool]
 
 
-class Kind(enum.Enum):
+class OpKind(enum.Enum):
     """The kinds of operations.
 
     ELEMENTWISE: each unit of the output is made from the units of the operands at the same place, after broadcasting.
@@ -50,9 +50,9 @@ class Kind(enum.Enum):
     UNKNOWN = enum.auto()
 
 
-ELEMENTWISE, COPIES, BROADCASTS, MOVES = Kind.ELEMENTWISE, Kind.COPIES, Kind.BROADCASTS, Kind.MOVES
-PRODUCT, SIZES, REDUCES, SORTS = Kind.PRODUCT, Kind.SIZES, Kind.REDUCES, Kind.SORTS
-MIXES_AXES, MIXES_LAST_AXIS = Kind.MIXES_AXES, Kind.MIXES_LAST_AXIS
+ELEMENTWISE, COPIES, BROADCASTS, MOVES = OpKind.ELEMENTWISE, OpKind.COPIES, OpKind.BROADCASTS, OpKind.MOVES
+PRODUCT, SIZES, REDUCES, SORTS = OpKind.PRODUCT, OpKind.SIZES, OpKind.REDUCES, OpKind.SORTS
+MIXES_AXES, MIXES_LAST_AXIS = OpKind.MIXES_AXES, OpKind.MIXES_LAST_AXIS
 
 # Number of operands that stands for all of them.
 EVERY = sys.maxsize
@@ -64,7 +64,7 @@ class Op:
 
     Attributes:
         name: String, the type of the operation, as TensorFlow registers it.
-        kind: `Kind`.
+        kind: `OpKind`.
         derivative: Boolean, False if no derivative passes the operation. Defaults to True.
         passes: Integer, number of leading operands by which the derivative of an elementwise operation is one. Defaults
             to 0.
@@ -79,7 +79,7 @@ class Op:
     """
 
     name: str
-    kind: Kind
+    kind: OpKind
     derivative: bool = True
     passes: int = 0
     linear: tuple[tuple[int, ...], ...] = ()
@@ -305,7 +305,7 @@ OPERATIONS = {op.name: op for op in TABLE}
 
 def op_of(operation: tf.Operation) -> Op:
     """Returns the row of an operation; a row of kind UNKNOWN for an operation that is not in the table."""
-    return OPERATIONS.get(operation.type) or Op(operation.type, Kind.UNKNOWN)
+    return OPERATIONS.get(operation.type) or Op(operation.type, OpKind.UNKNOWN)
 
 
 def passes_unchanged(operation: tf.Operation, operand: int) -> bool:

@@ -16,7 +16,7 @@ import tensorflow as tf
 from keras_jacmon.cell.cell_graph import CellGraph
 from keras_jacmon.structure.index_map import IndexMap, Node
 from keras_jacmon.structure.movers import Labels
-from keras_jacmon.structure.ops import Kind, moves_units, op_of, passes_unchanged
+from keras_jacmon.structure.ops import OpKind, moves_units, op_of, passes_unchanged
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Product:
     @property
     def is_order(self) -> bool:
         """True if the kernel is a permutation that differs from point to point."""
-        return op_of(self.operation).kind is Kind.SORTS
+        return op_of(self.operation).kind is OpKind.SORTS
 
 
 @dataclass(frozen=True, eq=False)

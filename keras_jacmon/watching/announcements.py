@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from keras_jacmon.report.changes import Change, VerdictHistory
+from keras_jacmon.report.changes import VerdictChange, VerdictHistory
 from keras_jacmon.report.report import Report
 from keras_jacmon.report.verdict import Verdict
 
@@ -28,16 +28,16 @@ class Announcements:
         """Starts a training, in which each warning may come again."""
         self._told = set()
 
-    def changes(self, report: Report) -> list[Change]:
+    def changes(self, report: Report) -> list[VerdictChange]:
         """Returns the verdicts that are others than those of the report before."""
         return self._verdicts.update(report.verdict)
 
-    def tell(self, report: Report, changes: Sequence[Change], step: int, attempt: Callable[..., Any]) -> None:
+    def tell(self, report: Report, changes: Sequence[VerdictChange], step: int, attempt: Callable[..., Any]) -> None:
         """Tells the user of a report.
 
         Args:
             report: `Report`, the measurement.
-            changes: Sequence of `Change`, the verdicts that are others than before.
+            changes: Sequence of `VerdictChange`, the verdicts that are others than before.
             step: Integer, the iteration count of the optimizer.
             attempt: Callable `attempt(what, function, *args)` that keeps a failure from ending the training.
         """

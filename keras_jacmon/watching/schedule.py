@@ -7,7 +7,7 @@ import keras
 
 
 @dataclass
-class Schedule:
+class MeasurementSchedule:
     """The batches of a training, and the batches after which there is a measurement.
 
     Attributes:

@@ -12,7 +12,7 @@ import tensorflow as tf
 from helpers import FEATURES, FunctionCell, normal, step_jacobians
 
 from keras_jacmon.cell.step import CellStep
-from keras_jacmon.jacobians.cell_jacobian import Assumptions, CellJacobian, Method
+from keras_jacmon.jacobians.cell_jacobian import Assumptions, CellJacobian, JacobianMethod
 from keras_jacmon.jacobians.checks import check_points
 from keras_jacmon.jacobians.diagnosis import diagnose
 from keras_jacmon.jacobians.points import PointBatch
@@ -34,10 +34,14 @@ ELEMENTWISE = [name for name in NAMES if name not in (*MIXING, "softsign")]
 
 @pytest.mark.parametrize(
     ("names", "width", "method"),
-    [(ELEMENTWISE, 1, Method.STRUCTURE), (MIXING, 2, Method.AUTODIFF), (["softsign"], 3, Method.STRUCTURE)],
+    [
+        (ELEMENTWISE, 1, JacobianMethod.STRUCTURE),
+        (MIXING, 2, JacobianMethod.AUTODIFF),
+        (["softsign"], 3, JacobianMethod.STRUCTURE),
+    ],
     ids=["elementwise", "mixing", "softsign"],
 )
-def test_every_activation_is_measured(names: list[str], width: int, method: Method) -> None:
+def test_every_activation_is_measured(names: list[str], width: int, method: JacobianMethod) -> None:
     functions = [SPECIAL.get(name) or getattr(keras.activations, name) for name in names]
 
     def step(c: Any, x: Any, h: Any) -> Any:

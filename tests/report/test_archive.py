@@ -19,7 +19,7 @@ from helpers import normal
 from keras_jacmon import JacobianMonitor, LayerReport, Report, measure
 from keras_jacmon.report import archive
 from keras_jacmon.report.records import to_record
-from keras_jacmon.report.suggestion import Change, Suggestion
+from keras_jacmon.report.suggestion import Suggestion, WeightChange
 
 
 def odd_report() -> Report:
@@ -38,7 +38,7 @@ def odd_report() -> Report:
         {"eigenvalues": np.array([[1 + 2j, np.nan]], np.complex64)},
         np.array([[2, 1]]),
         "joint/",
-        (Suggestion("lstm", Change(("a/b", "a/c"), 0.1), -np.inf, -0.1, "vanishing", "stable"),),
+        (Suggestion("lstm", WeightChange(("a/b", "a/c"), 0.1), -np.inf, -0.1, "vanishing", "stable"),),
         0.5,
         go_backwards=True,
         notes=("a note", 'with "quotes" and ünïcode'),

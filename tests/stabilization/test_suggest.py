@@ -13,7 +13,7 @@ from trainings import AtBatch, assert_equal, compiled, fit, quick_monitor, value
 
 from keras_jacmon import JacobianMeter, measure, stabilize, suggest
 from keras_jacmon.measurement.trials import search
-from keras_jacmon.report.suggestion import Change, Suggestion
+from keras_jacmon.report.suggestion import Suggestion, WeightChange
 from keras_jacmon.report.verdict import Verdict, judge
 
 if TYPE_CHECKING:
@@ -106,7 +106,9 @@ def test_what_does_not_help_is_not_suggested() -> None:
     def searched(growth_with: Callable[[float], float]) -> tuple[Suggestion, ...]:
         before = verdict(-1.0)
         assert before is not None
-        return search("rnn", [Change(("kernel",), 0.0)], before, lambda change: verdict(growth_with(change.amount)))
+        return search(
+            "rnn", [WeightChange(("kernel",), 0.0)], before, lambda change: verdict(growth_with(change.amount))
+        )
 
     (suggestion,) = searched(lambda factor: math.log(factor) - 1)
     assert abs(math.log(suggestion.change.amount) - 1) < 1 / 60
