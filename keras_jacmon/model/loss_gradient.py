@@ -158,8 +158,8 @@ class _ZeroAdder:
     ) -> Any:
         if inputs.graph is not self._graph:
             return loop(inputs, states, mask, **kwargs)
-        with _adding_cell(item.layer, inputs.shape[2:], states) as cell:
-            zero = tf.zeros([*known_sizes(inputs)[:2], cell.units], inputs.dtype)
+        with _adding_cell(item.layer, inputs, states) as cell:
+            zero = tf.zeros([*known_sizes(inputs)[:2], cell.units], cell.added_dtype)
             self._tape.watch(zero)
             self.layers.append(item.name)
             self.zeros.append(zero)
@@ -205,12 +205,12 @@ def _linked(returned: tf.Tensor, adapted: AdaptedCall, outputs: tf.Tensor) -> tf
 
 
 @contextlib.contextmanager
-def _adding_cell(layer: keras.layers.RNN, features: tf.TensorShape, states: Any) -> "Iterator[_AddingCell]":
+def _adding_cell(layer: keras.layers.RNN, inputs: tf.Tensor, states: Any) -> "Iterator[_AddingCell]":
     """Replaces the cell that makes the hidden state (in a stack, the lowest one) by an `_AddingCell`."""
     owner, name, place = layer, "cell", layer.cell
     while isinstance(place, keras.layers.StackedRNNCells):
         owner, name, place = place, "cells", place.cells[0]
-    cell, before = _AddingCell(place, features, states), vars(owner)[name]
+    cell, before = _AddingCell(place, inputs, states), vars(owner)[name]
     # Without Keras' `__setattr__`, which would track it as a layer of its own.
     vars(owner)[name] = [cell, *before[1:]] if name == "cells" else cell
     try:
@@ -222,21 +222,26 @@ def _adding_cell(layer: keras.layers.RNN, features: tf.TensorShape, states: Any)
 class _AddingCell:
     """A cell that adds the last part of its inputs to the hidden state that it returns.
 
-    The first part holds the features of the true cell.
+    The first part holds the features of the true cell; whole numbers are there bit by bit, since what is added has a
+    derivative.
 
     Args:
         cell: The true cell.
-        features: `tf.TensorShape` of the true cell's inputs, without the batch.
+        inputs: Tensor `(batch, time, ...)`, the inputs of the true cell.
         states: Structure of tensors `(batch, ...)`, its initial states.
 
     Attributes:
         units: Integer, number of units of the hidden state.
+        added_dtype: Type of what is added.
     """
 
-    def __init__(self, cell: Any, features: tf.TensorShape, states: Any) -> None:
+    def __init__(self, cell: Any, inputs: tf.Tensor, states: Any) -> None:
         flat = [tf.convert_to_tensor(state) for state in keras.tree.flatten(states)]
         self._hidden = hidden_place(flat)
-        self._features = features
+        self._features, self._dtype = inputs.shape[2:], inputs.dtype
+        self._bits = tf.int32 if self._dtype.size < tf.int32.size or self._dtype == tf.int32 else tf.int64
+        of_bits = tf.float32 if self._bits == tf.int32 else tf.float64
+        self.added_dtype = self._dtype if self._dtype.is_floating else of_bits
         self._cell = cell
         self.units = int(flat[self._hidden].shape[1:].num_elements())
 
@@ -251,11 +256,15 @@ class _AddingCell:
             added: Tensor `(batch, time, units)`, added to the hidden states.
         """
         flat = tf.reshape(sequences, [*known_sizes(sequences)[:2], self._features.num_elements()])
+        if not self._dtype.is_floating:
+            flat = tf.bitcast(tf.cast(flat, self._bits), self.added_dtype)
         return tf.concat([flat, added], axis=-1)
 
     def __call__(self, inputs: tf.Tensor, states: Any) -> tuple[tf.Tensor, Any]:
         added = inputs[:, -self.units :]
         inputs = tf.reshape(inputs[:, : -self.units], [-1, *self._features])
+        if not self._dtype.is_floating:
+            inputs = tf.cast(tf.bitcast(inputs, self._bits), self._dtype)
         output, new_states = self._cell(inputs, states, **training_argument(self._cell))
         new_states = new_states if keras.tree.is_nested(new_states) else [new_states]
         flat = keras.tree.flatten(new_states)

@@ -173,10 +173,12 @@ class _Distances:
     def mean(self, points: PointBatch, leading: tf.Tensor | None, weights: tf.Tensor, finite: tf.Tensor) -> tf.Tensor:
         """Returns the mean over the points that have a weight and a finite distance; zero if there are none."""
         finite &= weights > 0
+        # Inputs may be whole numbers.
+        dtype = points.states[floating_states(points.states)[0]].dtype
         total = tf.cond(
             tf.reduce_any(finite),
             lambda: self._mean_where(points, leading, finite),
-            lambda: tf.zeros([], points.inputs.dtype),
+            lambda: tf.zeros([], dtype),
         )
         return of_loss_type(total)
 

@@ -153,7 +153,8 @@ class Structure:
     def depends_on_inputs_only(self, tensor: tf.Tensor) -> bool:
         """Tells if point p of a tensor is known to be made from point p of the inputs, and from no state."""
         origin = self._origin(tensor)
-        understood = origin.sources == {Node.inputs()} and not origin.unstructured
+        # What has no derivative, such as an index, has no source.
+        understood = self.varies(tensor) and origin.sources <= {Node.inputs()} and not origin.unstructured
         return understood and not origin.depends_on_state and tensor.name in self.independent
 
     @functools.cached_property

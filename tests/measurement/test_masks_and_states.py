@@ -26,13 +26,48 @@ from helpers import (
     variance,
 )
 
-from keras_jacmon import JacobianMeter, measure
+from keras_jacmon import JacobianMeter, JacobianMonitor, JacobianRegularizer, measure
 
 L = keras.layers
 PROBE = normal(BATCH, STEPS, FEATURES, seed=3)
 # Right-padded, left-padded, a hole, and a sample with nothing in it.
 IDS = np.array([[1, 2, 3, 0, 0], [0, 0, 4, 5, 1], [2, 0, 6, 0, 3], [0, 0, 0, 0, 0]], np.int32)
 MASK = IDS != 0
+
+
+# Inputs ----------------------------------------------------------------------------------------------
+
+
+class OneHotCell(keras.layers.Layer):
+    """Reads its inputs as the numbers of words."""
+
+    state_size = 4
+
+    def build(self, _: Any) -> None:
+        self.words = self.add_weight(shape=(2, 4), initializer="normal")
+        self.recurrent = self.add_weight(shape=(4, 4), initializer="orthogonal")
+
+    def call(self, inputs: Any, states: Any) -> Any:
+        word = keras.ops.one_hot(keras.ops.cast(inputs[:, 0], "int32"), 2)
+        h = keras.ops.tanh(word @ self.words + states[0] @ self.recurrent)
+        return h, [h]
+
+
+@pytest.mark.parametrize("dtype", ["int32", "bool"])
+@pytest.mark.parametrize("make", [L.LSTM, L.GRU, L.SimpleRNN, lambda _, name: L.RNN(OneHotCell(), name=name)])
+def test_inputs_without_a_derivative(make: Any, dtype: str) -> None:
+    """They have no sources, and a step that is precomputed needs them all the same."""
+    probe = np.random.default_rng(0).integers(0, 2, size=(BATCH, STEPS, FEATURES)).astype(dtype)
+    layer = make(4, name="rnn")
+    model = build(keras.Sequential([keras.Input((STEPS, FEATURES), dtype=dtype), layer, L.Dense(1)]), probe)
+    assert_layer(measure(model, probe, measures=QUICK)["rnn"], layer, probe.astype("float32"), measures=QUICK)
+    model.compile("sgd", "mse")
+    targets = np.ones(BATCH)
+    regularizer = JacobianRegularizer(1.0, 0.1)
+    monitor = JacobianMonitor(probe, targets=targets, log_dir=None, regularizer=regularizer, on_error="raise")
+    history = model.fit(probe, targets, verbose=0, callbacks=[monitor]).history
+    assert np.isfinite(history["jac_penalty"]).all()
+    assert (monitor.reports[-1][1]["rnn"]["loss_gradient"] > 0).all()
 
 
 # Masks -----------------------------------------------------------------------------------------------
