@@ -268,7 +268,10 @@ class JacobianMeter:
                     loss_gradient=loss_gradient,
                 )
             # Assigned last: if tracing fails or is interrupted, the next measurement uses the old traces.
-            self._measurement_of(call, remaining, slow=slow)
+            try:
+                self._measurement_of(call, remaining, slow=slow)
+            except Exception as error:
+                raise unmeasurable(call, error) from error
             self._assumptions[call.name] = remaining
 
     def _draw(self) -> tf.Tensor:
@@ -359,6 +362,7 @@ class JacobianMeter:
         for error in errors.values():
             warnings.warn(f"{str(error).rstrip('.')}. It is not measured.", stacklevel=4)
         self._check_chosen_states(calls)
+        self._check_square(calls)
         for call in calls:
             for note in (*self._measurement_of(call).metadata.notes, *call.notes):
                 warnings.warn(f"Layer `{call.name}`: {note}", stacklevel=4)
@@ -386,6 +390,19 @@ class JacobianMeter:
             if label not in found:
                 reasons = "; ".join(f"in layer `{name}` {m.left_out[label]}" for name, m in of_calls.items())
                 raise invalid_argument("measures", "chosen states that a recurrent layer has", reasons)
+
+    def _check_square(self, calls: Sequence[MeasurableCall]) -> None:
+        """Refuses a measure of square Jacobians that the user named and that no call has."""
+        wanted = self._options.measures
+        names = [wanted] if isinstance(wanted, str) else [*(wanted or ())]
+        sizes = {call.name: self._measurement_of(call).metadata for call in calls}
+        columns = {name: found.columns["inputs"] for name, found in sizes.items() if "inputs" in found.columns}
+        if any(columns[name] == sizes[name].units for name in columns):
+            return
+        for key in (q.key for q in self._selections[True] if q.view == "inputs" and q.measure.needs_square):
+            if key in names and columns:
+                shapes = "; ".join(f"in layer `{name}` J is {sizes[name].units} x {n}" for name, n in columns.items())
+                raise invalid_argument("measures", f"inputs of as many units as the states for `{key}`", shapes)
 
     def _error_of(self, call: MeasurableCall) -> UnmeasurableError | None:
         """Traces the measurement of a call and returns the reason why that fails; None if it does not."""

@@ -71,7 +71,7 @@ class Options:
     max_rows: int | None = _option(64, "maximum number of (step, sample) points for expensive measures; none for all")
     spectra: int = _option(16, "maximum number of (step, sample) points for whole spectra")
     flow_vectors: int = _option(3, "random vectors per sample for flow and sensitivity")
-    exact_flow: bool = _option(False, "form the products of the flow instead of estimating them")  # noqa: FBT003
+    exact_flow: bool = _option(False, "take the spectral norm of the products, which are formed, as flow")  # noqa: FBT003
     exponents: int = _option(8, "maximum number of Lyapunov exponents")
     warmup: int | None = _option(None, "steps that the exponents leave out; none for a tenth of the sequence")
     qr_every: int = _option(1, "steps between two QR decompositions")

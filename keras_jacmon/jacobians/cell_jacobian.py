@@ -39,11 +39,13 @@ class Assumptions:
         independent: True if each point of a step is a function of the same point of inputs and states.
         products: True if the tape applied twice gives the products with J, and `tf.vectorized_map` those with several
             vectors at once; otherwise J is formed by one gradient for each unit.
+        inputs: True if the new states of a sample do not depend on the inputs of others.
     """
 
     structure: bool = True
     independent: bool = True
     products: bool = True
+    inputs: bool = True
 
 
 class JacobianMethod(str, enum.Enum):

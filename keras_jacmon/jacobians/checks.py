@@ -62,6 +62,7 @@ def check_points(
         dependence=dependence,
         # It belongs to `check_independence`.
         influence=none,
+        influence_of_inputs=none,
     )
 
 
@@ -136,8 +137,8 @@ def check_independence(
         seed: Tensor `(2,)`, seed of the random vectors.
 
     Returns:
-        `dependence`, and `influence`: the largest norm of a product with Jᵀ at points where the vector is zero,
-        relative to the largest norm at the other points. The other results are 0.
+        `dependence`, and `influence` and `influence_of_inputs`: the largest norm of a product with Jᵀ at points where
+        the vector is zero, relative to the largest norm at the other points. The other results are 0.
     """
     chosen = [View.of(name, points.states) for name in views]
     outputs = sorted({new for view in chosen for new in view.outputs})
@@ -154,11 +155,8 @@ def check_independence(
     speaks = tf.argsort(tf.random.stateless_uniform([count], seed)) < (count + 1) // 2
     w = _normal(points, int(measured.shape[1]), seed, measured.dtype) * tf.cast(speaks[:, None], measured.dtype)
     gradients = tape.gradient(measured, sources, output_gradients=w, unconnected_gradients="zero")
-    norms = tf.norm(side_by_side(list(map(tf.convert_to_tensor, gradients))), axis=-1)
-    zero = tf.zeros([], norms.dtype)
-    # Zero times infinity is the network's own.
-    norms = tf.where(tf.math.is_finite(norms), norms, zero)
-    silent, loud = (tf.reduce_max(tf.where(which, norms, zero)) for which in (~speaks, speaks))
+    gradients = list(map(tf.convert_to_tensor, gradients))
+    zero = tf.zeros([], measured.dtype)
     floating = floating_states(states)
     sizes = [size(states[p]) for p in floating]
     differences = relative_differences(_beside(new, floating), _beside(new_states, floating), sizes)
@@ -167,8 +165,20 @@ def check_independence(
         products=zero,
         columns=zero,
         dependence=tf.reduce_max(differences),
-        influence=tf.where(silent > 0, silent / loud, zero),
+        influence=_influence(gradients[: len(old)], speaks, zero),
+        influence_of_inputs=_influence(gradients[len(old) :], speaks, zero),
     )
+
+
+def _influence(gradients: Sequence[tf.Tensor], speaks: tf.Tensor, zero: tf.Tensor) -> tf.Tensor:
+    """The largest norm of gradients at points that are silent, relative to the largest one at those that speak."""
+    if not gradients:
+        return zero
+    norms = tf.norm(side_by_side(gradients), axis=-1)
+    # Zero times infinity is the network's own.
+    norms = tf.where(tf.math.is_finite(norms), norms, zero)
+    silent, loud = (tf.reduce_max(tf.where(which, norms, zero)) for which in (~speaks, speaks))
+    return tf.where(silent > 0, silent / loud, zero)
 
 
 def _beside(states: Sequence[tf.Tensor], chosen: Sequence[int]) -> tf.Tensor:

@@ -1,5 +1,6 @@
 """Results of the checks, and the assumption that fails."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -16,7 +17,8 @@ class CheckResults(NamedTuple):
         products: Distance of the products with J from those with Jᵀ.
         columns: Distance of products with several vectors at once from those with one vector.
         dependence: Distance of the new states of some points from those that the cell gave them among others.
-        influence: Size of the derivatives of a point by other points of its step.
+        influence: Size of the derivatives of a point by the states of other points of its step.
+        influence_of_inputs: Size of its derivatives by the inputs of other points, where these are measured.
     """
 
     structure_residual: tf.Tensor | float
@@ -24,6 +26,7 @@ class CheckResults(NamedTuple):
     columns: tf.Tensor | float
     dependence: tf.Tensor | float
     influence: tf.Tensor | float
+    influence_of_inputs: tf.Tensor | float
 
     @classmethod
     def zero(cls, dtype: tf.DType) -> "CheckResults":
@@ -43,7 +46,9 @@ class CheckResults(NamedTuple):
 
 
 # Relative. Rounding in float32 leaves about 1e-6, and of the influence nothing.
-TOLERANCES = CheckResults(structure_residual=1e-3, products=1e-3, columns=1e-3, dependence=1e-3, influence=1e-6)
+TOLERANCES = CheckResults(
+    structure_residual=1e-3, products=1e-3, columns=1e-3, dependence=1e-3, influence=1e-6, influence_of_inputs=1e-6
+)
 
 
 @dataclass(frozen=True)
@@ -77,17 +82,9 @@ def diagnose(results: CheckResults, assumptions: Assumptions) -> Diagnosis | Non
         for name, result, tolerance in zip(CheckResults._fields, results, TOLERANCES, strict=True)
         if not result <= tolerance
     }
-    if not assumptions.independent and "influence" in failed:
-        return Diagnosis(
-            None, "The new states of a sample depend on the old states of others, so it has no Jacobian of its own"
-        )
-    difference = failed.get("dependence", failed.get("influence"))
-    if assumptions.independent and difference is not None:
-        return Diagnosis(
-            replace(assumptions, independent=False),
-            f"what its cell makes of a sample depends on the other samples of the batch {difference}",
-            "It is measured by autodiff, step by step,",
-        )
+    of_samples = _of_samples(failed, assumptions)
+    if of_samples is not None:
+        return of_samples
     if "structure_residual" in failed:
         return Diagnosis(
             replace(assumptions, structure=False),
@@ -107,5 +104,28 @@ def diagnose(results: CheckResults, assumptions: Assumptions) -> Diagnosis | Non
             "products of its Jacobian with several vectors at once, by `tf.vectorized_map`, differ from those with one "
             f"vector {failed['columns']}",
             "The Jacobian is formed by one gradient for each unit",
+        )
+    return None
+
+
+def _of_samples(failed: Mapping[str, str], assumptions: Assumptions) -> Diagnosis | None:
+    """Finds the assumption on the samples of a batch that fails, from differences in words."""
+    checks = ("dependence", "influence", "influence_of_inputs")
+    difference = next((failed[name] for name in checks if name in failed), None)
+    if assumptions.independent and difference is not None:
+        return Diagnosis(
+            replace(assumptions, independent=False),
+            f"what its cell makes of a sample depends on the other samples of the batch {difference}",
+            "It is measured by autodiff, step by step,",
+        )
+    if "influence" in failed:
+        return Diagnosis(
+            None, "The new states of a sample depend on the old states of others, so it has no Jacobian of its own"
+        )
+    if "influence_of_inputs" in failed:
+        return Diagnosis(
+            replace(assumptions, inputs=False),
+            "the new states of a sample depend on the inputs of others",
+            "The inputs view is left out",
         )
     return None

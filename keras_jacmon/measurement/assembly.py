@@ -153,6 +153,8 @@ def _method(metadata: CallMetadata, found: _QuantityValues) -> str:
     view, measure = found.quantity
     # The loss is differentiated by a hidden state that need not have a view.
     options, columns = metadata.options, metadata.columns.get(view, metadata.units)
+    if isinstance(measure.kind, Flow) and options.exact_flow:
+        return "exact, the spectral norm of the products"
     if isinstance(measure.kind, Flow) and metadata.flow_of(found.quantity).plan.is_exact:
         options = dataclasses.replace(options, exact_flow=True)
     how = measure.how(options, columns, uncertain=found.uncertainty is not None)

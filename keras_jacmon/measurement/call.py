@@ -73,7 +73,13 @@ def measure_call(
     first = sequence.of_a_step if registered_form(step.cell) is None else sequence.inputs[0]
     jacobian = CellJacobian(step, first, sequence.states, assumptions)
     dependencies = find_dependencies(step, first, sequence.states)
-    metadata = CallMetadata.of(step.cell, sequence, jacobian, dependencies, asked=views_of(measures), options=options)
+    asked = [view for view in views_of(measures) if view != "inputs" or assumptions.inputs]
+    if not asked:
+        raise ValueError("The new states of a sample depend on the inputs of others: there is no Jacobian by its own")
+    metadata = CallMetadata.of(step.cell, sequence, jacobian, dependencies, asked=asked, options=options)
+    if not assumptions.inputs:
+        missing = "the new states of a sample depend on the inputs of others, so the inputs view is left out"
+        metadata = dataclasses.replace(metadata, notes=(*metadata.notes, missing))
     selection = _selection(measures, metadata, carried=bool(dependencies.carried))
     of_points = filtered(selection, lambda measure: not measure.kind.over_time)
     exponents, of_sensitivity = of_kind(selection, Exponents), of_kind(selection, Sensitivity)

@@ -242,7 +242,7 @@ MEASURES = {
             "growth",
             Flow(reduction="growth"),
             growth,
-            definition="the slope of the flow over k",
+            definition="the slope of the flow over k, from k = 0 on",
             unit="nats per step",
             reference="0",
             reading="how fast a gradient grows (> 0) or falls (< 0)",

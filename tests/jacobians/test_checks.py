@@ -28,6 +28,7 @@ from helpers import (
 from keras_jacmon import JacobianMeter, measure
 from keras_jacmon.cell.cell_graph import CellGraph
 from keras_jacmon.cell.step import CellStep
+from keras_jacmon.errors import UnmeasurableError
 from keras_jacmon.jacobians.cell_jacobian import Assumptions, CellJacobian
 from keras_jacmon.jacobians.checks import check_independence, check_points
 from keras_jacmon.jacobians.diagnosis import CheckResults, Diagnosis, diagnose
@@ -210,6 +211,26 @@ def test_samples_without_a_jacobian_of_their_own_are_refused() -> None:
         ValueError, match=r"^The Jacobians of layer `rnn` .* depend on the old states of others, so it has no Jacobian"
     ):
         measure(model, PROBE, measures=MOMENTS)
+
+
+def test_a_sample_that_depends_on_the_inputs_of_others_has_no_inputs_view() -> None:
+    def centred(c: Any, x: Any, h: Any) -> Any:
+        return tf.tanh(x - tf.reduce_mean(x, axis=0, keepdims=True) + h @ c.U)
+
+    model, layer = model_of(centred, PROBE)
+    left_out = "depend on the inputs of others. The inputs view is left out from now on"
+    with pytest.warns(UserWarning, match=DEPENDS), pytest.warns(UserWarning, match=left_out):
+        found = measure(model, PROBE, measures=[*MOMENTS, "inputs/variance"])["rnn"]
+    assert "inputs/variance" not in found
+    assert_layer(found, layer, PROBE, measures=MOMENTS)
+    assert "the new states of a sample depend on the inputs of others, so the inputs view is left out" in found.notes
+    refused = "^The Jacobians of layer `rnn` .* depend on the inputs of others"
+    with (
+        pytest.warns(UserWarning, match=DEPENDS),
+        pytest.warns(UserWarning, match=left_out),
+        pytest.raises(UnmeasurableError, match=refused),
+    ):
+        measure(model, PROBE, measures=["inputs/variance"])
 
 
 @pytest.mark.parametrize("name", INFLUENCED)
