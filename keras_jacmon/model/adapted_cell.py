@@ -98,6 +98,7 @@ class AdaptedCall:
         )
         mask = None if recurrence.mask is None else tf.cast(recurrence.mask, tf.bool)
         _check_shapes(inputs, states, mask)
+        _check_types(states)
         inputs = _at_all_steps(inputs)
         of_inputs, of_states = Packing.of(inputs, leading=2), Packing.of(states, leading=1)
         specs = keras.tree.map_structure(_spec, (list(args), given))
@@ -189,6 +190,19 @@ def _check_shapes(inputs: Any, states: Any, mask: tf.Tensor | None) -> None:
             "expected inputs `(batch, time, ...)`, states `(batch, ...)` and a mask `(batch, time)`, and received "
             + received
         )
+
+
+def _check_types(states: Any) -> None:
+    """Checks that the states of a recurrence are of one floating-point type; half precision is computed in float32.
+
+    Raises:
+        ValueError: If they are of several.
+    """
+    real = [state.dtype.real_dtype for state in keras.tree.flatten(states)]
+    found = {tf.float32 if dtype in HALF_PRECISION else dtype for dtype in real if dtype.is_floating}
+    if len(found) > 1:
+        names = " and ".join(sorted(dtype.name for dtype in found))
+        raise ValueError(f"expected states of one floating-point type, and received {names}: cast them to one")
 
 
 def _at_all_steps(inputs: Any) -> Any:
