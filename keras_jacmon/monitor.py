@@ -132,6 +132,8 @@ class JacobianMonitor(keras.callbacks.Callback):
             on_error=on_error,
             regularizer=regularizer,
             on_verdict_change=on_verdict_change,
+            log_dir=log_dir,
+            verbose=verbose,
             slow_freq=slow_freq,
             positions=positions,
             max_reports=max_reports,
@@ -243,6 +245,8 @@ class JacobianMonitor(keras.callbacks.Callback):
 
     def set_model(self, model: keras.Model) -> None:
         """Checks the probe against the model and traces the measurement, before any callback's `on_train_begin`."""
+        if model is not self._model:
+            self._announcements.forget()
         super().set_model(model)
         # A `fit` that has failed may not have come to its end.
         self._traced.let_go()
@@ -252,8 +256,8 @@ class JacobianMonitor(keras.callbacks.Callback):
                 self._attempt("Preparing for a model that has changed", self._traced.prepare, model)
             else:
                 self._traced.prepare(model)
-        if self._writer is None and self._log_dir is not None:
-            self._writer = EventWriter(self._log_dir, positions=self._positions, name=self._name)
+        if self._writer is None:
+            self._open_writer()
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         """Starts a new count; measures nothing yet, since other callbacks may still restore weights here."""
@@ -276,9 +280,13 @@ class JacobianMonitor(keras.callbacks.Callback):
         base = self._given_name or "monitor"
         names = [self._given_name, *(f"{base}_{number}" for number, _ in enumerate(taken, 1))]
         name = next(name for name in names if name not in taken)
-        if name != self._name and self._log_dir is not None:
-            self._writer = EventWriter(self._log_dir, positions=self._positions, name=name)
-        self._name = name
+        if name != self._name:
+            self._name = name
+            self._open_writer()
+
+    def _open_writer(self) -> None:
+        if self._log_dir is not None:
+            self._writer = EventWriter(self._log_dir, positions=self._positions, name=self._name)
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Follows the numbering of Keras, which counts batches from 0 in each epoch."""
@@ -312,7 +320,13 @@ class JacobianMonitor(keras.callbacks.Callback):
         if self._schedule.is_due_after_epoch():
             self._measure(last=epoch + 1 == (self.params or {}).get("epochs"))
         if logs is not None:
-            self._log_values.add_to(logs, self._penalty_values(), self._name)
+            replaced = self._log_values.add_to(logs, self._penalty_values(), self._name)
+            if replaced:
+                self._announcements.warn_once(
+                    "logs",
+                    f"In the logs, values of others are replaced by those of this monitor: {sorted(replaced)}. Give it "
+                    "another `name`, or the layers other ones.",
+                )
 
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
         """Measures after the last batch, takes the penalty out of the losses and closes the event file."""

@@ -6,6 +6,8 @@ import csv
 import functools
 import io
 import itertools
+import json
+import os
 import random
 import re
 import sys
@@ -403,6 +405,52 @@ def test_a_verdict_that_changes_is_told(tmp_path: Path, capsys: pytest.CaptureFi
     assert [(summary.step, summary.value.item()) for summary in written] == [
         (step, f"    {line}".encode()) for step, line in zip((4, 6), lines, strict=True)
     ]
+
+
+def test_another_model_has_verdicts_of_its_own_and_a_page_of_its_own(tmp_path: Path) -> None:
+    told: list[Any] = []
+    monitor = quick_monitor(measures=["flow"], log_dir=tmp_path, on_verdict_change=lambda *found: told.append(found))
+    for scale, epochs in ((20.0, 2), (0.1, 1)):
+        rnn = keras.layers.SimpleRNN(3, activation="linear", name="rnn")
+        model = compiled(rnn, optimizer=keras.optimizers.SGD(0.0))
+        rnn.cell.recurrent_kernel.assign(scale * np.eye(3))
+        fit(model, monitor, epochs=epochs)
+    assert not told
+    assert not by_tag(read_summaries(tmp_path), "verdicts")
+    assert [step for step, _ in monitor.reports] == [0, 8, 16, 0, 8]
+    monitor.to_html(tmp_path / "page.html")
+    shown = json.loads(re.findall(r'id="data">(.*?)</script>', (tmp_path / "page.html").read_text("utf-8"))[0])
+    assert {one["step"]: one["verdict"]["state"] for one in shown["measurements"]} == {0: "vanishing", 8: "vanishing"}
+
+
+def test_values_of_others_are_not_replaced_in_silence() -> None:
+    layers = [keras.layers.GRU(2, name="valid_gru", return_sequences=True), keras.layers.GRU(2, name="gru")]
+    monitors = [quick_monitor(measures=["variance"], name=name) for name in (None, "valid")]
+    with pytest.warns(UserWarning, match=r"replaced by those of this monitor: \['valid_gru_jac_variance'\]. Give it"):
+        fit(compiled(*layers), *monitors)
+    # A loop of one's own may hand on one dict at each epoch.
+    model, logs = usual(), dict[str, Any]()
+    monitor = quick_monitor(measures=["variance"])
+    callbacks = keras.callbacks.CallbackList([monitor], model=model)
+    callbacks.on_train_begin()
+    for epoch in range(2):
+        callbacks.on_epoch_begin(epoch)
+        callbacks.on_train_batch_begin(0)
+        callbacks.on_train_batch_end(0)
+        monitor.on_epoch_end(epoch, logs)
+    callbacks.on_train_end()
+    assert list(logs) == ["rnn_jac_variance"]
+
+
+def test_a_training_that_changes_its_directory_writes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "other").mkdir()
+    monitor = JacobianMonitor(PROBE, measures=["variance"], update_freq=1)
+    fit(usual(), AtBatch(2, lambda: os.chdir(tmp_path / "other")), monitor, epochs=1)
+    assert not monitor.failures
+    assert not list((tmp_path / "other").iterdir())
+    written = by_tag(read_summaries(tmp_path / "logs"), "rnn/variance")
+    assert sorted(summary.step for summary in written) == list(range(9))
 
 
 def test_logs_hold_the_newest_report_when_measuring_is_rarer_than_an_epoch() -> None:

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -67,7 +68,7 @@ class JacobianPlugin(base_plugin.TBPlugin):
                     query.get("run", ""),
                     layer=query.get("layer", ""),
                     key=query.get("key", ""),
-                    columns=query.get("columns", _COLUMNS, type=int),
+                    columns=_whole(query, "columns", _COLUMNS),
                 )
             ),
             "/measurement": self._route(
@@ -77,7 +78,7 @@ class JacobianPlugin(base_plugin.TBPlugin):
                     query.get("run", ""),
                     layer=query.get("layer", ""),
                     key=query.get("key", ""),
-                    step=query.get("step", 0, type=int),
+                    step=_whole(query, "step", 0),
                 )
             ),
         }
@@ -137,6 +138,20 @@ class JacobianPlugin(base_plugin.TBPlugin):
             return http_util.Respond(request, json.dumps(content), "application/json")
 
         return route
+
+
+def _whole(query: Any, name: str, default: int) -> int:
+    """Returns a whole number of a query.
+
+    Raises:
+        ValueError: If it is none, or has more than 64 bits.
+    """
+    text = query.get(name)
+    if text is None:
+        return default
+    if re.fullmatch(r"[+-]?\d{1,18}", text, re.ASCII) is None:
+        raise ValueError(f"`{name}` should be a whole number of at most 18 digits, and is {text!r}")
+    return int(text)
 
 
 def _refused(request: wrappers.Request, sentence: str, code: int) -> wrappers.Response:

@@ -16,6 +16,7 @@ from tensorboard.data import provider
 
 from keras_jacmon.dashboard.answers import MOST_ROWS, SPARKS
 from keras_jacmon.dashboard.codec import read_header, unpack
+from keras_jacmon.dashboard.course import last_course
 from keras_jacmon.dashboard.metadata import PLUGIN, TAG
 from keras_jacmon.dashboard.stack import Moment, Stack, stack_of
 
@@ -61,7 +62,11 @@ class Series:
         """
         tags = self._list(ctx, experiment, run)[run]
         found = self._read(ctx, experiment, run, list(tags), SPARKS)
-        return {tag: [(datum.step, read_header(datum.numpy)) for datum in data] for tag, data in found.items() if data}
+        return {
+            tag: [(datum.step, read_header(datum.numpy)) for datum in last_course(data, _step)]
+            for tag, data in found.items()
+            if data
+        }
 
     def layer(self, ctx: Any, experiment: str, run: str, layer: str) -> "Recorded":
         """Returns the packed summaries of a layer; they are read again only when there are newer ones.
@@ -84,14 +89,13 @@ class Series:
         raise KeyError(layer)
 
     def recorded(self, ctx: Any, experiment: str, run: str, tag: str) -> "Recorded":
-        """Reads the packed summaries of a tag; of a step that was measured twice, the last one.
+        """Reads the packed summaries of a tag: those of the last training, if several wrote to this run.
 
         Raises:
             KeyError: If there are none.
         """
-        data = self._read(ctx, experiment, run, [tag], _ALL)[tag]
-        by_step = sorted({datum.step: datum.numpy for datum in data}.items())
-        return Recorded(np.array([step for step, _ in by_step], np.int64), [content for _, content in by_step])
+        data = last_course(self._read(ctx, experiment, run, [tag], _ALL)[tag], _step)
+        return Recorded(np.array(list(map(_step, data)), np.int64), [datum.numpy for datum in data])
 
     def _recorded(self, ctx: Any, experiment: str, run: str, tag: str, newest: Any) -> "Recorded":
         name, version = (experiment, run, tag), (newest.max_step, newest.max_wall_time)
@@ -185,6 +189,10 @@ class Recorded:
 
     def _moment(self, at: int) -> Moment:
         return Moment(int(self._steps[at]), unpack(self._contents[at]))
+
+
+def _step(datum: Any) -> int:
+    return int(datum.step)
 
 
 def read_directory(logs: str) -> dict[str, dict[str, list[Moment]]]:

@@ -5,6 +5,7 @@ import itertools
 import os
 from collections.abc import Collection, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -56,7 +57,7 @@ class EventWriter:
     def __init__(self, log_dir: str | os.PathLike[str], *, positions: int = 256, name: str | None = None) -> None:
         self._positions = positions
         self._number = 0
-        self.directory = tf.io.gfile.join(os.fspath(log_dir), "jacobian", *([] if name is None else [name]))
+        self.directory = tf.io.gfile.join(_absolute(log_dir), "jacobian", *([] if name is None else [name]))
         self._prefix = "" if name is None else f"{name}/"
         self._main = EventFile(self.directory)
         # Runs of their own: the same tag in several runs is one chart.
@@ -119,6 +120,12 @@ class EventWriter:
             _scalar(self._prefix + tag, value, _once(self._prefix + tag, text, self._described))
         _write_sentences(sentences, self._prefix)
         _write_packed(report, self._positions, self._number)
+
+
+def _absolute(log_dir: str | os.PathLike[str]) -> str:
+    """Returns a path that stays the same when a training changes its directory; a bucket's has no other form."""
+    path = os.fspath(log_dir)
+    return path if "://" in path else str(Path(path).absolute())
 
 
 def _write_extremes(report: Report, prefix: str, which: int) -> None:

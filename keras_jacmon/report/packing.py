@@ -1,12 +1,14 @@
 """Packing of layer reports for the dashboard: curves over the position and the span, spectra, the verdict."""
 
 import dataclasses
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from keras_jacmon.dashboard.course import last_course
 from keras_jacmon.dashboard.packed import Curve, Packed, bounds
 from keras_jacmon.dashboard.stack import Moment
 from keras_jacmon.report.arrays import FloatArray
@@ -22,14 +24,14 @@ _MOST_VALUES = 512
 def moments_of(
     reports: Sequence[tuple[int, Mapping[str, LayerReport]]], positions: int = 256
 ) -> dict[str, list[Moment]]:
-    """Returns what the page shows of the reports of a training, by layer.
+    """Returns what the page shows of the reports of a training, by layer; of several trainings, of the last one.
 
     Args:
-        reports: Pairs of step and layers, in the order of the steps.
+        reports: Pairs of step and layers, in the order in which they were measured.
         positions: Integer, the maximum number of bins of the position. Defaults to 256.
     """
     found: dict[str, list[Moment]] = {}
-    for number, (step, layers) in enumerate(reports, 1):
+    for number, (step, layers) in enumerate(last_course(reports, operator.itemgetter(0)), 1):
         for order, (name, layer) in enumerate(layers.items()):
             one = packed(name, layer, positions=positions, order=order, number=number)
             found.setdefault(name, []).append(Moment(step, one))

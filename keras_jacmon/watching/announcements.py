@@ -28,6 +28,10 @@ class Announcements:
         """Starts a training, in which each warning may come again."""
         self._told = set()
 
+    def forget(self) -> None:
+        """Forgets the verdicts, which are those of another model."""
+        self._verdicts = VerdictHistory()
+
     def changes(self, report: Report) -> list[VerdictChange]:
         """Returns the verdicts that are others than those of the report before."""
         return self._verdicts.update(report.verdict)

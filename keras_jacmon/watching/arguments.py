@@ -1,5 +1,6 @@
 """Checks of the monitor's arguments that need no model."""
 
+import os
 import re
 from collections.abc import Iterable
 from typing import Any
@@ -9,12 +10,25 @@ from keras_jacmon.measurement.plan import MeasurementPlan
 from keras_jacmon.regularization.regularizer import JacobianRegularizer
 
 
-def check_arguments(*, update_freq: Any, on_error: Any, regularizer: Any, on_verdict_change: Any, **whole: Any) -> None:
+def check_arguments(
+    *,
+    update_freq: Any,
+    on_error: Any,
+    regularizer: Any,
+    on_verdict_change: Any,
+    log_dir: Any,
+    verbose: Any,
+    **whole: Any,
+) -> None:
     """Refuses arguments that are invalid with any model."""
     if update_freq not in ("epoch", "batch") and not is_whole(update_freq, 1):
         raise invalid_argument("update_freq", "'epoch', 'batch' or a positive integer", f"update_freq={update_freq!r}")
     if on_error not in ("warn", "raise"):
         raise invalid_argument("on_error", "'warn' or 'raise'", f"on_error={on_error!r}")
+    if log_dir is not None and not isinstance(log_dir, (str, os.PathLike)):
+        raise invalid_argument("log_dir", "a string, a path or None", f"log_dir={log_dir!r}")
+    if verbose not in (0, 1):
+        raise invalid_argument("verbose", "0 or 1", f"verbose={verbose!r}")
     for name, value in whole.items():
         check_whole(name, value, 2 if name == "max_reports" else 1)
     if not isinstance(regularizer, (JacobianRegularizer, type(None))):

@@ -221,6 +221,10 @@ def test_what_is_not_there_is_refused_in_a_sentence(served: Client) -> None:
     assert get(served, "heatmap", 404, run="first/jacobian", layer="../calm", key="variance") == sentence
     assert get(served, "heatmap", run="first/jacobian", layer="calm", key="../../etc/passwd")["columns"] == 0
     assert served.post(f"{ROUTES}/runs").status_code == 405
+    for name, route in (("step", "measurement"), ("columns", "heatmap")):
+        for text in ("abc", str(2**63), ""):
+            wrong = get(served, route, 400, run="first/jacobian", layer="calm", key="variance", **{name: text})
+            assert wrong == {"error": f"`{name}` should be a whole number of at most 18 digits, and is {text!r}"}
 
 
 @pytest.mark.parametrize("path", ["../plugin.py", "..%2fplugin.py", "plugin.py", "static/index.js", "/etc/passwd", ""])

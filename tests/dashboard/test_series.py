@@ -10,9 +10,10 @@ from tensorboard.backend.event_processing.data_provider import MultiplexerDataPr
 from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
 from tensorboard.context import RequestContext
 
+from keras_jacmon import Report
 from keras_jacmon.dashboard.codec import pack
 from keras_jacmon.dashboard.metadata import PLUGIN
-from keras_jacmon.dashboard.series import Series
+from keras_jacmon.dashboard.series import Series, read_directory
 from keras_jacmon.dashboard.stack import Moment, stack_of, stack_of_moments
 from keras_jacmon.report.packing import packed
 
@@ -51,6 +52,26 @@ def test_a_layer_is_read_once_and_again_when_there_is_more(tmp_path: Path) -> No
     series = Series(provider, most_bytes=1)
     assert [len(steps(layer)) for layer in "aabba"] == [4, 4, 3, 3, 4]
     assert provider.reads == 6
+
+
+def test_of_several_trainings_in_one_run_the_last_one_is_shown(tmp_path: Path) -> None:
+    """Where a step is measured again, what came after it belongs to the training before."""
+    for growth, steps in ((0.5, (0, 10, 20)), (-0.5, (0, 6, 12))):
+        write(tmp_path, [(step, Report({"a": make_layer(growth)})) for step in steps])
+    write(tmp_path, [(12, Report({"a": make_layer(0.0)})), (14, Report({"a": make_layer(0.0)}))])
+    multiplexer = EventMultiplexer(tensor_size_guidance={PLUGIN: 0})
+    multiplexer.AddRunsFromDirectory(str(tmp_path))
+    multiplexer.Reload()
+    series, ctx = Series(MultiplexerDataProvider(multiplexer, str(tmp_path))), RequestContext()
+    (headers,) = series.headers(ctx, "", "jacobian").values()
+    assert [step for step, _ in headers] == [0, 6, 12, 14]
+    states = ["vanishing", "vanishing", "stable", "stable"]
+    assert [header["verdict"]["state"] for _, header in headers] == states
+    moments = series.layer(ctx, "", "jacobian", "a").moments()
+    assert [(one.step, one.packed.header["verdict"]["state"]) for one in moments] == list(
+        zip([0, 6, 12, 14], states, strict=True)
+    )
+    assert [one.step for one in read_directory(str(tmp_path))["jacobian"]["a"]] == [0, 6, 12, 14]
 
 
 def test_many_summaries_are_unpacked_at_once_as_one_by_one() -> None:
