@@ -13,6 +13,7 @@ from typing import Any, get_args
 from keras_jacmon import __version__, commands
 from keras_jacmon.errors import message_of
 from keras_jacmon.options import Options
+from keras_jacmon.standard_output import write_line
 
 # The endings of files with a model or a probe.
 _ENDINGS = (".keras", ".npy", ".npz")
@@ -37,20 +38,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     try:
         report = _measured(options)
-        if options.save:
+        if options.save is not None:
             saved = report.save(options.save)
             if saved != options.save:
                 sys.stderr.write(f"{parser.prog}: the report is in {saved}\n")
     except (ValueError, OSError, TypeError, ImportError, RuntimeError) as error:
         parser.exit(2, f"{parser.prog}: error: {message_of(error)}\n")
-    try:
-        _write(json.dumps(report.to_dict()) if options.json else str(report))
-    except BrokenPipeError:
-        # The reader has seen enough, as `head` has.
-        return 1
-    except OSError as error:
-        parser.exit(2, f"{parser.prog}: error: standard output cannot be written to: {message_of(error)}\n")
-    return 0
+    text = json.dumps(report.to_dict()) if options.json else str(report)
+    return 0 if write_line(text, parser) else 1
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -101,7 +96,10 @@ def _add_option(parser: argparse.ArgumentParser, option: "dataclasses.Field[Any]
 
 
 def _number_or_none(text: str) -> int | None:
-    return None if text == "none" else int(text)
+    try:
+        return None if text == "none" else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a whole number or none, received {text!r}") from None
 
 
 def _parsed(parser: argparse.ArgumentParser, words: list[str]) -> argparse.Namespace:
@@ -113,12 +111,14 @@ def _parsed(parser: argparse.ArgumentParser, words: list[str]) -> argparse.Names
             paths.append(names.pop())
     if len(paths) < len(("model", "probe")):
         parser.error(f"expected a model and a probe, received: {' and '.join(paths) or 'neither'}")
-    options.model, options.probe = sorted(paths, key=words.index)
+    # A path behind `--layers=` is no word of its own, and not before the others.
+    options.model, options.probe = sorted(paths, key=lambda path: words.index(path) if path in words else len(words))
     return options
 
 
 def _is_path(word: str) -> bool:
-    return word.endswith(_ENDINGS) or Path(word).is_file()
+    # `os.path` says no where a name is too long for a file.
+    return word.endswith(_ENDINGS) or os.path.isfile(word)  # noqa: PTH113
 
 
 def _measured(options: argparse.Namespace) -> Any:
@@ -154,37 +154,30 @@ def _loaded(path: str) -> Any:
 
 
 def _probe(path: str, model: Any) -> Any:
-    import numpy as np  # noqa: PLC0415 - `--help` shall not wait for it
-
     try:
-        # Never code out of a file: no pickle in the probe.
-        with Path(path).open("rb") as file:
-            found = np.load(file, allow_pickle=False)
-            if not isinstance(found, np.lib.npyio.NpzFile):
-                return found
-            arrays = {name: found[name] for name in found.files}
+        found = _arrays_in(path)
     except Exception as error:
         # A damaged file fails in many ways.
         raise ValueError(f"{path} is no array that can be read: {message_of(error)}") from error
     inputs = {spec.name for spec in getattr(model, "inputs", None) or ()}
-    return next(iter(arrays.values())) if len(arrays) == 1 and arrays.keys().isdisjoint(inputs) else arrays
+    is_alone = isinstance(found, dict) and len(found) == 1 and found.keys().isdisjoint(inputs)
+    return next(iter(found.values())) if is_alone else found
 
 
-def _write(text: str) -> None:
-    """Writes a line to standard output, at once, so that a failure is met here and not when Python ends."""
-    out = sys.stdout
-    if out is None:
-        raise OSError("it is closed")
-    # Not every terminal knows all characters.
-    encoding = out.encoding or "utf-8"
-    try:
-        out.write(f"{text}\n".encode(encoding, "replace").decode(encoding))
-        out.flush()
-    except OSError:
-        # What is still in the buffer would fail again when Python ends.
-        with Path(os.devnull).open("w") as nowhere:
-            os.dup2(nowhere.fileno(), out.fileno())
-        raise
+def _arrays_in(path: str) -> Any:
+    """Returns the array of a file, or its arrays by name."""
+    import numpy as np  # noqa: PLC0415 - `--help` shall not wait for it
+
+    # Never code out of a file: no pickle in the probe.
+    with Path(path).open("rb") as file:
+        found = np.load(file, allow_pickle=False)
+        if not isinstance(found, np.lib.npyio.NpzFile):
+            return found
+        arrays = {name: found[name] for name in found.files}
+    for name, array in arrays.items():
+        if not isinstance(array, np.ndarray):
+            raise TypeError(f"its member {name} is none")
+    return arrays
 
 
 if __name__ == "__main__":

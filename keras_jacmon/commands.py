@@ -2,15 +2,15 @@
 
 import argparse
 import math
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from keras_jacmon.dashboard.one_file import write_page
 from keras_jacmon.errors import message_of
+from keras_jacmon.report.layer_report import LayerReport
 from keras_jacmon.report.report import Report
-from keras_jacmon.report.verdict import Verdict
+from keras_jacmon.standard_output import write_line
 
 if TYPE_CHECKING:
     from keras_jacmon.dashboard.stack import Moment
@@ -30,15 +30,16 @@ def run(words: Sequence[str]) -> int:
     """
     parser = _parser()
     options = parser.parse_args(words)
+    parser.prog = f"{parser.prog} {options.command}"
     try:
         if options.command == "view":
             view(options.logs, options.output)
-            sys.stdout.write(f"{options.output}\n")
-            return 0
-        lines, is_worse = compare(Report.load(options.before), Report.load(options.after))
-        sys.stdout.write("\n".join(lines) + "\n")
+            lines, is_worse = [options.output], False
+        else:
+            lines, is_worse = compare(Report.load(options.before), Report.load(options.after))
     except (ValueError, OSError) as error:
-        parser.exit(2, f"{parser.prog} {options.command}: error: {message_of(error)}\n")
+        parser.exit(2, f"{parser.prog}: error: {message_of(error)}\n")
+    write_line("\n".join(lines), parser)
     return int(is_worse)
 
 
@@ -86,7 +87,7 @@ def compare(before: Report, after: Report) -> tuple[list[str], bool]:
     Returns:
         The lines to print, and True if the verdict of a layer got worse.
     """
-    worse = [name for name in before if name in after and _is_worse(before[name].judge(), after[name].judge())]
+    worse = [name for name in before if name in after and _is_worse(before[name], after[name])]
     lines = []
     for name in {**before.layers, **after.layers}:
         lines.append(f"{name}:" + (" WORSE" if name in worse else ""))
@@ -97,8 +98,12 @@ def compare(before: Report, after: Report) -> tuple[list[str], bool]:
     return lines, bool(worse)
 
 
-def _is_worse(before: Verdict | None, after: Verdict | None) -> bool:
-    if before is None or after is None or after.state == "stable":
+def _is_worse(layer: LayerReport, later: LayerReport) -> bool:
+    before, after = layer.judge(), later.judge()
+    if before is None or after is None:
+        # A flow that is NaN has no verdict.
+        return before is not None and f"{later.joint}flow" in later.sequences and bool(later.mask.any())
+    if after.state == "stable":
         return False
     return before.state == "stable" or after.horizon < _SHRINKS * before.horizon
 

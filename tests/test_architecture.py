@@ -20,6 +20,7 @@ ROOMS = (
     "errors",
     "tensors",
     "options",
+    "standard_output",
     "graphs",
     "dashboard",
     "report",

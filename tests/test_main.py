@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import importlib
 import json
@@ -21,8 +22,9 @@ from helpers import WeightedCell, normal
 
 import keras_jacmon
 from keras_jacmon import Report, measure
-from keras_jacmon.__main__ import _parsed, _parser, _write, main
+from keras_jacmon.__main__ import _parsed, _parser, main
 from keras_jacmon.options import Options
+from keras_jacmon.standard_output import write_line
 
 PROBE = normal(2, 5, 3)
 
@@ -85,6 +87,21 @@ def test_lists_of_names_do_not_swallow_the_paths(words: str) -> None:
     assert (options.measures, options.layers) == (["fast", "variance"], ["gru"])
 
 
+@pytest.mark.fast
+def test_odd_arguments_end_in_a_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    # A path may stand behind the sign of equality.
+    options = _parsed(_parser(), ["p.npy", "--layers=m.keras"])
+    assert {options.model, options.probe} == {"m.keras", "p.npy"}
+    for words, sentence in (
+        (["m.keras", "--layers", "x" * 300], "expected a model and a probe, received: m.keras"),
+        (["m.keras", "p.npy", "--max-rows", "abc"], "expected a whole number or none, received 'abc'"),
+    ):
+        with pytest.raises(SystemExit) as caught:
+            _parsed(_parser(), words)
+        assert caught.value.code == 2
+        assert sentence in capsys.readouterr().err
+
+
 def test_the_name_of_a_single_array_and_the_cells_of_a_module(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -134,14 +151,19 @@ def test_an_output_that_cannot_be_written_to(
 
 
 @pytest.mark.fast
-def test_outputs_that_are_closed_or_know_few_characters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_outputs_that_are_closed_or_know_few_characters(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     with (tmp_path / "ascii").open("w", encoding="ascii") as ascii_only:
         monkeypatch.setattr(sys, "stdout", ascii_only)
-        _write("0.5 ± 0.1")
+        assert write_line("0.5 ± 0.1", argparse.ArgumentParser())
     assert (tmp_path / "ascii").read_text() == "0.5 ? 0.1\n"
     monkeypatch.setattr(sys, "stdout", None)
-    with pytest.raises(OSError, match="it is closed"):
-        _write("0.5")
+    with pytest.raises(SystemExit) as caught:
+        write_line("0.5", argparse.ArgumentParser(prog="command"))
+    assert caught.value.code == 2
+    wrong = "command: error: standard output cannot be written to: it is closed\n"
+    assert capsys.readouterr().err == wrong
 
 
 def test_several_inputs_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
-from typing import TYPE_CHECKING, Any
+import sys
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,9 +16,6 @@ from dashboards import HOSTILE, make_layer, make_reports, write
 
 from keras_jacmon import Report
 from keras_jacmon.__main__ import main
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 pytestmark = pytest.mark.fast
 
@@ -69,6 +69,40 @@ def test_a_notebook_and_a_comparison_say_why_there_is_no_verdict(
     report.save(tmp_path / "b.npz")
     assert main(["compare", str(tmp_path / "a.npz"), str(tmp_path / "b.npz")]) == 0
     assert f"  after   {reason}\n" in capsys.readouterr().out
+
+
+def test_output_that_fails_changes_no_code_and_leaves_a_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, growth in (("a", 0.0), ("b", -0.5)):
+        Report({"ü": make_layer(growth)}).save(tmp_path / f"{name}.npz")
+    compare = ["compare", str(tmp_path / "a.npz"), str(tmp_path / "b.npz")]
+    with Path("/dev/full").open("w") as full, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", full)
+        with pytest.raises(SystemExit) as caught:
+            main(compare)
+    assert caught.value.code == 2
+    full_disk = "standard output cannot be written to: [Errno 28] No space left on device"
+    assert capsys.readouterr().err == f"python -m keras_jacmon compare: error: {full_disk}\n"
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as closed, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", closed)
+        assert main(compare) == 1
+    with (tmp_path / "ascii").open("w", encoding="ascii") as ascii_only, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", ascii_only)
+        assert main(compare) == 1
+    assert "?: WORSE\n" in (tmp_path / "ascii").read_text()
+
+
+def test_a_flow_that_is_nan_is_worse(tmp_path: Path) -> None:
+    layer = make_layer()
+    broken = {key: np.full_like(array, np.nan) for key, array in layer.sequences.items()}
+    for name, sequences in (("good", layer.sequences), ("nan", broken)):
+        Report({"lstm": dataclasses.replace(layer, sequences=sequences)}).save(tmp_path / f"{name}.npz")
+    good, nan = (str(tmp_path / f"{name}.npz") for name in ("good", "nan"))
+    assert main(["compare", good, nan]) == 1
+    assert main(["compare", nan, good]) == main(["compare", nan, nan]) == 0
 
 
 def test_view_makes_the_page_of_event_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
