@@ -5,8 +5,9 @@ import json
 import math
 import os
 import re
+import zipfile
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -77,15 +78,8 @@ def read(path: str | os.PathLike[str]) -> dict[str, dict[str, Any]]:
     """
     with files.existing(path, ".npz").open("rb") as file:
         try:
-            with np.load(file, allow_pickle=False) as arrays:
-                found = json.loads(str(arrays[_REST][()]))
-                if found["format"] == _FORMAT:
-                    return {
-                        name: {field: _unpacked(value, arrays) for field, value in record.items()}
-                        for name, record in found["records"].items()
-                    }
-                reason = f"format {found['format']}"
-        # ZIP, zlib, NumPy's headers and json fail in many ways each; ValueError is NumPy's for a pickle.
+            return _records_in(file)
+        # ZIP, zlib, NumPy's headers and json fail in many ways each.
         except Exception as error:  # noqa: BLE001
             reason = message_of(error)
     raise invalid_argument(
@@ -93,6 +87,22 @@ def read(path: str | os.PathLike[str]) -> dict[str, dict[str, Any]]:
         "a file that `Report.save` of this version has written",
         f"path={os.fspath(path)!r} ({reason})",
     )
+
+
+def _records_in(file: IO[bytes]) -> dict[str, dict[str, Any]]:
+    if not zipfile.is_zipfile(file):
+        raise ValueError("it is no .npz file")
+    file.seek(0)
+    with np.load(file, allow_pickle=False) as arrays:
+        if _REST not in arrays:
+            raise ValueError("it holds no report")
+        found = json.loads(str(arrays[_REST][()]))
+        if found["format"] != _FORMAT:
+            raise ValueError(f"format {found['format']}")
+        return {
+            name: {field: _unpacked(value, arrays) for field, value in record.items()}
+            for name, record in found["records"].items()
+        }
 
 
 def _packed(value: Any, name: str, arrays: dict[str, npt.NDArray[Any]]) -> dict[str, Any]:

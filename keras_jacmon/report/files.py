@@ -1,5 +1,6 @@
 """Files that are written at once, through the links, devices and modes that are there."""
 
+import errno
 import io
 import os
 import stat
@@ -32,8 +33,11 @@ def write(path: str | os.PathLike[str], ending: str, fill: Callable[[IO[bytes]],
     if given.name and not given.name.endswith(ending) and (given.is_dir() or not os.path.lexists(given)):
         given = given.with_name(f"{given.name}{ending}")
     try:
-        # What a link points to, or the file itself.
-        target = given.resolve()
+        # What a link points to, or the file itself. Before Python 3.13 a loop of links is no OSError.
+        try:
+            target = given.resolve()
+        except RuntimeError as error:
+            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP)) from error
         if _is_filled_in_place(given, target):
             content = io.BytesIO()
             fill(content)
@@ -71,7 +75,8 @@ def _is_filled_in_place(given: Path, target: Path) -> bool:
 def _replace(target: Path, fill: Callable[[IO[bytes]], Any]) -> None:
     """Writes a file beside another one, and moves it to its place in one step: a full disk leaves no half of it."""
     mode = stat.S_IMODE(target.stat().st_mode) if target.exists() else None
-    beside = target.parent / f".{target.name}.{uuid.uuid4().hex}"
+    # As short as can be, since a file system bounds the length of a name.
+    beside = target.parent / f".{uuid.uuid4().hex}"
     # Nobody else may read what goes to a private file, at no moment.
     created = 0o666 if mode is None else 0o600
     try:

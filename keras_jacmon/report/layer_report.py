@@ -8,14 +8,14 @@ import numpy as np
 import numpy.typing as npt
 
 from keras_jacmon.errors import did_you_mean, invalid_argument
-from keras_jacmon.report.arrays import FloatArray
+from keras_jacmon.report.arrays import FloatArray, same
 from keras_jacmon.report.curve import FALL, RISE
 from keras_jacmon.report.reductions import REDUCTIONS, mean
 from keras_jacmon.report.suggestion import Suggestion
 from keras_jacmon.report.verdict import Verdict, judge
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LayerReport:
     """The measures of one call of a recurrent layer, to be read like a dict.
 
@@ -95,6 +95,12 @@ class LayerReport:
     reductions: dict[str, str] = field(default_factory=dict)
     may_be_infinite: frozenset[str] = frozenset()
     targets: dict[str, float] = field(default_factory=dict)
+
+    def __eq__(self, other: object) -> bool:
+        return same(vars(self), vars(other)) if isinstance(other, LayerReport) else NotImplemented
+
+    # It holds arrays and dicts.
+    __hash__ = None  # type: ignore[assignment]
 
     def __getitem__(self, key: str) -> npt.NDArray[Any]:
         everything = dict(self.items())

@@ -118,8 +118,9 @@ def _draw_heatmap(axes: Any, measurements: Sequence[Measurement], measure: str) 
         if (np.diff(columns) <= 0).any():
             # Of several trainings, each of which begins anew.
             columns, label = np.arange(len(columns)), "measurement"
-    # Positions at which nothing is measured would be gaps.
+    # Positions at which nothing is measured would be gaps; where all are masked there is nothing but gaps.
     kept = np.flatnonzero(newest.layer.measured(measure).any(axis=1))
+    kept = kept if kept.size else np.arange(len(newest.layer.mask))
     scale = "log" if _is_wide(values) else "linear"
     mesh = axes.pcolormesh(
         _edges(columns), _edges(kept), np.ma.masked_invalid(values[:, kept].T), norm=scale, cmap="cividis"

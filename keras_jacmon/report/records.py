@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,9 @@ _TYPES = LayerReport("", 0, {}, np.ones((0, 0), bool), certificate=0.0, weight_s
 
 # The fields that may be None instead.
 _OPTIONAL = ("certificate", "weight_size")
+
+# The measures of sequences with a value for each number of steps.
+_BY_SPAN = ("flow", "flow_of_all", "sensitivity")
 
 # A point is a step and a sample.
 _POINT = 2
@@ -57,10 +61,23 @@ def _check_arrays(layer: LayerReport) -> None:
     _check("mask", [layer.mask], "b", lambda array: array.ndim == _POINT)
     _check("values", layer.values.values(), "f", lambda array: array.shape == shape)
     _check("sampled", layer.sampled.values(), "b", lambda array: array.shape == shape)
-    _check("uncertainties", layer.uncertainties.values(), "f", lambda array: array.shape[-1:] == shape[-1:])
-    _check("sequences", layer.sequences.values(), "f", lambda array: array.shape[-1:] == shape[-1:])
+    measured = {**layer.values, **layer.sequences}
+    for key, array in layer.sequences.items():
+        _check(f"sequences of {key}", [array], "f", partial(_is_of_sequences, key, shape))
+    for key, array in layer.uncertainties.items():
+        _check(f"uncertainties of {key}", [array], "f", partial(_is_beside, measured.get(key)))
     _check("spectra", layer.spectra.values(), "fc", lambda array: array.shape[:-1] == layer.spectra_at.shape[:1])
     _check("spectra_at", [layer.spectra_at], "iu", lambda array: array.shape[1:] == (_POINT,))
+
+
+def _is_of_sequences(key: str, shape: tuple[int, ...], array: npt.NDArray[Any]) -> bool:
+    if key.rpartition("/")[2] in _BY_SPAN:
+        return array.shape == shape
+    return array.size > 0 and array.ndim <= len(shape) and array.shape[-1] == shape[-1]
+
+
+def _is_beside(measured: Any, array: npt.NDArray[Any]) -> bool:
+    return isinstance(measured, np.ndarray) and array.shape == measured.shape
 
 
 def _check(name: str, arrays: Iterable[Any], kinds: str, fits: Callable[[npt.NDArray[Any]], bool]) -> None:

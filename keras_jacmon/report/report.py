@@ -24,7 +24,7 @@ from keras_jacmon.report.verdict import Verdicts
 _SHOWN = 5
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Report(Mapping[str, LayerReport]):
     """The measures of all monitored layers at one moment of the training, a mapping from layers to their reports.
 

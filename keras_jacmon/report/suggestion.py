@@ -93,7 +93,9 @@ class Suggestion:
         Raises:
             TypeError: If fields are missing, unknown or of another type.
         """
-        change = WeightChange(**record.get("change", {}))
+        if not isinstance(record, Mapping) or not isinstance(record.get("change"), Mapping):
+            raise TypeError(f"a suggestion is a dict with a change, not {record!r}")
+        change = WeightChange(**record["change"])
         found = cls(**{**record, "change": WeightChange(tuple(change.weights), change.amount, tuple(change.entries))})
         numbers = (found.growth, found.predicted, change.amount, *change.entries)
         words = (found.layer, found.state, found.predicted_state, *change.weights)

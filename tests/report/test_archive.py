@@ -204,11 +204,18 @@ def test_what_is_no_report_is_refused(tmp_path: Path) -> None:
         {"sampled": {"joint/spectral_norm": np.ones((1, 2), bool)}},
         {"uncertainties": {"joint/spectral_norm": np.ones((3, 3))}},
         {"sequences": {"joint/growth": np.ones(3)}},
+        {"sequences": {"joint/growth": np.ones((1, 3, 2))}},
+        {"sequences": {"joint/flow": np.ones((2, 2))}},
+        {"sequences": {"joint/flow": np.ones(2)}},
+        {"sequences": {"joint/lyapunov": np.ones((0, 2))}},
+        {"uncertainties": {"joint/spectral_norm": np.ones((2, 2))}},
+        {"uncertainties": {"joint/growth": np.ones(2)}},
         {"spectra": {"eigenvalues": np.ones((2, 2))}},
         {"spectra_at": np.array([[0.5, 1.0]])},
         {"uncertainties": {}},
         {"notes": (3,)},
         {"suggestions": ({"layer": "lstm"},)},
+        {"suggestions": ("lstm",)},
         {"weight_size": "much"},
         {"targets": {"variance": "much"}},
         {"reductions": {"joint/growth": "sum"}},
@@ -223,6 +230,26 @@ def test_what_does_not_fit_together_is_refused(wrong: dict[str, Any], tmp_path: 
     archive.write(tmp_path / "report", {"lstm": record})
     with pytest.raises(ValueError, match="Expected a report of this version"):
         Report.load(tmp_path / "report")
+
+
+def test_another_file_is_refused_with_what_it_is(tmp_path: Path) -> None:
+    (tmp_path / "text.npz").write_text("hello")
+    np.save(tmp_path / "array.npy", np.ones(3))
+    np.savez(tmp_path / "arrays.npz", a=np.ones(3))
+    for name, reason in (("text.npz", "it is no .npz file"), ("array.npy", "it is no .npz file")):
+        with pytest.raises(ValueError, match=rf"has written. Received: path=.* \({reason}\)$"):
+            Report.load(tmp_path / name)
+    with pytest.raises(ValueError, match=r"\(it holds no report\)$"):
+        Report.load(tmp_path / "arrays.npz")
+
+
+def test_names_as_long_as_can_be_and_loops_of_links(tmp_path: Path) -> None:
+    longest = f"{'y' * 251}.npz"
+    assert odd_report().save(tmp_path / longest) == str(tmp_path / longest)
+    assert [path.name for path in tmp_path.iterdir()] == [longest]
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    with pytest.raises(OSError, match="symbolic links"):
+        odd_report().save(tmp_path / "loop")
 
 
 def test_damaged_files_are_refused(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import sys
 from typing import TYPE_CHECKING, Any
@@ -94,6 +95,9 @@ def test_heat_maps() -> None:
     assert mesh.get_coordinates()[0, :, 0].tolist() == [-5.0, 5.0, 25.0, 55.0]
     assert mesh.norm.__class__.__name__ == "LogNorm"
     assert axes.get_xlabel() == "training step"
+    masked = dataclasses.replace(report()["$a_{b$"], mask=np.zeros_like(MASK))
+    nothing = axes_of(Report({"$a_{b$": masked}).plot("heatmap", measure="variance")).collections[0].get_array()
+    assert nothing.mask.all()
     # One of several trainings begins anew.
     monitor.reports += [(0, report())]
     assert axes_of(monitor.plot()).get_xlabel() == "measurement"

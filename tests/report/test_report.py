@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -107,6 +109,11 @@ def test_reports_are_mappings() -> None:
     assert "gru" not in report
     assert list(report.items()) == [("lstm", one)]
     assert report.get("gru") is None
+    again = Report({"lstm": copy.deepcopy(one)})
+    assert report == again
+    for changes in ({"mask": ~one.mask}, {"values": {"variance": one["variance"]}}, {"weight_size": 1.0}):
+        assert report != Report({"lstm": dataclasses.replace(one, **changes)})
+    assert one != "lstm"
     with pytest.raises(KeyError, match=r"Measured: \['lstm'\]. Did you mean 'lstm'\?"):
         _ = report["lstm_1"]
 
