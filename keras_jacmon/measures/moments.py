@@ -157,7 +157,8 @@ def _estimated(
     M. F. Hutchinson, "A stochastic estimator of the trace of the influence matrix", 1989.
     """
     m, _ = _dimensions(operator)
-    points = operator.batch_shape_tensor()[0]
+    points = known_sizes(mean)[0]
+    _, at_a_time = _passes(points, 1, context.workspace_vectors)
 
     def body(draw: tf.Tensor, draws: tf.TensorArray) -> tuple[tf.Tensor, tf.TensorArray]:
         bits = tf.random.stateless_uniform([points, m], context.seeds(Purpose.MOMENTS, draw), 0, 2, tf.int32)
@@ -167,7 +168,7 @@ def _estimated(
 
     draws = tf.TensorArray(operator.dtype, ESTIMATE_VECTORS, element_shape=mean.shape)
     _, draws = tf.while_loop(
-        lambda draw, _: draw < ESTIMATE_VECTORS, body, [tf.constant(0), draws], parallel_iterations=1
+        lambda draw, _: draw < ESTIMATE_VECTORS, body, [tf.constant(0), draws], parallel_iterations=at_a_time
     )
     samples = draws.stack()
     spread = tf.math.reduce_variance(samples, axis=0) / (ESTIMATE_VECTORS - 1)
