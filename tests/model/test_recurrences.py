@@ -189,6 +189,10 @@ REFUSED = {
         lambda _, x: Recurrence(x, [], no_step),
         f"{UNUSABLE} the `states` of its recurrence hold no tensor.",
     ),
+    "states_of_several_types": (
+        lambda layer, x: Recurrence(x, [layer.zeros(x), tf.cast(layer.zeros(x), tf.float64)], no_step),
+        f"{UNUSABLE} expected states of one floating-point type, and received float32 and float64: cast them to one.",
+    ),
     "inputs_of_one_step": (
         lambda layer, x: Recurrence(x[:, 0, 0], [layer.zeros(x)], no_step),
         (
