@@ -17,6 +17,7 @@ from keras_jacmon.measurement.assembly import report_of
 from keras_jacmon.measurement.compiled import CompiledMeasurement, CompiledMeasurements
 from keras_jacmon.measurement.failures import explaining_failures, unmeasurable
 from keras_jacmon.measurement.measurable_call import MeasurableCall, SequenceTensors
+from keras_jacmon.measurement.metadata import CallMetadata
 from keras_jacmon.measurement.plan import MeasurementPlan
 from keras_jacmon.measurement.recorded_model import RecordedModel
 from keras_jacmon.measurement.results import CallResults
@@ -264,7 +265,7 @@ class JacobianMeter:
                     measurement.metadata,
                     results,
                     go_backwards=call.go_backwards,
-                    notes=call.notes,
+                    notes=(*call.notes, *self._left_out(measurement.metadata)),
                     loss_gradient=loss_gradient,
                 )
             # Assigned last: if tracing fails or is interrupted, the next measurement uses the old traces.
@@ -362,7 +363,6 @@ class JacobianMeter:
         for error in errors.values():
             warnings.warn(f"{str(error).rstrip('.')}. It is not measured.", stacklevel=4)
         self._check_chosen_states(calls)
-        self._check_square(calls)
         for call in calls:
             for note in (*self._measurement_of(call).metadata.notes, *call.notes):
                 warnings.warn(f"Layer `{call.name}`: {note}", stacklevel=4)
@@ -391,18 +391,18 @@ class JacobianMeter:
                 reasons = "; ".join(f"in layer `{name}` {m.left_out[label]}" for name, m in of_calls.items())
                 raise invalid_argument("measures", "chosen states that a recurrent layer has", reasons)
 
-    def _check_square(self, calls: Sequence[MeasurableCall]) -> None:
-        """Refuses a measure of square Jacobians that the user named and that no call has."""
-        wanted = self._options.measures
+    def _left_out(self, metadata: CallMetadata) -> tuple[str, ...]:
+        """Returns a note for each measure that the user named and that a call has not, as its J is not square."""
+        wanted, columns = self._options.measures, metadata.columns.get("inputs")
         names = [wanted] if isinstance(wanted, str) else [*(wanted or ())]
-        sizes = {call.name: self._measurement_of(call).metadata for call in calls}
-        columns = {name: found.columns["inputs"] for name, found in sizes.items() if "inputs" in found.columns}
-        if any(columns[name] == sizes[name].units for name in columns):
-            return
-        for key in (q.key for q in self._selections[True] if q.view == "inputs" and q.measure.needs_square):
-            if key in names and columns:
-                shapes = "; ".join(f"in layer `{name}` J is {sizes[name].units} x {n}" for name, n in columns.items())
-                raise invalid_argument("measures", f"inputs of as many units as the states for `{key}`", shapes)
+        if columns in (None, metadata.units):
+            return ()
+        return tuple(
+            f"`{quantity.key}` is left out: it needs a square Jacobian, and that by the inputs is "
+            f"{metadata.units} x {columns}"
+            for quantity in self._selections[True]
+            if quantity.key in names and quantity.view == "inputs" and quantity.measure.needs_square
+        )
 
     def _error_of(self, call: MeasurableCall) -> UnmeasurableError | None:
         """Traces the measurement of a call and returns the reason why that fails; None if it does not."""

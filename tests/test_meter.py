@@ -402,6 +402,18 @@ def test_a_disconnected_state_is_warned_of_once_per_meter() -> None:
     assert len(meter()["stopped"].notes) == 1
 
 
+def test_a_named_measure_of_a_jacobian_that_is_not_square_is_noted() -> None:
+    model = sequential([L.GRU(5, name="rnn")], (4, 3))
+    probe = normal(2, 4, 3)
+    names = ["variance", "inputs/variance", "inputs/spectral_radius"]
+    found = measure(model, probe, measures=names)["rnn"]
+    assert set(found) == {"variance", "inputs/variance"}
+    note = "`inputs/spectral_radius` is left out: it needs a square Jacobian, and that by the inputs is 5 x 3"
+    assert note in found.notes
+    # Nobody asks for each of a preset.
+    assert not measure(model, probe, measures="full")["rnn"].notes
+
+
 def test_a_state_without_influence_is_reported() -> None:
     class Forgetful(WeightedCell):
         """Writes a second state that nothing reads."""
