@@ -17,7 +17,6 @@ from keras_jacmon.measurement.assembly import report_of
 from keras_jacmon.measurement.compiled import CompiledMeasurement, CompiledMeasurements
 from keras_jacmon.measurement.failures import explaining_failures, unmeasurable
 from keras_jacmon.measurement.measurable_call import MeasurableCall, SequenceTensors
-from keras_jacmon.measurement.metadata import CallMetadata
 from keras_jacmon.measurement.plan import MeasurementPlan
 from keras_jacmon.measurement.recorded_model import RecordedModel
 from keras_jacmon.measurement.results import CallResults
@@ -162,6 +161,9 @@ class JacobianMeter:
         quick = filtered(plan.selection, lambda measure: measure.cost != "full")
         # True: with the slow measures; False: without. If the user names only slow ones, they are always taken.
         self._selections = {True: plan.selection} | ({False: quick} if quick not in ((), plan.selection) else {})
+        # Of a preset nobody asks for each measure.
+        names = plan.options.measures
+        self._named = frozenset([names] if isinstance(names, str) else names or ())
         if plan.targets is not None and not getattr(model, "compiled", False):
             raise invalid_argument(
                 "targets",
@@ -265,7 +267,7 @@ class JacobianMeter:
                     measurement.metadata,
                     results,
                     go_backwards=call.go_backwards,
-                    notes=(*call.notes, *self._left_out(measurement.metadata)),
+                    notes=(*call.notes, *measurement.metadata.without_square(self._named)),
                     loss_gradient=loss_gradient,
                 )
             # Assigned last: if tracing fails or is interrupted, the next measurement uses the old traces.
@@ -390,19 +392,6 @@ class JacobianMeter:
             if label not in found:
                 reasons = "; ".join(f"in layer `{name}` {m.left_out[label]}" for name, m in of_calls.items())
                 raise invalid_argument("measures", "chosen states that a recurrent layer has", reasons)
-
-    def _left_out(self, metadata: CallMetadata) -> tuple[str, ...]:
-        """Returns a note for each measure that the user named and that a call has not, as its J is not square."""
-        wanted, columns = self._options.measures, metadata.columns.get("inputs")
-        names = [wanted] if isinstance(wanted, str) else [*(wanted or ())]
-        if columns in (None, metadata.units):
-            return ()
-        return tuple(
-            f"`{quantity.key}` is left out: it needs a square Jacobian, and that by the inputs is "
-            f"{metadata.units} x {columns}"
-            for quantity in self._selections[True]
-            if quantity.key in names and quantity.view == "inputs" and quantity.measure.needs_square
-        )
 
     def _error_of(self, call: MeasurableCall) -> UnmeasurableError | None:
         """Traces the measurement of a call and returns the reason why that fails; None if it does not."""

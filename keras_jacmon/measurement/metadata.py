@@ -1,7 +1,7 @@
 """Static metadata of a recurrent call, known when its measurement is traced."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from keras_jacmon.measures.flow import FlowPlan
 from keras_jacmon.measures.kinds import (
     WholeFlow,
 )
-from keras_jacmon.measures.selection import Quantity, Selection, views_of
+from keras_jacmon.measures.selection import KEYS, Quantity, Selection, views_of
 from keras_jacmon.options import Options, ViewName
 
 
@@ -135,6 +135,21 @@ class CallMetadata:
             of_sensitivity=quantities,
             sensitivity_plans=dict(zip(views_of(quantities), planned.plans, strict=True)),
             recurrent_weights=planned.weights.names,
+        )
+
+    def without_square(self, keys: Collection[str]) -> tuple[str, ...]:
+        """Returns a note for each of these measures that needs a square Jacobian where that by the inputs is none.
+
+        Args:
+            keys: Keys of measures.
+        """
+        columns = self.columns.get("inputs")
+        if columns is None or columns == self.units:
+            return ()
+        return tuple(
+            f"`{key}` is left out: it needs a square Jacobian, and that by the inputs is {self.units} x {columns}"
+            for key, quantity in KEYS.items()
+            if key in keys and quantity.view == "inputs" and quantity.measure.needs_square
         )
 
     @property
